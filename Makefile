@@ -1,0 +1,83 @@
+# Every target is one line a person would type. By default it runs in .venv, which `make` creates with the
+# packages for this machine. `make TARGET PY=python3` skips all set-up and runs that interpreter on src/.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# Arguments for the command of a target, e.g. make bench ARGS="--help" or make test ARGS="-k jit -x".
+ARGS ?=
+PYTHON ?= python3
+SANITIZER ?= compute-sanitizer
+SANITIZER_LIMIT ?= 600
+
+ifdef PY
+  RUN := PYTHONPATH=$(CURDIR)/src $(PY)
+  base_env :=
+  test_env :=
+else
+  PY := .venv/bin/python
+  RUN := $(PY)
+  base_env := .venv/ready-base
+  test_env := .venv/ready-test
+
+  # CUDA version of the driver: 13, 12 or nothing. libcuda answers even where nvidia-smi is not installed.
+  CUDA := $(shell $(PYTHON) -c "import ctypes; v = ctypes.c_int(); ctypes.CDLL('libcuda.so.1').cuDriverGetVersion(ctypes.byref(v)); print(v.value // 1000)" 2>/dev/null \
+    || nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
+  GPU_EXTRA := $(if $(filter 12,$(CUDA)),cuda12,$(if $(filter 13 14 15,$(CUDA)),cuda13))
+  BASE_EXTRAS ?= $(GPU_EXTRA)
+  TEST_EXTRAS ?= $(if $(GPU_EXTRA),test,dev)
+endif
+
+comma := ,
+
+.PHONY: help
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: bench
+bench: $(base_env) ## Measure the kernels (NumPy reference where there is no GPU)
+	$(RUN) -m flashllm bench $(ARGS)
+
+.PHONY: test
+test: $(test_env) ## Run every test that this machine can run
+	$(RUN) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(test_env) ## Style (ruff) and types (mypy)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+.PHONY: compile-all
+compile-all: $(test_env) ## Compile every kernel for every architecture; needs no GPU
+	$(RUN) -m flashllm compile --all $(ARGS)
+
+.PHONY: gpu-test
+gpu-test: $(test_env) ## Run the GPU tests; fails where there is no GPU
+	FLASHLLM_REQUIRE_GPU=1 $(RUN) -m pytest -m gpu $(ARGS)
+
+.PHONY: sanitize
+sanitize: $(test_env) ## Small GPU cases under compute-sanitizer: memory errors and races
+	$(call sanitizer,memcheck)
+	$(call sanitizer,racecheck)
+
+# CuPy's memory pool hides out-of-bounds accesses, so it is off; a hang prints nothing, so there is a time limit.
+sanitizer = FLASHLLM_REQUIRE_GPU=1 FLASHLLM_NO_POOL=1 $(if $(filter PYTHONPATH=%,$(RUN)),PYTHONPATH=$(CURDIR)/src) \
+	timeout $(SANITIZER_LIMIT) $(SANITIZER) --tool $(1) --error-exitcode 9 \
+	$(PY) -m pytest -m sanitize -x -q $(ARGS)
+
+.PHONY: clean
+clean: ## Remove .venv, build results and tool caches (not the kernel cache: `flashllm cache clear`)
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/ready-base: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$(if $(BASE_EXTRAS),[$(BASE_EXTRAS)])"
+	@touch $@
+
+.venv/ready-test: pyproject.toml .venv/ready-base
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e ".[$(if $(BASE_EXTRAS),$(BASE_EXTRAS)$(comma))$(TEST_EXTRAS)]"
+	@touch $@

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// Spellings that a GPU build and a host emulation of the same source give different meanings.
+#pragma once
+
+#if defined(__CUDACC_RTC__) || defined(__CUDACC__)
+// One untyped dynamic shared-memory array per kernel; 1024-byte alignment is what a 128-byte-swizzled
+// tensor-core operand asks of its base address.
+#define FLASHLLM_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
+#define FLASHLLM_DEVICE __device__ __forceinline__

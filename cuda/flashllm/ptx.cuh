@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// All inline PTX of the project: one small named wrapper per instruction, with the reason it is used.
+//
+// Shared-memory pointers travel as 32-bit addresses ("shared addresses"): the instructions want them so,
+// and one register instead of two per pointer matters in the inner loops.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "flashllm/portable.cuh"
+
+namespace flashllm::ptx {
+
+// ---- addresses -----------------------------------------------------------------------------------------
+
+FLASHLLM_DEVICE unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- shared memory ---------------------------------------------------------------------------------------
+
+// Stores the low 16 bits of `word` at base + kOffset + 2 * (its high 16 bits), or a zero there. The address is one
+// IDP.2A on the FMA pipe plus an immediate: the integer ALU is not touched.
+template <bool kZero, int kOffset>
+FLASHLLM_DEVICE void scatter_low_half(unsigned word, unsigned base) {
+    unsigned address;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(0x0200u), "r"(base));
+    asm volatile("{ .reg .b16 low, high; mov.b32 {low, high}, %1; st.shared.b16 [%0 + %2], low; }"
+                 :: "r"(address), "r"(kZero ? 0u : word), "n"(kOffset) : "memory");
+}
+
+FLASHLLM_DEVICE void store_shared_zero16(unsigned address) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" :: "r"(address), "r"(0u) : "memory");
+}
+
+FLASHLLM_DEVICE void store_shared(unsigned address, uint4 value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+
+// ---- global memory ---------------------------------------------------------------------------------------
+
+// Weights are read once per launch: no L1 allocation. Unconditional on purpose: a predicated load has to merge with
+// the register's old value, and the copies that makes would wait for the data.
+FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) {
+    uint4 value;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(pointer));
+    return value;
+}
+
+// Brings `bytes` (a multiple of 16, not 0) starting at a 16-byte aligned address into the L2, with one instruction
+// of one thread: the DRAM latency is then paid outside the register file. No-op before sm_90.
+FLASHLLM_DEVICE void prefetch_to_l2(bool active, const void* pointer, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.bulk.prefetch.L2.global [%0], %1; }"
+                 :: "l"(pointer), "r"(bytes), "r"(static_cast<int>(active)) : "memory");
+#endif
+}
+
+// ---- asynchronous copies (sm_80) --------------------------------------------------------------------------
+
+// 16 bytes global -> shared, bypassing L1; `bytes` = 0 writes zeros and reads nothing (the pointer must
+// still be a valid address).
+FLASHLLM_DEVICE void copy_async16(bool active, unsigned address, const void* pointer, unsigned bytes) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }"
+                 :: "r"(address), "l"(pointer), "r"(bytes), "r"(static_cast<int>(active)) : "memory");
+}
+
+FLASHLLM_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+FLASHLLM_DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
+}
+
+// ---- warp-level tensor cores (sm_80) -----------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements, one 16-byte row per lane address: exactly the A fragment of m16n8k16.
+FLASHLLM_DEVICE void load_matrix_x4(unsigned (&fragment)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(address) : "memory");
+}
+
+FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(first), "=r"(second) : "r"(address) : "memory");
+}
+
+// c[16x8] += a[16x16] b[16x8], fp32 accumulators; T names the type of a and b.
+template <typename T>
+FLASHLLM_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+
+template <>
+FLASHLLM_DEVICE void mma_m16n8k16<__half>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+FLASHLLM_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                                 unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- warpgroup-level tensor cores (sm_90a) ---------------------------------------------------------------------
+
+// An operand in shared memory, K-major with the 128-byte swizzle: rows of 64 16-bit elements, groups of 8 rows 1024
+// bytes apart, which is the layout of a Tiled-CSL image and of an x stage. This is the low half of its descriptor;
+// the high half is the constant kOperandHigh. `address`: 1024-byte aligned, plus a multiple of 32 bytes along K.
+// Adding bytes / 16 moves the operand.
+FLASHLLM_DEVICE unsigned operand(unsigned address) { return address >> 4 | 1u << 16; }
+#define FLASHLLM_OPERAND_HIGH "0x40000040"  // 128-byte swizzle, 1024 bytes between groups of rows
+
+// Orders this thread's ordinary shared-memory accesses before later ones of the tensor cores (another "proxy"):
+// needed in each writing thread, before the barrier that announces the data.
+FLASHLLM_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// All four warps of a warpgroup call these. The accumulators belong to the hardware from `begin` to `wait`.
+FLASHLLM_DEVICE void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FLASHLLM_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+FLASHLLM_DEVICE void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// c[64 x kN] += a[64x16] b[16xkN]; c[j] is the fragment of columns 8j..8j+7, as of m16n8k16, per warp.
+#define FLASHLLM_C4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define FLASHLLM_WGMMA(kN, type, registers, a_low, b_low, ...)                                          \
+    asm volatile("{ .reg .b64 a, b;\n"                                                                 \
+                 "mov.b64 a, {%" #a_low ", " FLASHLLM_OPERAND_HIGH "};\n"                              \
+                 "mov.b64 b, {%" #b_low ", " FLASHLLM_OPERAND_HIGH "};\n"                              \
+                 "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " " registers         \
+                 ", a, b, 1, 1, 1, 0, 0; }"                                                             \
+                 : __VA_ARGS__ : "r"(a), "r"(b))
+#define FLASHLLM_WGMMA_SHAPE(kN, registers, a_low, b_low, ...)                                          \
+    template <typename T>                                                                               \
+    FLASHLLM_DEVICE void warpgroup_mma(float (&c)[kN / 8][4], unsigned a, unsigned b) {                 \
+        if constexpr (is_half<T>) FLASHLLM_WGMMA(kN, "f16", registers, a_low, b_low, __VA_ARGS__);      \
+        else FLASHLLM_WGMMA(kN, "bf16", registers, a_low, b_low, __VA_ARGS__);                          \
+    }
+template <typename T> inline constexpr bool is_half = false;
+template <> inline constexpr bool is_half<__half> = true;
+
+FLASHLLM_WGMMA_SHAPE(8, "{%0, %1, %2, %3}", 4, 5, FLASHLLM_C4(0))
+FLASHLLM_WGMMA_SHAPE(16, "{%0, %1, %2, %3, %4, %5, %6, %7}", 8, 9, FLASHLLM_C4(0), FLASHLLM_C4(1))
+FLASHLLM_WGMMA_SHAPE(32, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}", 16, 17,
+                     FLASHLLM_C4(0), FLASHLLM_C4(1), FLASHLLM_C4(2), FLASHLLM_C4(3))
+FLASHLLM_WGMMA_SHAPE(64,
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}", 32, 33,
+                     FLASHLLM_C4(0), FLASHLLM_C4(1), FLASHLLM_C4(2), FLASHLLM_C4(3), FLASHLLM_C4(4),
+                     FLASHLLM_C4(5), FLASHLLM_C4(6), FLASHLLM_C4(7))
+#undef FLASHLLM_WGMMA_SHAPE
+#undef FLASHLLM_WGMMA
+#undef FLASHLLM_OPERAND_HIGH
+#undef FLASHLLM_C4
+
+}  // namespace flashllm::ptx

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stream-K split of a grid of weight tiles over the blocks of a launch, and the ordered reduction of the pieces.
+//
+// The tiles of an [M, K] weight, numbered row by row, are dealt to the G = gridDim.x blocks in equal contiguous
+// runs. A row of tiles that one block covers alone is final; otherwise each block leaves its piece of it, fp32
+// [kN][128], in the workspace, and the block that arrives last adds the pieces in block order. (Stream-K: Osama
+// et al., PPoPP'23.)
+//
+// Workspace layout, in bytes, for C = gridDim.y column blocks and R rows of tiles:
+//   [0, 128 * ceil(C * R * 4 / 128))   arrival counters, zero before and after every launch
+//   then C * G * 2 pieces of kN * 128 * 4: a block has at most two unfinished rows, its first and its last.
+// src/flashllm/spmm/stream_k.py mirrors these formulas.
+#pragma once
+
+#include "flashllm/portable.cuh"
+
+namespace flashllm {
+
+template <int kN>
+struct StreamK {
+    static constexpr int kPieceFloats = kN * 128;
+
+    int tiles_m, tiles_k;
+    unsigned char* workspace;
+
+    FLASHLLM_DEVICE StreamK(int tiles_m, int tiles_k, unsigned char* workspace)
+        : tiles_m(tiles_m), tiles_k(tiles_k), workspace(workspace) {}
+
+    FLASHLLM_DEVICE long long tiles() const { return static_cast<long long>(tiles_m) * tiles_k; }
+
+    FLASHLLM_DEVICE long long first_tile(int block) const { return tiles() * block / gridDim.x; }
+
+    // The block that holds `tile`: the inverse of first_tile.
+    FLASHLLM_DEVICE int block_of(long long tile) const {
+        return static_cast<int>(((tile + 1) * gridDim.x - 1) / tiles());
+    }
+
+    struct Piece {
+        bool whole;      // the block has all of K for this row of tiles
+        int pieces;      // blocks that share the row of tiles
+        float* mine;     // this block's slot
+        const float* first_slot;   // slot of the row's first block; the others' first slots follow
+        const float* other_slots;  // slot 0 of block (first block + 1)
+        int* counter;
+
+        FLASHLLM_DEVICE void store(int n, int m, const float4& value) const {
+            __stcg(reinterpret_cast<float4*>(mine + n * 128 + m), value);
+        }
+
+        // True in the block that finds all other pieces of the row stored. All threads of the block call it.
+        FLASHLLM_DEVICE bool arrive_last() const {
+            __threadfence();
+            __syncthreads();
+            int last = 0;
+            if (threadIdx.x == 0) {
+                last = atomicAdd(counter, 1) == pieces - 1;
+                if (last) *counter = 0;  // ready for the next launch
+            }
+            last = __syncthreads_or(last);
+            __threadfence();
+            return last != 0;
+        }
+
+        // The sum over all blocks, in block order.
+        FLASHLLM_DEVICE float4 total(int n, int m) const {
+            float4 sum = __ldcg(reinterpret_cast<const float4*>(first_slot + n * 128 + m));
+            const float* slot = other_slots + n * 128 + m;
+            for (int i = 1; i < pieces; ++i, slot += 2 * kPieceFloats) {
+                const float4 part = __ldcg(reinterpret_cast<const float4*>(slot));
+                sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+            }
+            return sum;
+        }
+    };
+
+    FLASHLLM_DEVICE Piece piece(int block, int tile_m, int column_block) const {
+        const long long row_first = static_cast<long long>(tile_m) * tiles_k;
+        const int first_block = block_of(row_first), last_block = block_of(row_first + tiles_k - 1);
+        const long long counters = (static_cast<long long>(gridDim.y) * tiles_m * 4 + 127) / 128 * 128;
+        float* slots = reinterpret_cast<float*>(workspace + counters) +
+                       static_cast<long long>(column_block) * gridDim.x * 2 * kPieceFloats;
+        // Slot 0 of a block is for the row its run begins in, slot 1 for the row it ends in, if another.
+        auto slot = [&](int b) {
+            const bool begins_in_row = first_tile(b) / tiles_k == tile_m;
+            return slots + (static_cast<long long>(b) * 2 + (begins_in_row ? 0 : 1)) * kPieceFloats;
+        };
+        Piece piece;
+        piece.pieces = last_block - first_block + 1;
+        piece.whole = piece.pieces == 1;
+        piece.mine = slot(block);
+        piece.first_slot = slot(first_block);
+        // Every later block of the row begins inside it, so its slot is its slot 0.
+        piece.other_slots = slots + static_cast<long long>(first_block + 1) * 2 * kPieceFloats;
+        piece.counter = reinterpret_cast<int*>(workspace) + static_cast<long long>(column_block) * tiles_m + tile_m;
+        return piece;
+    }
+};
+
+}  // namespace flashllm

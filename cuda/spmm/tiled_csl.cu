@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0
+// y[N, M] = x[N, K] @ W[M, K]^T with W in Tiled-CSL: load as sparse, compute as dense (Flash-LLM, VLDB'24).
+//
+// The tiles of W, 128 rows x 64 columns each, lie in memory row by row. Block b of G walks the tiles
+// [b U / G, (b + 1) U / G) of all U: one contiguous stream of weights per block (stream-K). Per tile, a block
+//   loads    the packed words of a later tile into registers,
+//   scatters the words of the next tile into a zeroed 16 KB shared-memory image of it,
+//   computes the present tile's image times x on tensor cores, and
+//   clears   the previous image by storing zeros exactly where values were.
+// Three images take turns, so the four activities touch different memory and one barrier per tile orders all
+// of them. Where a row of tiles ends, the accumulators are summed over the warps and written: straight to y if
+// the block saw the whole row, else to the workspace, where the last block to arrive adds up the pieces in
+// block order (a fixed order: results are bit-reproducible).
+#include "flashllm/ptx.cuh"
+#include "flashllm/tiled_csl.cuh"
+#include "flashllm/stream_k.cuh"
+
+namespace flashllm {
+
+constexpr int kThreads = 128;  // one warpgroup: what a block does once per tile costs four warps, not more
+constexpr int kWarps = kThreads / 32;
+constexpr int kImages = 3;
+constexpr int kTileBytes = csl::kTileElements * 2;
+constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image or of an x stage is all 32 banks
+
+// Compile-time shape of one kernel. Warps split the tile into kSlices along K times kWarps / kSlices along M.
+template <int kN_, int kSlices_>
+struct Shape {
+    static constexpr int kN = kN_;                                       // columns of x per block, padded
+    static constexpr bool kWarpgroup = kSlices_ == 0;                    // sm_90a: wgmma instead of mma.sync
+    static constexpr int kSlices = kWarpgroup ? 1 : kSlices_;
+    static constexpr int kRowFragments = csl::kTileM / 16 / (kWarps / kSlices);  // m16 fragments of one warp
+    static constexpr int kColumnFragments = kN / 8;
+    static constexpr int kSteps = csl::kTileK / 16 / kSlices;            // k16 steps of one warp
+    static constexpr int kStageBytes = kN * kRowBytes;
+    static constexpr int kSharedBytes = kImages * (kTileBytes + kStageBytes);
+    static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
+    static_assert(kSlices * kSteps * 16 == csl::kTileK, "K slices must cover the tile");
+
+    // First row of this warp's fragment i: wgmma gives a warp 16 of every 64 rows, mma.sync consecutive ones.
+    FLASHLLM_DEVICE static int row(int i) {
+        const int warp = threadIdx.x >> 5;
+        return kWarpgroup ? i * 64 + warp * 16 : (warp / kSlices * kRowFragments + i) * 16;
+    }
+    FLASHLLM_DEVICE static int slice() { return kWarpgroup ? 0 : (threadIdx.x >> 5) % kSlices; }
+};
+
+template <typename S>
+using Accumulators = float[S::kRowFragments][S::kColumnFragments][4];
+
+// ---- words: registers -> image ---------------------------------------------------------------------------
+
+// What an empty tile reads: value 0 at location 0.
+__device__ const uint4 kNoWords = {0, 0, 0, 0};
+
+// The words of one tile that this thread holds. Threads past the last vector hold a copy of it: storing the same
+// value to the same place again costs no bank conflict, and saves every branch.
+template <int kVectors>
+struct Words {
+    uint4 vector[kVectors];
+};
+
+template <int kVectors>
+FLASHLLM_DEVICE void load_words(Words<kVectors>& words, const uint4* all_words, int begin, int end) {
+    const uint4* tile = end > begin ? all_words + begin : &kNoWords;
+    const int last = max(end - begin - 1, 0);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+        words.vector[i] = ptx::load_streaming(tile + min(static_cast<int>(threadIdx.x) + i * kThreads, last));
+    }
+}
+
+template <bool kZero, int kOffset>
+FLASHLLM_DEVICE void store_vector(const uint4& vector, unsigned images) {
+    ptx::scatter_low_half<kZero, kOffset>(vector.x, images);
+    ptx::scatter_low_half<kZero, kOffset>(vector.y, images);
+    ptx::scatter_low_half<kZero, kOffset>(vector.z, images);
+    ptx::scatter_low_half<kZero, kOffset>(vector.w, images);
+}
+
+// Writes the values (or, to clear, zeros) to their places in image kImage.
+template <bool kZero, int kImage, int kVectors>
+FLASHLLM_DEVICE void store_words(const Words<kVectors>& words, unsigned images) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) store_vector<kZero, kImage * kTileBytes>(words.vector[i], images);
+}
+
+// The words of a tile (from offset[0] to offset[1]) that are more than the registers hold, read from memory again:
+// slower, and right for any density.
+template <bool kZero, int kImage, int kVectors>
+FLASHLLM_DEVICE void store_excess(unsigned images, const uint4* all_words, const int* offset) {
+    const int begin = __ldg(offset), count = __ldg(offset + 1) - begin;
+    for (int i = kVectors * kThreads + threadIdx.x; i < count; i += kThreads) {
+        store_vector<kZero, kImage * kTileBytes>(__ldg(all_words + begin + i), images);
+    }
+}
+
+FLASHLLM_DEVICE void zero_image(unsigned image) {
+#pragma unroll
+    for (int i = 0; i < kTileBytes / 16 / kThreads; ++i) {
+        ptx::store_shared_zero16(image + (i * kThreads + threadIdx.x) * 16);
+    }
+}
+
+// ---- x: global -> stage ------------------------------------------------------------------------------------
+
+// Walks x along K, one [kN][64] stage per tile, swizzled like an image; wraps to column 0 where a row of tiles
+// ends. Rows beyond N and columns beyond K become zeros.
+template <typename S, bool kAligned>
+struct XLoader {
+    static constexpr int kChunks = S::kN * 8;  // 16-byte chunks of a stage
+    static constexpr int kTurns = (kChunks + kThreads - 1) / kThreads;
+
+    const unsigned short* source;  // this thread's first chunk of the next stage
+    const unsigned short* x;       // a valid address
+    unsigned target;               // its place in stage 0
+    int K, column, n_left;         // n_left: rows from this thread's first row on
+
+    FLASHLLM_DEVICE XLoader(const unsigned short* x_, int n0, int N, int K_, int tile_k, unsigned stages)
+        : x(x_), K(K_) {
+        const int n = threadIdx.x >> 3, chunk = threadIdx.x & 7;
+        n_left = N - n0 - n;
+        column = tile_k * csl::kTileK + chunk * 8;
+        source = x + static_cast<long long>(n0 + n) * K + column;
+        target = stages + n * kRowBytes + ((chunk ^ (n & 7)) << 4);
+    }
+
+    template <int kStage>
+    FLASHLLM_DEVICE void load() {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            constexpr int kRows = kThreads / 8;  // rows of one turn
+            const bool active = kChunks >= kThreads || threadIdx.x < kChunks;
+            const bool inside = turn * kRows < n_left && column < K;
+            const unsigned short* from = source + static_cast<long long>(turn * kRows) * K;
+            const unsigned to = target + kStage * S::kStageBytes + turn * kRows * kRowBytes;
+            if constexpr (kAligned) {
+                ptx::copy_async16(active, to, inside ? from : x, inside ? 16u : 0u);
+            } else if (active) {
+                // K is no multiple of 8: rows start at any 2-byte address, so 16-byte copies are out.
+                unsigned pair[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const unsigned low = inside && column + 2 * j < K ? from[2 * j] : 0u;
+                    const unsigned high = inside && column + 2 * j + 1 < K ? from[2 * j + 1] : 0u;
+                    pair[j] = low | high << 16;
+                }
+                ptx::store_shared(to, make_uint4(pair[0], pair[1], pair[2], pair[3]));
+            }
+        }
+        source += csl::kTileK, column += csl::kTileK;
+        const int over = column - (K + csl::kTileK - 1) / csl::kTileK * csl::kTileK;
+        if (over >= 0) source += over - column, column = over;
+    }
+};
+
+// ---- tensor cores ------------------------------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Starts image times x on the warpgroup tensor cores, which read both operands from shared memory.
+template <typename T, typename S>
+FLASHLLM_DEVICE void start_multiply(Accumulators<S>& sum, unsigned image_operand, unsigned stage_operand) {
+    ptx::warpgroup_begin();
+#pragma unroll
+    for (int step = 0; step < csl::kTileK / 16; ++step)
+#pragma unroll
+        for (int i = 0; i < S::kRowFragments; ++i) {
+            ptx::warpgroup_mma<T>(sum[i], image_operand + (i * 64 * kRowBytes + step * 32) / 16,
+                                  stage_operand + step * 32 / 16);
+        }
+    ptx::warpgroup_commit();
+}
+#endif
+
+template <typename T, typename S>
+FLASHLLM_DEVICE void multiply(Accumulators<S>& sum, unsigned image, unsigned stage) {
+    const int lane = threadIdx.x & 31;
+    const unsigned a_row = image + (S::row(0) + (lane & 15)) * kRowBytes;
+    const unsigned b_row = stage + ((lane & 7) + (S::kN > 8 ? (lane >> 4) * 8 : 0)) * kRowBytes;
+#pragma unroll
+    for (int step = 0; step < S::kSteps; ++step) {
+        const int chunk = (S::slice() * S::kSteps + step) * 2;  // 16-byte chunks along K
+        unsigned b[S::kColumnFragments][2];
+        const unsigned b_chunk = ((chunk + (lane >> 3 & 1)) ^ (lane & 7)) << 4;
+        if constexpr (S::kN == 8) {
+            ptx::load_matrix_x2(b[0][0], b[0][1], b_row + b_chunk);
+        } else {
+#pragma unroll
+            for (int j = 0; j < S::kColumnFragments; j += 2) {
+                unsigned quad[4];
+                ptx::load_matrix_x4(quad, b_row + j * 8 * kRowBytes + b_chunk);
+                b[j][0] = quad[0], b[j][1] = quad[1], b[j + 1][0] = quad[2], b[j + 1][1] = quad[3];
+            }
+        }
+        const unsigned a_chunk = ((chunk + (lane >> 4)) ^ (lane & 7)) << 4;
+#pragma unroll
+        for (int i = 0; i < S::kRowFragments; ++i) {
+            unsigned a[4];
+            ptx::load_matrix_x4(a, a_row + i * 16 * kRowBytes + a_chunk);
+#pragma unroll
+            for (int j = 0; j < S::kColumnFragments; ++j) ptx::mma_m16n8k16<T>(sum[i][j], a, b[j][0], b[j][1]);
+        }
+    }
+}
+
+// ---- epilogue ----------------------------------------------------------------------------------------------
+
+// Adds the K slices' accumulators in slice order in shared memory, 32 columns of y at a time (a 16 KB image is
+// the scratch), and hands each thread groups of 4 neighbouring rows m of one column n:
+// consume(n, m, float4). Leaves the accumulators zero.
+template <typename S, typename Consume>
+FLASHLLM_DEVICE void drain(Accumulators<S>& sum, float* scratch, Consume&& consume) {
+    constexpr int kColumns = S::kN < 32 ? S::kN : 32;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+    for (int first = 0; first < S::kN; first += kColumns) {
+#pragma unroll
+        for (int turn = 0; turn < S::kSlices; ++turn) {
+            if (S::slice() == turn) {
+#pragma unroll
+                for (int i = 0; i < S::kRowFragments; ++i)
+#pragma unroll
+                    for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) {
+                            const int n = j * 8 + (lane & 3) * 2 + (r & 1);
+                            const int m = S::row(i) + (lane >> 2) + (r >> 1) * 8;
+                            // XOR by the quad lane: the 32 lanes of a store fall on 32 banks.
+                            float& cell = scratch[n * csl::kTileM + (m ^ ((lane & 3) << 3))];
+                            float& mine = sum[i][first / 8 + j][r];
+                            cell = turn == 0 ? mine : cell + mine;
+                            mine = 0.0f;
+                        }
+            }
+            __syncthreads();
+        }
+#pragma unroll 4
+        for (int n = warp; n < kColumns; n += kWarps) {
+            const int m = lane * 4;
+            const float* cell = scratch + n * csl::kTileM + (m ^ ((n >> 1 & 3) << 3));
+            consume(first + n, m, *reinterpret_cast<const float4*>(cell));
+        }
+        __syncthreads();
+    }
+}
+
+template <typename T>
+FLASHLLM_DEVICE T round_to(float value);
+template <>
+FLASHLLM_DEVICE __half round_to<__half>(float value) {
+    return __float2half_rn(value);
+}
+template <>
+FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+
+// y[n, m..m+3]; rows beyond M do not exist. 8-byte stores where M keeps them aligned.
+template <typename T>
+FLASHLLM_DEVICE void store_y(T* y, int n, int m, int M, const float4& value) {
+    T* target = y + static_cast<long long>(n) * M + m;
+    const T rounded[4] = {round_to<T>(value.x), round_to<T>(value.y), round_to<T>(value.z),
+                          round_to<T>(value.w)};
+    if (M % 4 == 0) {
+        if (m < M) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(rounded);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (m + i < M) target[i] = rounded[i];
+    }
+}
+
+// ---- kernel ------------------------------------------------------------------------------------------------
+
+// One block's walk over its tiles. The image, x stage, register set and offset of a tile are number (tile % 3), a
+// compile-time constant in each of the three unrolled phases: every shared address is a register plus an
+// immediate, and nothing moves between registers.
+template <typename T, typename S, int kVectors, int kPrefetch, bool kAligned, bool kOverlap, bool kUndo>
+struct Walk {
+    const uint4* words;
+    const int* offset;           // of the block's first tile
+    int total;                   // vectors in the whole weight
+    unsigned images, stages, image_operand, stage_operand;
+    int tile = 0, count;
+    int edge[kImages];           // where the words of the tiles under way begin
+    unsigned excess = 0;         // bit i: the last but i tile loaded has more words than the registers hold
+    XLoader<S, kAligned> x;
+    Words<kVectors> sets[kImages];
+
+    FLASHLLM_DEVICE Walk(const uint4* words, const int* offset, int total, int count, unsigned shared,
+                         XLoader<S, kAligned> x)
+        : words(words), offset(offset), total(total), images(shared), stages(shared + kImages * kTileBytes),
+          image_operand(ptx::operand(images)), stage_operand(ptx::operand(stages)), count(count), x(x) {}
+
+    // Loads the words of set kSet's next tile, number `ahead` from the present one. Past the block's last tile the
+    // edges stand still: no words.
+    template <int kSet>
+    FLASHLLM_DEVICE void load_next(int ahead) {
+        constexpr int kAfter = (kSet + 1) % kImages;
+        const int begin = edge[kSet], end = edge[kAfter];
+        load_words(sets[kSet], words, begin, end);
+        excess = excess << 1 | (end - begin > kVectors * kThreads);
+        if constexpr (kPrefetch > 0) {
+            constexpr int kDistance = kPrefetch * 64;  // vectors
+            ptx::prefetch_to_l2(threadIdx.x == 0 && begin < end && end + kDistance <= total,
+                                words + begin + kDistance, (end - begin) * 16);
+        }
+        edge[(kSet + 2) % kImages] = __ldg(offset + min(tile + ahead + 2, count));
+    }
+
+    FLASHLLM_DEVICE void fill() {
+        edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);
+        x.template load<0>();
+        ptx::copy_async_commit();
+        load_next<0>(0);
+        if constexpr (kOverlap) {
+            load_next<1>(1);
+            if (count > 1) x.template load<1>();
+            ptx::copy_async_commit();
+        }
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) sets[kImages - 1].vector[i] = make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < kImages; ++i) zero_image(images + i * kTileBytes);
+        __syncthreads();
+        store_words<false, 0>(sets[0], images);
+        store_excess<false, 0, kVectors>(images, words, offset);
+        finish();
+    }
+
+    // Makes the next tile's image and x stage visible to the whole block.
+    FLASHLLM_DEVICE void finish() {
+        ptx::copy_async_wait<kOverlap ? 1 : 0>();
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+        // In this order: with the fence first, ptxas 12.9 crashes.
+        if constexpr (S::kWarpgroup) ptx::warpgroup_wait();
+        if constexpr (S::kWarpgroup) ptx::fence_async_proxy();
+#endif
+        __syncthreads();
+    }
+
+    template <int u>
+    FLASHLLM_DEVICE void phase(Accumulators<S>& sum) {
+        constexpr int kNext = (u + 1) % kImages, kLast = (u + 2) % kImages;
+        if constexpr (S::kWarpgroup) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+            start_multiply<T, S>(sum, image_operand + u * kTileBytes / 16, stage_operand + u * S::kStageBytes / 16);
+            if constexpr (!kOverlap) ptx::warpgroup_wait();
+#endif
+        }
+        if constexpr (kOverlap) {
+            if (tile + 2 < count) x.template load<kLast>();
+        } else {
+            if (tile + 1 < count) x.template load<kNext>();
+        }
+        ptx::copy_async_commit();  // committed even when empty: the wait counts groups
+        // Rare: the previous or the next tile is denser than the registers hold. With overlap, tile + 1 has been
+        // loaded, so these are bits 2 and 0; without, the present tile was the last, and the next comes below.
+        constexpr unsigned kLastBit = kOverlap ? 4 : 2, kNextBit = kOverlap ? 1 : 0;
+        if (excess & (kLastBit | kNextBit)) {
+            if (kUndo && (excess & kLastBit)) store_excess<true, kLast, kVectors>(images, words, offset + tile - 1);
+            if (excess & kNextBit) store_excess<false, kNext, kVectors>(images, words, offset + tile + 1);
+        }
+        if constexpr (kUndo) store_words<true, kLast>(sets[kLast], images);
+        else zero_image(images + kLast * kTileBytes);
+        if constexpr (kOverlap) load_next<kLast>(2);
+        else __syncthreads();
+        if constexpr (!S::kWarpgroup) multiply<T, S>(sum, images + u * kTileBytes, stages + u * S::kStageBytes);
+        if constexpr (!kOverlap) {
+            __syncthreads();
+            load_next<kNext>(1);
+            if (excess & 1) store_excess<false, kNext, kVectors>(images, words, offset + tile + 1);
+        }
+        store_words<false, kNext>(sets[kNext], images);
+        finish();
+    }
+};
+
+// Grid (G, ceil(N / kN)). workspace: see stream_k.cuh; zero before the first launch, counters zero after each.
+// kSlices 0: warpgroup tensor cores. kVectors: words per thread and tile held in registers, in vectors of 4.
+// kPrefetch: KiB of words brought to the L2 ahead of their loads, 0 = off. kAligned: K is a multiple of 8 and x
+// 16-byte aligned. For the ablation: kOverlap false = one activity at a time; kUndo false = clear whole images.
+template <typename T, int kN, int kSlices, int kVectors, int kPrefetch, int kMinBlocks, bool kAligned, bool kOverlap,
+          bool kUndo>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const int* __restrict__ offsets,
+               T* __restrict__ y, unsigned char* __restrict__ workspace, int M, int N, int K) {
+    using S = Shape<kN, kSlices>;
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned base = ptx::shared_address(shared);
+
+    const StreamK<kN> split((M + csl::kTileM - 1) / csl::kTileM, (K + csl::kTileK - 1) / csl::kTileK, workspace);
+    const long long first = split.first_tile(blockIdx.x);
+    const int count = static_cast<int>(split.first_tile(blockIdx.x + 1) - first);
+    const int n0 = blockIdx.y * kN;
+    int tile_m = static_cast<int>(first / split.tiles_k);
+    const int tile_k = static_cast<int>(first % split.tiles_k);
+
+    Walk<T, S, kVectors, kPrefetch, kAligned, kOverlap, kUndo> walk(
+        words, offsets + first, offsets[split.tiles()], count, base,
+        XLoader<S, kAligned>(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k,
+                             base + kImages * kTileBytes));
+    walk.fill();
+    Accumulators<S> sum = {};
+
+    int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
+    while (true) {
+#pragma unroll
+        for (int u = 0; u < kImages; ++u) {
+            if (u == 0) walk.template phase<0>(sum);
+            if (u == 1) walk.template phase<1>(sum);
+            if (u == 2) walk.template phase<2>(sum);
+            if (++walk.tile != row_end) continue;
+            // A row of tiles ends. The present image has been read and not yet cleared: it serves as scratch.
+            const auto piece = split.piece(blockIdx.x, tile_m, blockIdx.y);
+            const int m0 = tile_m * csl::kTileM;
+            drain<S>(sum, reinterpret_cast<float*>(shared + u * kTileBytes), [&](int n, int m, const float4& value) {
+                if (n0 + n >= N) return;
+                if (piece.whole) store_y(y, n0 + n, m0 + m, M, value);
+                else piece.store(n, m, value);
+            });
+            if (!piece.whole && piece.arrive_last()) {
+                const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+                for (int n = warp; n < kN && n0 + n < N; n += kWarps) {
+                    store_y(y, n0 + n, m0 + lane * 4, M, piece.total(n, lane * 4));
+                }
+            }
+            if (walk.tile == count) return;
+            zero_image(base + u * kTileBytes);  // the coming undo stores more zeros: harmless
+            ++tile_m;
+            row_end = min(count, row_end + split.tiles_k);
+            __syncthreads();
+        }
+    }
+}
+
+}  // namespace flashllm

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unstructured-sparse LLM weights on GPU tensor cores, from Python.
+
+Public names load on first use, so ``import flashllm`` needs neither CuPy nor a GPU and takes no time::
+
+    import flashllm
+
+    w = flashllm.TiledCSL.from_dense(weight)   # [M, K] with zeros -> packed tiles
+    y = flashllm.spmm(x, w)                    # [N, K] -> [N, M]
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashllm.errors import (
+        ArgumentError,
+        CompileError,
+        DeviceMemoryError,
+        FlashLLMError,
+        FormatError,
+        MissingDependencyError,
+        UnsupportedDeviceError,
+        VerificationError,
+    )
+    from flashllm.formats.base import SparseWeight
+    from flashllm.formats.tiled_csl import TiledCSL
+    from flashllm.matmul import Plan, plan, spmm
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ArgumentError": "flashllm.errors",
+    "CompileError": "flashllm.errors",
+    "DeviceMemoryError": "flashllm.errors",
+    "FlashLLMError": "flashllm.errors",
+    "FormatError": "flashllm.errors",
+    "MissingDependencyError": "flashllm.errors",
+    "UnsupportedDeviceError": "flashllm.errors",
+    "VerificationError": "flashllm.errors",
+    "SparseWeight": "flashllm.formats.base",
+    "TiledCSL": "flashllm.formats.tiled_csl",
+    "Plan": "flashllm.matmul",
+    "plan": "flashllm.matmul",
+    "spmm": "flashllm.matmul",
+}
+
+__all__ = [
+    "ArgumentError",
+    "CompileError",
+    "DeviceMemoryError",
+    "FlashLLMError",
+    "FormatError",
+    "MissingDependencyError",
+    "Plan",
+    "SparseWeight",
+    "TiledCSL",
+    "UnsupportedDeviceError",
+    "VerificationError",
+    "__version__",
+    "plan",
+    "spmm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'flashllm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense products y[N, M] = x[N, K] @ W[M, K]^T by cuBLAS and cublasLt, with a handle of our own.
+
+Inputs and outputs are fp16 or bf16, sums fp32. Every launch may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flashllm.baselines import cublas_api as api
+from flashllm.errors import ArgumentError
+
+WORKSPACE_BYTES = 32 * 2**20
+_POINTER = ctypes.c_void_p
+
+Launch = Callable[[int, int, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How W and y lie in memory, row-major: ``w`` as [M, K] or [K, M], ``y`` as [N, M] or [M, N]. x is [N,
+    K]."""
+
+    w: Literal["mk", "km"] = "mk"
+    y: Literal["nm", "mn"] = "nm"
+
+    @property
+    def label(self) -> str:
+        """E.g. ``W[M,K] y[N,M]``."""
+        return f"W[{','.join(self.w.upper())}] y[{','.join(self.y.upper())}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmCall:
+    """Arguments of a column-major C[m, n] = op(A)[m, k] @ op(B)[k, n]; A is W or, if not ``a_is_w``, x."""
+
+    transa: int
+    transb: int
+    m: int
+    n: int
+    k: int
+    lda: int
+    ldb: int
+    ldc: int
+    a_is_w: bool
+
+
+def gemm_call(layout: Layout, *, m: int, k: int, n: int) -> GemmCall:
+    """The column-major call that computes y = x @ W^T (W is m x k, n rows of x) with buffers laid out as
+    ``layout``.
+
+    A row-major [r, c] buffer is a column-major c x r matrix with leading dimension c, i.e. its own transpose.
+    """
+    w_leading = k if layout.w == "mk" else m
+    if layout.y == "nm":  # column-major y^T: M x N = W (M x K) @ x^T (K x N)
+        op_w = api.OP_T if layout.w == "mk" else api.OP_N
+        return GemmCall(transa=op_w, transb=api.OP_N, m=m, n=n, k=k, lda=w_leading, ldb=k, ldc=m, a_is_w=True)
+    # y stored [M, N] is column-major y: N x M = x (N x K) @ W^T (K x M)
+    op_w = api.OP_N if layout.w == "mk" else api.OP_T
+    return GemmCall(transa=api.OP_T, transb=op_w, m=n, n=m, k=k, lda=k, ldb=w_leading, ldc=n, a_is_w=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to compute the product. ``launch(w, x, y, stream)`` takes addresses and a handle."""
+
+    label: str
+    layout: Layout
+    launch: Launch
+
+
+class Cublas:
+    """cuBLAS and cublasLt handles with a 32 MB workspace on the current GPU; use with ``with`` or
+    :meth:`close`."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._blas, self._lt = api.libraries()
+        # An allocation first: it makes the GPU's context current, which the handles attach to.
+        self._workspace = cupy.empty(WORKSPACE_BYTES, dtype=cupy.uint8)
+        self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self._one_at, self._zero_at = ctypes.addressof(self._one), ctypes.addressof(self._zero)
+        handle, lt_handle = _POINTER(), _POINTER()
+        self._blas.call("cublasCreate_v2", ctypes.byref(handle))
+        self._lt.call("cublasLtCreate", ctypes.byref(lt_handle))
+        self._handle, self._lt_handle = handle, lt_handle
+        self._stream: int | None = None
+        self._closed = False
+
+    def __enter__(self) -> Cublas:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Destroy the handles. No captured graph of theirs may run afterwards: the workspace is freed."""
+        if not self._closed:
+            self._closed = True
+            self._blas.call("cublasDestroy_v2", self._handle)
+            self._lt.call("cublasLtDestroy", self._lt_handle)
+            del self._workspace
+
+    def _use_stream(self, stream: int) -> None:
+        if stream != self._stream:
+            self._blas.call("cublasSetStream_v2", self._handle, stream)
+            # Setting the stream puts the workspace back to cuBLAS's own, which a capture must not allocate.
+            self._blas.call(
+                "cublasSetWorkspace_v2",
+                self._handle,
+                self._workspace.data.ptr,
+                ctypes.c_size_t(WORKSPACE_BYTES),
+            )
+            self._stream = stream
+
+    def gemm_ex(self, layout: Layout, *, m: int, k: int, n: int, dtype: str) -> Candidate:
+        """cublasGemmEx with the library's own choice of algorithm."""
+        call, kind = gemm_call(layout, m=m, k=k, n=n), _data_type(dtype)
+
+        def launch(w: int, x: int, y: int, stream: int) -> None:
+            self._use_stream(stream)
+            a, b = (w, x) if call.a_is_w else (x, w)
+            self._blas.call(
+                "cublasGemmEx",
+                self._handle,
+                call.transa,
+                call.transb,
+                call.m,
+                call.n,
+                call.k,
+                self._one_at,
+                a,
+                kind,
+                call.lda,
+                b,
+                kind,
+                call.ldb,
+                self._zero_at,
+                y,
+                kind,
+                call.ldc,
+                api.COMPUTE_32F,
+                api.GEMM_DEFAULT,
+            )
+
+        return Candidate(label=f"GemmEx {layout.label}", layout=layout, launch=launch)
+
+    def lt_candidates(self, layout: Layout, *, m: int, k: int, n: int, dtype: str, count: int = 8) -> list[Candidate]:
+        """Up to ``count`` cublasLt algorithms, in the order in which its heuristic ranks them."""
+        call, kind = gemm_call(layout, m=m, k=k, n=n), _data_type(dtype)
+        operation = self._create("MatmulDesc", api.COMPUTE_32F, api.R_32F)
+        self._set("MatmulDesc", operation, api.DESC_TRANSA, ctypes.c_int32(call.transa))
+        self._set("MatmulDesc", operation, api.DESC_TRANSB, ctypes.c_int32(call.transb))
+        stored_a = (call.m, call.k) if call.transa == api.OP_N else (call.k, call.m)
+        stored_b = (call.k, call.n) if call.transb == api.OP_N else (call.n, call.k)
+        a_layout = self._create("MatrixLayout", kind, *stored_a, call.lda)
+        b_layout = self._create("MatrixLayout", kind, *stored_b, call.ldb)
+        c_layout = self._create("MatrixLayout", kind, call.m, call.n, call.ldc)
+        preference = self._create("MatmulPreference")
+        limit = ctypes.c_size_t(WORKSPACE_BYTES)
+        self._set("MatmulPreference", preference, api.PREF_MAX_WORKSPACE_BYTES, limit)
+        results, found = (api.HeuristicResult * count)(), ctypes.c_int(0)
+        status = self._lt.status(
+            "cublasLtMatmulAlgoGetHeuristic",
+            self._lt_handle,
+            operation.at,
+            a_layout.at,
+            b_layout.at,
+            c_layout.at,
+            c_layout.at,
+            preference.at,
+            count,
+            results,
+            ctypes.byref(found),
+        )
+        if status == api.NOT_SUPPORTED:  # no algorithm for this shape (a misaligned leading dimension, say)
+            return []
+        if status:
+            raise api.CublasError("cublasLtMatmulAlgoGetHeuristic", status, api.status_text(status))
+
+        def make(index: int) -> Candidate:
+            algorithm = results[index].algo
+
+            def launch(w: int, x: int, y: int, stream: int) -> None:
+                a, b = (w, x) if call.a_is_w else (x, w)
+                self._lt.call(
+                    "cublasLtMatmul",
+                    self._lt_handle,
+                    operation.at,
+                    self._one_at,
+                    a,
+                    a_layout.at,
+                    b,
+                    b_layout.at,
+                    self._zero_at,
+                    y,
+                    c_layout.at,
+                    y,
+                    c_layout.at,
+                    ctypes.byref(algorithm),
+                    self._workspace.data.ptr,
+                    WORKSPACE_BYTES,
+                    stream,
+                )
+
+            return Candidate(label=f"Lt#{index} {layout.label}", layout=layout, launch=launch)
+
+        usable = range(min(found.value, count))
+        return [make(i) for i in usable if not results[i].state and results[i].workspace_bytes <= WORKSPACE_BYTES]
+
+    def candidates(self, layouts: Sequence[Layout], *, m: int, k: int, n: int, dtype: str) -> list[Candidate]:
+        """Everything worth timing for this shape: GemmEx and the best cublasLt heuristics in every layout."""
+        found = []
+        for layout in layouts:
+            found.append(self.gemm_ex(layout, m=m, k=k, n=n, dtype=dtype))
+            found += self.lt_candidates(layout, m=m, k=k, n=n, dtype=dtype)
+        return found
+
+    def matmul(self, x: Any, w: Any, y: Any, *, dtype: str) -> None:
+        """y[N, M] = x[N, K] @ w[M, K]^T on CuPy's current stream; all row-major and contiguous."""
+        import cupy
+
+        (n, k), (m, k_w) = x.shape, w.shape
+        if k != k_w or y.shape != (n, m):
+            raise ArgumentError(
+                "y", expected=f"x[N, K], w[M, K], y[N, M]; here y {(n, m)}", got=f"{y.shape}, w {w.shape}"
+            )
+        for name, array in (("x", x), ("w", w), ("y", y)):
+            if not array.flags.c_contiguous:
+                raise ArgumentError(name, expected="a C-contiguous array", got=f"strides {array.strides}")
+        stream = int(cupy.cuda.get_current_stream().ptr)
+        product = self.gemm_ex(Layout(), m=m, k=k, n=n, dtype=dtype)
+        product.launch(w.data.ptr, x.data.ptr, y.data.ptr, stream)
+
+    def _create(self, kind: str, *arguments: int) -> _Descriptor:
+        return _Descriptor(self._lt, kind, arguments)
+
+    def _set(self, kind: str, descriptor: _Descriptor, attribute: int, value: Any) -> None:
+        name = f"cublasLt{kind}SetAttribute"
+        self._lt.call(name, descriptor.at, attribute, ctypes.byref(value), ctypes.sizeof(value))
+
+
+class _Descriptor:
+    """A cublasLt descriptor object, destroyed with the last reference to it."""
+
+    def __init__(self, lt: api.Library, kind: str, arguments: Sequence[int]) -> None:
+        self.at = _POINTER()
+        lt.call(f"cublasLt{kind}Create", ctypes.byref(self.at), *arguments)
+        weakref.finalize(self, lt.status, f"cublasLt{kind}Destroy", self.at)
+
+
+def _data_type(dtype: str) -> int:
+    if dtype not in api.DATA_TYPES:
+        raise ArgumentError("dtype", expected="fp16 or bf16", got=repr(dtype))
+    return api.DATA_TYPES[dtype]

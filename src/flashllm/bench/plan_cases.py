@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the options of a command line to the groups of cases and the source of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashllm.bench import cases
+from flashllm.bench.cases import Group
+from flashllm.bench.models import PAPER_MODELS
+from flashllm.bench.sources import FileSource, RandomSource, Source
+from flashllm.errors import ArgumentError
+from flashllm.formats.bits import check_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run is to measure. ``notes`` are lines the user should read first."""
+
+    groups: list[Group]
+    source: Source
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cases(self) -> int:
+        """Number of (shape, sparsity, N) cases."""
+        return sum(len(group.sparsities) * len(group.batches) for group in self.groups)
+
+
+def plan_work(
+    *,
+    backend: str,
+    models: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    weights: Path | None = None,
+    tensor: str | None = None,
+    sparsity: str | None = None,
+    n: str | None = None,
+    dtype: str | None = None,
+    pattern: str | None = None,
+    seed: int = 0,
+) -> Work:
+    """Check the options together and build the groups; ``None`` and empty mean: not given.
+
+    Without models, shapes and weights: the 12 shapes of the paper, or three small ones where ``backend`` is
+    not ``"cuda"``. Without a GPU a model's layers are scaled down. Raises ``ArgumentError``, ``FormatError``,
+    ``OSError``.
+    """
+    batches = cases.parse_batches(n) if n is not None else cases.DEFAULT_BATCHES
+    kind = None if dtype is None else check_dtype(dtype)
+    if weights is not None:
+        for name, given in (
+            ("model", models),
+            ("shape", shapes),
+            ("sparsity", sparsity),
+            ("pattern", pattern),
+        ):
+            if given:
+                raise ArgumentError(name, expected="nothing beside --weights, which has its own", got=str(given))
+        file = FileSource(weights, tensor, kind)
+        m, k = file.shape
+        group = Group(
+            m=m,
+            k=k,
+            sparsities=(None,),
+            batches=batches,
+            dtype=file.dtype,
+            pattern="file",
+            seed=seed,
+            model=file.name,
+            layer=file.tensor,
+        )
+        report = file.rounding.report()
+        notes = [f"{file.name}: {m}x{k}, {100 * (1 - file.density(None)):.2f} % zeros"]
+        if report.changed:
+            notes.append(
+                f"{report.changed:,} of {report.total:,} values rounded to {file.dtype}, "
+                f"{report.became_zero:,} became zero, {report.became_infinite:,} infinite"
+            )
+        return Work(groups=[group], source=file, notes=tuple(notes))
+    if tensor is not None:
+        raise ArgumentError("tensor", expected="nothing without --weights", got=repr(tensor))
+    if pattern is not None and pattern not in cases.PATTERNS:
+        raise ArgumentError("pattern", expected=f"one of {', '.join(cases.PATTERNS)}", got=repr(pattern))
+    sizes = cases.parse_shapes(shapes)
+    names = [name for text in models for name in cases.split_list(text)]
+    small = backend != "cuda"
+    if not names and not sizes:
+        if small:
+            sizes = cases.SMALL_SHAPES
+        else:
+            names = list(PAPER_MODELS)
+    groups = cases.build_groups(
+        models=names,
+        shapes=sizes,
+        sparsities=cases.parse_sparsities(sparsity) if sparsity is not None else cases.DEFAULT_SPARSITIES,
+        batches=batches,
+        dtype=kind or "fp16",
+        pattern=pattern or "uniform",
+        seed=seed,
+        max_elements=cases.SMALL_ELEMENTS if small else None,
+    )
+    scaled = small and bool(names)
+    note = ("layers of models are scaled down here, see their names; --shape takes any size",) if scaled else ()
+    return Work(groups=groups, source=RandomSource(), notes=note)

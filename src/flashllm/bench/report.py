@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns rows into tables for people: on the terminal, and as markdown for a README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashllm.bench import roofline
+from flashllm.bench.results import Row, latest
+from flashllm.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+OURS = "flashllm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """Speed-ups over cuBLAS of all cases at one sparsity and N (``None``: at all N)."""
+
+    sparsity: float | None
+    n: int | None
+    geometric: float
+    lowest: float
+    highest: float
+    cases: int
+
+
+def speedup_means(rows: Iterable[Row]) -> list[Means]:
+    """Geometric mean, lowest and highest speed-up per (sparsity, N) and per sparsity, of right results."""
+    found: dict[tuple[float | None, int | None], list[float]] = {}
+    for row in rows:
+        if row.system == OURS and row.speedup and row.check == "pass":
+            found.setdefault((row.sparsity, row.N), []).append(row.speedup)
+            found.setdefault((row.sparsity, None), []).append(row.speedup)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0] or 0.0, item[0][1] or math.inf))
+    return [
+        Means(
+            sparsity=sparsity,
+            n=n,
+            geometric=math.exp(math.fsum(map(math.log, values)) / len(values)),
+            lowest=min(values),
+            highest=max(values),
+            cases=len(values),
+        )
+        for (sparsity, n), values in ordered
+    ]
+
+
+def _title(row: Row) -> str:
+    return " ".join(part for part in (row.model, row.layer) if part)
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _sparsity(row: Row) -> str:
+    return f"{row.sparsity_real if row.sparsity is None else row.sparsity:.3g}"
+
+
+def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
+    """Measured rows of a GPU run and, below, the means of the speed-ups."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="x[N,K] @ W[M,K]^T", title_justify="left")
+    named = any(_title(row) for row in rows)
+    if named:
+        table.add_column("weights", no_wrap=True)
+    table.add_column("system", no_wrap=True)
+    for heading in (
+        "MxK",
+        "N",
+        "sparsity",
+        "us",
+        "TFLOP/s*",
+        "GB/s",
+        "% of roofline",
+        "speed-up",
+        "error/bound",
+        "",
+    ):
+        table.add_column(heading, justify="right")
+    previous: tuple[object, ...] = ()
+    for row in rows:
+        case = (row.model, row.layer, row.M, row.K, row.N)
+        if previous and case != previous:
+            table.add_section()
+        percent = None if row.roofline_fraction is None else 100 * row.roofline_fraction
+        title = [escape(_title(row)) if case != previous else ""] if named else []
+        table.add_row(
+            *title,
+            escape(row.system if row.system == OURS else f"{row.system} {row.kernel}"),
+            f"{row.M}x{row.K}",
+            str(row.N),
+            _sparsity(row) if row.system == OURS else "dense",
+            _fixed(row.median_us, 2),
+            _fixed(row.tflops, 1),
+            _fixed(row.gbps, 0),
+            _fixed(percent, 1),
+            _fixed(row.speedup, 2) if row.system != "cublas" else "1",
+            _fixed(row.max_err_over_bound, 3),
+            "ok" if row.check == "pass" else "[red]WRONG[/]",
+        )
+        previous = case
+    means = speedup_means(rows)
+    parts: list[RenderableType] = [table, "* counted as if W were dense"]
+    if means:
+        summary = Table(title="speed-up over cuBLAS", title_justify="left")
+        for heading in ("sparsity", "N", "geometric mean", "lowest", "highest", "cases"):
+            summary.add_column(heading, justify="right")
+        for index, mean in enumerate(means):
+            if index and mean.sparsity != means[index - 1].sparsity:
+                summary.add_section()
+            summary.add_row(
+                "file" if mean.sparsity is None else f"{mean.sparsity:g}",
+                "all" if mean.n is None else str(mean.n),
+                f"{mean.geometric:.3f}",
+                f"{mean.lowest:.3f}",
+                f"{mean.highest:.3f}",
+                str(mean.cases),
+            )
+        parts.append(summary)
+    return parts
+
+
+def model_table(rows: Sequence[Row], gpu: roofline.Gpu) -> list[RenderableType]:
+    """Rows of a run without a GPU: bytes, the time ``gpu`` would need to move them, the check."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="no GPU: numerics and bytes only", title_justify="left")
+    named = any(_title(row) for row in rows)
+    if named:
+        table.add_column("weights", no_wrap=True)
+    for heading in (
+        "MxK",
+        "N",
+        "sparsity",
+        "format",
+        "MB",
+        "% of dense",
+        "floor us",
+        "dense floor us",
+        "error/bound",
+        "",
+    ):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        weight_bytes = row.rotated_mb * 1e6 / row.copies
+        dense_bytes = 2 * row.M * row.K
+        floor = roofline.floor_us(row.bytes, gpu.read_gbps)
+        dense_floor = roofline.floor_us(roofline.product_bytes(row.M, row.K, row.N, dense_bytes), gpu.read_gbps)
+        title = [escape(_title(row))] if named else []
+        table.add_row(
+            *title,
+            f"{row.M}x{row.K}",
+            str(row.N),
+            _sparsity(row),
+            row.format,
+            f"{weight_bytes / 1e6:.2f}",
+            f"{100 * weight_bytes / dense_bytes:.1f}",
+            f"{floor:.2f}",
+            f"{dense_floor:.2f}",
+            _fixed(row.max_err_over_bound, 3),
+            "ok" if row.check == "pass" else "[red]WRONG[/]",
+        )
+    note = (
+        f"floor: modelled, not measured: all bytes moved once at {gpu.read_gbps:.0f} GB/s "
+        f"({gpu.name}, {gpu.source}); no kernel is faster"
+    )
+    return [table, note]
+
+
+def markdown(rows: Sequence[Row], *, full: bool = False, allow_dirty: bool = False) -> str:
+    """Markdown of committed results: speed-up per sparsity and N, with ``full`` every case too.
+
+    Of repeated measurements the last counts. Raises :class:`ArgumentError` for rows that no commit vouches
+    for, that failed their check, or that must not stand in one table (several GPU models, launch or cache
+    modes).
+    """
+    rows = latest([row for row in rows if row.kind == "kernel"])
+    ours = [row for row in rows if row.system == OURS and row.speedup is not None]
+    if not ours:
+        raise ArgumentError("results", expected="rows of flashllm with a speed-up", got="none")
+    for row in ours:
+        where = f"a row of {row.M}x{row.K} N={row.N} measured {row.time_utc}"
+        if row.commit is None or row.dirty is None:
+            raise ArgumentError("results", expected="rows that name their commit", got=f"{where} without one")
+        if row.dirty and not allow_dirty:
+            raise ArgumentError("results", expected="rows of unchanged commits", got=f"{where} with local changes")
+        if row.check != "pass":
+            raise ArgumentError("results", expected="rows that passed their check", got=where)
+    for field in ("gpu", "driver", "launch", "l2", "dtype", "pattern"):
+        values = sorted({str(getattr(row, field)) for row in ours})
+        if len(values) > 1:
+            raise ArgumentError("results", expected=f"one {field} in a table", got=", ".join(values))
+    first = ours[0]
+    commits = ", ".join(sorted({str(row.commit)[:10] for row in ours}))
+    dates = sorted({row.time_utc[:10] for row in ours})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    lines = [
+        f"{first.gpu}, driver {first.driver}, CUDA {first.cuda}, cuBLAS {first.cublas}; {first.dtype}, "
+        f"{first.pattern} zeros, L2 {first.l2}, {first.launch} launches; commit {commits}, {when}.",
+        "",
+        "| zeros | N | speed-up over cuBLAS (geometric mean) | lowest | highest | cases |",
+        "|---|---|---|---|---|---|",
+    ]
+    for mean in speedup_means(ours):
+        name = "file" if mean.sparsity is None else f"{100 * mean.sparsity:g} %"
+        count = "all" if mean.n is None else str(mean.n)
+        lines.append(
+            f"| {name} | {count} | {mean.geometric:.2f} | {mean.lowest:.2f} | {mean.highest:.2f} | {mean.cases} |"
+        )
+    if full:
+        lines += ["", "| weights | MxK | N | zeros | us | cuBLAS us | speed-up | % of roofline |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for row in ours:
+            share = None if row.roofline_fraction is None else 100 * row.roofline_fraction
+            lines.append(
+                f"| {_title(row) or '-'} | {row.M}x{row.K} | {row.N} | {_sparsity(row)} "
+                f"| {_fixed(row.median_us, 1)} | {_fixed(row.cublas_us, 1)} | {_fixed(row.speedup, 2)} "
+                f"| {_fixed(share, 0)} |"
+            )
+    return "\n".join(lines) + "\n"

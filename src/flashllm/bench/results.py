@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of results: their fields, types and values, and files of them (JSON Lines)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flashllm.errors import FormatError
+
+SCHEMA = 1
+
+_VALUES: dict[str, tuple[str, ...]] = {
+    "kind": ("kernel", "e2e", "quality", "encode"),
+    "dtype": ("fp16", "bf16"),
+    "pattern": ("uniform", "per-row", "skewed", "columns", "block", "2:4", "file"),
+    "format": ("dense", "tiled-csl", "bitmap", "slot24", "csr", "2:4"),
+    "choice": ("auto", "tuned", "forced"),
+    "l2": ("cold", "warm"),
+    "launch": ("graph", "graph-pdl", "stream"),
+    "check": ("pass", "fail"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. ``None`` means: does not apply, or could not be read on this machine.
+
+    Times are microseconds of one launch, bytes are bytes, ``*_gbps`` 10^9 bytes per second, ``tflops``
+    counted as if W were dense. Without a GPU every time is ``None``.
+    """
+
+    schema: int
+    kind: str
+    run_id: str
+    sweep_id: str
+    time_utc: str
+    commit: str | None
+    dirty: bool | None
+    command: str
+    backend: str
+    gpu: str | None
+    arch: str | None
+    sm_count: int | None
+    driver: str | None
+    cuda: str | None
+    cupy: str | None
+    cublas: str | None
+    sm_mhz: int | None
+    temp_c: int | None
+    power_w: float | None
+    model: str | None
+    layer: str | None
+    M: int
+    K: int
+    N: int
+    dtype: str
+    sparsity: float | None
+    """Fraction of zeros asked for; ``None`` for a file. Dense systems run on the sparsest matrix."""
+    sparsity_real: float
+    pattern: str
+    seed: int
+    system: str
+    format: str
+    kernel: str
+    choice: str
+    deterministic: bool | None
+    l2: str | None
+    launch: str | None
+    copies: int
+    rotated_mb: float
+    read_gbps: float | None
+    bytes: int
+    median_us: float | None
+    p20_us: float | None
+    p80_us: float | None
+    min_us: float | None
+    launches: int
+    tflops: float | None
+    gbps: float | None
+    roofline_fraction: float | None
+    cublas_us: float | None
+    speedup: float | None
+    max_err_over_bound: float | None
+    """Largest error in units of the promised bound; ``None`` with ``check`` = fail: not a number."""
+    reference: str
+    check: str
+
+    def __post_init__(self) -> None:
+        validate(asdict(self))
+
+    def to_json(self) -> str:
+        """The row as one line of JSON, without the line end."""
+        return json.dumps(asdict(self), allow_nan=False, separators=(",", ":"))
+
+
+@lru_cache(maxsize=1)
+def _types() -> dict[str, tuple[type, ...]]:
+    hints = typing.get_type_hints(Row)
+    found: dict[str, tuple[type, ...]] = {}
+    for field in fields(Row):
+        hint = hints[field.name]
+        found[field.name] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return found
+
+
+def validate(row: dict[str, Any], *, where: str | None = None) -> None:
+    """Check that ``row`` has every field of the schema and no other, each of its type and among its values.
+
+    Raises :class:`FormatError`; ``where`` (a file and line) is put in front of the message.
+    """
+
+    def refuse(field: str, expected: str, got: str) -> None:
+        raise FormatError(path=where, field=field, expected=expected, got=got)
+
+    expected_types = _types()
+    if row.get("schema") != SCHEMA:
+        refuse("schema", str(SCHEMA), repr(row.get("schema")))
+    for field in expected_types.keys() - row.keys():
+        refuse(field, "a value", "no such field")
+    for field in row.keys() - expected_types.keys():
+        refuse(field, "only fields of the schema", "an unknown field")
+    for field, allowed in expected_types.items():
+        value = row[field]
+        # bool is an int to Python, never to this schema; an int is a fine float.
+        good = type(value) in allowed or (float in allowed and type(value) is int)
+        if not good:
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+            refuse(field, names, repr(value))
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(field, "a finite number", repr(value))
+        if value is not None and field in _VALUES and value not in _VALUES[field]:
+            refuse(field, f"one of {', '.join(_VALUES[field])}", repr(value))
+    if min(row["M"], row["K"], row["N"]) < 1:
+        refuse("M, K, N", "positive integers", f"{row['M']}, {row['K']}, {row['N']}")
+
+
+def from_dict(row: dict[str, Any], *, where: str | None = None) -> Row:
+    """A :class:`Row` from its JSON object. Raises :class:`FormatError`."""
+    validate(row, where=where)
+    return Row(**row)
+
+
+def append(path: str | Path, row: Row) -> None:
+    """Add ``row`` to the file, made if absent: one write of one whole line, on disk before this returns."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        data = (row.to_json() + "\n").encode()
+        if os.write(handle, data) != len(data):
+            raise OSError(f"{path}: the disk is full, a row was cut short")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(path: str | Path, *, kind: str | None = "kernel") -> list[Row]:
+    """Rows of one file, in order; lines of another ``kind`` are skipped (``None``: every line must be a
+    kernel row).
+
+    A last line without its line end was cut short by a crash and is left out. Raises :class:`FormatError`
+    (file, line, field) for anything else that is no row, and ``OSError`` when the file cannot be read.
+    """
+    data = Path(path).read_bytes()
+    rows = []
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise FormatError(path=where, field="line", expected="a JSON object", got=str(error)) from error
+        if not isinstance(value, dict):
+            raise FormatError(path=where, field="line", expected="a JSON object", got=type(value).__name__)
+        if kind is None or value.get("kind") == kind:
+            rows.append(from_dict(value, where=where))
+    return rows
+
+
+def drop_torn_line(path: str | Path) -> bool:
+    """Cut off a last line that a crash left without its line end; say whether there was one."""
+    with Path(path).open("r+b") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole == len(data):
+            return False
+        file.truncate(whole)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def write_csv(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write ``rows`` as CSV with a header line; ``None`` becomes an empty cell."""
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(asdict(row))
+
+
+Key = tuple[Any, ...]
+
+
+def case_key(row: Row) -> Key:
+    """What makes two rows measurements of the same thing, on whatever machine and at whatever time."""
+    return (
+        row.system,
+        row.backend,
+        row.model,
+        row.layer,
+        row.M,
+        row.K,
+        row.N,
+        row.dtype,
+        row.sparsity,
+        row.pattern,
+        row.seed,
+        row.l2,
+        row.launch,
+    )
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows with the same :func:`case_key` on the same GPU model only the last, in order."""
+    last: dict[Key, Row] = {}
+    for row in rows:
+        key = (row.gpu, *case_key(row))
+        last.pop(key, None)
+        last[key] = row
+    return list(last.values())

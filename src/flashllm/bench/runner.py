@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs cases on the GPU: packs the weights, checks, times all systems side by side, checks again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashllm.baselines.cublas import Cublas, Layout
+from flashllm.bench import check, systems, telemetry, timing
+from flashllm.bench.bandwidth import read_gbps
+from flashllm.bench.cases import Group
+from flashllm.bench.data import largest_magnitude, make_inputs, to_float64
+from flashllm.bench.environment import Environment
+from flashllm.bench.rows import make_row
+from flashllm.bench.runner_types import Advance, Emit, Wanted
+from flashllm.bench.runs import Prepared, Run
+from flashllm.bench.sources import Source
+from flashllm.errors import DeviceMemoryError
+
+_SPARE_BYTES = 2**30  # float64 rows of the reference, workspaces, inputs, outputs
+_PACKING = 1.1  # packed bytes over 4 bytes per nonzero: tile padding and offsets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run measures; ``check_rows`` is how many rows of W are compared with float64."""
+
+    method: timing.Method = field(default_factory=timing.Method)
+    layouts: tuple[Layout, ...] = systems.LAYOUTS_BOTH
+    check_rows: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """Everything of one group that lies on the device."""
+
+    group: Group
+    inputs: dict[int, Any]
+    """x by N."""
+    prepared: dict[float | None, Prepared]
+    packed: dict[float | None, list[Any]]
+    """Rotating copies of the packed weights, by sparsity."""
+    dense: dict[str, list[Any]]
+    """Rotating copies of the dense weights, by layout; of the last entry of ``prepared``."""
+    dense_item: Prepared
+
+
+def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: int) -> int:
+    """Device bytes that measuring ``group`` takes at most, about."""
+
+    def rotated(n_bytes: int) -> int:
+        return n_bytes * timing.rotation_copies(n_bytes, l2_bytes, settings.method.l2)
+
+    packed = [int(4 * _PACKING * source.density(s) * group.m * group.k) + 4096 for s in group.sparsities]
+    kinds = len({layout.w for layout in settings.layouts})
+    encoding = (group.dense_bytes + max(packed)) // 4
+    return kinds * rotated(group.dense_bytes) + sum(map(rotated, packed)) + encoding + _SPARE_BYTES
+
+
+def check_memory(groups: Iterable[Group], source: Source, settings: Settings) -> None:
+    """Raise :class:`DeviceMemoryError` before any work when a group does not fit on the current GPU."""
+    from flashllm.device import device_facts, free_memory
+
+    free = free_memory()
+    for group in groups:
+        needed = required_bytes(group, source, settings, device_facts().l2_bytes)
+        if needed > free:
+            raise DeviceMemoryError(f"benchmark of {group.title}", needed=needed, free=free)
+
+
+class CudaRunner:
+    """One run on the current GPU. ``emit`` gets every row as soon as it is known."""
+
+    def __init__(self, environment: Environment, settings: Settings, source: Source, emit: Emit) -> None:
+        import cupy
+
+        self._environment, self._settings, self._source, self._emit = environment, settings, source, emit
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self.read_gbps = 0.0
+
+    def run(self, groups: Iterable[Group], *, wanted: Wanted, advance: Advance) -> None:
+        """Measure every ``wanted`` case of ``groups``; ``advance(title, cases)`` follows the progress."""
+        import cupy
+
+        with self._stream, Cublas() as cublas:
+            advance("read bandwidth", 0)
+            self.read_gbps = read_gbps(self._stream)
+            for group in groups:
+                cases = {n: [s for s in group.sparsities if wanted(group, s, n)] for n in group.batches}
+                cases = {n: sparsities for n, sparsities in cases.items() if sparsities}
+                if cases:
+                    self._run_group(group, cases, cublas, advance)
+                cupy.get_default_memory_pool().free_all_blocks()
+
+    def _run_group(self, group: Group, cases: dict[int, list[float | None]], cublas: Cublas, advance: Advance) -> None:
+        advance(f"{group.title}: packing", 0)
+        needed = [s for s in group.sparsities if any(s in wanted for wanted in cases.values())]
+        loaded = self._load(group, needed, list(cases), cublas)
+        for n, sparsities in cases.items():
+            advance(f"{group.title}: N = {n}", 0)
+            self._measure(loaded, n, sparsities, cublas)
+            advance(f"{group.title}: N = {n}", len(sparsities))
+
+    def _load(
+        self, group: Group, sparsities: Sequence[float | None], batches: Sequence[int], cublas: Cublas
+    ) -> _Loaded:
+        from flashllm.device import device_facts
+
+        l2_bytes, l2 = device_facts().l2_bytes, self._settings.method.l2
+        inputs = {n: make_inputs(group, n, device=True) for n in batches}
+        prepared: dict[float | None, Prepared] = {}
+        packed: dict[float | None, list[Any]] = {}
+        dense: Any = None
+        for sparsity in sparsities:
+            dense = None  # never two dense matrices at a time
+            dense = self._source.dense(group, sparsity, device=True)
+            item = self._prepare(group, sparsity, dense, inputs, cublas)
+            copies = timing.rotation_copies(item.weight.nbytes, l2_bytes, l2)
+            prepared[sparsity] = item
+            packed[sparsity] = [item.weight, *(systems.clone(item.weight) for _ in range(copies - 1))]
+        # cuBLAS runs on the sparsest matrix: its time hardly depends on the values; zeros can only help it.
+        copies = timing.rotation_copies(group.dense_bytes, l2_bytes, l2)
+        return _Loaded(
+            group=group,
+            inputs=inputs,
+            prepared=prepared,
+            packed=packed,
+            dense=systems.dense_copies(dense, copies, self._settings.layouts),
+            dense_item=prepared[sparsities[-1]],
+        )
+
+    def _prepare(
+        self, group: Group, sparsity: float | None, dense: Any, inputs: dict[int, Any], cublas: Cublas
+    ) -> Prepared:
+        import cupy
+
+        from flashllm.formats.tiled_csl import TiledCSL
+
+        weight = TiledCSL.from_dense(dense, dtype=group.dtype)
+        rows = cupy.asarray(check.sample_rows(group.m, self._settings.check_rows, group.seed))
+        sampled = to_float64(dense[rows], group.dtype)
+        references, outputs = {}, {}
+        for n, x in inputs.items():
+            references[n] = check.make_reference(to_float64(x, group.dtype), sampled, rows, group.dtype)
+            outputs[n] = systems.empty_output(n, group.m, group.dtype)
+            cublas.matmul(x, dense, outputs[n], dtype=group.dtype)
+        return Prepared(
+            sparsity=sparsity,
+            sparsity_real=1.0 - weight.nnz / (group.m * group.k),
+            weight=weight,
+            largest=largest_magnitude(dense, group.dtype),
+            references=references,
+            outputs=outputs,
+        )
+
+    def _measure(self, loaded: _Loaded, n: int, sparsities: Sequence[float | None], cublas: Cublas) -> None:
+        group, x, method = loaded.group, loaded.inputs[n], self._settings.method
+        library = systems.best_cublas(
+            cublas,
+            loaded.dense,
+            x,
+            systems.empty_output(n, group.m, group.dtype),
+            layouts=self._settings.layouts,
+            dtype=group.dtype,
+            stream=self._stream,
+        )
+        runs = [Run.of_cublas(library, loaded.dense_item, group, n)]
+        for sparsity in sparsities:
+            ours = systems.FlashLLM(loaded.packed[sparsity], x, group.dtype)
+            runs.append(Run.of_ours(ours, loaded.prepared[sparsity]))
+        if method.launch == "stream" and group.dtype == "fp16":
+            y = systems.empty_output(n, group.m, group.dtype)
+            matmul = systems.CupyMatmul(loaded.dense["mk"], x, y)
+            runs.append(Run.of_cupy(matmul, loaded.dense_item, group))
+        for run in runs:
+            run.check(0, x, group.dtype, self._stream)
+        readings = [telemetry.Reading()]
+        timings = timing.measure(
+            [run.system for run in runs],
+            method,
+            stream=self._stream,
+            under_load=lambda: readings.append(telemetry.read()),
+        )
+        for run in runs:
+            run.check(run.system.copies - 1, x, group.dtype, self._stream)
+        for run, result in zip(runs, timings, strict=True):
+            row = make_row(
+                self._environment,
+                group,
+                n,
+                run.measured(result, timings[0].median_us),
+                method=method,
+                read_gbps=self.read_gbps,
+                reading=readings[-1],
+            )
+            self._emit(row)

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a runner is given to report with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flashllm.bench.cases import Group
+from flashllm.bench.results import Row
+
+Emit = Callable[[Row], None]
+"""Takes a row as soon as it is known."""
+
+Wanted = Callable[[Group, "float | None", int], bool]
+"""Whether the case (group, sparsity, N) is to be measured."""
+
+Advance = Callable[[str, int], None]
+"""Takes what is being done now and how many cases have been finished since the last call."""

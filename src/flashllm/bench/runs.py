@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One system on one case: launched once into a poisoned output, compared, and turned into a row's content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flashllm.bench import check, systems, timing
+from flashllm.bench.cases import Group
+from flashllm.bench.data import to_float64
+from flashllm.bench.rows import Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A packed weight at one sparsity and, per N, what the output must be."""
+
+    sparsity: float | None
+    sparsity_real: float
+    weight: Any
+    largest: float
+    """Largest absolute value of the weights."""
+    references: dict[int, check.Reference]
+    """By N: float64 results of some rows of W."""
+    outputs: dict[int, Any]
+    """By N: cuBLAS's product of the dense matrix, whole."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One system of one case, with the outcome of its checks so far."""
+
+    name: str
+    format: str
+    kernel: str
+    choice: str
+    deterministic: bool | None
+    system: Any
+    """A :class:`flashllm.bench.timing.System`."""
+    output: Callable[[], Any]
+    """The last output as [N, M]."""
+    buffer: Any
+    """Where the output is written."""
+    item: Prepared
+    weight_bytes: int
+    limit: float = 1.0
+    """The system passes up to this many times the error bound."""
+    ratio: float = 0.0
+    whole_ratio: float = 0.0
+
+    @classmethod
+    def of_ours(cls, system: systems.FlashLLM, item: Prepared) -> Run:
+        """Our kernel."""
+        spec = system.plan.spec
+        return cls(
+            name="flashllm",
+            format=item.weight.format,
+            kernel=spec.label,
+            choice=system.choice,
+            deterministic=spec.deterministic,
+            system=system,
+            output=lambda: system.y,
+            buffer=system.y,
+            item=item,
+            weight_bytes=item.weight.nbytes,
+        )
+
+    @classmethod
+    def of_cublas(cls, system: systems.CublasSystem, item: Prepared, group: Group, n: int) -> Run:
+        """The best cuBLAS candidate; ``item`` is what its dense weights hold."""
+        return cls(
+            name="cublas",
+            format="dense",
+            kernel=system.candidate.label,
+            choice="tuned",
+            deterministic=None,
+            system=system,
+            output=lambda: system.output(n, group.m),
+            buffer=system.y,
+            item=item,
+            weight_bytes=group.dense_bytes,
+            limit=check.BASELINE_LIMIT,
+        )
+
+    @classmethod
+    def of_cupy(cls, system: systems.CupyMatmul, item: Prepared, group: Group) -> Run:
+        """``cupy.matmul``; ``item`` is what its dense weights hold."""
+        return cls(
+            name="cupy-matmul",
+            format="dense",
+            kernel="cupy.matmul",
+            choice="auto",
+            deterministic=None,
+            system=system,
+            output=lambda: system.y,
+            buffer=system.y,
+            item=item,
+            weight_bytes=group.dense_bytes,
+            limit=check.BASELINE_LIMIT,
+        )
+
+    def check(self, copy: int, x: Any, dtype: str, stream: Any) -> None:
+        """Launch once on weight copy ``copy``, compare with both references and keep the worst ratios."""
+        n, item = x.shape[0], self.item
+        check.poison(self.buffer, dtype)
+        self.system.launch(copy, stream)
+        y64 = to_float64(self.output(), dtype)
+        self.ratio = max(self.ratio, check.error_over_bound(y64, item.references[n]))
+        other, x64 = to_float64(item.outputs[n], dtype), to_float64(x, dtype)
+        whole = check.whole_error_over_bound(y64, other, x64, item.largest, dtype)
+        self.whole_ratio = max(self.whole_ratio, whole)
+
+    def measured(self, result: timing.Timing, cublas_us: float) -> Measured:
+        """What the row says about this run."""
+        rows = len(next(iter(self.item.references.values())).rows)
+        return Measured(
+            system=self.name,
+            format=self.format,
+            kernel=self.kernel,
+            choice=self.choice,
+            deterministic=self.deterministic,
+            sparsity=self.item.sparsity,
+            sparsity_real=self.item.sparsity_real,
+            weight_bytes=self.weight_bytes,
+            copies=self.system.copies,
+            ratio=self.ratio,
+            passed=self.ratio <= self.limit and self.whole_ratio <= 1.0,
+            reference=f"float64 on {rows} rows, cublas on all",
+            timing=result,
+            cublas_us=cublas_us,
+        )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the rows of a run: in memory, and in a file to which a later run can add."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashllm.bench import results
+from flashllm.bench.cases import Group
+from flashllm.bench.environment import Environment
+from flashllm.bench.results import Row
+from flashllm.errors import ArgumentError
+
+
+class Session:
+    """Rows measured now and, with ``resume``, rows that the file had before."""
+
+    def __init__(self, *, out: Path | None = None, resume: Path | None = None) -> None:
+        """Read ``resume`` where there is one. Raises ``FormatError`` or ``OSError`` if it cannot be read."""
+        self.rows: list[Row] = []
+        self.earlier: list[Row] = []
+        self.out = out or resume
+        if resume is not None and resume.exists():
+            self.earlier = results.read(resume)
+            if self.out == resume:
+                results.drop_torn_line(resume)
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with self.out.open("ab"):  # say now, not after the first measurement, that it cannot be written
+                pass
+        self._done = {
+            (r.model, r.layer, r.M, r.K, r.N, r.dtype, r.sparsity, r.pattern, r.seed, r.l2, r.launch)
+            for r in self.earlier
+            if r.system == "flashllm" and r.check == "pass"
+        }
+
+    @property
+    def sweep_id(self) -> str | None:
+        """The sweep that the resumed file belongs to."""
+        return self.earlier[-1].sweep_id if self.earlier else None
+
+    def check_same_machine(self, environment: Environment) -> None:
+        """Raise :class:`ArgumentError` when resumed rows come from another machine or commit."""
+        for field in ("backend", "gpu", "driver", "commit", "dirty"):
+            now = getattr(environment, field)
+            for row in self.earlier:
+                before = getattr(row, field)
+                if before != now:
+                    raise ArgumentError("resume", expected=f"rows with {field} = {now}, as here", got=str(before))
+
+    def is_wanted(self, group: Group, sparsity: float | None, n: int, *, l2: str | None, launch: str | None) -> bool:
+        """Whether no earlier row holds this case with a right result."""
+        key = (
+            group.model,
+            group.layer,
+            group.m,
+            group.k,
+            n,
+            group.dtype,
+            sparsity,
+            group.pattern,
+            group.seed,
+        )
+        return (*key, l2, launch) not in self._done
+
+    def add(self, row: Row) -> None:
+        """Keep ``row`` and, where there is a file, put it on disk."""
+        self.rows.append(row)
+        if self.out is not None:
+            results.append(self.out, row)
+
+    @property
+    def all_right(self) -> bool:
+        """Whether every row measured now passed its check."""
+        return all(row.check == "pass" for row in self.rows)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systems a GPU run times, each with its own copies of the weights, and the search for cuBLAS's best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from flashllm.baselines.cublas import Candidate, Cublas, Layout
+from flashllm.bench import timing
+
+LAYOUTS_ROW = (Layout(w="mk", y="nm"), Layout(w="mk", y="mn"))
+LAYOUTS_BOTH = (*LAYOUTS_ROW, Layout(w="km", y="nm"), Layout(w="km", y="mn"))
+_SEARCH_FINALISTS = 4
+_SEARCH_ROUNDS = 3
+
+Weight = TypeVar("Weight")
+
+
+def clone(weight: Weight) -> Weight:
+    """A copy of a sparse weight (a dataclass) whose device buffers are copies too."""
+    arrays = {
+        field.name: value.copy()
+        for field in dataclasses.fields(weight)  # type: ignore[arg-type]
+        if hasattr(value := getattr(weight, field.name), "__cuda_array_interface__")
+    }
+    return dataclasses.replace(weight, **arrays)  # type: ignore[type-var]
+
+
+def empty_output(n: int, m: int, dtype: str) -> Any:
+    """Device output y[n, m]: float16, or uint16 bits for bf16."""
+    import cupy
+
+    return cupy.empty((n, m), dtype=cupy.float16 if dtype == "fp16" else cupy.uint16)
+
+
+class FlashLLM:
+    """Our kernel: one plan, one workspace, rotating weights."""
+
+    def __init__(self, weights: Sequence[Any], x: Any, dtype: str) -> None:
+        import cupy
+
+        from flashllm.matmul import plan
+
+        self.weights, self.x = weights, x
+        self.copies = len(weights)
+        self.y = empty_output(x.shape[0], weights[0].shape[0], dtype)
+        self.plan = plan(weights[0], x.shape[0])
+        self.choice: str = self.plan.source
+        self._workspace = cupy.zeros(max(1, self.plan.workspace_bytes), dtype=cupy.uint8)
+
+    def launch(self, copy: int, stream: Any) -> None:
+        """Queue y = x @ W^T with weight copy ``copy``."""
+        from flashllm.matmul import spmm
+
+        spmm(self.x, self.weights[copy], out=self.y, workspace=self._workspace, stream=stream, plan=self.plan)
+
+
+class CublasSystem:
+    """One cuBLAS candidate; ``weights`` are stored as its layout asks."""
+
+    def __init__(self, candidate: Candidate, weights: Sequence[Any], x: Any, y: Any) -> None:
+        self.candidate, self.copies, self.y = candidate, len(weights), y
+        self._keep = (list(weights), x)
+        self._weights = [int(w.data.ptr) for w in weights]
+        self._x, self._y = int(x.data.ptr), int(y.data.ptr)
+
+    def launch(self, copy: int, stream: Any) -> None:
+        """Queue the product with weight copy ``copy``."""
+        self.candidate.launch(self._weights[copy], self._x, self._y, int(stream.ptr))
+
+    def output(self, n: int, m: int) -> Any:
+        """What the last launch wrote, as [n, m]."""
+        return self.y.reshape(n, m) if self.candidate.layout.y == "nm" else self.y.reshape(m, n).T
+
+
+class CupyMatmul:
+    """``cupy.matmul`` with ``out=``: what a CuPy user gets. It cannot be captured in a graph."""
+
+    def __init__(self, weights: Sequence[Any], x: Any, y: Any) -> None:
+        self._transposed = [w.T for w in weights]
+        self._x, self.y, self.copies = x, y, len(weights)
+
+    def launch(self, copy: int, stream: Any) -> None:
+        """Queue the product with weight copy ``copy``; ``stream`` must be CuPy's current one."""
+        import cupy
+
+        cupy.matmul(self._x, self._transposed[copy], out=self.y)
+
+
+def dense_copies(dense: Any, copies: int, layouts: Sequence[Layout]) -> dict[str, list[Any]]:
+    """Device copies of ``dense`` [M, K] for every weight layout used: ``{"mk": [...], "km": [...]}``."""
+    import cupy
+
+    stored: dict[str, list[Any]] = {}
+    for kind in dict.fromkeys(layout.w for layout in layouts):
+        first = dense if kind == "mk" else cupy.ascontiguousarray(dense.T)
+        stored[kind] = [first, *(first.copy() for _ in range(copies - 1))]
+    return stored
+
+
+def best_cublas(
+    cublas: Cublas,
+    weights: dict[str, list[Any]],
+    x: Any,
+    y: Any,
+    *,
+    layouts: Sequence[Layout],
+    dtype: str,
+    stream: Any,
+) -> CublasSystem:
+    """The fastest candidate on these buffers: one short look at all, then three more at the best four.
+
+    ``weights`` come from :func:`dense_copies`; ``x`` is [N, K], ``y`` holds N * M elements.
+    """
+    from flashllm.baselines.cublas_api import CublasError
+
+    n, k = x.shape
+    first = next(iter(weights.values()))[0]
+    m = first.size // k
+    timed: list[tuple[float, int, CublasSystem]] = []
+    with stream:
+        for candidate in cublas.candidates(layouts, m=m, k=k, n=n, dtype=dtype):
+            system = CublasSystem(candidate, weights[candidate.layout.w], x, y)
+            try:
+                timed.append((_glance(system, stream), len(timed), system))
+            except CublasError:  # a heuristic may offer what the library then refuses to run
+                continue
+        finalists = [system for _, _, system in sorted(timed)[:_SEARCH_FINALISTS]]
+        times = [min(_glance(system, stream) for _ in range(_SEARCH_ROUNDS)) for system in finalists]
+    return finalists[times.index(min(times))]
+
+
+def _glance(system: timing.System, stream: Any) -> float:
+    """Microseconds per launch in a graph of one rotation (4 to 64 launches), after one launch to warm up."""
+    import cupy
+
+    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    launches = max(4, min(system.copies, 64))
+    system.launch(0, stream)
+
+    def rotate() -> None:
+        for i in range(launches):
+            system.launch(i % system.copies, stream)
+
+    graph = timing.capture(rotate, stream)
+    start.record(stream)
+    graph.launch(stream)
+    stop.record(stream)
+    stop.synchronize()
+    return float(cupy.cuda.get_elapsed_time(start, stop)) * 1000.0 / launches

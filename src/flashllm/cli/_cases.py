@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands share: options that choose cases, and errors that exit with status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class BadUsage(click.ClickException):
+    """Something the user asked for cannot be: one line, exit status 2."""
+
+    exit_code = 2
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns errors about arguments, files, memory and the device into :class:`BadUsage`."""
+    from flashllm import errors
+
+    try:
+        yield
+    except (
+        errors.ArgumentError,
+        errors.FormatError,
+        errors.DeviceMemoryError,
+        errors.MissingDependencyError,
+        errors.UnsupportedDeviceError,
+        OSError,
+    ) as error:
+        raise BadUsage(str(error)) from error
+
+
+def use_device(device: int | None) -> None:
+    """Make GPU ``device`` the current one; ``None`` leaves it as it is."""
+    if device is None:
+        return
+    import cupy
+
+    count = int(cupy.cuda.runtime.getDeviceCount())
+    if device >= count:
+        raise BadUsage(f"--device: expected a GPU from 0 to {count - 1}, got {device}")
+    cupy.cuda.Device(device).use()
+
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+_CASE_OPTIONS = (
+    click.option(
+        "--model",
+        "models",
+        multiple=True,
+        metavar="NAMES",
+        help="Models, comma-separated; `flashllm bench --list-models` names them.",
+    ),
+    click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        metavar="MxK",
+        help="Weight shapes, e.g. 28672x8192; repeatable or comma-separated.",
+    ),
+    click.option("--weights", type=_FILE, metavar="FILE", help="A matrix from .npz (SciPy), .npy or .safetensors."),
+    click.option("--tensor", metavar="NAME", help="Which tensor of FILE."),
+    click.option(
+        "--sparsity", metavar="FRACTIONS", help="Fractions of zeros, comma-separated.  [default: 0.7,0.8,0.9]"
+    ),
+    click.option("--n", "n", metavar="SIZES", help="Batch sizes N, comma-separated.  [default: 8,16,32]"),
+    click.option("--dtype", metavar="TYPE", help="fp16 or bf16.  [default: fp16]"),
+    click.option(
+        "--pattern",
+        metavar="NAME",
+        help="Where the zeros are: uniform, per-row, skewed, columns, block.  [default: uniform]",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**31 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of the random weights.",
+    ),
+    click.option(
+        "--device",
+        type=click.IntRange(0),
+        default=None,
+        metavar="INDEX",
+        help="Which GPU.  [default: the current one]",
+    ),
+)
+
+
+def case_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what to measure."""
+    for option in reversed(_CASE_OPTIONS):
+        function = option(function)
+    return function

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the sparse product against cuBLAS, shape by shape."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flashllm.cli._cases import BadUsage, case_options, usage_errors, use_device
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flashllm.bench.environment import Environment
+    from flashllm.bench.plan_cases import Work
+    from flashllm.bench.session import Session
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def _list_models(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    from flashllm.bench.models import MODELS
+
+    for model in MODELS.values():
+        shapes = "  ".join(
+            f"{layer.name} {f'{layer.count} x ' if layer.count > 1 else ''}{layer.m}x{layer.k}"
+            for layer in model.layers
+        )
+        size = f"{model.block_bytes / 1e6:>6.0f} MB dense"
+        click.echo(f"{model.name:<15} {model.blocks:>3} blocks  {size}  {shapes}")
+    context.exit()
+
+
+@click.command(epilog="Exit status: 0 fine, 1 a wrong result, 2 bad usage, 130 interrupted (the rows so far are kept).")
+@case_options
+@click.option("--backend", type=click.Choice(["cuda", "reference"]), help="Default: cuda where there is a GPU.")
+@click.option(
+    "--l2",
+    type=click.Choice(["cold", "warm"]),
+    default="cold",
+    show_default=True,
+    help="cold rotates over weight copies that L2 cannot hold; warm repeats on one copy.",
+)
+@click.option(
+    "--launch",
+    type=click.Choice(["graph", "stream"]),
+    default="graph",
+    show_default=True,
+    help="CUDA graphs, or plain launches from Python (adds cupy.matmul).",
+)
+@click.option(
+    "--cublas-layouts",
+    type=click.Choice(["both", "row"]),
+    default="both",
+    show_default=True,
+    help="Let cuBLAS choose how W is stored, or give it W as [M, K] only.",
+)
+@click.option(
+    "--time-cap",
+    type=click.FloatRange(0.01),
+    default=0.25,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop measuring after this much GPU time per system and case, firm median or not.",
+)
+@click.option(
+    "--check-rows",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    metavar="ROWS",
+    help="Rows of W compared with a float64 product.",
+)
+@click.option(
+    "--model-gpu",
+    default=None,
+    metavar="NAME",
+    help="Without a GPU: whose memory to model.  [default: H100 80GB]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Rows as JSON Lines on stdout; everything else on stderr.")
+@click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows as CSV too.")
+@click.option(
+    "--out",
+    type=_FILE,
+    metavar="FILE",
+    help="Append every row to FILE (JSON Lines) as soon as it is measured.",
+)
+@click.option(
+    "--save",
+    is_flag=False,
+    flag_value="bench",
+    default=None,
+    metavar="[WHAT]",
+    help="Like --out, into experiments/results (the current folder where there is none), named "
+    "TIME-GPU-WHAT.jsonl.  [WHAT: bench]",
+)
+@click.option(
+    "--resume",
+    type=_FILE,
+    metavar="FILE",
+    help="Skip the cases FILE already has and append the rest to it; starts FILE if absent.",
+)
+@click.option(
+    "--list-models",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_models,
+    help="List the known models and their weight shapes.",
+)
+def command(
+    models: tuple[str, ...],
+    shapes: tuple[str, ...],
+    weights: Path | None,
+    tensor: str | None,
+    sparsity: str | None,
+    n: str | None,
+    dtype: str | None,
+    pattern: str | None,
+    seed: int,
+    device: int | None,
+    backend: str | None,
+    l2: str,
+    launch: str,
+    cublas_layouts: str,
+    time_cap: float,
+    check_rows: int,
+    model_gpu: str | None,
+    as_json: bool,
+    csv_file: Path | None,
+    out: Path | None,
+    save: str | None,
+    resume: Path | None,
+) -> None:
+    """Measure the sparse product against cuBLAS, shape by shape.
+
+    Without options: the 12 weight shapes of OPT-30B, 66B and 175B at 70, 80 and 90 % zeros, N = 8, 16 and
+    32. Every result is checked before and after it is timed. Without a GPU the same command checks the
+    numerics on small shapes and says what the bytes would cost; it claims no times.
+    """
+    from rich.console import Console
+
+    notes = Console(stderr=True, highlight=False)
+    with usage_errors():
+        from flashllm import backends
+        from flashllm.bench import environment, roofline
+        from flashllm.bench.plan_cases import plan_work
+        from flashllm.bench.session import Session
+
+        if sum(option is not None for option in (out, save, resume)) > 1:
+            raise BadUsage("--out, --save and --resume: give one of them")
+        gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU)
+        chosen = _select(backends, backend, device)
+        work = plan_work(
+            backend=chosen.name,
+            models=models,
+            shapes=shapes,
+            weights=weights,
+            tensor=tensor,
+            sparsity=sparsity,
+            n=n,
+            dtype=dtype,
+            pattern=pattern,
+            seed=seed,
+        )
+        session = Session(out=out, resume=resume)
+        facts = environment.collect(chosen.name, sweep_id=session.sweep_id)
+        session.check_same_machine(facts)
+        if save is not None:
+            folder = Path("experiments/results")
+            session.out = (folder if folder.is_dir() else Path()) / environment.result_name(facts.gpu, save)
+    if chosen.name == "reference":
+        first = f"no timing: NumPy reference backend ({chosen.reason}); numerics and bytes only"
+    else:
+        first = f"{facts.gpu}, driver {facts.driver}, CUDA {facts.cuda}, cuBLAS {facts.cublas}"
+    for note in (first, *work.notes):
+        notes.print(note, soft_wrap=True, markup=False)
+
+    def emit(row: Any) -> None:
+        session.add(row)
+        if as_json:
+            click.echo(row.to_json())
+
+    interrupted = False
+    try:
+        if chosen.name == "cuda":
+            _run_cuda(
+                work,
+                session,
+                facts,
+                emit,
+                notes,
+                l2=l2,
+                launch=launch,
+                layouts=cublas_layouts,
+                time_cap=time_cap,
+                check_rows=check_rows,
+            )
+        else:
+            _run_reference(work, session, facts, emit, notes, check_rows=check_rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        _finish(session, Console(stderr=as_json, highlight=False), gpu, csv_file)
+    if interrupted:
+        notes.print("interrupted; the rows measured so far are kept")
+    if not session.all_right:
+        notes.print("[red]a result is wrong[/]: see the rows marked WRONG")
+        sys.exit(1)
+    if interrupted:
+        sys.exit(_INTERRUPTED)
+
+
+def _select(backends: Any, backend: str | None, device: int | None) -> Any:
+    """The backend to use, on GPU ``device`` where there is one."""
+    chosen = backends.select(backend)
+    if chosen.name == "cuda" and device is not None:
+        use_device(device)
+        chosen = backends.select(backend)  # looks at the GPU that is current now
+    return chosen
+
+
+@contextmanager
+def _progress(notes: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(title: str, cases: int) -> None:
+            bar.update(task, description=title, advance=cases)
+
+        yield advance
+
+
+def _remaining(work: Work, session: Session, notes: Console, l2: str | None, launch: str | None) -> int:
+    """How many cases are to be measured; says how many are skipped."""
+    cases = [(g, s, n) for g in work.groups for s in g.sparsities for n in g.batches]
+    left = sum(session.is_wanted(g, s, n, l2=l2, launch=launch) for g, s, n in cases)
+    if left < len(cases):
+        notes.print(f"{len(cases) - left} of {len(cases)} cases are in {session.out} already", soft_wrap=True)
+    return left
+
+
+def _run_cuda(
+    work: Work,
+    session: Session,
+    facts: Environment,
+    emit: Callable[[Any], None],
+    notes: Console,
+    *,
+    l2: str,
+    launch: str,
+    layouts: str,
+    time_cap: float,
+    check_rows: int,
+) -> None:
+    from flashllm.bench import systems, timing
+    from flashllm.bench.runner import CudaRunner, Settings, check_memory
+
+    settings = Settings(
+        method=timing.Method(launch=launch, l2=l2, cap_s=time_cap),
+        layouts=systems.LAYOUTS_BOTH if layouts == "both" else systems.LAYOUTS_ROW,
+        check_rows=check_rows,
+    )
+    left = _remaining(work, session, notes, l2, launch)
+    if left == 0:
+        return
+    with usage_errors():
+        check_memory(work.groups, work.source, settings)
+    with _progress(notes, left) as advance:
+        runner = CudaRunner(facts, settings, work.source, emit)
+        runner.run(
+            work.groups,
+            wanted=lambda g, s, n: session.is_wanted(g, s, n, l2=l2, launch=launch),
+            advance=advance,
+        )
+    notes.print(f"pure read bandwidth of this run: {runner.read_gbps:.0f} GB/s")
+
+
+def _run_reference(
+    work: Work,
+    session: Session,
+    facts: Environment,
+    emit: Callable[[Any], None],
+    notes: Console,
+    *,
+    check_rows: int,
+) -> None:
+    from flashllm.bench.runner_reference import run_reference
+
+    left = _remaining(work, session, notes, None, None)
+    with _progress(notes, left) as advance:
+        run_reference(
+            work.groups,
+            facts,
+            work.source,
+            check_rows=check_rows,
+            emit=emit,
+            wanted=lambda g, s, n: session.is_wanted(g, s, n, l2=None, launch=None),
+            advance=advance,
+        )
+
+
+def _finish(session: Session, console: Console, gpu: Any, csv_file: Path | None) -> None:
+    """Show the rows, earlier ones of a resumed file included, and write the CSV file."""
+    from flashllm.bench import report, results
+
+    rows = results.latest([*session.earlier, *session.rows])
+    if csv_file is not None:
+        with usage_errors():
+            results.write_csv(csv_file, rows)
+    if not rows:
+        return
+    if not console.is_terminal:
+        console.width = 160
+    parts = report.timing_table(rows) if rows[-1].gpu is not None else report.model_table(rows, gpu)
+    for part in parts:
+        console.print(part)
+    if session.out is not None and session.rows:
+        console.print(f"{len(session.rows)} rows appended to {session.out}", soft_wrap=True)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the command line; loads a command's module only when that command runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flashllm import __version__
+from flashllm.errors import FlashLLMError
+
+_HERE = Path(__file__).parent
+
+
+class LazyGroup(click.Group):
+    """Group whose commands are the modules beside this one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        stems = (file.stem for file in _HERE.glob("*.py"))
+        return sorted(stem.replace("_", "-") for stem in stems if stem != "main" and not stem.startswith("_"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"flashllm.cli.{cmd_name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _summary(name)) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlashLLMError as error:
+            if ctx.params.get("traceback"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+def _summary(name: str) -> str:
+    """First docstring line of a command's module, read from its source."""
+    text = (_HERE / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(text)) or "").split("\n", 1)[0]
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="`flashllm COMMAND --help` tells about one command; `flashllm doctor` about this machine.",
+)
+@click.version_option(__version__, prog_name="flashllm")
+@click.option("--traceback", is_flag=True, help="Show where in the program an error came from.")
+def command(traceback: bool) -> None:
+    """Unstructured-sparse LLM weights on GPU tensor cores."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    command(prog_name="flashllm")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the kernel choices for given shapes on this GPU and remember the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flashllm.cli._cases import case_options, usage_errors, use_device
+
+if TYPE_CHECKING:
+    from flashllm.matmul.tune import TuneResult
+
+
+@click.command()
+@case_options
+def command(
+    models: tuple[str, ...],
+    shapes: tuple[str, ...],
+    weights: Path | None,
+    tensor: str | None,
+    sparsity: str | None,
+    n: str | None,
+    dtype: str | None,
+    pattern: str | None,
+    seed: int,
+    device: int | None,
+) -> None:
+    """Measure the kernel choices for given shapes on this GPU and remember the best.
+
+    Later plans for the same shape, density, N and GPU use what was found. Needs a GPU. Without options: the
+    12 weight shapes of OPT-30B, 66B and 175B.
+    """
+    with usage_errors():
+        from flashllm import backends
+        from flashllm.bench.plan_cases import plan_work
+
+        backends.select("cuda")
+        work = plan_work(
+            backend="cuda",
+            models=models,
+            shapes=shapes,
+            weights=weights,
+            tensor=tensor,
+            sparsity=sparsity,
+            n=n,
+            dtype=dtype,
+            pattern=pattern,
+            seed=seed,
+        )
+        use_device(device)
+    from flashllm.formats.tiled_csl import TiledCSL
+    from flashllm.matmul.tune import tune
+
+    found: list[tuple[str, TuneResult]] = []
+    with click.progressbar(work.groups, label="tuning", item_show_func=_title) as groups:
+        for group in groups:
+            for fraction in group.sparsities:
+                dense = work.source.dense(group, fraction, device=True)
+                weight = TiledCSL.from_dense(dense, dtype=group.dtype)
+                del dense
+                zeros = f"{100 * weight.sparsity:.1f} %"
+                results = tune(weight, list(group.batches), device=device)
+                found += [(f"{group.title} {zeros}", result) for result in results]
+    _print(found)
+
+
+def _title(group: Any) -> str | None:
+    return None if group is None else str(group.title)
+
+
+def _print(found: list[tuple[str, TuneResult]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not found:
+        return
+    table = Table("weights", title="fastest kernels, L2-cold", title_justify="left")
+    for heading in ("N", "us", "untuned us", "tried", "blocks"):
+        table.add_column(heading, justify="right")
+    table.add_column("kernel", overflow="fold")
+    for title, result in found:
+        table.add_row(
+            escape(title),
+            str(result.n),
+            f"{result.median_us:.2f}",
+            f"{result.heuristic_us:.2f}",
+            str(result.measured),
+            "x".join(map(str, result.plan.grid)),
+            escape(result.plan.spec.label),
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    console.print(f"remembered in {found[-1][1].path}", soft_wrap=True)

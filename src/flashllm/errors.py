@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exceptions of the package. Each message names what was expected and what came."""
+
+from __future__ import annotations
+
+
+class FlashLLMError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ArgumentError(FlashLLMError, ValueError):
+    """A function argument has the wrong type, shape, dtype, device or layout."""
+
+    def __init__(self, argument: str, *, expected: str, got: str) -> None:
+        self.argument, self.expected, self.got = argument, expected, got
+        super().__init__(f"{argument}: expected {expected}, got {got}")
+
+
+class FormatError(FlashLLMError, ValueError):
+    """A sparse weight or a file that holds one breaks its format.
+
+    ``path`` is the file (``None`` for an object in memory), ``field`` the buffer or header entry,
+    ``index`` the position of the first offending element (``None`` where it has no meaning).
+    """
+
+    def __init__(
+        self, *, field: str, expected: str, got: str, path: str | None = None, index: int | None = None
+    ) -> None:
+        self.path, self.field, self.index, self.expected, self.got = path, field, index, expected, got
+        where = f"{path}: " if path else ""
+        at = f"[{index}]" if index is not None else ""
+        super().__init__(f"{where}{field}{at}: expected {expected}, got {got}")
+
+
+class CompileError(FlashLLMError, RuntimeError):
+    """A kernel does not compile, or breaks a resource rule such as zero spills."""
+
+
+class MissingDependencyError(FlashLLMError, RuntimeError):
+    """A driver, library or package that the call needs is not there; the message says how to get it."""
+
+
+class UnsupportedDeviceError(FlashLLMError, RuntimeError):
+    """The GPU cannot run the kernels (older than compute capability 8.0)."""
+
+
+class DeviceMemoryError(FlashLLMError, MemoryError):
+    """A device allocation does not fit: says what needs how many bytes and how many are free."""
+
+    def __init__(self, what: str, *, needed: int, free: int) -> None:
+        self.what, self.needed, self.free = what, needed, free
+        super().__init__(f"{what}: needs {needed:,} bytes of device memory, {free:,} are free")
+
+
+class VerificationError(FlashLLMError, ArithmeticError):
+    """A kernel's output lies outside the promised error bound."""

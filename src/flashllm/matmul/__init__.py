@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product y[N, M] = x[N, K] @ W[M, K]^T: planning, dispatch, launch and tuning."""
+
+from flashllm.matmul.planning import Plan, plan
+from flashllm.matmul.product import spmm
+
+__all__ = ["Plan", "plan", "spmm"]

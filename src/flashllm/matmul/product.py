@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``spmm``: checks the operands, then multiplies on the GPU or in NumPy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashllm import backends
+from flashllm.errors import ArgumentError, DeviceMemoryError
+from flashllm.formats.base import DType
+from flashllm.formats.bits import numpy_dtype
+from flashllm.formats.sources import is_cupy
+from flashllm.formats.tiled_csl import TiledCSL
+from flashllm.matmul import planning, tiled_csl
+from flashllm.matmul.planning import Plan
+
+if TYPE_CHECKING:
+    from flashllm.device import DeviceFacts
+
+_ALIGNMENT = {"out": 8, "workspace": 16}
+
+
+def spmm(
+    x: Any,
+    w: TiledCSL,
+    *,
+    out: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
+    plan: Plan | None = None,
+    backend: str | None = None,
+) -> Any:
+    """y[N, M] = x[N, K] @ W[M, K]^T, accumulated in fp32 and rounded once to W's type.
+
+    ``x`` is C-contiguous [N, K] of W's type: a CuPy array (or anything on the GPU with DLPack) for a device
+    weight, a NumPy array for a host weight, which the reference backend multiplies. bf16 arrays have the dtype
+    ``ml_dtypes.bfloat16`` or hold its bits as uint16. N >= 1 is any number.
+
+    With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed
+    once by the caller, one per stream), a call allocates nothing and can be captured in a CUDA graph. Runs on
+    ``stream`` (default: CuPy's current one) and does not wait for it. ``backend``: ``"cuda"``, ``"reference"``
+    or ``None`` to go by where the operands are.
+
+    Stored NaN and infinities multiply as in dense arithmetic, and so does a pruned zero: times an infinity or a
+    NaN in x it gives NaN, in every output of that row of x, as a dense matrix with zeros would.
+
+    Raises :class:`ArgumentError`, naming the argument, for a wrong type, shape, dtype, layout, alignment or
+    device, :class:`DeviceMemoryError` when out or workspace does not fit.
+    """
+    if not isinstance(w, TiledCSL):
+        raise ArgumentError("w", expected="a TiledCSL weight", got=type(w).__name__)
+    if backend not in (None, "cuda", "reference"):
+        raise ArgumentError("backend", expected="'cuda', 'reference' or None", got=repr(backend))
+    if backend == "reference" or (backend is None and not w.is_device):
+        return _reference(x, w, out)
+    backends.select("cuda")
+    return _cuda(x, w, out=out, workspace=workspace, stream=stream, given=plan)
+
+
+def _reference(x: Any, w: TiledCSL, out: Any) -> Any:
+    from flashllm.backends import reference
+
+    if not isinstance(x, np.ndarray):
+        raise ArgumentError("x", expected="a NumPy array for a product on the host", got=type(x).__name__)
+    y = reference.spmm(x, w)
+    if out is None:
+        return y
+    if not isinstance(out, np.ndarray) or out.shape != y.shape or out.dtype != y.dtype:
+        raise ArgumentError("out", expected=f"a NumPy array {y.shape} of {y.dtype}", got=_describe(out))
+    out[...] = y
+    return out
+
+
+def _cuda(x: Any, w: TiledCSL, *, out: Any, workspace: Any, stream: Any, given: Plan | None) -> Any:
+    import cupy
+
+    from flashllm.device import device_facts
+
+    if not w.is_device:
+        raise ArgumentError("w", expected="a weight on the GPU (w.to_device())", got="a weight on the host")
+    if isinstance(x, np.ndarray) or (not is_cupy(x) and not hasattr(x, "__dlpack__")):
+        raise ArgumentError("x", expected="an array on the GPU", got=_describe(x))
+    if not is_cupy(x):
+        x = cupy.from_dlpack(x)
+    facts = device_facts()
+    rows, columns = w.shape
+    if x.ndim != 2 or x.shape[1] != columns or x.shape[0] < 1:
+        raise ArgumentError("x", expected=f"shape [N >= 1, K = {columns}]", got=f"shape {list(x.shape)}")
+    n = int(x.shape[0])
+    _check("x", x, dtype=w.dtype, facts=facts, alignment=tiled_csl.X_ALIGNMENT if columns % 8 == 0 else 2)
+    _check("w.words", w.words, dtype=None, facts=facts, alignment=16)
+    chosen = _checked_plan(given, w, n) if given is not None else planning.plan(w, n, device=facts)
+    if out is None:
+        out = _allocate("out", (n, rows), x.dtype, stream)
+    elif not is_cupy(out) or out.shape != (n, rows) or out.dtype != x.dtype:
+        raise ArgumentError("out", expected=f"a CuPy array ({n}, {rows}) of {x.dtype}", got=_describe(out))
+    else:
+        _check("out", out, dtype=w.dtype, facts=facts, alignment=_ALIGNMENT["out"] if rows % 4 == 0 else 2)
+    needed = chosen.workspace_bytes
+    if workspace is None:
+        workspace = _allocate("workspace", (needed,), np.dtype(np.uint8), stream) if needed else None
+    elif not is_cupy(workspace) or workspace.nbytes < needed:
+        raise ArgumentError("workspace", expected=f"a CuPy array of >= {needed} bytes", got=_describe(workspace))
+    else:
+        _check("workspace", workspace, dtype=None, facts=facts, alignment=_ALIGNMENT["workspace"])
+    tiled_csl.launch(chosen.spec, chosen.split, x, w, out, workspace, stream=stream)
+    return out
+
+
+def _checked_plan(given: Plan, w: TiledCSL, n: int) -> Plan:
+    if given.shape != w.shape or given.dtype != w.dtype or given.n != n:
+        raise ArgumentError(
+            "plan",
+            expected=f"a plan for shape {w.shape}, {w.dtype}, N = {n}",
+            got=f"one for shape {given.shape}, {given.dtype}, N = {given.n}",
+        )
+    return given
+
+
+def _check(name: str, array: Any, *, dtype: DType | None, facts: DeviceFacts, alignment: int) -> None:
+    if dtype is not None and array.dtype != numpy_dtype(dtype) and not (dtype == "bf16" and array.dtype == np.uint16):
+        raise ArgumentError(name, expected=f"dtype {numpy_dtype(dtype)}, as the weight", got=f"dtype {array.dtype}")
+    if not array.flags.c_contiguous:
+        raise ArgumentError(name, expected="a C-contiguous array", got=f"strides {array.strides}")
+    if array.device.id != facts.index:
+        raise ArgumentError(name, expected=f"an array on device {facts.index}", got=f"device {array.device.id}")
+    if array.data.ptr % alignment:
+        raise ArgumentError(
+            name, expected=f"an address divisible by {alignment}", got=f"one {array.data.ptr % alignment} past it"
+        )
+
+
+def _allocate(what: str, shape: tuple[int, ...], dtype: Any, stream: Any) -> Any:
+    import contextlib
+
+    import cupy
+
+    from flashllm.device import free_memory
+
+    try:
+        with stream if stream is not None else contextlib.nullcontext():
+            return cupy.zeros(shape, dtype) if what == "workspace" else cupy.empty(shape, dtype)
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        raise DeviceMemoryError(what, needed=needed, free=free_memory()) from error
+
+
+def _describe(value: Any) -> str:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} {tuple(shape)} of {dtype}"

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stream-K split of a grid of weight tiles over blocks; mirrors ``cuda/flashllm/stream_k.cuh``.
+
+Stream-K (Osama et al., PPoPP'23) deals the tiles to the blocks in equal contiguous runs. A row of tiles that
+several blocks share leaves one fp32 piece per block in a workspace; they are added in block order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+COUNTER_BYTES = 4
+COUNTER_ALIGNMENT = 128
+PIECE_ROWS = 128
+PIECES_PER_BLOCK = 2  # a block has at most two unfinished rows of tiles: its first and its last
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamK:
+    """``tiles_m`` x ``tiles_k`` tiles over ``blocks`` blocks, once for each block of ``n_block`` columns of x."""
+
+    tiles_m: int
+    tiles_k: int
+    blocks: int
+    n_block: int
+    column_blocks: int = 1
+
+    @property
+    def tiles(self) -> int:
+        """Tiles in all."""
+        return self.tiles_m * self.tiles_k
+
+    def first_tile(self, block: int) -> int:
+        """First tile of ``block``; of ``block + 1``, one past its last."""
+        return self.tiles * block // self.blocks
+
+    def block_of(self, tile: int) -> int:
+        """The block that holds ``tile``."""
+        return ((tile + 1) * self.blocks - 1) // self.tiles
+
+    def pieces(self, tile_m: int) -> int:
+        """Blocks that share row ``tile_m`` of tiles; 1 when one block computes it alone."""
+        first = tile_m * self.tiles_k
+        return self.block_of(first + self.tiles_k - 1) - self.block_of(first) + 1
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of arrival counters and pieces; 0 when every row of tiles belongs to one block."""
+        if self.tiles == self.blocks * self.tiles_k * (self.tiles_m // self.blocks):
+            return 0
+        counters = self.column_blocks * self.tiles_m * COUNTER_BYTES
+        counters = -(-counters // COUNTER_ALIGNMENT) * COUNTER_ALIGNMENT
+        piece = self.n_block * PIECE_ROWS * 4
+        return counters + self.column_blocks * self.blocks * PIECES_PER_BLOCK * piece

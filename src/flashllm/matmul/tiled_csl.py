@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of ``cuda/spmm/tiled_csl.cu``: its instances, which one a product takes, and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashllm.formats.tiled_csl import TILE_K, TILE_M, WORDS_PER_VECTOR
+from flashllm.jit.spec import ALL_ARCHS, KernelSpec
+from flashllm.matmul.stream_k import StreamK
+
+if TYPE_CHECKING:
+    from flashllm.formats.tiled_csl import TiledCSL
+
+THREADS = 128
+IMAGES = 3  # tile images, and x stages, in shared memory
+N_BLOCKS = (8, 16, 32, 64)
+"""Columns of x one block computes; wider x takes several blocks of the last."""
+VECTORS = (2, 4, 5)
+"""Words a thread holds of one tile, in vectors of 4: tiles of up to 1024, 2048 and 2560 words at full speed."""
+WARPGROUP = 0
+"""Value of ``slices`` that selects wgmma."""
+X_ALIGNMENT = 16
+_CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
+# K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
+_SLICES = {8: 4, 16: 2, 32: 2, 64: 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One instance of the kernel and how many blocks of it share the device."""
+
+    dtype: str
+    n_block: int
+    vectors: int
+    slices: int
+    """Warps along K with mma.sync; :data:`WARPGROUP` for wgmma."""
+    aligned: bool = True
+    """K is a multiple of 8, so rows of x start 16-byte aligned."""
+    blocks_per_sm: int = 3
+    """Blocks launched per SM."""
+    overlap: bool = True
+    """Load, scatter and multiply at the same time."""
+    undo: bool = True
+    """Clear an image by storing zeros where values were, not as a whole."""
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that share an SM: three have 168 registers a thread, two (mma.sync needs more) 255."""
+        return 3 if self.slices == WARPGROUP else 2
+
+    @property
+    def prefetch_kib(self) -> int:
+        """Words brought to the L2 ahead of their loads: pays only where a tile has few words in flight."""
+        return 16 if self.vectors == VECTORS[0] else 0
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The compiled instance of this choice."""
+        return _spec(replace(self, blocks_per_sm=0))
+
+
+@cache
+def _spec(choice: Choice) -> KernelSpec:
+    def boolean(value: bool) -> str:
+        return "true" if value else "false"
+
+    return KernelSpec(
+        name="tiled_csl",
+        source="spmm/tiled_csl.cu",
+        function="flashllm::spmm_tiled_csl",
+        template=(
+            ("T", _CXX_TYPE[choice.dtype]),
+            ("kN", str(choice.n_block)),
+            ("kSlices", str(choice.slices)),
+            ("kVectors", str(choice.vectors)),
+            ("kPrefetch", str(choice.prefetch_kib)),
+            ("kMinBlocks", str(choice.resident_blocks)),
+            ("kAligned", boolean(choice.aligned)),
+            ("kOverlap", boolean(choice.overlap)),
+            ("kUndo", boolean(choice.undo)),
+        ),
+        threads=THREADS,
+        shared_bytes=IMAGES * (TILE_M * TILE_K * 2 + choice.n_block * TILE_K * 2),
+        archs=("90a",) if choice.slices == WARPGROUP else ALL_ARCHS,
+    )
+
+
+def n_block_for(n: int) -> int:
+    """The narrowest column block that holds ``n`` columns, at most the widest."""
+    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
+
+
+def slices_for(n_block: int, arch: str) -> int:
+    """Tensor-core path: on Hopper wgmma, elsewhere mma.sync."""
+    return WARPGROUP if arch == "90a" else _SLICES[n_block]
+
+
+def vectors_for(w: TiledCSL) -> int:
+    """Register vectors per thread: enough for all but the fullest tiles.
+
+    A tile over the limit is still multiplied, its excess words read twice more from memory. Sizing for the
+    fullest tile of an uneven weight would cost every tile, so the mean plus a quarter is enough.
+    """
+    tiles = w.tiles[0] * w.tiles[1]
+    typical = min(w.max_tile_words, int(1.25 * w.words.size / max(tiles, 1)) + 1)
+    words_per_vector = THREADS * WORDS_PER_VECTOR
+    return next((v for v in VECTORS if v * words_per_vector >= typical), VECTORS[-1])
+
+
+def default_choice(w: TiledCSL, n: int, *, arch: str) -> Choice:
+    """What the heuristic takes for ``n`` columns of x on ``arch``."""
+    n_block = n_block_for(n)
+    aligned = w.shape[1] % 8 == 0
+    return _choice(
+        w.dtype, n_block, vectors_for(w) if aligned else VECTORS[1], slices_for(n_block, arch), aligned=aligned
+    )
+
+
+def _choice(dtype: str, n_block: int, vectors: int, slices: int, *, aligned: bool = True) -> Choice:
+    choice = Choice(
+        dtype=dtype,
+        n_block=n_block,
+        vectors=vectors,
+        slices=slices,
+        aligned=aligned,
+        # Accumulators for 64 columns and three sets of 5 vectors exceed 168 registers; undo needs the third set.
+        undo=not (n_block == N_BLOCKS[-1] and vectors == VECTORS[-1]),
+    )
+    return replace(choice, blocks_per_sm=choice.resident_blocks)
+
+
+def split_for(w: TiledCSL, n: int, choice: Choice, *, sm_count: int) -> StreamK:
+    """Blocks and workspace of ``choice``: all that fit the device at once, each with at least one tile."""
+    tiles_m, tiles_k = w.tiles
+    column_blocks = -(-n // choice.n_block)
+    blocks = max(1, min(tiles_m * tiles_k, sm_count * choice.blocks_per_sm // column_blocks))
+    return StreamK(
+        tiles_m=tiles_m, tiles_k=tiles_k, blocks=blocks, n_block=choice.n_block, column_blocks=column_blocks
+    )
+
+
+def launch(
+    spec: KernelSpec, split: StreamK, x: Any, w: TiledCSL, out: Any, workspace: Any, *, stream: Any = None
+) -> None:
+    """Multiply checked operands; nothing is allocated. ``workspace`` may be ``None`` where none is needed."""
+    from flashllm.backends import cuda
+
+    rows, columns = w.shape
+    scalars = (np.int32(rows), np.int32(x.shape[0]), np.int32(columns))
+    arguments = (x, w.words, w.tile_offsets, out, out if workspace is None else workspace, *scalars)
+    cuda.launch(spec, (split.blocks, split.column_blocks), arguments, stream=stream)
+
+
+def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:
+    """Choices worth measuring for ``n`` columns of x, the heuristic's first; every one is a compiled spec."""
+    base = default_choice(w, n, arch=arch)
+    yield base
+    if not base.aligned:
+        return
+    known = set(specs())
+    paths = {_SLICES[base.n_block], slices_for(base.n_block, arch)}
+    for slices in sorted(paths):
+        for vectors in VECTORS:
+            for blocks_per_sm in (1, 2, 3, 4, 6):
+                choice = replace(_choice(base.dtype, base.n_block, vectors, slices), blocks_per_sm=blocks_per_sm)
+                if choice != base and choice.spec in known and choice.spec.supports(arch):
+                    yield choice
+
+
+def ablation(base: Choice) -> dict[str, Choice]:
+    """The paper's ablation steps as variants of ``base``: no overlap, and clearing whole images."""
+    return {"no-overlap": replace(base, overlap=False), "clear-all": replace(base, undo=False)}
+
+
+@cache
+def specs() -> tuple[KernelSpec, ...]:
+    """Every instance that a plan, the tuner or the ablation can ask for."""
+    choices: list[Choice] = []
+    for dtype in _CXX_TYPE:
+        for n_block in N_BLOCKS:
+            for slices in (WARPGROUP, _SLICES[n_block]):
+                choices += [_choice(dtype, n_block, vectors, slices) for vectors in VECTORS]
+                choices.append(_choice(dtype, n_block, VECTORS[1], slices, aligned=False))
+    for slices in (WARPGROUP, _SLICES[16]):
+        for vectors in VECTORS:
+            choices += ablation(_choice("fp16", 16, vectors, slices)).values()
+    return tuple(choice.spec for choice in choices)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures the candidate kernels of a weight and remembers the fastest for this kind of GPU."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashllm.errors import ArgumentError
+from flashllm.formats.bits import numpy_dtype
+from flashllm.matmul import tiled_csl, tune_cache
+from flashllm.matmul.planning import Plan, plan
+from flashllm.matmul.product import spmm
+
+if TYPE_CHECKING:
+    from flashllm.formats.tiled_csl import TiledCSL
+
+_COLD_BYTES = 500_000_000
+_LAUNCHES = 24
+_REPEATS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneResult:
+    """Outcome for one N: medians in us, L2-cold."""
+
+    n: int
+    plan: Plan
+    median_us: float
+    heuristic_us: float
+    """Time of what would run without tuning."""
+    measured: int
+    """Candidates tried."""
+    path: Path
+    """File that now holds the choice."""
+
+
+def tune(w: TiledCSL, n_list: Sequence[int], *, device: int | None = None) -> list[TuneResult]:
+    """Time every candidate for each N of ``n_list`` on ``device`` (default: the current GPU) and store the best.
+
+    The protocol is the benchmark's in small: a CUDA graph of launches over copies of the weight that together
+    do not fit the L2. Needs memory for those copies (at least 500 MB or two weights).
+    """
+    import cupy
+
+    from flashllm.device import device_facts
+
+    if not w.is_device:
+        raise ArgumentError("w", expected="a weight on the GPU (w.to_device())", got="a weight on the host")
+    facts = device_facts(device)
+    copies = _copies(w)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    results = []
+    for n in n_list:
+        x = (cupy.random.standard_normal((n, w.shape[1]), dtype=cupy.float32) / 4).astype(numpy_dtype(w.dtype))
+        timed = []
+        for choice in tiled_csl.candidates(w, n, arch=facts.arch):
+            candidate = plan(w, n, device=facts, choice=choice)
+            timed.append((_time(candidate, x, copies, stream), candidate))
+        best_us, best = min(timed, key=lambda pair: pair[0])
+        path = tune_cache.store(w, n, best.choice, device=facts)
+        results.append(
+            TuneResult(
+                n=n, plan=best, median_us=best_us, heuristic_us=timed[0][0], measured=len(timed), path=path
+            )
+        )
+    return results
+
+
+def _copies(w: TiledCSL) -> list[TiledCSL]:
+    from dataclasses import replace
+
+    count = max(2, -(-_COLD_BYTES // max(w.nbytes, 1)))
+    count = min(count, 64)  # a tiny weight is launch-bound, cold or not
+    return [w] + [replace(w, words=w.words.copy(), tile_offsets=w.tile_offsets.copy()) for _ in range(count - 1)]
+
+
+def _time(candidate: Plan, x: Any, copies: Sequence[TiledCSL], stream: Any) -> float:
+    import cupy
+
+    out = cupy.empty((candidate.n, candidate.shape[0]), x.dtype)
+    workspace = cupy.zeros(max(candidate.workspace_bytes, 16), cupy.uint8)
+    cupy.cuda.Device().synchronize()
+
+    def run(index: int) -> None:
+        w = copies[index % len(copies)]
+        spmm(x, w, out=out, workspace=workspace, stream=stream, plan=candidate)
+
+    run(0)
+    stream.synchronize()
+    with stream:
+        stream.begin_capture()
+        for index in range(_LAUNCHES):
+            run(index)
+        graph = stream.end_capture()
+    times = []
+    for repeat in range(_REPEATS + 1):
+        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record(stream)
+        graph.launch(stream)
+        stop.record(stream)
+        stop.synchronize()
+        if repeat:  # the first replay warms up
+            times.append(float(cupy.cuda.get_elapsed_time(start, stop)) * 1e3 / _LAUNCHES)
+    return statistics.median(times)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel of the package compiles for every architecture, without spills and within shared memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashllm import registry
+from flashllm.errors import MissingDependencyError
+from flashllm.jit import ALL_ARCHS, KernelSpec, shared_limit
+from flashllm.jit.compile import CompileResult, compile_many
+from flashllm.jit.sources import cuda_root
+
+SPECS = registry.all_specs()
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[KernelSpec, str], CompileResult]:
+    jobs = [(spec, arch) for spec in SPECS for arch in ALL_ARCHS if spec.supports(arch)]
+    try:
+        results = compile_many(jobs, allow_spills=True, cache_dir=tmp_path_factory.mktemp("kernels"))
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    return {(result.spec, result.arch): result for result in results}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
+def test_compiles_within_limits(spec: KernelSpec, compiled: dict[tuple[KernelSpec, str], CompileResult]) -> None:
+    assert spec.archs, "a kernel for no architecture"
+    for arch in spec.archs:
+        result = compiled[spec, arch]
+        assert result.cubin is not None, str(result.error)
+        resources = result.cubin.resources
+        assert not resources.uses_local_memory, f"sm_{arch}: {resources.describe_local()}"
+        limit = shared_limit(arch)
+        assert limit is not None
+        assert resources.shared_static + spec.shared_bytes <= limit, f"sm_{arch}: shared memory"
+        # 65,536 registers per SM, given out to a warp in units of 256: what a launch of one block needs.
+        per_warp = -(-resources.registers * 32 // 256) * 256
+        assert per_warp * -(-spec.threads // 32) <= 65536, f"sm_{arch}: registers"
+
+
+def test_every_arch_has_kernels() -> None:
+    for arch in ALL_ARCHS:
+        assert any(spec.supports(arch) for spec in SPECS)
+
+
+def test_specs_are_distinct() -> None:
+    assert len(set(SPECS)) == len(SPECS)
+    assert len({(spec.source, spec.expression, spec.threads, spec.shared_bytes) for spec in SPECS}) == len(SPECS)
+
+
+def test_every_kernel_source_has_a_spec() -> None:
+    used = {spec.source for spec in SPECS}
+    root = cuda_root()
+    present = {file.relative_to(root).as_posix() for file in root.rglob("*.cu")}
+    assert used == present, "a kernel source without a spec is never compiled in tests"
+    assert all((root / source).is_file() and not Path(source).is_absolute() for source in used)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared set-up: private caches, GPU tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Set before anything imports CuPy: it creates its cache folder on import and fails where it cannot.
+_SCRATCH = Path(tempfile.mkdtemp(prefix="flashllm-tests-"))
+atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+os.environ["CUPY_CACHE_DIR"] = str(_SCRATCH / "cupy")
+os.environ["FLASHLLM_CACHE_DIR"] = str(_SCRATCH / "flashllm")
+
+# Programs that tests start find the package too, when it is not installed.
+_SOURCE = str(Path(__file__).resolve().parent.parent / "src")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
+
+
+def _problem() -> str | None:
+    from flashllm.device import gpu_problem
+
+    return gpu_problem()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.path.parent.parts or item.get_closest_marker("sanitize"):
+            item.add_marker(pytest.mark.gpu)
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    problem = _problem()
+    if problem is None:
+        return
+    if os.environ.get("FLASHLLM_REQUIRE_GPU") == "1":
+        raise pytest.UsageError(f"these tests need a GPU: {problem}")
+    for item in gpu_items:
+        item.add_marker(pytest.mark.skip(reason=f"no GPU: {problem}"))
+
+
+@pytest.fixture(scope="session")
+def _cupy_session() -> Any:
+    cupy = pytest.importorskip("cupy")
+    if os.environ.get("FLASHLLM_NO_POOL") == "1":
+        # Under compute-sanitizer: a pool hides accesses past the end of an array.
+        cupy.cuda.set_allocator(None)
+        cupy.cuda.set_pinned_memory_allocator(None)
+    return cupy
+
+
+@pytest.fixture
+def cp(_cupy_session: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The ``cupy`` module on a machine with a usable GPU; the GPU is idle before and after the test."""
+    if request.node.get_closest_marker("gpu") is None and (problem := _problem()) is not None:
+        pytest.skip(f"no GPU: {problem}")
+    yield _cupy_session
+    _cupy_session.cuda.Device().synchronize()

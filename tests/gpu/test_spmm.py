@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``spmm`` with Tiled-CSL on a GPU: exact on integers, within the bound on random values, safe at its edges."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashllm import ArgumentError, TiledCSL, plan, spmm
+from flashllm.bench.check import error_over_bound, make_reference
+from flashllm.device import device_facts
+from flashllm.matmul import tiled_csl
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
+from tiled_csl_cases import NUMPY_DTYPE, PATTERNS, mask
+
+N_VALUES = (1, 5, 7, 8, 12, 16, 17, 24, 32, 48, 64, 96, 100, 128, 200)
+SHAPES = ((1, 1), (7, 9), (127, 65), (128, 64), (129, 63), (130, 520), (256, 1000), (384, 2048), (1000, 777))
+CANARY = 512
+"""Elements of guard on each side of an output."""
+
+
+def integers(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> NDArray[Any]:
+    values = rng.integers(1, 5, shape) * rng.choice([-1, 1], shape)
+    return values.astype(NUMPY_DTYPE[dtype])
+
+
+def weight(pattern: str, shape: tuple[int, int], density: float, dtype: str, seed: int = 0) -> NDArray[Any]:
+    values = integers(np.random.default_rng(seed), shape, dtype)
+    values[~mask(pattern, *shape, density, seed)] = 0
+    return values
+
+
+def exact(x: NDArray[Any], w: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """The int64 product rounded once, to nearest even."""
+    with np.errstate(over="ignore"):
+        product = x.astype(np.float64).astype(np.int64) @ w.astype(np.float64).astype(np.int64).T
+        return product.astype(np.float64).astype(NUMPY_DTYPE[dtype])
+
+
+class Fenced:
+    """An output [N, M] full of NaN between two canaries, as bits."""
+
+    def __init__(self, cp: Any, n: int, m: int) -> None:
+        self.buffer = cp.full(n * m + 2 * CANARY, 0x7E5A, np.uint16)
+        self.bits = self.buffer[CANARY : CANARY + n * m].reshape(n, m)
+
+    def read(self, dtype: str) -> NDArray[Any]:
+        host = self.buffer.get()
+        assert (host[:CANARY] == 0x7E5A).all(), "written before the output"
+        assert (host[-CANARY:] == 0x7E5A).all(), "written past the output"
+        return host[CANARY:-CANARY].reshape(self.bits.shape).view(NUMPY_DTYPE[dtype])
+
+
+def multiply(cp: Any, x: NDArray[Any], w: TiledCSL, choice: tiled_csl.Choice | None = None) -> NDArray[Any]:
+    fenced = Fenced(cp, x.shape[0], w.shape[0])
+    x_bits = cp.asarray(np.ascontiguousarray(x).view(np.uint16))
+    out = fenced.bits.view(np.float16) if w.dtype == "fp16" else fenced.bits
+    x_device = x_bits.view(np.float16) if w.dtype == "fp16" else x_bits
+    chosen = plan(w, x.shape[0], choice=choice)
+    workspace = cp.zeros(max(chosen.workspace_bytes, 16), np.uint8)
+    counters = 4 * w.tiles[0] * chosen.grid[1] if chosen.workspace_bytes else 0
+    for _ in range(2):  # the second call finds the counters as the first left them
+        fenced.buffer[CANARY:-CANARY] = 0x7E5A
+        spmm(x_device, w, out=out, workspace=workspace, plan=chosen)
+        assert not workspace[:counters].any(), "arrival counters must be zero after a call"
+    return fenced.read(w.dtype)
+
+
+def assert_exact(got: NDArray[Any], want: NDArray[Any]) -> None:
+    wrong = np.argwhere(got.view(np.uint16) != want.view(np.uint16))
+    # -0.0 and +0.0 are the same result.
+    wrong = np.array([i for i in wrong if got[tuple(i)] != want[tuple(i)]])
+    assert wrong.size == 0, f"y{wrong[0].tolist()}: got {got[tuple(wrong[0])]}, expected {want[tuple(wrong[0])]}"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("n", N_VALUES)
+def test_exact_for_every_n(cp: Any, n: int, dtype: str) -> None:
+    rng = np.random.default_rng(n)
+    for shape, density in (((300, 456), 0.2), ((129, 333), 0.3), ((512, 1024), 0.1)):
+        w = weight("uniform", shape, density, dtype, seed=n)
+        x = integers(rng, (n, shape[1]), dtype)
+        assert_exact(multiply(cp, x, TiledCSL.from_dense(w).to_device()), exact(x, w, dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_for_odd_shapes(cp: Any, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    for n in (1, 16, 33, 65):
+        w = weight("uniform", shape, 0.25, "fp16")
+        x = integers(rng, (n, shape[1]), "fp16")
+        assert_exact(multiply(cp, x, TiledCSL.from_dense(w).to_device()), exact(x, w, "fp16"))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("order", ["bank", "row"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_exact_for_every_pattern(cp: Any, pattern: str, order: str) -> None:
+    rng = np.random.default_rng(2)
+    for n, density in ((8, 0.1), (16, 0.3), (64, 0.5)):
+        w = weight(pattern, (384, 456), density, "fp16", seed=n)
+        x = integers(rng, (n, 456), "fp16")
+        assert_exact(multiply(cp, x, TiledCSL.from_dense(w, order=order).to_device()), exact(x, w, "fp16"))
+
+
+@pytest.mark.parametrize("spec", tiled_csl.specs(), ids=lambda spec: spec.label)
+def test_exact_for_every_instance(cp: Any, spec: Any) -> None:
+    """Each compiled instance, at densities below, at and above what its registers hold."""
+    facts = device_facts()
+    if not spec.supports(facts.arch):
+        pytest.skip(f"no path for {facts.arch} on this gpu")
+    fields = dict(spec.template)
+    aligned = fields["kAligned"] == "true"
+    choice = tiled_csl.Choice(
+        dtype="fp16" if fields["T"] == "__half" else "bf16",
+        n_block=int(fields["kN"]),
+        vectors=int(fields["kVectors"]),
+        slices=int(fields["kSlices"]),
+        aligned=aligned,
+        overlap=fields["kOverlap"] == "true",
+        undo=fields["kUndo"] == "true",
+    )
+    assert choice.spec == spec
+    shape = (400, 1032) if aligned else (400, 1031)
+    masks = (("uniform", 0.02), ("uniform", 0.15), ("skewed", 0.3), ("full", 1.0), ("empty-tiles", 0.9))
+    for pattern, density in masks:
+        w = weight(pattern, shape, density, choice.dtype)
+        x = integers(np.random.default_rng(3), (choice.n_block - 1, shape[1]), choice.dtype)
+        assert_exact(multiply(cp, x, TiledCSL.from_dense(w).to_device(), choice), exact(x, w, choice.dtype))
+
+
+@pytest.mark.parametrize("blocks_per_sm", [1, 2, 3, 6])
+def test_exact_for_every_split(cp: Any, blocks_per_sm: int) -> None:
+    """Rows of tiles shared by many blocks, by two, and blocks that span many rows."""
+    rng = np.random.default_rng(4)
+    for shape in ((128, 64 * 700), (128 * 90, 64), (128 * 30, 64 * 30), (128 * 200, 192)):
+        w = weight("uniform", shape, 0.1, "fp16")
+        packed = TiledCSL.from_dense(w).to_device()
+        x = integers(rng, (9, shape[1]), "fp16")
+        base = tiled_csl.default_choice(packed, 9, arch=device_facts().arch)
+        forced = tiled_csl.Choice(**{**base.__dict__, "blocks_per_sm": blocks_per_sm})
+        assert_exact(multiply(cp, x, packed, forced), exact(x, w, "fp16"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("n", [8, 16, 32, 64])
+def test_random_values_stay_within_the_bound(cp: Any, n: int, dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal((1024, 8192)).astype(NUMPY_DTYPE[dtype])
+    w[rng.random(w.shape) >= 0.2] = 0
+    x = rng.standard_normal((n, 8192)).astype(NUMPY_DTYPE[dtype])
+    got = multiply(cp, x, TiledCSL.from_dense(w).to_device())
+    reference = make_reference(x.astype(np.float64), w.astype(np.float64), np.arange(1024), dtype)
+    assert error_over_bound(got.astype(np.float64), reference) <= 1.0
+
+
+def test_overflow_rounds_to_infinity(cp: Any) -> None:
+    w = np.full((128, 64), 60000, np.float16)
+    x = np.ones((1, 64), np.float16)
+    assert np.isposinf(multiply(cp, x, TiledCSL.from_dense(w).to_device())).all()
+
+
+def test_nan_and_infinity_multiply_as_in_dense_arithmetic(cp: Any) -> None:
+    w = weight("uniform", (256, 128), 0.3, "fp16")
+    w[3, 5], w[200, 100], w[10, 64] = np.nan, np.inf, -np.inf
+    x = integers(np.random.default_rng(6), (8, 128), "fp16")
+    x[2, 70] = np.inf  # meets pruned zeros in every row of W: NaN, as in a dense product
+    with np.errstate(invalid="ignore"):
+        want = (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float16)
+    got = multiply(cp, x, TiledCSL.from_dense(w).to_device())
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    np.testing.assert_array_equal(got[~np.isnan(got)], want[~np.isnan(want)])
+
+
+def test_hundred_runs_and_two_streams_give_the_same_bits(cp: Any) -> None:
+    rng = np.random.default_rng(7)
+    w = rng.standard_normal((2048, 4096)).astype(np.float16)
+    w[rng.random(w.shape) >= 0.3] = 0
+    packed = TiledCSL.from_dense(w).to_device()
+    x = cp.asarray(rng.standard_normal((16, 4096)).astype(np.float16))
+    first = spmm(x, packed)
+    chosen = plan(packed, 16)
+    streams = [cp.cuda.Stream(non_blocking=True) for _ in range(2)]
+    workspaces = [cp.zeros(chosen.workspace_bytes, np.uint8) for _ in streams]
+    outs = [cp.empty_like(first) for _ in range(100)]
+    cp.cuda.Device().synchronize()
+    for i, out in enumerate(outs):
+        spmm(x, packed, out=out, workspace=workspaces[i % 2], stream=streams[i % 2], plan=chosen)
+    cp.cuda.Device().synchronize()
+    for out in outs:
+        assert (out.view(np.uint16) == first.view(np.uint16)).all()
+
+
+def test_captures_in_a_graph_without_allocating(cp: Any) -> None:
+    w = weight("uniform", (512, 512), 0.2, "fp16")
+    packed = TiledCSL.from_dense(w).to_device()
+    x_host = integers(np.random.default_rng(8), (16, 512), "fp16")
+    x, chosen = cp.asarray(x_host), plan(packed, 16)
+    out = cp.zeros((16, 512), np.float16)
+    workspace = cp.zeros(max(chosen.workspace_bytes, 16), np.uint8)
+    stream = cp.cuda.Stream(non_blocking=True)
+    spmm(x, packed, out=out, workspace=workspace, plan=chosen)
+    cp.cuda.Device().synchronize()
+    pool = cp.get_default_memory_pool()
+    before = pool.total_bytes(), pool.used_bytes()
+    with stream:
+        stream.begin_capture()
+        spmm(x, packed, out=out, workspace=workspace, stream=stream, plan=chosen)
+        graph = stream.end_capture()
+    assert (pool.total_bytes(), pool.used_bytes()) == before
+    out.fill(cp.nan)
+    cp.cuda.Device().synchronize()
+    for _ in range(3):
+        graph.launch(stream)
+    stream.synchronize()
+    assert_exact(out.get(), exact(x_host, w, "fp16"))
+
+
+def test_takes_dlpack_input(cp: Any) -> None:
+    torch = pytest.importorskip("torch")
+    w = weight("uniform", (256, 320), 0.2, "fp16")
+    x = integers(np.random.default_rng(9), (4, 320), "fp16")
+    got = spmm(torch.from_numpy(x).cuda(), TiledCSL.from_dense(w).to_device())
+    assert_exact(got.get(), exact(x, w, "fp16"))
+
+
+def test_more_than_2_to_the_31_elements(cp: Any) -> None:
+    rows, columns = 65536, 33024
+    assert rows * columns > 2**31
+    if cp.cuda.runtime.memGetInfo()[0] < 8 << 30:
+        pytest.skip("needs 8 GiB on the gpu")
+    dense = cp.zeros((rows, columns), np.float16)
+    rng = np.random.default_rng(10)
+    r = cp.asarray(rng.integers(0, rows, 200_000))
+    c = cp.asarray(rng.integers(0, columns, 200_000))
+    dense[r, c] = 1
+    dense[rows - 1, columns - 1] = 2
+    packed = TiledCSL.from_dense(dense)
+    x = cp.asarray(rng.integers(-4, 5, (8, columns)).astype(np.float16))
+    got = spmm(x, packed)
+    for first in range(0, rows, 8192):
+        part = dense[first : first + 8192].astype(np.float32) @ x.astype(np.float32).T
+        assert (got[:, first : first + 8192] == part.T.astype(np.float16)).all()
+
+
+def test_bad_operands_are_named(cp: Any) -> None:
+    host = TiledCSL.from_dense(weight("uniform", (256, 128), 0.2, "fp16"))
+    w = host.to_device()
+    x = cp.ones((16, 128), np.float16)
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("x", {"x": cp.ones((16, 127), np.float16)}),
+        ("x", {"x": cp.ones((16, 128), np.float32)}),
+        ("x", {"x": cp.ones(128, np.float16)}),
+        ("x", {"x": cp.ones((128, 16), np.float16).T}),
+        ("x", {"x": cp.ones(16 * 128 + 1, np.float16)[1:].reshape(16, 128)}),
+        ("x", {"x": np.ones((16, 128), np.float16)}),
+        ("out", {"out": cp.ones((16, 255), np.float16)}),
+        ("out", {"out": cp.ones((16, 256), np.float32)}),
+        ("out", {"out": cp.ones((256, 16), np.float16).T}),
+        ("out", {"out": cp.ones(16 * 256 + 1, np.float16)[1:].reshape(16, 256)}),
+        ("workspace", {"workspace": cp.zeros(8, np.uint8)}),
+        ("w", {"w": host}),
+        ("plan", {"plan": plan(w, 8)}),
+        ("backend", {"backend": "tpu"}),
+    ]
+    for name, change in bad:
+        arguments: dict[str, Any] = {"x": x, "w": w, "backend": "cuda", **change}
+        with pytest.raises(ArgumentError, match="expected") as caught:
+            spmm(arguments.pop("x"), arguments.pop("w"), **arguments)
+        assert caught.value.argument == name
+
+
+def test_bf16_arrays_and_their_bits_agree(cp: Any) -> None:
+    w = TiledCSL.from_dense(weight("uniform", (256, 128), 0.2, "bf16")).to_device()
+    x = integers(np.random.default_rng(11), (8, 128), "bf16")
+    bits = spmm(cp.asarray(x.view(np.uint16)), w)
+    assert bits.dtype == np.uint16
+    assert_exact(bits.get().view(ml_dtypes.bfloat16), exact(x, w.to_host().to_dense(), "bf16"))
+
+
+def test_tune_stores_what_plan_then_takes(cp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashllm.matmul.tune import tune
+
+    monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path))
+    w = TiledCSL.from_dense(weight("uniform", (512, 1024), 0.1, "fp16")).to_device()
+    assert plan(w, 16).source == "auto"
+    (result,) = tune(w, [16])
+    assert result.measured > 1
+    assert result.median_us <= result.heuristic_us
+    tuned = plan(w, 16)
+    assert tuned.source == "tuned"
+    assert tuned.choice == result.plan.choice

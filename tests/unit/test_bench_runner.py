@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU runner's own logic, on a pretended GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fake_gpu
+import pytest
+
+from flashllm.bench import check, environment, systems, timing
+from flashllm.bench.cases import Group
+from flashllm.bench.results import Row
+from flashllm.bench.runner import CudaRunner, Settings, check_memory, required_bytes
+from flashllm.bench.sources import RandomSource
+from flashllm.errors import DeviceMemoryError
+
+GROUP = Group(m=96, k=72, sparsities=(0.7, 0.9), batches=(4, 8))
+FACTS = environment.Environment(
+    run_id="r", sweep_id="s", commit=None, dirty=None, command="flashllm bench", backend="cuda", gpu="NVIDIA Pretend"
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BATCH_MS", 0.01)
+    monkeypatch.setattr(timing, "COLD_BYTES", 20_000)
+    monkeypatch.setattr(timing, "MIN_SAMPLES", 3)
+    monkeypatch.setattr(systems, "_SEARCH_ROUNDS", 1)
+
+
+def _run(launch: str = "graph", skip: Any = lambda *case: False, **group: Any) -> list[Row]:
+    rows: list[Row] = []
+    method = timing.Method(launch=launch, warmup_ms=0.01, cap_s=0.001)
+    runner = CudaRunner(FACTS, Settings(method=method, check_rows=16), RandomSource(), rows.append)
+    done: list[int] = []
+    groups = [Group(**{**GROUP.__dict__, **group})]
+    runner.run(groups, wanted=lambda *case: not skip(*case), advance=lambda title, cases: done.append(cases))
+    assert sum(done) == sum(row.system == "flashllm" for row in rows)
+    return rows
+
+
+def test_rows_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    rows = _run()
+    assert [(r.N, r.system, r.sparsity) for r in rows] == [
+        (4, "cublas", 0.9), (4, "flashllm", 0.7), (4, "flashllm", 0.9),
+        (8, "cublas", 0.9), (8, "flashllm", 0.7), (8, "flashllm", 0.9),
+    ]  # fmt: skip
+    for r in rows:
+        assert (r.check, r.launch, r.l2, r.gpu, r.sm_mhz) == ("pass", "graph", "cold", "NVIDIA Pretend", 1980)
+        assert r.median_us
+        assert r.cublas_us == next(c.median_us for c in rows if c.system == "cublas" and c.N == r.N)
+        assert r.speedup == pytest.approx(r.cublas_us / r.median_us, abs=1e-4)
+        assert r.rotated_mb >= 0.02
+    ours, library = rows[1], rows[0]
+    assert (ours.format, ours.kernel, ours.choice, ours.deterministic) == ("tiled-csl", "fake", "auto", True)
+    assert (library.format, library.choice, library.speedup) == ("dense", "tuned", 1.0)
+    assert library.kernel.startswith(("GemmEx", "Lt#"))
+    assert library.bytes == 2 * (96 * 72 + 4 * 72 + 4 * 96)
+
+
+def test_stream_launches_add_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    rows = _run("stream", batches=(8,), sparsities=(0.8,))
+    assert [r.system for r in rows] == ["cublas", "flashllm", "cupy-matmul"]
+    assert {r.launch for r in rows} == {"stream"}
+
+
+@pytest.mark.parametrize("column", [0, 40, 95])
+def test_a_wrong_column_fails_even_outside_the_sampled_rows(monkeypatch: pytest.MonkeyPatch, column: int) -> None:
+    fake_gpu.install(monkeypatch, wrong_column=column)
+    assert 40 not in check.sample_rows(96, 16, 0)
+    rows = _run(batches=(8,))
+    assert {r.system: r.check for r in rows} == {"cublas": "pass", "flashllm": "fail"}
+
+
+def test_cases_done_before_are_left_out_and_cublas_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    rows = _run(skip=lambda group, sparsity, n: (sparsity, n) != (0.7, 8))
+    assert [(r.system, r.sparsity, r.N) for r in rows] == [("cublas", 0.7, 8), ("flashllm", 0.7, 8)]
+
+
+def test_too_little_memory_is_said_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    settings = Settings()
+    check_memory([GROUP], RandomSource(), settings)
+    monkeypatch.setattr("flashllm.device.free_memory", lambda: 2**30)
+    with pytest.raises(DeviceMemoryError, match=r"benchmark of 96x72: needs [\d,]+ bytes.* 1,073,741,824 are free"):
+        check_memory([GROUP], RandomSource(), settings)
+
+
+def test_required_bytes_of_the_largest_paper_shape_fit_an_80_gb_gpu() -> None:
+    group = Group(m=49152, k=12288, sparsities=(0.7, 0.8, 0.9), batches=(8,))
+    assert 7e9 < required_bytes(group, RandomSource(), Settings(), 50 * 2**20) < 12e9

@@ -2,7 +2,7 @@
 # packages for this machine. `make TARGET PY=python3` skips all set-up and runs that interpreter on src/.
 
 .DEFAULT_GOAL := help
-SHELL := /bin/bash
+.DELETE_ON_ERROR:
 
 # Arguments for the command of a target, e.g. make bench ARGS="--help" or make test ARGS="-k jit -x".
 ARGS ?=

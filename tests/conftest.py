@@ -20,7 +20,8 @@ os.environ["CUPY_CACHE_DIR"] = str(_SCRATCH / "cupy")
 os.environ["FLASHLLM_CACHE_DIR"] = str(_SCRATCH / "flashllm")
 
 # Programs that tests start find the package too, when it is not installed.
-_SOURCE = str(Path(__file__).resolve().parent.parent / "src")
+_TESTS = Path(__file__).resolve().parent
+_SOURCE = str(_TESTS.parent / "src")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
 
 
@@ -30,10 +31,15 @@ def _problem() -> str | None:
     return gpu_problem()
 
 
+def pytest_report_header() -> str:
+    problem = _problem()
+    return f"GPU: none, GPU tests are skipped: {problem}" if problem else "GPU: usable"
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.path.parent.parts or item.get_closest_marker("sanitize"):
+        if item.path.parent == _TESTS / "gpu" or item.get_closest_marker("sanitize"):
             item.add_marker(pytest.mark.gpu)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
@@ -44,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("FLASHLLM_REQUIRE_GPU") == "1":
         raise pytest.UsageError(f"these tests need a GPU: {problem}")
     for item in gpu_items:
-        item.add_marker(pytest.mark.skip(reason=f"no GPU: {problem}"))
+        item.add_marker(pytest.mark.skip(reason="no usable GPU"))
 
 
 @pytest.fixture(scope="session")

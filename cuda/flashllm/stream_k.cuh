@@ -39,37 +39,49 @@ struct StreamK {
         bool whole;      // the block has all of K for this row of tiles
         int pieces;      // blocks that share the row of tiles
         float* mine;     // this block's slot
-        const float* first_slot;   // slot of the row's first block; the others' first slots follow
-        const float* other_slots;  // slot 0 of block (first block + 1)
+        const float* first_slot;   // slot of the row's first block
+        const float* other_slots;  // slot 0 of the row's second block
         int* counter;
 
         FLASHLLM_DEVICE void store(int n, int m, const float4& value) const {
             __stcg(reinterpret_cast<float4*>(mine + n * 128 + m), value);
         }
 
-        // True in the block that finds all other pieces of the row stored. All threads of the block call it.
+        // True in the block that finds all other pieces of the row stored. All threads of the block call it: the
+        // barrier collects their stores, and one thread's fence then covers them all.
         FLASHLLM_DEVICE bool arrive_last() const {
-            __threadfence();
             __syncthreads();
             int last = 0;
             if (threadIdx.x == 0) {
+                __threadfence();
                 last = atomicAdd(counter, 1) == pieces - 1;
                 if (last) *counter = 0;  // ready for the next launch
+                __threadfence();
             }
-            last = __syncthreads_or(last);
-            __threadfence();
-            return last != 0;
+            return __syncthreads_or(last) != 0;
         }
 
-        // The sum over all blocks, in block order.
-        FLASHLLM_DEVICE float4 total(int n, int m) const {
-            float4 sum = __ldcg(reinterpret_cast<const float4*>(first_slot + n * 128 + m));
-            const float* slot = other_slots + n * 128 + m;
-            for (int i = 1; i < pieces; ++i, slot += 2 * kPieceFloats) {
-                const float4 part = __ldcg(reinterpret_cast<const float4*>(slot));
-                sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        // Sums over all blocks, in block order, of rows m..m+3 and columns n, n + stride, ...: the loads of a turn
+        // are independent, so their latencies overlap.
+        template <int kCount>
+        FLASHLLM_DEVICE void total(float4 (&sums)[kCount], int n, int stride, int m) const {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+                sums[j] = __ldcg(reinterpret_cast<const float4*>(first_slot + (n + j * stride) * 128 + m));
             }
-            return sum;
+            const float* slot = other_slots;
+            for (int i = 1; i < pieces; ++i, slot += 2 * kPieceFloats) {
+                float4 parts[kCount];
+#pragma unroll
+                for (int j = 0; j < kCount; ++j) {
+                    parts[j] = __ldcg(reinterpret_cast<const float4*>(slot + (n + j * stride) * 128 + m));
+                }
+#pragma unroll
+                for (int j = 0; j < kCount; ++j) {
+                    sums[j].x += parts[j].x, sums[j].y += parts[j].y;
+                    sums[j].z += parts[j].z, sums[j].w += parts[j].w;
+                }
+            }
         }
     };
 

@@ -11,9 +11,10 @@
 // of them. Where a row of tiles ends, the accumulators are summed over the warps and written: straight to y if
 // the block saw the whole row, else to the workspace, where the last block to arrive adds up the pieces in
 // block order (a fixed order: results are bit-reproducible).
+#include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
-#include "flashllm/tiled_csl.cuh"
 #include "flashllm/stream_k.cuh"
+#include "flashllm/tiled_csl.cuh"
 
 namespace flashllm {
 
@@ -27,6 +28,8 @@ constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image or of an
 template <int kN_, int kSlices_>
 struct Shape {
     static constexpr int kN = kN_;                                       // columns of x per block, padded
+    static constexpr int kM = csl::kTileM;
+    static constexpr int kBlockWarps = kWarps;
     static constexpr bool kWarpgroup = kSlices_ == 0;                    // sm_90a: wgmma instead of mma.sync
     static constexpr int kSlices = kWarpgroup ? 1 : kSlices_;
     static constexpr int kRowFragments = csl::kTileM / 16 / (kWarps / kSlices);  // m16 fragments of one warp
@@ -45,27 +48,31 @@ struct Shape {
     FLASHLLM_DEVICE static int slice() { return kWarpgroup ? 0 : (threadIdx.x >> 5) % kSlices; }
 };
 
-template <typename S>
-using Accumulators = float[S::kRowFragments][S::kColumnFragments][4];
-
 // ---- words: registers -> image ---------------------------------------------------------------------------
 
 // What an empty tile reads: value 0 at location 0.
 __device__ const uint4 kNoWords = {0, 0, 0, 0};
 
 // The words of one tile that this thread holds. Threads past the last vector hold a copy of it: storing the same
-// value to the same place again costs no bank conflict, and saves every branch.
+// value to the same place again costs no bank conflict, and saves branches. Only with 4 vectors, whose weights (75 to
+// 87 % sparse) leave the last one empty in most warps, do those warps skip it (measured; with 5 it costs more than
+// it saves).
 template <int kVectors>
 struct Words {
+    static constexpr bool kSkipLast = kVectors == 4;
     uint4 vector[kVectors];
+    bool last = true;  // this warp has a last vector
 };
 
 template <int kVectors>
 FLASHLLM_DEVICE void load_words(Words<kVectors>& words, const uint4* all_words, int begin, int end) {
-    const uint4* tile = end > begin ? all_words + begin : &kNoWords;
-    const int last = max(end - begin - 1, 0);
+    constexpr int kLastRound = (kVectors - 1) * kThreads;
+    const int count = end - begin, last = max(count - 1, 0);
+    const uint4* tile = count > 0 ? all_words + begin : &kNoWords;
+    if (words.kSkipLast) words.last = count > kLastRound + static_cast<int>(threadIdx.x & ~31u);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+        if (i == kVectors - 1 && !words.last) break;
         words.vector[i] = ptx::load_streaming(tile + min(static_cast<int>(threadIdx.x) + i * kThreads, last));
     }
 }
@@ -82,7 +89,10 @@ FLASHLLM_DEVICE void store_vector(const uint4& vector, unsigned images) {
 template <bool kZero, int kImage, int kVectors>
 FLASHLLM_DEVICE void store_words(const Words<kVectors>& words, unsigned images) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) store_vector<kZero, kImage * kTileBytes>(words.vector[i], images);
+    for (int i = 0; i < kVectors; ++i) {
+        if (i == kVectors - 1 && !words.last) break;
+        store_vector<kZero, kImage * kTileBytes>(words.vector[i], images);
+    }
 }
 
 // The words of a tile (from offset[0] to offset[1]) that are more than the registers hold, read from memory again:
@@ -200,73 +210,6 @@ FLASHLLM_DEVICE void multiply(Accumulators<S>& sum, unsigned image, unsigned sta
 #pragma unroll
             for (int j = 0; j < S::kColumnFragments; ++j) ptx::mma_m16n8k16<T>(sum[i][j], a, b[j][0], b[j][1]);
         }
-    }
-}
-
-// ---- epilogue ----------------------------------------------------------------------------------------------
-
-// Adds the K slices' accumulators in slice order in shared memory, 32 columns of y at a time (a 16 KB image is
-// the scratch), and hands each thread groups of 4 neighbouring rows m of one column n:
-// consume(n, m, float4). Leaves the accumulators zero.
-template <typename S, typename Consume>
-FLASHLLM_DEVICE void drain(Accumulators<S>& sum, float* scratch, Consume&& consume) {
-    constexpr int kColumns = S::kN < 32 ? S::kN : 32;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#pragma unroll
-    for (int first = 0; first < S::kN; first += kColumns) {
-#pragma unroll
-        for (int turn = 0; turn < S::kSlices; ++turn) {
-            if (S::slice() == turn) {
-#pragma unroll
-                for (int i = 0; i < S::kRowFragments; ++i)
-#pragma unroll
-                    for (int j = 0; j < kColumns / 8; ++j)
-#pragma unroll
-                        for (int r = 0; r < 4; ++r) {
-                            const int n = j * 8 + (lane & 3) * 2 + (r & 1);
-                            const int m = S::row(i) + (lane >> 2) + (r >> 1) * 8;
-                            // XOR by the quad lane: the 32 lanes of a store fall on 32 banks.
-                            float& cell = scratch[n * csl::kTileM + (m ^ ((lane & 3) << 3))];
-                            float& mine = sum[i][first / 8 + j][r];
-                            cell = turn == 0 ? mine : cell + mine;
-                            mine = 0.0f;
-                        }
-            }
-            __syncthreads();
-        }
-#pragma unroll 4
-        for (int n = warp; n < kColumns; n += kWarps) {
-            const int m = lane * 4;
-            const float* cell = scratch + n * csl::kTileM + (m ^ ((n >> 1 & 3) << 3));
-            consume(first + n, m, *reinterpret_cast<const float4*>(cell));
-        }
-        __syncthreads();
-    }
-}
-
-template <typename T>
-FLASHLLM_DEVICE T round_to(float value);
-template <>
-FLASHLLM_DEVICE __half round_to<__half>(float value) {
-    return __float2half_rn(value);
-}
-template <>
-FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
-    return __float2bfloat16_rn(value);
-}
-
-// y[n, m..m+3]; rows beyond M do not exist. 8-byte stores where M keeps them aligned.
-template <typename T>
-FLASHLLM_DEVICE void store_y(T* y, int n, int m, int M, const float4& value) {
-    T* target = y + static_cast<long long>(n) * M + m;
-    const T rounded[4] = {round_to<T>(value.x), round_to<T>(value.y), round_to<T>(value.z),
-                          round_to<T>(value.w)};
-    if (M % 4 == 0) {
-        if (m < M) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(rounded);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (m + i < M) target[i] = rounded[i];
     }
 }
 
@@ -419,9 +362,15 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
                 else piece.store(n, m, value);
             });
             if (!piece.whole && piece.arrive_last()) {
-                const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-                for (int n = warp; n < kN && n0 + n < N; n += kWarps) {
-                    store_y(y, n0 + n, m0 + lane * 4, M, piece.total(n, lane * 4));
+                constexpr int kTurn = kN / kWarps < 4 ? kN / kWarps : 4;  // columns in flight per thread
+                const int m = (threadIdx.x & 31) * 4;
+                for (int n = threadIdx.x >> 5; n < kN && n0 + n < N; n += kWarps * kTurn) {
+                    float4 sums[kTurn];
+                    piece.total(sums, n, kWarps, m);
+#pragma unroll
+                    for (int j = 0; j < kTurn; ++j) {
+                        if (n0 + n + j * kWarps < N) store_y(y, n0 + n + j * kWarps, m0 + m, M, sums[j]);
+                    }
                 }
             }
             if (walk.tile == count) return;

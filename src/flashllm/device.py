@@ -50,11 +50,11 @@ def gpu_problem() -> str | None:
         return f"CuPy cannot be imported ({error}); set CUPY_CACHE_DIR to a writable folder"
     try:
         count = int(cupy.cuda.runtime.getDeviceCount())
+        index = current_device()
     except Exception as error:  # CUDARuntimeError: no driver, driver too old, no device
         return f"no usable NVIDIA driver or GPU ({error})"
     if count == 0:
         return "the driver reports no GPU"
-    index = current_device()
     try:
         arch_for_device(_compute_capability(index))
     except UnsupportedDeviceError as error:

@@ -8,9 +8,9 @@ from flashllm.jit.spec import KernelSpec
 
 def all_specs() -> list[KernelSpec]:
     """Each spec once, in a fixed order: products, encoders, measurement helpers."""
-    from flashllm.bench import bandwidth
+    from flashllm.bench import bandwidth, data
     from flashllm.encode import tiled_csl as encode_tiled_csl
     from flashllm.matmul import tiled_csl
 
-    sources = (tiled_csl.specs(), encode_tiled_csl.specs(), bandwidth.specs())
+    sources = (tiled_csl.specs(), encode_tiled_csl.specs(), bandwidth.specs(), data.specs())
     return list(dict.fromkeys(spec for specs in sources for spec in specs))

@@ -126,6 +126,7 @@ def test_exact_for_every_instance(cp: Any, spec: Any) -> None:
         aligned=aligned,
         overlap=fields["kOverlap"] == "true",
         undo=fields["kUndo"] == "true",
+        resident_blocks=int(fields["kMinBlocks"]),
     )
     assert choice.spec == spec
     shape = (400, 1032) if aligned else (400, 1031)

@@ -192,6 +192,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None)
     cupy.cuda = types.SimpleNamespace(
         Stream=make_stream,
         Event=Event,
+        memory=types.SimpleNamespace(OutOfMemoryError=MemoryError),
         Device=lambda index: types.SimpleNamespace(use=lambda: None),
         get_current_stream=lambda: stream_now[-1],
         runtime=types.SimpleNamespace(runtimeGetVersion=lambda: 13000, getDeviceCount=lambda: 1),

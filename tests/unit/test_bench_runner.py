@@ -93,3 +93,14 @@ def test_too_little_memory_is_said_before_anything_is_made(monkeypatch: pytest.M
 def test_required_bytes_of_the_largest_paper_shape_fit_an_80_gb_gpu() -> None:
     group = Group(m=49152, k=12288, sparsities=(0.7, 0.8, 0.9), batches=(8,))
     assert 7e9 < required_bytes(group, RandomSource(), Settings(), 50 * 2**20) < 12e9
+
+
+def test_running_out_of_memory_half_way_says_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+
+    def full(weight: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(systems, "clone", full)
+    with pytest.raises(DeviceMemoryError, match="benchmark of 96x72: needs"):
+        _run()

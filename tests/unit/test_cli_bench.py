@@ -220,3 +220,14 @@ def test_profile_run_needs_ncu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tune_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashllm.device.gpu_problem", lambda: "the driver reports no GPU")
     assert _run(command=tune.command).exit_code == 2
+
+
+def test_rows_of_two_methods_never_share_a_table(gpu: None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    case = ("--shape", "96x72", "--sparsity", "0.7", "--n", "8", "--time-cap", "0.01", "--resume", str(path))
+    assert _run(*case).exit_code == 0
+    result = _run(*case, "--launch", "stream")
+    assert result.exit_code == 0, result.output
+    assert len(results.read(path)) == 5
+    assert result.stdout.count("cublas ") == 1
+    assert "cupy-matmul" in result.stdout

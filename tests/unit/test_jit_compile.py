@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flashllm.errors import CompileError, MissingDependencyError
-from flashllm.jit import ALL_ARCHS, KernelSpec, cache
-from flashllm.jit.compile import compile_kernel, compile_many
+from flashllm.jit import ALL_ARCHS, KernelSpec, cache, workers
+from flashllm.jit import compile as compile_module
+from flashllm.jit.compile import build, compile_kernel, compile_many
 
 SCALE = """\
 #include "flashllm/factor.cuh"
@@ -165,6 +167,48 @@ def test_compile_many_reports_failures_in_place(root: Path, store: Path) -> None
     bad = replace(SPEC, function="demo::nothing")
     results = compile_many([(SPEC, "80"), (bad, "80"), (SPEC, "86")], source_root=root, cache_dir=store)
     assert [result.error is None for result in results] == [True, False, True]
+
+
+def test_a_compiler_crash_is_one_failed_kernel(root: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = workers._start
+    starts = 0
+
+    def crash_first() -> subprocess.Popen[bytes]:
+        nonlocal starts
+        starts += 1
+        if starts > 1:
+            return start()
+        code = "import os, signal, sys; sys.stdin.buffer.read(1); os.kill(os.getpid(), signal.SIGSEGV)"
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    monkeypatch.setattr(workers, "_start", crash_first)
+    jobs = [(SPEC, "80"), (SPEC, "86"), (SPEC, "89")]
+    results = compile_many(jobs, workers=1, source_root=root, cache_dir=store)
+    assert "died on sm_80 (SIGSEGV)" in str(results[0].error)
+    assert [result.error is None for result in results] == [False, True, True]
+    assert starts == 2
+
+
+def test_source_edited_during_the_build_is_built_again(
+    root: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = root / "flashllm/factor.cuh"
+    original = header.read_text()
+    seen = []
+
+    def edit_then_build(spec: KernelSpec, arch: str, folder: Path) -> Any:
+        if not seen:
+            header.write_text(original.replace("kFactor = 2", "kFactor = 7"))
+        seen.append(arch)
+        return build(spec, arch, folder)
+
+    monkeypatch.setattr(compile_module, "build", edit_then_build)
+    edited = compile_kernel(SPEC, "90a", source_root=root, cache_dir=store)
+    assert len(seen) == 2
+    header.write_text(original)
+    restored = compile_kernel(SPEC, "90a", source_root=root, cache_dir=store)
+    assert not restored.cached, "code of the edited header must not be found under the original's key"
+    assert restored.path.read_bytes() != edited.path.read_bytes()
 
 
 def test_unwritable_cache_warns_and_still_works(root: Path, tmp_path: Path) -> None:

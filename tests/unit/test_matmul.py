@@ -89,12 +89,12 @@ def test_plan_covers_n(n: int) -> None:
 
 
 def test_plan_takes_the_path_of_the_device() -> None:
-    assert plan(packed(), 16, device=H100).choice.slices == tiled_csl.WARPGROUP
-    assert plan(packed(), 16, device=A100).choice.slices > 0
-    assert plan(packed(), 16, device=A100).spec.supports("80")
-    wgmma = plan(packed(), 16, device=H100).choice
-    with pytest.raises(ArgumentError, match="wgmma"):
-        plan(packed(), 16, device=A100, choice=wgmma)
+    assert plan(packed(), 64, device=H100).choice.slices == tiled_csl.WARPGROUP
+    assert plan(packed(), 64, device=A100).choice.slices > 0
+    assert plan(packed(), 64, device=A100).spec.supports("80")
+    wgmma = plan(packed(), 64, device=H100).choice
+    with pytest.raises(ArgumentError, match="an instance for 80"):
+        plan(packed(), 64, device=A100, choice=wgmma)
 
 
 def test_plan_of_unaligned_k_uses_element_loads() -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,15 @@ from flashllm.errors import ArgumentError
 from flashllm.formats.base import SparseWeight
 from flashllm.formats.bits import kind_of, numpy_dtype, to_bits, widen
 
+_STRIP_ROWS = 512
+
 
 def spmm(x: NDArray[Any], w: SparseWeight) -> NDArray[Any]:
     """``y[N, M] = x[N, K] @ W[M, K]^T``, accumulated in float64 and rounded once, to nearest even.
 
     ``x`` is row-major and of the weight's type, any N >= 0; bf16 is ``ml_dtypes.bfloat16`` or its bits as
-    uint16, and y comes in the dtype of x.
-    W is decoded a strip of rows at a time, so memory stays near that of ``y``. Like the tensor-core
-    kernels this multiplies pruned zeros too: a pruned zero times infinity is NaN.
+    uint16, and y comes in the dtype of x. Needs W dense in 16 bits and one strip of it in float64. Like the
+    tensor-core kernels this multiplies pruned zeros too: a pruned zero times infinity is NaN.
     """
     m, k = w.shape
     if not isinstance(x, np.ndarray):
@@ -31,17 +31,9 @@ def spmm(x: NDArray[Any], w: SparseWeight) -> NDArray[Any]:
         raise ArgumentError("x", expected=f"dtype {numpy_dtype(w.dtype)} like the weight's", got=str(x.dtype))
     wide = widen(np.ascontiguousarray(x).view(np.uint16), w.dtype).astype(np.float64)
     y = np.empty((x.shape[0], m), dtype=np.uint16)
+    dense = w.to_host().to_dense().view(np.uint16)
     with np.errstate(invalid="ignore", over="ignore"):
-        for start, strip in _strips(w.to_host()):
-            values = widen(np.ascontiguousarray(strip).view(np.uint16), w.dtype).astype(np.float64)
-            y[:, start : start + len(strip)] = to_bits(wide @ values.T, w.dtype)
+        for start in range(0, m, _STRIP_ROWS):
+            strip = widen(dense[start : start + _STRIP_ROWS], w.dtype).astype(np.float64)
+            y[:, start : start + _STRIP_ROWS] = to_bits(wide @ strip.T, w.dtype)
     return y.view(x.dtype)
-
-
-def _strips(w: SparseWeight) -> Iterator[tuple[int, NDArray[Any]]]:
-    """(first row, dense rows) over the whole of W; formats that can, decode only one strip at a time."""
-    blocks = getattr(w, "iter_row_blocks", None)
-    if blocks is None:
-        yield 0, w.to_dense()
-    else:
-        yield from blocks()

@@ -165,6 +165,9 @@ class Cublas:
         preference = self._create("MatmulPreference")
         limit = ctypes.c_size_t(WORKSPACE_BYTES)
         self._set("MatmulPreference", preference, api.PREF_MAX_WORKSPACE_BYTES, limit)
+        # Split-K pieces added in 16 bits are a different accuracy (108 times the bound at K = 264).
+        schemes = ctypes.c_uint32(api.REDUCE_IN_FP32)
+        self._set("MatmulPreference", preference, api.PREF_REDUCTION_SCHEME_MASK, schemes)
         results, found = (api.HeuristicResult * count)(), ctypes.c_int(0)
         status = self._lt.status(
             "cublasLtMatmulAlgoGetHeuristic",

@@ -22,6 +22,8 @@ DATA_TYPES = {"fp16": 2, "bf16": 14}  # CUDA_R_16F, CUDA_R_16BF
 GEMM_DEFAULT = -1
 DESC_TRANSA, DESC_TRANSB = 3, 4
 PREF_MAX_WORKSPACE_BYTES = 1
+PREF_REDUCTION_SCHEME_MASK = 3
+REDUCE_IN_FP32 = 1 | 2  # in place or in the compute type; not in the 16-bit output type (4)
 NOT_SUPPORTED = 15
 
 # The library may be asked for by any of these names when no installed package says where it is.

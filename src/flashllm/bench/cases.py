@@ -17,7 +17,7 @@ DEFAULT_BATCHES: tuple[int, ...] = (8, 16, 32)
 MAX_DIMENSION = 2**31 - 1
 SMALL_SHAPES: tuple[tuple[int, int], ...] = ((512, 256), (1024, 512), (2048, 1024))
 """Shapes of a run without a GPU when none is asked for."""
-SMALL_ELEMENTS = 2**20
+SMALL_ELEMENTS = 2**19
 """Without a GPU, a model's layers are scaled down to at most this many elements."""
 
 

@@ -162,9 +162,8 @@ def append(path: str | Path, row: Row) -> None:
         os.close(handle)
 
 
-def read(path: str | Path, *, kind: str | None = "kernel") -> list[Row]:
-    """Rows of one file, in order; lines of another ``kind`` are skipped (``None``: every line must be a
-    kernel row).
+def read(path: str | Path) -> list[Row]:
+    """Kernel rows of one file, in order; rows of another ``kind`` are skipped.
 
     A last line without its line end was cut short by a crash and is left out. Raises :class:`FormatError`
     (file, line, field) for anything else that is no row, and ``OSError`` when the file cannot be read.
@@ -181,7 +180,7 @@ def read(path: str | Path, *, kind: str | None = "kernel") -> list[Row]:
             raise FormatError(path=where, field="line", expected="a JSON object", got=str(error)) from error
         if not isinstance(value, dict):
             raise FormatError(path=where, field="line", expected="a JSON object", got=type(value).__name__)
-        if kind is None or value.get("kind") == kind:
+        if value.get("kind", "kernel") == "kernel":
             rows.append(from_dict(value, where=where))
     return rows
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flashllm.baselines.cublas import Cublas, Layout
 from flashllm.bench import check, systems, telemetry, timing
-from flashllm.bench.bandwidth import read_gbps
+from flashllm.bench.bandwidth import BUFFER_BYTES, read_gbps
 from flashllm.bench.cases import Group
 from flashllm.bench.data import largest_magnitude, make_inputs, to_float64
 from flashllm.bench.environment import Environment
@@ -56,7 +56,8 @@ def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: i
     packed = [int(4 * _PACKING * source.density(s) * group.m * group.k) + 4096 for s in group.sparsities]
     kinds = len({layout.w for layout in settings.layouts})
     encoding = (group.dense_bytes + max(packed)) // 4
-    return kinds * rotated(group.dense_bytes) + sum(map(rotated, packed)) + encoding + _SPARE_BYTES
+    needed = kinds * rotated(group.dense_bytes) + sum(map(rotated, packed)) + encoding + _SPARE_BYTES
+    return max(needed, 2 * BUFFER_BYTES)  # the bandwidth measurement comes first
 
 
 def check_memory(groups: Iterable[Group], source: Source, settings: Settings) -> None:
@@ -84,14 +85,22 @@ class CudaRunner:
         """Measure every ``wanted`` case of ``groups``; ``advance(title, cases)`` follows the progress."""
         import cupy
 
+        from flashllm.device import device_facts, free_memory
+
         with self._stream, Cublas() as cublas:
             advance("read bandwidth", 0)
             self.read_gbps = read_gbps(self._stream)
             for group in groups:
                 cases = {n: [s for s in group.sparsities if wanted(group, s, n)] for n in group.batches}
                 cases = {n: sparsities for n, sparsities in cases.items() if sparsities}
-                if cases:
+                if not cases:
+                    continue
+                try:
                     self._run_group(group, cases, cublas, advance)
+                except cupy.cuda.memory.OutOfMemoryError as error:
+                    needed = required_bytes(group, self._source, self._settings, device_facts().l2_bytes)
+                    title = f"benchmark of {group.title}"
+                    raise DeviceMemoryError(title, needed=needed, free=free_memory()) from error
                 cupy.get_default_memory_pool().free_all_blocks()
 
     def _run_group(self, group: Group, cases: dict[int, list[float | None]], cublas: Cublas, advance: Advance) -> None:

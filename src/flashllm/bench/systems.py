@@ -120,13 +120,16 @@ def best_cublas(
     first = next(iter(weights.values()))[0]
     m = first.size // k
     timed: list[tuple[float, int, CublasSystem]] = []
+    refused: CublasError | None = None
     with stream:
         for candidate in cublas.candidates(layouts, m=m, k=k, n=n, dtype=dtype):
             system = CublasSystem(candidate, weights[candidate.layout.w], x, y)
             try:
                 timed.append((_glance(system, stream), len(timed), system))
-            except CublasError:  # a heuristic may offer what the library then refuses to run
-                continue
+            except CublasError as error:  # a heuristic may offer what the library then refuses to run
+                refused = error
+        if refused is not None and not timed:
+            raise refused
         finalists = [system for _, _, system in sorted(timed)[:_SEARCH_FINALISTS]]
         times = [min(_glance(system, stream) for _ in range(_SEARCH_ROUNDS)) for system in finalists]
     return finalists[times.index(min(times))]

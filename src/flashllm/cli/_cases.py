@@ -18,20 +18,22 @@ class BadUsage(click.ClickException):
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turns errors about arguments, files, memory and the device into :class:`BadUsage`."""
+def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns errors of ``kinds`` (default: about arguments, files, memory, packages, GPU) into :class:`BadUsage`."""
     from flashllm import errors
 
-    try:
-        yield
-    except (
+    usual: tuple[type[Exception], ...] = (
         errors.ArgumentError,
         errors.FormatError,
         errors.DeviceMemoryError,
         errors.MissingDependencyError,
         errors.UnsupportedDeviceError,
         OSError,
-    ) as error:
+    )
+    caught = kinds or usual
+    try:
+        yield
+    except caught as error:
         raise BadUsage(str(error)) from error
 
 

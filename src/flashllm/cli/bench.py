@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from flashllm.bench.environment import Environment
     from flashllm.bench.plan_cases import Work
+    from flashllm.bench.results import Row
     from flashllm.bench.session import Session
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -247,7 +248,7 @@ def _progress(notes: Console, total: int) -> Iterator[Callable[[str, int], None]
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+    with Progress(*columns, console=notes, transient=True, refresh_per_second=2, disable=not notes.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
         def advance(title: str, cases: int) -> None:
@@ -280,6 +281,7 @@ def _run_cuda(
 ) -> None:
     from flashllm.bench import systems, timing
     from flashllm.bench.runner import CudaRunner, Settings, check_memory
+    from flashllm.errors import DeviceMemoryError
 
     settings = Settings(
         method=timing.Method(launch=launch, l2=l2, cap_s=time_cap),
@@ -291,8 +293,8 @@ def _run_cuda(
         return
     with usage_errors():
         check_memory(work.groups, work.source, settings)
-    with _progress(notes, left) as advance:
-        runner = CudaRunner(facts, settings, work.source, emit)
+    runner = CudaRunner(facts, settings, work.source, emit)
+    with _progress(notes, left) as advance, usage_errors(DeviceMemoryError):
         runner.run(
             work.groups,
             wanted=lambda g, s, n: session.is_wanted(g, s, n, l2=l2, launch=launch),
@@ -326,7 +328,7 @@ def _run_reference(
 
 
 def _finish(session: Session, console: Console, gpu: Any, csv_file: Path | None) -> None:
-    """Show the rows, earlier ones of a resumed file included, and write the CSV file."""
+    """Write the CSV file and show the rows, earlier ones of a resumed file included if the method is the same."""
     from flashllm.bench import report, results
 
     rows = results.latest([*session.earlier, *session.rows])
@@ -335,10 +337,16 @@ def _finish(session: Session, console: Console, gpu: Any, csv_file: Path | None)
             results.write_csv(csv_file, rows)
     if not rows:
         return
+    rows = [row for row in rows if _method(row) == _method(rows[-1])]
     if not console.is_terminal:
         console.width = 160
     parts = report.timing_table(rows) if rows[-1].gpu is not None else report.model_table(rows, gpu)
     for part in parts:
         console.print(part)
     if session.out is not None and session.rows:
-        console.print(f"{len(session.rows)} rows appended to {session.out}", soft_wrap=True)
+        console.print(f"rows appended to {session.out}: {len(session.rows)}", soft_wrap=True)
+
+
+def _method(row: Row) -> tuple[object, ...]:
+    """What rows of one table have in common."""
+    return row.backend, row.dtype, row.pattern, row.l2, row.launch

@@ -164,7 +164,7 @@ def _guarded(name: str, look: Callable[[], str], *, fix: str, needed_for: str) -
     try:
         found = look()
     except Exception as error:  # a broken installation can fail in any way; the report goes on
-        problem = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        problem = str(error).strip().split("\n", 1)[0].split("; `flashllm doctor`")[0] or type(error).__name__
         return Check(name=name, ok=False, found=problem, fix=fix, needed_for=needed_for)
     return Check(name=name, ok=True, found=found, fix=fix, needed_for=needed_for)
 

@@ -47,7 +47,7 @@ class BuildWorker:
             status = self._stop()
             raise CompileError(
                 f"{spec.label}: the compiler process died on sm_{arch} ({_cause(status)}); "
-                "this is a defect of NVRTC: change the kernel, or use another version"
+                "a defect of NVRTC, or too little memory"
             ) from error
         if code is None:
             raise CompileError(result)

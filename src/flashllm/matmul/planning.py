@@ -70,9 +70,9 @@ def plan(
         choice, source = tune_cache.lookup(w, n, device=device), "tuned"
     if choice is None:
         choice, source = tiled_csl.default_choice(w, n, arch=device.arch), "auto"
-    if choice.slices == tiled_csl.WARPGROUP and device.arch != "90a":
-        raise ArgumentError("choice", expected=f"a path that {device.arch} has", got="wgmma (90a only)")
     choice = replace(choice, dtype=w.dtype, aligned=w.shape[1] % 8 == 0)
+    if not choice.spec.supports(device.arch):
+        raise ArgumentError("choice", expected=f"an instance for {device.arch}", got=choice.spec.label)
     split = tiled_csl.split_for(w, n, choice, sm_count=device.sm_count)
     return Plan(
         shape=w.shape,

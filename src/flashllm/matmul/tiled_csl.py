@@ -28,7 +28,7 @@ WARPGROUP = 0
 X_ALIGNMENT = 16
 _CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 # K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
-_SLICES = {8: 4, 16: 2, 32: 2, 64: 1}
+_SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Choice:
     """Warps along K with mma.sync; :data:`WARPGROUP` for wgmma."""
     aligned: bool = True
     """K is a multiple of 8, so rows of x start 16-byte aligned."""
+    resident_blocks: int = 3
+    """Blocks that share an SM: three leave a thread 168 registers, two 255."""
     blocks_per_sm: int = 3
     """Blocks launched per SM."""
     overlap: bool = True
@@ -50,14 +52,9 @@ class Choice:
     """Clear an image by storing zeros where values were, not as a whole."""
 
     @property
-    def resident_blocks(self) -> int:
-        """Blocks that share an SM: three have 168 registers a thread, two (mma.sync needs more) 255."""
-        return 3 if self.slices == WARPGROUP else 2
-
-    @property
     def prefetch_kib(self) -> int:
-        """Words brought to the L2 ahead of their loads: pays only where a tile has few words in flight."""
-        return 16 if self.vectors == VECTORS[0] else 0
+        """Words brought to the L2 ahead of their loads: pays where a tile has few words in flight."""
+        return 16 if self.vectors < VECTORS[-1] else 0
 
     @property
     def spec(self) -> KernelSpec:
@@ -87,7 +84,7 @@ def _spec(choice: Choice) -> KernelSpec:
         ),
         threads=THREADS,
         shared_bytes=IMAGES * (TILE_M * TILE_K * 2 + choice.n_block * TILE_K * 2),
-        archs=("90a",) if choice.slices == WARPGROUP else ALL_ARCHS,
+        archs=("90a",) if choice.resident_blocks == 3 else tuple(arch for arch in ALL_ARCHS if arch != "90a"),
     )
 
 
@@ -96,9 +93,17 @@ def n_block_for(n: int) -> int:
     return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
 
 
-def slices_for(n_block: int, arch: str) -> int:
-    """Tensor-core path: on Hopper wgmma, elsewhere mma.sync."""
-    return WARPGROUP if arch == "90a" else _SLICES[n_block]
+def paths_for(n_block: int, arch: str) -> tuple[tuple[int, int], ...]:
+    """(slices, resident blocks) of the tensor-core paths on ``arch``, the preferred one first.
+
+    On Hopper wgmma needs fewer accumulators and no ldmatrix, but a proxy fence per tile: measured ahead from 32
+    columns on. Elsewhere mma.sync, with as many registers as two blocks leave.
+    """
+    if arch != "90a":
+        return ((_SLICES[n_block], 2),)
+    if n_block <= 16:
+        return ((_SLICES[n_block], 3), (WARPGROUP, 3))
+    return ((WARPGROUP, 3),)
 
 
 def vectors_for(w: TiledCSL) -> int:
@@ -117,22 +122,23 @@ def default_choice(w: TiledCSL, n: int, *, arch: str) -> Choice:
     """What the heuristic takes for ``n`` columns of x on ``arch``."""
     n_block = n_block_for(n)
     aligned = w.shape[1] % 8 == 0
-    return _choice(
-        w.dtype, n_block, vectors_for(w) if aligned else VECTORS[1], slices_for(n_block, arch), aligned=aligned
-    )
+    vectors = vectors_for(w) if aligned else VECTORS[1]
+    return _choice(w.dtype, n_block, vectors, paths_for(n_block, arch)[0], aligned=aligned)
 
 
-def _choice(dtype: str, n_block: int, vectors: int, slices: int, *, aligned: bool = True) -> Choice:
-    choice = Choice(
+def _choice(dtype: str, n_block: int, vectors: int, path: tuple[int, int], *, aligned: bool = True) -> Choice:
+    slices, resident_blocks = path
+    return Choice(
         dtype=dtype,
         n_block=n_block,
         vectors=vectors,
         slices=slices,
         aligned=aligned,
+        resident_blocks=resident_blocks,
+        blocks_per_sm=resident_blocks,
         # Accumulators for 64 columns and three sets of 5 vectors exceed 168 registers; undo needs the third set.
         undo=not (n_block == N_BLOCKS[-1] and vectors == VECTORS[-1]),
     )
-    return replace(choice, blocks_per_sm=choice.resident_blocks)
 
 
 def split_for(w: TiledCSL, n: int, choice: Choice, *, sm_count: int) -> StreamK:
@@ -163,13 +169,12 @@ def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:
     yield base
     if not base.aligned:
         return
-    known = set(specs())
-    paths = {_SLICES[base.n_block], slices_for(base.n_block, arch)}
-    for slices in sorted(paths):
+    for path in paths_for(base.n_block, arch):
         for vectors in VECTORS:
             for blocks_per_sm in (1, 2, 3, 4, 6):
-                choice = replace(_choice(base.dtype, base.n_block, vectors, slices), blocks_per_sm=blocks_per_sm)
-                if choice != base and choice.spec in known and choice.spec.supports(arch):
+                choice = _choice(base.dtype, base.n_block, vectors, path)
+                choice = replace(choice, blocks_per_sm=blocks_per_sm)
+                if choice != base:
                     yield choice
 
 
@@ -182,12 +187,12 @@ def ablation(base: Choice) -> dict[str, Choice]:
 def specs() -> tuple[KernelSpec, ...]:
     """Every instance that a plan, the tuner or the ablation can ask for."""
     choices: list[Choice] = []
-    for dtype in _CXX_TYPE:
+    for arch in ("80", "90a"):
         for n_block in N_BLOCKS:
-            for slices in (WARPGROUP, _SLICES[n_block]):
-                choices += [_choice(dtype, n_block, vectors, slices) for vectors in VECTORS]
-                choices.append(_choice(dtype, n_block, VECTORS[1], slices, aligned=False))
-    for slices in (WARPGROUP, _SLICES[16]):
+            for path in paths_for(n_block, arch):
+                for dtype in _CXX_TYPE:
+                    choices += [_choice(dtype, n_block, vectors, path) for vectors in VECTORS]
+                    choices.append(_choice(dtype, n_block, VECTORS[1], path, aligned=False))
         for vectors in VECTORS:
-            choices += ablation(_choice("fp16", 16, vectors, slices)).values()
+            choices += ablation(_choice("fp16", 16, vectors, paths_for(16, arch)[0])).values()
     return tuple(choice.spec for choice in choices)

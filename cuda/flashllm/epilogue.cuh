@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// From accumulator fragments to rows of y.
+//
+// S is the compile-time shape of a kernel: kM x kN outputs per block in kRowFragments x kColumnFragments m16n8
+// fragments per warp, kBlockWarps warps, K split over kSlices groups of them; row(i) is the first row of this warp's fragment i and
+// slice() its K slice.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "flashllm/portable.cuh"
+
+namespace flashllm {
+
+template <typename S>
+using Accumulators = float[S::kRowFragments][S::kColumnFragments][4];
+
+// Adds the K slices' accumulators in slice order in shared memory, 32 columns of y at a time (scratch: kM x 32
+// floats), and hands each thread groups of 4 neighbouring rows m of one column n:
+// consume(n, m, float4). Leaves the accumulators zero.
+template <typename S, typename Consume>
+FLASHLLM_DEVICE void drain(Accumulators<S>& sum, float* scratch, Consume&& consume) {
+    constexpr int kColumns = S::kN < 32 ? S::kN : 32;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+    for (int first = 0; first < S::kN; first += kColumns) {
+#pragma unroll
+        for (int turn = 0; turn < S::kSlices; ++turn) {
+            if (S::slice() == turn) {
+#pragma unroll
+                for (int i = 0; i < S::kRowFragments; ++i)
+#pragma unroll
+                    for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) {
+                            const int n = j * 8 + (lane & 3) * 2 + (r & 1);
+                            const int m = S::row(i) + (lane >> 2) + (r >> 1) * 8;
+                            // XOR by the quad lane: the 32 lanes of a store fall on 32 banks.
+                            float& cell = scratch[n * S::kM + (m ^ ((lane & 3) << 3))];
+                            float& mine = sum[i][first / 8 + j][r];
+                            cell = turn == 0 ? mine : cell + mine;
+                            mine = 0.0f;
+                        }
+            }
+            __syncthreads();
+        }
+#pragma unroll 4
+        for (int n = warp; n < kColumns; n += S::kBlockWarps) {
+            const int m = lane * 4;
+            const float* cell = scratch + n * S::kM + (m ^ ((n >> 1 & 3) << 3));
+            consume(first + n, m, *reinterpret_cast<const float4*>(cell));
+        }
+        __syncthreads();
+    }
+}
+
+template <typename T>
+FLASHLLM_DEVICE T round_to(float value);
+template <>
+FLASHLLM_DEVICE __half round_to<__half>(float value) {
+    return __float2half_rn(value);
+}
+template <>
+FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+
+// y[n, m..m+3]; rows beyond M do not exist. 8-byte stores where M keeps them aligned.
+template <typename T>
+FLASHLLM_DEVICE void store_y(T* y, int n, int m, int M, const float4& value) {
+    T* target = y + static_cast<long long>(n) * M + m;
+    const T rounded[4] = {round_to<T>(value.x), round_to<T>(value.y), round_to<T>(value.z),
+                          round_to<T>(value.w)};
+    if (M % 4 == 0) {
+        if (m < M) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(rounded);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (m + i < M) target[i] = rounded[i];
+    }
+}
+
+}  // namespace flashllm

@@ -8,7 +8,8 @@
 //
 // Workspace layout, in bytes, for C = gridDim.y column blocks and R rows of tiles:
 //   [0, 128 * ceil(C * R * 4 / 128))   arrival counters, zero before and after every launch
-//   then C * G * 2 pieces of kN * 128 * 4: a block has at most two unfinished rows, its first and its last.
+//   then C * G * 2 pieces of kN * 128 * 4: a block has at most two unfinished rows, its first and its last. Rows it
+//   computes alone in several chains pass through its second slot, which its last row takes over afterwards.
 // src/flashllm/spmm/stream_k.py mirrors these formulas.
 #pragma once
 
@@ -45,6 +46,12 @@ struct StreamK {
 
         FLASHLLM_DEVICE void store(int n, int m, const float4& value) const {
             __stcg(reinterpret_cast<float4*>(mine + n * 128 + m), value);
+        }
+
+        // What this block stored before at (n, m), plus `value`.
+        FLASHLLM_DEVICE float4 continued(int n, int m, const float4& value) const {
+            const float4 before = __ldcg(reinterpret_cast<const float4*>(mine + n * 128 + m));
+            return make_float4(before.x + value.x, before.y + value.y, before.z + value.z, before.w + value.w);
         }
 
         // True in the block that finds all other pieces of the row stored. All threads of the block call it: the

@@ -22,6 +22,7 @@ constexpr int kThreads = 128;  // one warpgroup: what a block does once per tile
 constexpr int kWarps = kThreads / 32;
 constexpr int kImages = 3;
 constexpr int kTileBytes = csl::kTileElements * 2;
+constexpr int kMaxChainSteps = 384;
 constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image or of an x stage is all 32 banks
 
 // Compile-time shape of one kernel. Warps split the tile into kSlices along K times kWarps / kSlices along M.
@@ -35,6 +36,9 @@ struct Shape {
     static constexpr int kRowFragments = csl::kTileM / 16 / (kWarps / kSlices);  // m16 fragments of one warp
     static constexpr int kColumnFragments = kN / 8;
     static constexpr int kSteps = csl::kTileK / 16 / kSlices;            // k16 steps of one warp
+    // Tiles that one chain of accumulations spans. Tensor cores truncate each fp32 sum; past about 400 of them in a
+    // row the drift shows beside the rounding of the result.
+    static constexpr int kMaxChain = kMaxChainSteps / kSteps;
     static constexpr int kStageBytes = kN * kRowBytes;
     static constexpr int kSharedBytes = kImages * (kTileBytes + kStageBytes);
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
@@ -346,22 +350,27 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
     Accumulators<S> sum = {};
 
     int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
+    int chain_end = min(row_end, S::kMaxChain);
+    bool continued = false;  // the block's slot holds earlier chains of this row
     while (true) {
 #pragma unroll
         for (int u = 0; u < kImages; ++u) {
             if (u == 0) walk.template phase<0>(sum);
             if (u == 1) walk.template phase<1>(sum);
             if (u == 2) walk.template phase<2>(sum);
-            if (++walk.tile != row_end) continue;
-            // A row of tiles ends. The present image has been read and not yet cleared: it serves as scratch.
+            if (++walk.tile != chain_end) continue;
+            // A chain ends. The present image has been read and not yet cleared: it serves as scratch.
             const auto piece = split.piece(blockIdx.x, tile_m, blockIdx.y);
+            const bool row_ends = walk.tile == row_end;
+            const bool final = row_ends && piece.whole;
             const int m0 = tile_m * csl::kTileM;
-            drain<S>(sum, reinterpret_cast<float*>(shared + u * kTileBytes), [&](int n, int m, const float4& value) {
+            drain<S>(sum, reinterpret_cast<float*>(shared + u * kTileBytes), [&](int n, int m, float4 value) {
                 if (n0 + n >= N) return;
-                if (piece.whole) store_y(y, n0 + n, m0 + m, M, value);
+                if (continued) value = piece.continued(n, m, value);
+                if (final) store_y(y, n0 + n, m0 + m, M, value);
                 else piece.store(n, m, value);
             });
-            if (!piece.whole && piece.arrive_last()) {
+            if (row_ends && !piece.whole && piece.arrive_last()) {
                 constexpr int kTurn = kN / kWarps < 4 ? kN / kWarps : 4;  // columns in flight per thread
                 const int m = (threadIdx.x & 31) * 4;
                 for (int n = threadIdx.x >> 5; n < kN && n0 + n < N; n += kWarps * kTurn) {
@@ -375,8 +384,9 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
             }
             if (walk.tile == count) return;
             zero_image(base + u * kTileBytes);  // the coming undo stores more zeros: harmless
-            ++tile_m;
-            row_end = min(count, row_end + split.tiles_k);
+            continued = !row_ends;
+            if (row_ends) ++tile_m, row_end = min(count, row_end + split.tiles_k);
+            chain_end = min(row_end, chain_end + S::kMaxChain);
             __syncthreads();
         }
     }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,40 @@ def test_exact_for_every_split(cp: Any, blocks_per_sm: int) -> None:
         packed = TiledCSL.from_dense(w).to_device()
         x = integers(rng, (9, shape[1]), "fp16")
         base = tiled_csl.default_choice(packed, 9, arch=device_facts().arch)
-        forced = tiled_csl.Choice(**{**base.__dict__, "blocks_per_sm": blocks_per_sm})
+        forced = replace(base, blocks_per_sm=blocks_per_sm)
         assert_exact(multiply(cp, x, packed, forced), exact(x, w, "fp16"))
+
+
+@pytest.mark.parametrize("n", [9, 33, 64])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_exact_for_few_blocks(cp: Any, blocks: int, n: int) -> None:
+    """Blocks that compute rows alone, in several chains of accumulation, before and between shared rows."""
+    rng = np.random.default_rng(12)
+    shape = (128 * 4, 64 * 410)
+    w = weight("uniform", shape, 0.02, "fp16")
+    packed = TiledCSL.from_dense(w).to_device()
+    chosen = plan(packed, n)
+    assert chosen.split.max_chain < 410 // 2
+    chosen = replace(chosen, split=replace(chosen.split, blocks=blocks))
+    x = integers(rng, (n, shape[1]), "fp16")
+    workspace = cp.zeros(chosen.workspace_bytes, np.uint8)
+    out = spmm(cp.asarray(x), packed, workspace=workspace, plan=chosen)
+    assert_exact(out.get(), exact(x, w, "fp16"))
+
+
+def test_drift_of_long_sums_stays_within_the_bound(cp: Any) -> None:
+    """Few blocks, wide K and few nonzeros: the longest chains, with the least slack in the bound."""
+    rng = np.random.default_rng(13)
+    w = rng.standard_normal((256, 64 * 800)).astype(np.float16)
+    w[rng.random(w.shape) >= 0.1] = 0
+    packed = TiledCSL.from_dense(w).to_device()
+    x = rng.standard_normal((64, w.shape[1])).astype(np.float16)
+    chosen = plan(packed, 64)
+    chosen = replace(chosen, split=replace(chosen.split, blocks=1))
+    workspace = cp.zeros(chosen.workspace_bytes, np.uint8)
+    got = spmm(cp.asarray(x), packed, workspace=workspace, plan=chosen).get()
+    reference = make_reference(x.astype(np.float64), w.astype(np.float64), np.arange(256), "fp16")
+    assert error_over_bound(got.astype(np.float64), reference) <= 1.0
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

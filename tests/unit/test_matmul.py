@@ -78,6 +78,12 @@ def test_workspace_is_empty_only_where_no_row_is_shared() -> None:
         for blocks in range(1, tiles_m * 3 + 1):
             split = StreamK(tiles_m=tiles_m, tiles_k=3, blocks=blocks, n_block=16)
             assert (split.workspace_bytes == 0) == all(split.pieces(row) == 1 for row in range(tiles_m))
+    assert StreamK(tiles_m=8, tiles_k=5, blocks=4, n_block=8, max_chain=4).workspace_bytes > 0
+
+
+def test_long_rows_are_cut_into_chains() -> None:
+    wgmma, mma = (tiled_csl.split_for(packed(), n, plan(packed(), n, device=H100).choice, sm_count=1) for n in (64, 8))
+    assert (wgmma.max_chain, mma.max_chain) == (96, 192)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 31, 32, 33, 64, 65, 200])

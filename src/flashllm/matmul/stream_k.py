@@ -24,6 +24,8 @@ class StreamK:
     blocks: int
     n_block: int
     column_blocks: int = 1
+    max_chain: int = 1 << 30
+    """Tiles a block accumulates before it writes its piece: longer rows pass through the workspace."""
 
     @property
     def tiles(self) -> int:
@@ -45,8 +47,8 @@ class StreamK:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of arrival counters and pieces; 0 when every row of tiles belongs to one block."""
-        if self.tiles == self.blocks * self.tiles_k * (self.tiles_m // self.blocks):
+        """Bytes of arrival counters and pieces; 0 when one block computes each row of tiles in one chain."""
+        if self.tiles_m % self.blocks == 0 and self.tiles_k <= self.max_chain:
             return 0
         counters = self.column_blocks * self.tiles_m * COUNTER_BYTES
         counters = -(-counters // COUNTER_ALIGNMENT) * COUNTER_ALIGNMENT

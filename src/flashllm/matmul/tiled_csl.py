@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flashllm.formats.tiled_csl import TiledCSL
 
 THREADS = 128
+K_STEP = 16  # columns of one tensor-core step
+MAX_CHAIN_STEPS = 384  # accumulations in a row before truncation would show
 IMAGES = 3  # tile images, and x stages, in shared memory
 N_BLOCKS = (8, 16, 32, 64)
 """Columns of x one block computes; wider x takes several blocks of the last."""
@@ -147,7 +149,12 @@ def split_for(w: TiledCSL, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     column_blocks = -(-n // choice.n_block)
     blocks = max(1, min(tiles_m * tiles_k, sm_count * choice.blocks_per_sm // column_blocks))
     return StreamK(
-        tiles_m=tiles_m, tiles_k=tiles_k, blocks=blocks, n_block=choice.n_block, column_blocks=column_blocks
+        tiles_m=tiles_m,
+        tiles_k=tiles_k,
+        blocks=blocks,
+        n_block=choice.n_block,
+        column_blocks=column_blocks,
+        max_chain=MAX_CHAIN_STEPS * max(choice.slices, 1) * K_STEP // TILE_K,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashllm import ArgumentError, TiledCSL, plan, spmm
+from flashllm.bench import check
 from flashllm.device import DeviceFacts
+from flashllm.jit.sources import cuda_root
 from flashllm.matmul import tiled_csl, tune_cache
 from flashllm.matmul.stream_k import StreamK
 
@@ -81,9 +84,17 @@ def test_workspace_is_empty_only_where_no_row_is_shared() -> None:
     assert StreamK(tiles_m=8, tiles_k=5, blocks=4, n_block=8, max_chain=4).workspace_bytes > 0
 
 
+def test_host_and_device_agree_on_the_constants() -> None:
+    source = (cuda_root() / "spmm" / "tiled_csl.cu").read_text(encoding="utf-8")
+    constants = dict(re.findall(r"constexpr int (k\w+) = (\d+);", source))
+    assert int(constants["kThreads"]) == tiled_csl.THREADS
+    assert int(constants["kImages"]) == tiled_csl.IMAGES
+    assert int(constants["kMaxChainSteps"]) == tiled_csl.MAX_CHAIN_STEPS == check.MAX_CHAIN_STEPS
+
+
 def test_long_rows_are_cut_into_chains() -> None:
     wgmma, mma = (tiled_csl.split_for(packed(), n, plan(packed(), n, device=H100).choice, sm_count=1) for n in (64, 8))
-    assert (wgmma.max_chain, mma.max_chain) == (96, 192)
+    assert (wgmma.max_chain, mma.max_chain) == (256, 512)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 31, 32, 33, 64, 65, 200])

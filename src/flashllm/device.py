@@ -3,13 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from flashllm.errors import MissingDependencyError, UnsupportedDeviceError
+from flashllm.errors import DeviceMemoryError, MissingDependencyError, UnsupportedDeviceError
 from flashllm.jit.spec import arch_for_device
 
-__all__ = ["DeviceFacts", "arch_for_device", "current_device", "device_facts", "free_memory", "gpu_problem"]
+__all__ = [
+    "DeviceFacts",
+    "arch_for_device",
+    "current_device",
+    "device_count",
+    "device_facts",
+    "free_memory",
+    "gpu_problem",
+    "memory_errors",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,28 +50,33 @@ _usable: set[int] = set()
 
 def gpu_problem() -> str | None:
     """Why the current GPU cannot be used, in one line; ``None`` when it can. Quick after the first success."""
-    try:
-        import cupy
-
-        if _usable and current_device() in _usable:
-            return None
-    except ImportError as error:
-        return f"CuPy is not installed ({error})"
-    except OSError as error:
-        return f"CuPy cannot be imported ({error}); set CUPY_CACHE_DIR to a writable folder"
-    try:
-        count = int(cupy.cuda.runtime.getDeviceCount())
-        index = current_device()
-    except Exception as error:  # CUDARuntimeError: no driver, driver too old, no device
-        return f"no usable NVIDIA driver or GPU ({error})"
-    if count == 0:
-        return "the driver reports no GPU"
+    if _usable and current_device() in _usable:
+        return None
+    _, problem = device_count()
+    if problem is not None:
+        return problem
+    index = current_device()
     try:
         arch_for_device(_compute_capability(index))
     except UnsupportedDeviceError as error:
         return str(error)
     _usable.add(index)
     return None
+
+
+def device_count() -> tuple[int, str | None]:
+    """How many GPUs CuPy sees and, where that is none, why in one line. Says nothing of what they can do."""
+    try:
+        import cupy
+    except ImportError as error:
+        return 0, f"CuPy is not installed ({error})"
+    except OSError as error:
+        return 0, f"CuPy cannot be imported ({error}); set CUPY_CACHE_DIR to a writable folder"
+    try:
+        count = int(cupy.cuda.runtime.getDeviceCount())
+    except Exception as error:  # CUDARuntimeError: no driver, driver too old, no device
+        return 0, f"no usable NVIDIA driver or GPU ({error})"
+    return count, None if count else "the driver reports no GPU"
 
 
 def current_device() -> int:
@@ -90,6 +106,17 @@ def free_memory() -> int:
 
     free, _total = cupy.cuda.runtime.memGetInfo()
     return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+
+
+@contextmanager
+def memory_errors(what: str, needed: int) -> Iterator[None]:
+    """Turns CuPy's out-of-memory error into :class:`DeviceMemoryError`: ``what`` needs ``needed`` bytes."""
+    import cupy
+
+    try:
+        yield
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        raise DeviceMemoryError(what, needed=needed, free=free_memory()) from error
 
 
 @cache

@@ -3,6 +3,27 @@
 
 from __future__ import annotations
 
+import reprlib
+
+_LONGEST_PART = 1000
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 3
+_BRIEF.maxstring = _BRIEF.maxother = 80
+
+
+def brief(value: object) -> str:
+    """``repr`` of anything from a file: cut short, and no recursion into what is nested deeply."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # Python refuses to print integers of many digits
+        return f"{type(value).__name__} out of any range"
+
+
+def _one_line(text: str) -> str:
+    """``text`` as one line: names in a file may hold control characters or be megabytes long."""
+    cut = text if len(text) <= _LONGEST_PART else text[:_LONGEST_PART] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
 
 class FlashLLMError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -13,7 +34,7 @@ class ArgumentError(FlashLLMError, ValueError):
 
     def __init__(self, argument: str, *, expected: str, got: str) -> None:
         self.argument, self.expected, self.got = argument, expected, got
-        super().__init__(f"{argument}: expected {expected}, got {got}")
+        super().__init__(_one_line(argument) + f": expected {_one_line(expected)}, got {_one_line(got)}")
 
 
 class FormatError(FlashLLMError, ValueError):
@@ -27,9 +48,9 @@ class FormatError(FlashLLMError, ValueError):
         self, *, field: str, expected: str, got: str, path: str | None = None, index: int | None = None
     ) -> None:
         self.path, self.field, self.index, self.expected, self.got = path, field, index, expected, got
-        where = f"{path}: " if path else ""
+        where = f"{_one_line(path)}: " if path else ""
         at = f"[{index}]" if index is not None else ""
-        super().__init__(f"{where}{field}{at}: expected {expected}, got {got}")
+        super().__init__(f"{where}{_one_line(field)}{at}: expected {_one_line(expected)}, got {_one_line(got)}")
 
 
 class CompileError(FlashLLMError, RuntimeError):

@@ -167,6 +167,7 @@ def _gemm(
 @dataclass
 class Plan:
     spec: KernelSpec
+    choice: Any = None
     workspace_bytes: int = 0
     source: str = "auto"
 
@@ -205,7 +206,14 @@ def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None)
     monkeypatch.setattr(cublas_api, "status_text", lambda status: "fake")
 
     spec = KernelSpec(name="fake", source="spmm/fake.cu", function="fake", threads=32)
-    monkeypatch.setattr("flashllm.matmul.plan", lambda w, n: Plan(spec))
+    def plan(w: Any, n: int, *, choice: Any = None) -> Plan:
+        from flashllm.matmul import tiled_csl
+
+        if choice is not None:
+            return Plan(choice.spec, choice, source="forced")
+        return Plan(spec, tiled_csl.default_choice(w, n, arch="90a"))
+
+    monkeypatch.setattr("flashllm.matmul.plan", plan)
 
     def product(x: Any, w: Any, *, out: Any, workspace: Any, stream: Stream, plan: Plan) -> Any:
         from flashllm.backends.reference import spmm as reference

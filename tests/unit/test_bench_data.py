@@ -11,6 +11,7 @@ from flashllm.bench.cases import PATTERNS, Group
 from flashllm.bench.sources import FileSource, RandomSource
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.tiled_csl import TiledCSL
+from flashllm.io.container import save_weights
 
 GROUP = Group(m=256, k=128, sparsities=(None,), batches=(8,))
 
@@ -125,3 +126,25 @@ def test_file_source_errors(tmp_path: Path) -> None:
         FileSource(tmp_path / "w.npz", None, None)
     with pytest.raises(ArgumentError, match=r"\.npz, \.npy or \.safetensors"):
         FileSource(tmp_path / "w.bin", None, None)
+
+
+def test_file_source_names_the_tensors_of_a_packed_file(tmp_path: Path) -> None:
+    weights = {name: TiledCSL.from_dense(data.random_matrix(8, 8, density=0.5)) for name in ("q", "k")}
+    save_weights(tmp_path / "w.safetensors", weights)
+    assert FileSource(tmp_path / "w.safetensors", "q", None).tensor == "q"
+    for name, got in ((None, "None"), ("v", "'v'")):
+        with pytest.raises(ArgumentError, match=f"tensor: expected one of 'k', 'q', got {got}"):
+            FileSource(tmp_path / "w.safetensors", name, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(np.nan, "1 NaN or infinite$"), (-1e6, "1 NaN or infinite, 1 by rounding$")]
+)
+def test_file_source_wants_finite_values(tmp_path: Path, value: float, got: str) -> None:
+    matrix = np.ones((3, 4), np.float32)
+    matrix[2, 1] = value
+    np.save(tmp_path / "w.npy", matrix)
+    with pytest.raises(FormatError, match=f"finite fp16 values, got {got}"):
+        FileSource(tmp_path / "w.npy", None, None)
+    if np.isfinite(value):
+        assert FileSource(tmp_path / "w.npy", None, "bf16").density(None) == 1.0

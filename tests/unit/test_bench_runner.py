@@ -10,7 +10,7 @@ import pytest
 
 from flashllm.bench import check, environment, systems, timing
 from flashllm.bench.cases import Group
-from flashllm.bench.results import Row
+from flashllm.bench.results import Row, latest
 from flashllm.bench.runner import CudaRunner, Settings, check_memory, required_bytes
 from flashllm.bench.sources import RandomSource
 from flashllm.errors import DeviceMemoryError
@@ -29,10 +29,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systems, "_SEARCH_ROUNDS", 1)
 
 
-def _run(launch: str = "graph", skip: Any = lambda *case: False, **group: Any) -> list[Row]:
+def _run(
+    launch: str = "graph", skip: Any = lambda *case: False, ablation: bool = False, **group: Any
+) -> list[Row]:
     rows: list[Row] = []
     method = timing.Method(launch=launch, warmup_ms=0.01, cap_s=0.001)
-    runner = CudaRunner(FACTS, Settings(method=method, check_rows=16), RandomSource(), rows.append)
+    settings = Settings(method=method, check_rows=16, ablation=ablation)
+    runner = CudaRunner(FACTS, settings, RandomSource(), rows.append)
     done: list[int] = []
     groups = [Group(**{**GROUP.__dict__, **group})]
     runner.run(groups, wanted=lambda *case: not skip(*case), advance=lambda title, cases: done.append(cases))
@@ -58,6 +61,18 @@ def test_rows_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (library.format, library.choice, library.speedup) == ("dense", "tuned", 1.0)
     assert library.kernel.startswith(("GemmEx", "Lt#"))
     assert library.bytes == 2 * (96 * 72 + 4 * 72 + 4 * 96)
+
+
+def test_ablation_leaves_out_one_idea_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    rows = _run(ablation=True, batches=(8, 16), sparsities=(0.8,))
+    variants = [r for r in rows if r.system == "flashllm-ablation"]
+    assert {r.N for r in variants} == {16}, "instances exist for 9 to 16 columns"
+    assert [r.kernel.partition(":")[0] for r in variants] == ["row-order", "no-overlap", "clear-all"]
+    assert all(r.check == "pass" and r.choice == "forced" and r.speedup for r in variants)
+    assert "kOverlap=false" in variants[1].kernel
+    assert "kUndo=false" in variants[2].kernel
+    assert len(latest(rows)) == len(rows), "variants of one case are cases of their own"
 
 
 def test_stream_launches_add_cupy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,11 @@ def test_rotation_is_at_least_two_copies_500_mb_and_five_times_l2() -> None:
     assert timing.rotation_copies(10, 50 * 2**20, "warm") == 1
 
 
+def test_a_tiny_weight_is_not_copied_without_end() -> None:
+    assert timing.rotation_copies(512, 50 * 2**20, "cold") == timing.MAX_COPIES
+    assert timing.rotation_copies(125_000, 50 * 2**20, "cold") == 4000
+
+
 @pytest.mark.parametrize("us", [0.001, 1.0, 9.7, 60.0, 400.0, 50_000.0])
 @pytest.mark.parametrize("copies", [1, 2, 5, 24, 3000])
 def test_batches_are_whole_rotations(us: float, copies: int) -> None:

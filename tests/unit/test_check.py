@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flashllm.bench import check
-from flashllm.bench.data import random_matrix, to_float64
+from flashllm.bench.data import largest_magnitude, random_matrix, to_float64
 
 
 def _case(dtype: str = "fp16") -> tuple[np.ndarray, np.ndarray, np.ndarray, check.Reference]:
@@ -48,6 +48,24 @@ def test_overflow_must_give_the_same_infinity() -> None:
     assert check.error_over_bound(np.array([[np.inf, -np.inf, np.inf]]), reference) == 0.0  # at the limit: either
     assert check.error_over_bound(np.array([[np.inf, np.inf, 65504.0]]), reference) == np.inf
     assert check.error_over_bound(np.array([[65504.0, -np.inf, 65504.0]]), reference) == np.inf
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_weights_with_infinities_and_nan_can_be_right(dtype: str) -> None:
+    x, w, _, _ = _case(dtype)
+    w[3, 5], w[8, 0], w[9, 1] = np.inf, -np.inf, np.nan
+    exact = x @ w.T
+    out = np.float16 if dtype == "fp16" else random_matrix(1, 1, dtype="bf16").dtype
+    y = exact.astype(np.float32).astype(out).astype(np.float64)
+    bits = w.astype(np.float32).astype(out)
+    largest = largest_magnitude(bits, dtype)
+    assert largest == np.abs(w[np.isfinite(w)]).max()
+    reference = check.make_reference(x, w, np.arange(40), dtype)
+    assert check.error_over_bound(y, reference) <= 1.0
+    assert check.whole_error_over_bound(y, y, x, largest, dtype) == 0.0
+    assert check.whole_error_over_bound(y, exact, x, largest, dtype) <= 1.0
+    y[0, 3] = -y[0, 3]
+    assert check.error_over_bound(y, reference) == np.inf
 
 
 def test_nan_is_required_where_the_reference_is_nan() -> None:

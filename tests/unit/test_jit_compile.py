@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -167,6 +168,18 @@ def test_compile_many_reports_failures_in_place(root: Path, store: Path) -> None
     bad = replace(SPEC, function="demo::nothing")
     results = compile_many([(SPEC, "80"), (bad, "80"), (SPEC, "86")], source_root=root, cache_dir=store)
     assert [result.error is None for result in results] == [True, False, True]
+
+
+def test_ctrl_c_is_for_the_parent_to_handle(root: Path) -> None:
+    """A terminal sends it to parent and child; the child must not answer with a traceback."""
+    with workers.BuildWorker() as worker:
+        first, _ = worker.build(SPEC, "80", root)
+        assert worker._process is not None
+        worker._process.send_signal(signal.SIGINT)
+        again, _ = worker.build(replace(SPEC, template=(("T", "__half"), ("kN", "4"))), "80", root)
+    assert first
+    assert again
+    assert first != again
 
 
 def test_a_compiler_crash_is_one_failed_kernel(root: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

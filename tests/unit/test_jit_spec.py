@@ -56,7 +56,7 @@ def test_normalize_arch(text: str, arch: str) -> None:
     assert normalize_arch(text) == arch
 
 
-@pytest.mark.parametrize("text", ["", "hopper", "9.0", "sm90a!", "8"])
+@pytest.mark.parametrize("text", ["", "hopper", "9.0", "sm90a!", "8", "75", "sm_70"])
 def test_normalize_arch_refuses(text: str) -> None:
     with pytest.raises(ArgumentError, match="arch: expected"):
         normalize_arch(text)

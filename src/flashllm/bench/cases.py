@@ -26,7 +26,7 @@ class Group:
     """All cases that share the shape ``W[m, k]``: one batch of weights on the device, measured together.
 
     ``sparsities`` are fractions of zeros asked for; the single value ``None`` stands for a matrix read from a
-    file.
+    file, whose own fraction is ``zeros``.
     """
 
     m: int
@@ -38,6 +38,7 @@ class Group:
     seed: int = 0
     model: str | None = None
     layer: str | None = None
+    zeros: float | None = None
 
     @property
     def title(self) -> str:

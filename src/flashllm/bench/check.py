@@ -75,9 +75,7 @@ def sample_rows(m: int, count: int, seed: int) -> np.ndarray[Any, np.dtype[np.in
 def make_reference(x64: Any, w64: Any, rows: Any, dtype: str) -> Reference:
     """Reference of ``x64[N, K] @ w64[R, K]^T``, where ``w64`` holds the rows ``rows`` of W; both float64."""
     steps = min(-(-x64.shape[1] // 16), MAX_CHAIN_STEPS)
-    return Reference(
-        rows=rows, values=x64 @ w64.T, magnitude=abs(x64) @ abs(w64).T, dtype=dtype, drift=steps * DRIFT
-    )
+    return Reference(rows=rows, values=x64 @ w64.T, magnitude=abs(x64) @ abs(w64).T, dtype=dtype, drift=steps * DRIFT)
 
 
 def error_over_bound(y64: Any, reference: Reference) -> float:
@@ -95,7 +93,8 @@ def error_over_bound(y64: Any, reference: Reference) -> float:
         ratio = xp.where(bound > 0, error / bound, xp.where(error == 0, 0.0, np.inf))
         infinite = xp.where(got == xp.copysign(xp.full_like(want, np.inf), want), 0.0, np.inf)
         # Near the overflow limit the fp32 sum may round either way: there both results are right.
-        certain = abs(want) - ACCUMULATION * reference.magnitude >= kind.overflow
+        # An infinite reference needs no margin: it comes of an infinite weight, not of rounding.
+        certain = (abs(want) == np.inf) | (abs(want) - ACCUMULATION * reference.magnitude >= kind.overflow)
         possible = abs(want) + ACCUMULATION * reference.magnitude >= kind.overflow
         ratio = xp.where(certain, infinite, xp.where(possible, xp.minimum(ratio, infinite), ratio))
         ratio = xp.where(xp.isnan(want), xp.where(xp.isnan(got), 0.0, np.inf), ratio)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flashllm.bench.cases import PATTERNS, Group
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType
-from flashllm.formats.bits import numpy_dtype, widen
+from flashllm.formats.bits import INFINITY, MAGNITUDE, numpy_dtype, widen
 from flashllm.jit.spec import KernelSpec
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -173,10 +173,11 @@ def to_float64(array: Any, dtype: str) -> Any:
 
 
 def largest_magnitude(array: Any, dtype: DType) -> float:
-    """Largest absolute value of a 16-bit matrix, found in its bit patterns a strip at a time."""
-    bits = array.view(np.uint16)
+    """Largest finite absolute value of a 16-bit matrix, found in its bit patterns a strip at a time."""
+    bits, infinity = array.view(np.uint16), np.uint16(INFINITY[dtype])
     strip = max(1, (1 << 24) // max(1, array.shape[1]))
-    largest = max(
-        int((bits[first : first + strip] & np.uint16(0x7FFF)).max()) for first in range(0, array.shape[0], strip)
-    )
+    largest = 0
+    for first in range(0, array.shape[0], strip):
+        magnitude = bits[first : first + strip] & MAGNITUDE
+        largest = max(largest, int((magnitude * (magnitude < infinity)).max()))
     return float(widen(np.array([largest], dtype=np.uint16), dtype)[0])

@@ -61,6 +61,7 @@ def plan_work(
                 raise ArgumentError(name, expected="nothing beside --weights, which has its own", got=str(given))
         file = FileSource(weights, tensor, kind)
         m, k = file.shape
+        zeros = 1.0 - file.density(None)
         group = Group(
             m=m,
             k=k,
@@ -71,13 +72,14 @@ def plan_work(
             seed=seed,
             model=file.name,
             layer=file.tensor,
+            zeros=zeros,
         )
         report = file.rounding.report()
-        notes = [f"{file.name}: {m}x{k}, {100 * (1 - file.density(None)):.2f} % zeros"]
+        notes = [f"{file.name}: {m}x{k}, {100 * zeros:.2f} % zeros"]
         if report.changed:
             notes.append(
                 f"{report.changed:,} of {report.total:,} values rounded to {file.dtype}, "
-                f"{report.became_zero:,} became zero, {report.became_infinite:,} infinite"
+                f"{report.became_zero:,} became zero"
             )
         return Work(groups=[group], source=file, notes=tuple(notes))
     if tensor is not None:

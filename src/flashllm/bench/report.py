@@ -55,6 +55,13 @@ def _title(row: Row) -> str:
     return " ".join(part for part in (row.model, row.layer) if part)
 
 
+def _system(row: Row) -> str:
+    if row.system == OURS:
+        return OURS
+    # An ablation is known by the idea that was left out, which its kernel's name begins with.
+    return row.system + " " + (row.kernel.partition(":")[0] if row.system == "flashllm-ablation" else row.kernel)
+
+
 def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -95,10 +102,10 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
         title = [escape(_title(row)) if case != previous else ""] if named else []
         table.add_row(
             *title,
-            escape(row.system if row.system == OURS else f"{row.system} {row.kernel}"),
+            escape(_system(row)),
             f"{row.M}x{row.K}",
             str(row.N),
-            _sparsity(row) if row.system == OURS else "dense",
+            "dense" if row.format == "dense" else _sparsity(row),
             _fixed(row.median_us, 2),
             _fixed(row.tflops, 1),
             _fixed(row.gbps, 0),

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -15,9 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flashllm.errors import FormatError
+from flashllm.errors import FormatError, brief
+from flashllm.io.files import locked
 
 SCHEMA = 1
+_LARGEST = sys.float_info.max
 
 _VALUES: dict[str, tuple[str, ...]] = {
     "kind": ("kernel", "e2e", "quality", "encode"),
@@ -124,7 +126,7 @@ def validate(row: dict[str, Any], *, where: str | None = None) -> None:
 
     expected_types = _types()
     if row.get("schema") != SCHEMA:
-        refuse("schema", str(SCHEMA), repr(row.get("schema")))
+        refuse("schema", str(SCHEMA), brief(row.get("schema")))
     for field in expected_types.keys() - row.keys():
         refuse(field, "a value", "no such field")
     for field in row.keys() - expected_types.keys():
@@ -135,11 +137,12 @@ def validate(row: dict[str, Any], *, where: str | None = None) -> None:
         good = type(value) in allowed or (float in allowed and type(value) is int)
         if not good:
             names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-            refuse(field, names, repr(value))
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(field, "a finite number", repr(value))
+            refuse(field, names, brief(value))
+        # An integer may be too large for the float that arithmetic makes of it.
+        if type(value) in (int, float) and not abs(value) <= _LARGEST:
+            refuse(field, "a finite number", brief(value))
         if value is not None and field in _VALUES and value not in _VALUES[field]:
-            refuse(field, f"one of {', '.join(_VALUES[field])}", repr(value))
+            refuse(field, f"one of {', '.join(_VALUES[field])}", brief(value))
     if min(row["M"], row["K"], row["N"]) < 1:
         refuse("M, K, N", "positive integers", f"{row['M']}, {row['K']}, {row['N']}")
 
@@ -150,14 +153,29 @@ def from_dict(row: dict[str, Any], *, where: str | None = None) -> Row:
     return Row(**row)
 
 
+def ensure_writable(path: Path) -> None:
+    """Make the file and its folder where absent; ``OSError`` now, not after the first measurement, if it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab"):
+        pass
+
+
 def append(path: str | Path, row: Row) -> None:
-    """Add ``row`` to the file, made if absent: one write of one whole line, on disk before this returns."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Add ``row`` to the file, made if absent: one write of one whole line, on disk before this returns.
+
+    Processes may add to one file at the same time. A torn line that a crash left there goes first.
+    """
+    data = (row.to_json() + "\n").encode()
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        data = (row.to_json() + "\n").encode()
-        if os.write(handle, data) != len(data):
-            raise OSError(f"{path}: the disk is full, a row was cut short")
-        os.fsync(handle)
+        with locked(handle):
+            end = os.fstat(handle).st_size
+            if end and os.pread(handle, 1, end - 1) != b"\n":
+                end = _cut_torn_line(handle)
+            if os.write(handle, data) != len(data):
+                os.ftruncate(handle, end)
+                raise OSError(f"{path}: the disk is full, a row was cut short")
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -176,7 +194,7 @@ def read(path: str | Path) -> list[Row]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(path=where, field="line", expected="a JSON object", got=str(error)) from error
         if not isinstance(value, dict):
             raise FormatError(path=where, field="line", expected="a JSON object", got=type(value).__name__)
@@ -187,15 +205,24 @@ def read(path: str | Path) -> list[Row]:
 
 def drop_torn_line(path: str | Path) -> bool:
     """Cut off a last line that a crash left without its line end; say whether there was one."""
-    with Path(path).open("r+b") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole == len(data):
-            return False
-        file.truncate(whole)
-        file.flush()
-        os.fsync(file.fileno())
-    return True
+    with Path(path).open("r+b") as file, locked(file.fileno()):  # without the lock, another's row may be half there
+        return os.fstat(file.fileno()).st_size > _cut_torn_line(file.fileno())
+
+
+def _cut_torn_line(handle: int) -> int:
+    """Cut the open file after its last line end and return its size then."""
+    size = end = os.fstat(handle).st_size
+    while end:
+        start = max(0, end - (1 << 16))
+        found = os.pread(handle, end - start, start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(handle, end)
+        os.fsync(handle)
+    return end
 
 
 def write_csv(path: str | Path, rows: Iterable[Row]) -> None:
@@ -221,12 +248,18 @@ def case_key(row: Row) -> Key:
         row.K,
         row.N,
         row.dtype,
-        row.sparsity,
+        *zeros_key(row),
         row.pattern,
         row.seed,
         row.l2,
         row.launch,
+        row.kernel if row.system == "flashllm-ablation" else None,
     )
+
+
+def zeros_key(row: Row) -> tuple[float | None, float | None]:
+    """Zeros asked for, or, for a matrix from a file, the ones it has: the file may be another one under that name."""
+    return row.sparsity, row.sparsity_real if row.sparsity is None else None
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:

@@ -30,6 +30,8 @@ class Settings:
     method: timing.Method = field(default_factory=timing.Method)
     layouts: tuple[Layout, ...] = systems.LAYOUTS_BOTH
     check_rows: int = 512
+    ablation: bool = False
+    """Measure our kernel without each of its ideas too, where such instances exist (fp16, N = 9 to 16)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class _Loaded:
     prepared: dict[float | None, Prepared]
     packed: dict[float | None, list[Any]]
     """Rotating copies of the packed weights, by sparsity."""
+    unordered: dict[float | None, list[Any]]
+    """The same in row order, for the ablation only."""
     dense: dict[str, list[Any]]
     """Rotating copies of the dense weights, by layout; of the last entry of ``prepared``."""
     dense_item: Prepared
@@ -56,7 +60,8 @@ def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: i
     packed = [int(4 * _PACKING * source.density(s) * group.m * group.k) + 4096 for s in group.sparsities]
     kinds = len({layout.w for layout in settings.layouts})
     encoding = (group.dense_bytes + max(packed)) // 4
-    needed = kinds * rotated(group.dense_bytes) + sum(map(rotated, packed)) + encoding + _SPARE_BYTES
+    orders = 2 if settings.ablation else 1
+    needed = kinds * rotated(group.dense_bytes) + orders * sum(map(rotated, packed)) + encoding + _SPARE_BYTES
     return max(needed, 2 * BUFFER_BYTES)  # the bandwidth measurement comes first
 
 
@@ -85,7 +90,7 @@ class CudaRunner:
         """Measure every ``wanted`` case of ``groups``; ``advance(title, cases)`` follows the progress."""
         import cupy
 
-        from flashllm.device import device_facts, free_memory
+        from flashllm.device import device_facts, memory_errors
 
         with self._stream, Cublas() as cublas:
             advance("read bandwidth", 0)
@@ -95,12 +100,9 @@ class CudaRunner:
                 cases = {n: sparsities for n, sparsities in cases.items() if sparsities}
                 if not cases:
                     continue
-                try:
+                needed = required_bytes(group, self._source, self._settings, device_facts().l2_bytes)
+                with memory_errors(f"benchmark of {group.title}", needed):
                     self._run_group(group, cases, cublas, advance)
-                except cupy.cuda.memory.OutOfMemoryError as error:
-                    needed = required_bytes(group, self._source, self._settings, device_facts().l2_bytes)
-                    title = f"benchmark of {group.title}"
-                    raise DeviceMemoryError(title, needed=needed, free=free_memory()) from error
                 cupy.get_default_memory_pool().free_all_blocks()
 
     def _run_group(self, group: Group, cases: dict[int, list[float | None]], cublas: Cublas, advance: Advance) -> None:
@@ -116,11 +118,13 @@ class CudaRunner:
         self, group: Group, sparsities: Sequence[float | None], batches: Sequence[int], cublas: Cublas
     ) -> _Loaded:
         from flashllm.device import device_facts
+        from flashllm.formats.tiled_csl import TiledCSL
 
         l2_bytes, l2 = device_facts().l2_bytes, self._settings.method.l2
         inputs = {n: make_inputs(group, n, device=True) for n in batches}
         prepared: dict[float | None, Prepared] = {}
         packed: dict[float | None, list[Any]] = {}
+        unordered: dict[float | None, list[Any]] = {}
         dense: Any = None
         for sparsity in sparsities:
             dense = None  # never two dense matrices at a time
@@ -128,7 +132,10 @@ class CudaRunner:
             item = self._prepare(group, sparsity, dense, inputs, cublas)
             copies = timing.rotation_copies(item.weight.nbytes, l2_bytes, l2)
             prepared[sparsity] = item
-            packed[sparsity] = [item.weight, *(systems.clone(item.weight) for _ in range(copies - 1))]
+            packed[sparsity] = systems.rotation(item.weight, copies)
+            if self._settings.ablation:
+                weight = TiledCSL.from_dense(dense, dtype=group.dtype, order="row")
+                unordered[sparsity] = systems.rotation(weight, copies)
         # cuBLAS runs on the sparsest matrix: its time hardly depends on the values; zeros can only help it.
         copies = timing.rotation_copies(group.dense_bytes, l2_bytes, l2)
         return _Loaded(
@@ -136,6 +143,7 @@ class CudaRunner:
             inputs=inputs,
             prepared=prepared,
             packed=packed,
+            unordered=unordered,
             dense=systems.dense_copies(dense, copies, self._settings.layouts),
             dense_item=prepared[sparsities[-1]],
         )
@@ -164,6 +172,20 @@ class CudaRunner:
             outputs=outputs,
         )
 
+    def _ablation(self, loaded: _Loaded, ours: systems.FlashLLM, sparsity: float | None) -> list[Run]:
+        """Our kernel without one idea at a time: ordered words, overlap, clearing only what was written."""
+        from flashllm.matmul import tiled_csl
+
+        dtype, item = loaded.group.dtype, loaded.prepared[sparsity]
+        if not self._settings.ablation or not tiled_csl.has_ablation(ours.plan.choice):
+            return []
+        unordered = systems.FlashLLM(loaded.unordered[sparsity], ours.x, dtype, choice=ours.plan.choice)
+        runs = [Run.of_ours(unordered, item, ablation="row-order")]
+        for name, choice in tiled_csl.ablation(ours.plan.choice).items():
+            system = systems.FlashLLM(ours.weights, ours.x, dtype, choice=choice)
+            runs.append(Run.of_ours(system, item, ablation=name))
+        return runs
+
     def _measure(self, loaded: _Loaded, n: int, sparsities: Sequence[float | None], cublas: Cublas) -> None:
         group, x, method = loaded.group, loaded.inputs[n], self._settings.method
         library = systems.best_cublas(
@@ -179,6 +201,7 @@ class CudaRunner:
         for sparsity in sparsities:
             ours = systems.FlashLLM(loaded.packed[sparsity], x, group.dtype)
             runs.append(Run.of_ours(ours, loaded.prepared[sparsity]))
+            runs += self._ablation(loaded, ours, sparsity)
         if method.launch == "stream" and group.dtype == "fp16":
             y = systems.empty_output(n, group.m, group.dtype)
             matmul = systems.CupyMatmul(loaded.dense["mk"], x, y)

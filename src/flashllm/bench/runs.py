@@ -51,13 +51,13 @@ class Run:
     whole_ratio: float = 0.0
 
     @classmethod
-    def of_ours(cls, system: systems.FlashLLM, item: Prepared) -> Run:
-        """Our kernel."""
+    def of_ours(cls, system: systems.FlashLLM, item: Prepared, *, ablation: str | None = None) -> Run:
+        """Our kernel, or with ``ablation``, the name of one of its ideas, our kernel without that idea."""
         spec = system.plan.spec
         return cls(
-            name="flashllm",
+            name="flashllm" if ablation is None else "flashllm-ablation",
             format=item.weight.format,
-            kernel=spec.label,
+            kernel=spec.label if ablation is None else f"{ablation}: {spec.label}",
             choice=system.choice,
             deterministic=spec.deterministic,
             system=system,

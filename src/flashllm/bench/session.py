@@ -22,14 +22,12 @@ class Session:
         self.out = out or resume
         if resume is not None and resume.exists():
             self.earlier = results.read(resume)
-            if self.out == resume:
-                results.drop_torn_line(resume)
         if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            with self.out.open("ab"):  # say now, not after the first measurement, that it cannot be written
-                pass
+            results.ensure_writable(self.out)
+            if self.out.is_file():  # not a pipe or a terminal; a row must not go on a line that a crash left unfinished
+                results.drop_torn_line(self.out)
         self._done = {
-            (r.model, r.layer, r.M, r.K, r.N, r.dtype, r.sparsity, r.pattern, r.seed, r.l2, r.launch)
+            (r.model, r.layer, r.M, r.K, r.N, r.dtype, *results.zeros_key(r), r.pattern, r.seed, r.l2, r.launch)
             for r in self.earlier
             if r.system == "flashllm" and r.check == "pass"
         }
@@ -58,6 +56,7 @@ class Session:
             n,
             group.dtype,
             sparsity,
+            None if group.zeros is None else round(group.zeros, 6),  # as in a row
             group.pattern,
             group.seed,
         )

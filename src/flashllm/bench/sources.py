@@ -10,7 +10,7 @@ import numpy as np
 
 from flashllm.bench.cases import Group
 from flashllm.bench.data import make_weights
-from flashllm.errors import ArgumentError
+from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.base import DType
 from flashllm.formats.bits import MAGNITUDE, RoundingTally, numpy_dtype
 from flashllm.formats.sources import canonical_csr, dense_strips, scipy_strips
@@ -48,15 +48,19 @@ class FileSource:
     def __init__(self, path: Path, tensor: str | None, dtype: DType | None) -> None:
         """Read ``path``; ``dtype`` None means the type of a packed weight, else fp16.
 
-        Raises ``ArgumentError``, ``FormatError`` or ``OSError`` with one line that says why.
+        Raises ``ArgumentError``, ``FormatError`` or ``OSError`` with one line that says why; for NaN and infinities
+        too, which leave no bound on the error of a product.
         """
         from flashllm.io.container import CONTAINER_FORMAT, load_weight
         from flashllm.io.matrices import read_matrix
         from flashllm.io.safetensors_file import read_header
 
-        packed = path.suffix.lower() == ".safetensors" and read_header(path).metadata.get("format") == CONTAINER_FORMAT
-        if packed:
-            weight = load_weight(path, name=tensor)
+        holds_tensors = path.suffix.lower() == ".safetensors" and path.is_file()
+        if holds_tensors and read_header(path).metadata.get("format") == CONTAINER_FORMAT:
+            try:
+                weight = load_weight(path, name=tensor)
+            except ArgumentError as error:  # its name is our tensor
+                raise ArgumentError("tensor", expected=error.expected, got=error.got) from error
             if dtype is not None and dtype != weight.dtype:
                 raise ArgumentError("dtype", expected=f"{weight.dtype}, the type of the packed weight", got=dtype)
             self.dtype, matrix = weight.dtype, weight.to_dense()
@@ -70,11 +74,17 @@ class FileSource:
             strips = scipy_strips(canonical_csr(matrix), self.dtype, _STRIP_ROWS, self.rounding)
         self.shape: tuple[int, int] = (int(matrix.shape[0]), int(matrix.shape[1]))
         self._bits = np.empty(self.shape, dtype=np.uint16)
-        stored = first = 0
+        stored = finite = first = 0
         for strip in strips:
             self._bits[first : first + len(strip)] = strip
             stored += int(np.count_nonzero(strip & MAGNITUDE))
+            finite += int(np.count_nonzero(np.isfinite(strip.view(numpy_dtype(self.dtype)))))
             first += len(strip)
+        if finite < self._bits.size:
+            got = f"{self._bits.size - finite:,} NaN or infinite"
+            if overflows := self.rounding.report().became_infinite:
+                got += f", {overflows:,} by rounding"
+            raise FormatError(field=tensor or "file", expected=f"finite {self.dtype} values", got=got, path=str(path))
         self._density = stored / self._bits.size
 
     def density(self, sparsity: float | None) -> float:

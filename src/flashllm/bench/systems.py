@@ -28,6 +28,11 @@ def clone(weight: Weight) -> Weight:
     return dataclasses.replace(weight, **arrays)  # type: ignore[type-var]
 
 
+def rotation(weight: Weight, copies: int) -> list[Weight]:
+    """``weight`` and ``copies - 1`` clones of it."""
+    return [weight, *(clone(weight) for _ in range(copies - 1))]
+
+
 def empty_output(n: int, m: int, dtype: str) -> Any:
     """Device output y[n, m]: float16, or uint16 bits for bf16."""
     import cupy
@@ -36,9 +41,9 @@ def empty_output(n: int, m: int, dtype: str) -> Any:
 
 
 class FlashLLM:
-    """Our kernel: one plan, one workspace, rotating weights."""
+    """Our kernel: one plan, one workspace, rotating weights. ``choice`` forces an instance of the kernel."""
 
-    def __init__(self, weights: Sequence[Any], x: Any, dtype: str) -> None:
+    def __init__(self, weights: Sequence[Any], x: Any, dtype: str, *, choice: Any = None) -> None:
         import cupy
 
         from flashllm.matmul import plan
@@ -46,7 +51,7 @@ class FlashLLM:
         self.weights, self.x = weights, x
         self.copies = len(weights)
         self.y = empty_output(x.shape[0], weights[0].shape[0], dtype)
-        self.plan = plan(weights[0], x.shape[0])
+        self.plan = plan(weights[0], x.shape[0], choice=choice)
         self.choice: str = self.plan.source
         self._workspace = cupy.zeros(max(1, self.plan.workspace_bytes), dtype=cupy.uint8)
 

@@ -15,6 +15,7 @@ MAX_BATCH = 1024  # launches per batch
 MIN_SAMPLES = 8
 COLD_BYTES = 500_000_000
 COLD_L2_FACTOR = 5
+MAX_COPIES = 4096  # 500 MB of 122 KB weights; a smaller weight is bound by its launch, from wherever it is read
 _STREAM_PROBE_LAUNCHES = 3
 
 
@@ -53,11 +54,11 @@ class Timing:
 def rotation_copies(weight_bytes: int, l2_bytes: int, l2: str) -> int:
     """Copies of a weight to rotate over, so that none is still in L2 when its turn comes again.
 
-    At least 2, and together at least max(5 x L2, 500 MB); just 1 for ``l2="warm"``.
+    At least 2, and together at least max(5 x L2, 500 MB), but at most ``MAX_COPIES``; just 1 for ``l2="warm"``.
     """
     if l2 == "warm":
         return 1
-    return max(2, -(-max(COLD_L2_FACTOR * l2_bytes, COLD_BYTES) // max(1, weight_bytes)))
+    return min(MAX_COPIES, max(2, -(-max(COLD_L2_FACTOR * l2_bytes, COLD_BYTES) // max(1, weight_bytes))))
 
 
 def batch_launches(launch_us: float, copies: int) -> int:

@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell reports it."""
+
 
 class BadUsage(click.ClickException):
     """Something the user asked for cannot be: one line, exit status 2."""
@@ -38,14 +41,18 @@ def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def use_device(device: int | None) -> None:
-    """Make GPU ``device`` the current one; ``None`` leaves it as it is."""
+    """Make GPU ``device`` the current one; ``None`` leaves it as it is. Raises :class:`BadUsage` if it is not there."""
     if device is None:
         return
-    import cupy
+    from flashllm.device import device_count
 
-    count = int(cupy.cuda.runtime.getDeviceCount())
+    count, problem = device_count()
+    if problem is not None:
+        raise BadUsage(f"--device: expected the number of a GPU, got {device}, but {problem}")
     if device >= count:
         raise BadUsage(f"--device: expected a GPU from 0 to {count - 1}, got {device}")
+    import cupy
+
     cupy.cuda.Device(device).use()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flashllm.cli._cases import BadUsage, case_options, usage_errors, use_device
+from flashllm.cli._cases import INTERRUPTED, BadUsage, case_options, usage_errors, use_device
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from flashllm.bench.session import Session
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def _list_models(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -55,7 +54,7 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     type=click.Choice(["graph", "stream"]),
     default="graph",
     show_default=True,
-    help="CUDA graphs, or plain launches from Python (adds cupy.matmul).",
+    help="CUDA graphs, or plain launches from Python (adds cupy.matmul for fp16).",
 )
 @click.option(
     "--cublas-layouts",
@@ -85,6 +84,12 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     default=None,
     metavar="NAME",
     help="Without a GPU: whose memory to model.  [default: H100 80GB]",
+)
+@click.option(
+    "--ablation",
+    is_flag=True,
+    help="Also measure our kernel without word reordering, without overlap, and clearing whole tiles "
+    "(fp16, N = 9 to 16, on a GPU).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON Lines on stdout; everything else on stderr.")
 @click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows as CSV too.")
@@ -135,6 +140,7 @@ def command(
     time_cap: float,
     check_rows: int,
     model_gpu: str | None,
+    ablation: bool,
     as_json: bool,
     csv_file: Path | None,
     out: Path | None,
@@ -152,14 +158,17 @@ def command(
     notes = Console(stderr=True, highlight=False)
     with usage_errors():
         from flashllm import backends
-        from flashllm.bench import environment, roofline
+        from flashllm.bench import environment, results, roofline
         from flashllm.bench.plan_cases import plan_work
         from flashllm.bench.session import Session
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
         gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU)
-        chosen = _select(backends, backend, device)
+        if device is not None and backend == "reference":
+            raise BadUsage("--device: expected nothing with --backend reference, which uses no GPU")
+        use_device(device)
+        chosen = backends.select(backend)
         work = plan_work(
             backend=chosen.name,
             models=models,
@@ -173,6 +182,8 @@ def command(
             seed=seed,
         )
         session = Session(out=out, resume=resume)
+        if csv_file is not None:
+            results.ensure_writable(csv_file)
         facts = environment.collect(chosen.name, sweep_id=session.sweep_id)
         session.check_same_machine(facts)
         if save is not None:
@@ -204,6 +215,7 @@ def command(
                 layouts=cublas_layouts,
                 time_cap=time_cap,
                 check_rows=check_rows,
+                ablation=ablation,
             )
         else:
             _run_reference(work, session, facts, emit, notes, check_rows=check_rows)
@@ -217,16 +229,7 @@ def command(
         notes.print("[red]a result is wrong[/]: see the rows marked WRONG")
         sys.exit(1)
     if interrupted:
-        sys.exit(_INTERRUPTED)
-
-
-def _select(backends: Any, backend: str | None, device: int | None) -> Any:
-    """The backend to use, on GPU ``device`` where there is one."""
-    chosen = backends.select(backend)
-    if chosen.name == "cuda" and device is not None:
-        use_device(device)
-        chosen = backends.select(backend)  # looks at the GPU that is current now
-    return chosen
+        sys.exit(INTERRUPTED)
 
 
 @contextmanager
@@ -278,6 +281,7 @@ def _run_cuda(
     layouts: str,
     time_cap: float,
     check_rows: int,
+    ablation: bool,
 ) -> None:
     from flashllm.bench import systems, timing
     from flashllm.bench.runner import CudaRunner, Settings, check_memory
@@ -287,6 +291,7 @@ def _run_cuda(
         method=timing.Method(launch=launch, l2=l2, cap_s=time_cap),
         layouts=systems.LAYOUTS_BOTH if layouts == "both" else systems.LAYOUTS_ROW,
         check_rows=check_rows,
+        ablation=ablation,
     )
     left = _remaining(work, session, notes, l2, launch)
     if left == 0:

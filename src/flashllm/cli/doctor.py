@@ -15,6 +15,8 @@ from pathlib import Path
 
 import click
 
+from flashllm import __version__
+
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
@@ -41,6 +43,8 @@ def command(as_json: bool) -> None:
     runs = compiles and all(check.ok for check in checks if check.needed_for == "running on the GPU")
     if as_json:
         report = {
+            "flashllm": __version__,
+            "platform": platform.platform(),
             "checks": [asdict(check) for check in checks],
             "reference": usable,
             "compile": compiles,
@@ -89,7 +93,7 @@ def run_checks() -> list[Check]:
             "kernel cache",
             _cache_folder,
             fix="export FLASHLLM_CACHE_DIR=/a/writable/folder",
-            needed_for="everything",
+            needed_for="keeping compiled kernels",
         ),
         _guarded(
             "NVRTC",

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from flashllm import __version__
-from flashllm.errors import FlashLLMError
+from flashllm.cli._cases import INTERRUPTED, BadUsage
+from flashllm.errors import ArgumentError, FlashLLMError
 
 _HERE = Path(__file__).parent
 
@@ -38,8 +39,15 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except FlashLLMError as error:
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except ArgumentError as error:
             if ctx.params.get("traceback"):
+                raise
+            raise BadUsage(str(error)) from error
+        except (FlashLLMError, OSError) as error:
+            if ctx.params.get("traceback") or isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(str(error)) from error
 

@@ -17,7 +17,7 @@ from flashllm.cli._cases import BadUsage, usage_errors
 if TYPE_CHECKING:
     from flashllm.bench.plan_cases import Work
 
-_KERNELS = "regex:spmm|splitk"  # leaves out packing, random weights and cuBLAS
+_KERNELS = "regex:spmm"  # leaves out packing, random weights and cuBLAS
 _WARMUP_LAUNCHES = 4
 
 
@@ -83,11 +83,12 @@ def _launch(work: Work) -> None:
 
     from flashllm.bench.data import make_inputs
     from flashllm.bench.systems import FlashLLM
+    from flashllm.device import memory_errors
     from flashllm.formats.tiled_csl import TiledCSL
 
     group = work.groups[0]
     stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    with stream, memory_errors(f"weights of {group.title}", group.dense_bytes):
         weight = TiledCSL.from_dense(work.source.dense(group, group.sparsities[0], device=True), dtype=group.dtype)
         system = FlashLLM([weight], make_inputs(group, group.batches[0], device=True), group.dtype)
         for _ in range(_WARMUP_LAUNCHES + 2):

@@ -11,6 +11,7 @@ import click
 from flashllm.cli._cases import case_options, usage_errors, use_device
 
 if TYPE_CHECKING:
+    from flashllm.bench.plan_cases import Work
     from flashllm.matmul.tune import TuneResult
 
 
@@ -37,6 +38,7 @@ def command(
         from flashllm import backends
         from flashllm.bench.plan_cases import plan_work
 
+        use_device(device)
         backends.select("cuda")
         work = plan_work(
             backend="cuda",
@@ -50,7 +52,11 @@ def command(
             pattern=pattern,
             seed=seed,
         )
-        use_device(device)
+        _print(_tune(work))
+
+
+def _tune(work: Work) -> list[tuple[str, TuneResult]]:
+    from flashllm.device import memory_errors
     from flashllm.formats.tiled_csl import TiledCSL
     from flashllm.matmul.tune import tune
 
@@ -58,13 +64,13 @@ def command(
     with click.progressbar(work.groups, label="tuning", item_show_func=_title) as groups:
         for group in groups:
             for fraction in group.sparsities:
-                dense = work.source.dense(group, fraction, device=True)
+                with memory_errors(f"weights of {group.title}", group.dense_bytes):
+                    dense = work.source.dense(group, fraction, device=True)
                 weight = TiledCSL.from_dense(dense, dtype=group.dtype)
                 del dense
                 zeros = f"{100 * weight.sparsity:.1f} %"
-                results = tune(weight, list(group.batches), device=device)
-                found += [(f"{group.title} {zeros}", result) for result in results]
-    _print(found)
+                found += [(f"{group.title} {zeros}", result) for result in tune(weight, group.batches)]
+    return found
 
 
 def _title(group: Any) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flashllm.backends.cuda import launch
+from flashllm.device import current_device, memory_errors
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import DTYPES, DType, ReportCallback, RoundingReport
 from flashllm.formats.bits import check_dtype, kind_of, numpy_dtype
@@ -87,7 +88,8 @@ def encode(a: Any, *, dtype: str | None = None, order: str = "bank", report: Rep
     tile_offsets[0] = 0
     tile_offsets[1:-1] = cupy.cumsum(vectors, dtype=np.int32)
     tile_offsets[-1] = total
-    words = cupy.empty(total * WORDS_PER_VECTOR, np.uint32)
+    with memory_errors("encoded weight", 4 * WORDS_PER_VECTOR * total):
+        words = cupy.empty(total * WORDS_PER_VECTOR, np.uint32)
     if total:
         launch(_fill_spec(source, way), (tiles,), (*matrix, tile_offsets, words))
     if report is not None:
@@ -121,7 +123,8 @@ def decode(w: TiledCSL, *, out: Any = None) -> Any:
     rows, columns = w.shape
     dtype = numpy_dtype(w.dtype)
     if out is None:
-        out = cupy.empty((rows, columns), dtype)
+        with memory_errors("decoded weight", rows * columns * dtype.itemsize):
+            out = cupy.empty((rows, columns), dtype)
     elif not is_cupy(out) or out.shape != (rows, columns) or out.dtype != dtype or not out.flags.c_contiguous:
         expected = f"a C-contiguous CuPy array of {dtype} [{rows}, {columns}]"
         got = f"{type(out).__name__} of {getattr(out, 'dtype', '?')} {tuple(getattr(out, 'shape', ()))}"
@@ -156,9 +159,7 @@ def _source_of(a: Any, dtype: str | None) -> tuple[str, DType]:
 
 
 def _check_device(a: Any, argument: str) -> None:
-    import cupy
-
-    current = int(cupy.cuda.runtime.getDevice())
+    current = current_device()
     if int(a.device.id) != current:
         raise ArgumentError(argument, expected=f"data on the current device {current}", got=f"device {a.device.id}")
 

@@ -20,7 +20,8 @@ from flashllm.formats.base import DTYPES, DType, RoundingReport
 MAGNITUDE = np.uint16(0x7FFF)
 """Mask of all bits but the sign: a value is a zero of either sign when these bits are 0."""
 
-_INFINITY = {"fp16": 0x7C00, "bf16": 0x7F80}
+INFINITY = {"fp16": 0x7C00, "bf16": 0x7F80}
+"""Bit pattern of +infinity."""
 _QUIET_NAN = {"fp16": 0x7E00, "bf16": 0x7FC0}
 
 
@@ -65,7 +66,7 @@ class RoundingTally:
         same = widen(bits, dtype) == source
         self.changed += int(source.size - np.count_nonzero(same) - np.count_nonzero(source != source))
         self.became_zero += int(np.count_nonzero(nonzero & (magnitude == 0)))
-        self.became_infinite += int(np.count_nonzero((magnitude == _INFINITY[dtype]) & ~same))
+        self.became_infinite += int(np.count_nonzero((magnitude == INFINITY[dtype]) & ~same))
 
     def report(self) -> RoundingReport:
         """The sums as a report."""

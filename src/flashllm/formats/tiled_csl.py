@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from flashllm.errors import ArgumentError, FormatError
+from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
 from flashllm.formats.base import DType, ReportCallback
 from flashllm.formats.bits import MAGNITUDE, RoundingTally, check_dtype, numpy_dtype, widen
 from flashllm.formats.sources import (
@@ -281,12 +281,20 @@ class TiledCSL:
         return row[stored], column[stored], value[stored]
 
     def to_device(self) -> TiledCSL:
-        """The same weight on the current CUDA device (itself when it is there already)."""
+        """The same weight on the current CUDA device (itself when it is there already).
+
+        Raises ``MissingDependencyError`` without a usable GPU, ``DeviceMemoryError``.
+        """
+        from flashllm.device import current_device, gpu_problem, memory_errors
+
+        if (problem := gpu_problem()) is not None:
+            raise MissingDependencyError(f"to_device: {problem}; see `flashllm doctor`")
         import cupy
 
-        if self.is_device and int(self.words.device.id) == int(cupy.cuda.runtime.getDevice()):
+        if self.is_device and int(self.words.device.id) == current_device():
             return self
-        return self._with(cupy.asarray(self.words), cupy.asarray(self.tile_offsets))
+        with memory_errors("weight", self.nbytes):
+            return self._with(cupy.asarray(self.words), cupy.asarray(self.tile_offsets))
 
     def to_host(self) -> TiledCSL:
         """The same weight with NumPy buffers (itself when they are)."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.errors import FormatError
+from flashllm.errors import FormatError, brief
 from flashllm.formats.base import DTYPES, MAX_DIMENSION
 from flashllm.formats.bits import MAGNITUDE
 from flashllm.formats.tiled_csl_encode import (
@@ -31,7 +31,7 @@ def check_fields(*, shape: Any, dtype: Any, nnz: Any, order: Any, max_tile_words
     """``FormatError`` unless the scalar fields have legal types and ranges."""
 
     def bad(field: str, expected: str, got: Any) -> NoReturn:
-        raise FormatError(field=field, expected=expected, got=repr(got), path=path)
+        raise FormatError(field=field, expected=expected, got=brief(got), path=path)
 
     if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(_is_int(d) for d in shape):
         bad("shape", "two integers (M, K)", shape)

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashllm.errors import ArgumentError, FormatError
+from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.formats import FORMATS, SparseWeight
-from flashllm.io.safetensors_file import Header, read_header, read_tensor, write_file
+from flashllm.io.safetensors_file import Header, TensorFile, parse_json, write_file
 
 CONTAINER_FORMAT = "flashllm-weights"
 CONTAINER_VERSION = "1"
@@ -55,27 +55,28 @@ def load_weights(path: str | Path, *, validate: bool = True, mmap: bool = False)
     """All weights of a file, by name.
 
     Every weight is validated unless ``validate=False`` (only for files written by yourself: kernels
-    trust the content). ``mmap`` maps the buffers read-only instead of copying them. Raises
-    ``FormatError`` that names file and field.
+    trust the content). ``mmap`` maps the buffers read-only instead of copying them; writing into the file
+    then changes them after they were validated, replacing the file (as ``save_weights`` does) leaves them
+    alone. Raises ``FormatError`` that names file and field.
     """
-    header = read_header(path)
-    described = _describe(header)
-    return {name: _build(header, name, described[name], validate=validate, mmap=mmap) for name in described}
+    with TensorFile(path) as file:
+        described = _describe(file.header)
+        return {name: _build(file, name, described[name], validate=validate, mmap=mmap) for name in described}
 
 
 def load_weight(
     path: str | Path, *, name: str | None = None, validate: bool = True, mmap: bool = False
 ) -> SparseWeight:
     """One weight of a file; ``name`` may be left out when it holds one. Options as in ``load_weights``."""
-    header = read_header(path)
-    described = _describe(header)
-    if name is None:
-        if len(described) != 1:
-            raise ArgumentError("name", expected=f"one of {_listed(described)}", got="None")
-        name = next(iter(described))
-    if name not in described:
-        raise ArgumentError("name", expected=f"one of {_listed(described)}", got=repr(name))
-    return _build(header, name, described[name], validate=validate, mmap=mmap)
+    with TensorFile(path) as file:
+        described = _describe(file.header)
+        if name is None:
+            if len(described) != 1:
+                raise ArgumentError("name", expected=f"one of {_listed(described)}", got="None")
+            name = next(iter(described))
+        if name not in described:
+            raise ArgumentError("name", expected=f"one of {_listed(described)}", got=repr(name))
+        return _build(file, name, described[name], validate=validate, mmap=mmap)
 
 
 def _listed(names: Any) -> str:
@@ -89,26 +90,24 @@ def _describe(header: Header) -> dict[str, dict[str, Any]]:
     for field, expected in (("format", CONTAINER_FORMAT), ("version", CONTAINER_VERSION)):
         got = header.metadata.get(field)
         if got != expected:
-            raise FormatError(field=f"__metadata__.{field}", expected=repr(expected), got=repr(got), path=header.path)
-    try:
-        described = json.loads(header.metadata.get("weights", "null"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(
-            field="__metadata__.weights", expected="a JSON object", got=str(error), path=header.path
-        ) from error
-    if not isinstance(described, dict) or not all(isinstance(v, dict) for v in described.values()):
-        raise FormatError(
-            field="__metadata__.weights", expected="a JSON object of objects", got=type(described).__name__,
-            path=header.path,
-        )  # fmt: skip
+            raise FormatError(field=f"__metadata__.{field}", expected=repr(expected), got=brief(got), path=header.path)
+    field = "__metadata__.weights"
+    described = parse_json(header.metadata.get("weights", "null"), field=field, path=header.path)
+    for name, fields in described.items():
+        if not isinstance(fields, dict):
+            raise FormatError(
+                field=field, expected="a JSON object of objects", got=f"{type(fields).__name__} for {brief(name)}",
+                path=header.path,
+            )  # fmt: skip
     return described
 
 
-def _build(header: Header, name: str, fields: dict[str, Any], *, validate: bool, mmap: bool) -> SparseWeight:
+def _build(file: TensorFile, name: str, fields: dict[str, Any], *, validate: bool, mmap: bool) -> SparseWeight:
+    header = file.header
     kind = fields.get("format")
     if not isinstance(kind, str) or kind not in FORMATS:
         raise FormatError(
-            field=f"{name}.format", expected=f"one of {', '.join(FORMATS)}", got=repr(kind), path=header.path
+            field=f"{name}.format", expected=f"one of {', '.join(FORMATS)}", got=brief(kind), path=header.path
         )
     # Only entries that are this weight's buffers; a weight "a" beside a weight "a.b" must not take the
     # other's.
@@ -117,7 +116,7 @@ def _build(header: Header, name: str, fields: dict[str, Any], *, validate: bool,
     missing = [b for b in buffers if prefix + b not in header.tensors]
     if missing:
         raise FormatError(field=prefix + missing[0], expected="a tensor", got="none", path=header.path)
-    arrays = {b: read_tensor(header, header.tensors[prefix + b], mmap=mmap) for b in buffers}
+    arrays = {b: file.read(header.tensors[prefix + b], mmap=mmap) for b in buffers}
     weight = FORMATS[kind].from_parts(fields, arrays, path=header.path)
     if validate:
         weight.validate(path=header.path)

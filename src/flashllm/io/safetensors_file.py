@@ -12,18 +12,24 @@ import json
 import math
 import os
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.errors import FormatError
+from flashllm.errors import FormatError, brief
 from flashllm.formats.bits import bfloat16
+from flashllm.io.files import open_regular
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32 << 20
+"""Parsed JSON takes up to 25 times the memory of its text; a model of 100,000 tensors has a header of 10 MB."""
+_MAX_RANK = 64  # NumPy's limit
+_MAX_ELEMENTS = 2**60 - 1
 _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -61,27 +67,83 @@ class Header:
     tensors: dict[str, TensorEntry]
 
 
+class TensorFile:
+    """An open file; use with ``with``.
+
+    Header and tensors come from the same file even when another process replaces it meanwhile.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open ``path`` and check its header. Raises ``FormatError``, or ``OSError`` for an unreadable file."""
+        self._file = open_regular(path)
+        try:
+            self.header = _read_header(self._file, str(path))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def read(self, entry: TensorEntry, *, mmap: bool = False) -> NDArray[Any]:
+        """The tensor, copied to memory or (``mmap``) mapped read-only; BF16 comes as ml_dtypes.bfloat16."""
+        path = self.header.path
+        if entry.dtype != "BF16" and entry.dtype not in _READABLE:
+            expected = ", ".join([*_READABLE, "BF16"])
+            raise FormatError(field=f"{entry.name}.dtype", expected=expected, got=entry.dtype, path=path)
+        dtype = bfloat16() if entry.dtype == "BF16" else np.dtype(_READABLE[entry.dtype])
+        size = entry.stop - entry.start
+        if size == 0:
+            return np.empty(entry.shape, dtype)
+        if mmap:
+            # The start can be any byte in a file of mixed types; NumPy copes, and our own containers keep
+            # 8-byte alignment.
+            raw = np.memmap(self._file, np.uint8, "r", entry.start, (size,))
+            return np.asarray(raw).view(dtype).reshape(entry.shape)
+        self._file.seek(entry.start)
+        flat = np.fromfile(self._file, np.uint8, size)
+        if flat.size != size:
+            raise FormatError(field=entry.name, expected=f"{size} bytes", got=f"{flat.size} bytes", path=path)
+        return flat.view(dtype).reshape(entry.shape)
+
+
 def read_header(path: str | Path) -> Header:
     """The checked header of ``path``. Raises ``FormatError``, or ``OSError`` for an unreadable file."""
-    where = str(path)
-    with Path(path).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise FormatError(field="file", expected="at least 8 bytes", got=str(size), path=where)
-        length = int.from_bytes(file.read(8), "little")
-        limit = min(size - 8, MAX_HEADER_BYTES)
-        if not 2 <= length <= limit:
-            raise FormatError(field="header length", expected=f"2..{limit}", got=str(length), path=where)
-        raw = file.read(length)
+    with TensorFile(path) as file:
+        return file.header
+
+
+def parse_json(text: str, *, field: str, path: str) -> dict[str, Any]:
+    """The JSON object in ``text``, no name in it given twice. Raises ``FormatError``."""
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise FormatError(field="header", expected="a JSON object in UTF-8", got=str(error), path=where) from error
-    if not isinstance(header, dict):
-        raise FormatError(field="header", expected="a JSON object", got=type(header).__name__, path=where)
+        raise FormatError(field=field, expected="a JSON object", got=str(error), path=path) from error
+    if not isinstance(value, dict):
+        raise FormatError(field=field, expected="a JSON object", got=type(value).__name__, path=path)
+    return value
+
+
+def _read_header(file: BinaryIO, where: str) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise FormatError(field="file", expected="at least 8 bytes", got=str(size), path=where)
+    length = int.from_bytes(file.read(8), "little")
+    limit = min(size - 8, MAX_HEADER_BYTES)
+    if not 2 <= length <= limit:
+        raise FormatError(field="header length", expected=f"2..{limit}", got=str(length), path=where)
+    try:
+        text = file.read(length).decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#04x}"
+        raise FormatError(field="header", index=error.start, expected="UTF-8", got=got, path=where) from error
+    header = parse_json(text, field="header", path=where)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(field="__metadata__", expected="a map of strings", got=_short(metadata), path=where)
+        raise FormatError(field="__metadata__", expected="a map of strings", got=brief(metadata), path=where)
     tensors = {name: _entry(name, value, 8 + length, size, where) for name, value in header.items()}
     _check_layout(tensors, 8 + length, size, where)
     return Header(path=where, metadata=metadata, tensors=tensors)
@@ -90,18 +152,13 @@ def read_header(path: str | Path) -> Header:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise ValueError("a name that occurs twice")
+        raise ValueError(f"the name {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} more than once")
     return out
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _entry(name: str, value: Any, base: int, size: int, path: str) -> TensorEntry:
     def bad(part: str, expected: str, got: Any) -> NoReturn:
-        raise FormatError(field=f"{name}.{part}" if part else name, expected=expected, got=_short(got), path=path)
+        raise FormatError(field=f"{name}.{part}" if part else name, expected=expected, got=brief(got), path=path)
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         bad("", "an object of dtype, shape and data_offsets", value)
@@ -110,13 +167,18 @@ def _entry(name: str, value: Any, base: int, size: int, path: str) -> TensorEntr
         bad("dtype", f"one of {', '.join(sorted(_ITEM_BYTES))}", dtype)
     if not isinstance(shape, list) or not all(_is_size(d) for d in shape):
         bad("shape", "a list of non-negative integers", shape)
+    if len(shape) > _MAX_RANK:
+        bad("shape", f"at most {_MAX_RANK} dimensions", f"{len(shape)} dimensions")
+    # Zeros left out, as NumPy's own limit does.
+    if max(shape, default=0) > _MAX_ELEMENTS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+        bad("shape", "fewer than 2^60 elements", shape)
     if not isinstance(span, list) or len(span) != 2 or not all(_is_size(d) for d in span):
         bad("data_offsets", "two non-negative integers", span)
     if not span[0] <= span[1] <= size - base:
         bad("data_offsets", f"rising and at most {size - base}", span)
     wanted = math.prod(shape) * _ITEM_BYTES[dtype]
     if span[1] - span[0] != wanted:
-        bad("data_offsets", f"{wanted} bytes for {dtype} {_short(shape)}", span)
+        bad("data_offsets", f"{wanted} bytes for {dtype} {brief(shape)}", span)
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), start=base + span[0], stop=base + span[1])
 
 
@@ -135,28 +197,6 @@ def _check_layout(tensors: dict[str, TensorEntry], base: int, size: int, path: s
         end = entry.stop
     if end != size:
         raise FormatError(field="file", expected=f"{end} bytes, as the header says", got=str(size), path=path)
-
-
-def read_tensor(header: Header, entry: TensorEntry, *, mmap: bool = False) -> NDArray[Any]:
-    """The tensor, copied to memory or (``mmap``) mapped read-only; BF16 comes as ml_dtypes.bfloat16."""
-    if entry.dtype != "BF16" and entry.dtype not in _READABLE:
-        expected = ", ".join([*_READABLE, "BF16"])
-        raise FormatError(field=f"{entry.name}.dtype", expected=expected, got=entry.dtype, path=header.path)
-    dtype = bfloat16() if entry.dtype == "BF16" else np.dtype(_READABLE[entry.dtype])
-    if entry.stop == entry.start:
-        return np.empty(entry.shape, dtype)
-    if mmap:
-        # The start can be any byte in a file of mixed types; NumPy copes, and our own containers keep
-        # 8-byte alignment.
-        raw = np.memmap(header.path, np.uint8, "r", entry.start, (entry.stop - entry.start,))
-        return np.asarray(raw).view(dtype).reshape(entry.shape)
-    count = (entry.stop - entry.start) // dtype.itemsize
-    with Path(header.path).open("rb") as file:
-        file.seek(entry.start)
-        flat = np.fromfile(file, np.uint8, entry.stop - entry.start)
-    if flat.size != count * dtype.itemsize:
-        raise FormatError(field=entry.name, expected=f"{count} items", got="a shorter file", path=header.path)
-    return flat.view(dtype).reshape(entry.shape)
 
 
 def write_file(path: str | Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:

@@ -66,7 +66,7 @@ def load(key: str, root: Path | None = None) -> tuple[Path, dict[str, Any]] | No
             return None
         if sidecar["cubin_sha256"] != _digest((entry / _CUBIN).read_bytes()):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry / _CUBIN, meta
 
@@ -93,7 +93,7 @@ def store(key: str, cubin: bytes, meta: Mapping[str, Any], root: Path | None = N
             except OSError:
                 if (found := load(key, root)) is not None:
                     return found
-                if not entry.exists():
+                if not os.path.lexists(entry):
                     raise
                 _discard(entry)
             else:

@@ -41,10 +41,10 @@ DEFAULT_SHARED_LIMIT = 48 * 1024
 
 
 def normalize_arch(arch: str) -> str:
-    """``"sm_90a"``, ``"compute_90a"`` and ``"90a"`` all become ``"90a"``; anything else is refused."""
-    match = re.fullmatch(r"(?:sm_|compute_)?(\d{2,3}[af]?)", arch.strip().lower())
-    if match is None:
-        raise ArgumentError("arch", expected="an architecture such as 80, 90a or sm_90a", got=repr(arch))
+    """``"sm_90a"``, ``"compute_90a"`` and ``"90a"`` all become ``"90a"``; anything else, or below 80, is refused."""
+    match = re.fullmatch(r"(?:sm_|compute_)?((\d{2,3})[af]?)", arch.strip().lower())
+    if match is None or int(match.group(2)) < 80:
+        raise ArgumentError("arch", expected="an architecture from 80 on, such as 80, 90a or sm_90a", got=repr(arch))
     return match.group(1)
 
 

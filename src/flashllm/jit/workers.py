@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds kernels in child processes, so that a crash of the compiler costs one kernel and not the program.
 
-A child reads pickled requests (spec, arch, root of the device code) from its standard input and answers
-each with pickled machine code and metadata, or with the text of the error. The disk cache is the parent's.
+A request is a line of JSON on the child's standard input: spec, arch, root of the device code. The answer is
+a line of JSON with the metadata and the size of the machine code, then the code; or with the text of the
+error. The disk cache is the parent's.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,18 +42,23 @@ class BuildWorker:
         assert requests is not None
         assert answers is not None
         try:
-            pickle.dump((spec, arch, root), requests)
+            request = {"spec": asdict(spec), "arch": arch, "root": str(root)}
+            requests.write(json.dumps(request).encode() + b"\n")
             requests.flush()
-            code, result = pickle.load(answers)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            answer = json.loads(answers.readline())  # no line at the end of its output: no JSON either
+            failure = answer.get("error")
+            code = b"" if failure else answers.read(answer["size"])
+            if not failure and len(code) != answer["size"]:
+                raise EOFError
+        except (OSError, EOFError, ValueError) as error:
             status = self._stop()
             raise CompileError(
                 f"{spec.label}: the compiler process died on sm_{arch} ({_cause(status)}); "
                 "a defect of NVRTC, or too little memory"
             ) from error
-        if code is None:
-            raise CompileError(result)
-        return code, result
+        if failure:
+            raise CompileError(failure)
+        return code, answer["meta"]
 
     def _stop(self) -> int:
         """End the child, if there is one, and return its exit status."""
@@ -70,22 +77,28 @@ def serve() -> None:
     """The child: answer requests until the input ends."""
     from flashllm.jit.compile import build
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches parent and child; the parent ends the child
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the answers
-    while True:
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        spec = _spec(request["spec"])
+        code, answer = b"", {}
         try:
-            spec, arch, root = pickle.load(sys.stdin.buffer)
-        except (EOFError, KeyboardInterrupt):
-            return
-        answer: tuple[bytes | None, Any]
-        try:
-            answer = build(spec, arch, root)
+            code, meta = build(spec, request["arch"], Path(request["root"]))
+            answer = {"meta": meta, "size": len(code)}
         except FlashLLMError as error:
-            answer = (None, str(error))
+            answer = {"error": str(error)}
         except Exception as error:  # the parent must hear of it, whatever it is
-            answer = (None, f"{spec.label}: {type(error).__name__}: {error}")
-        pickle.dump(answer, answers)
+            answer = {"error": f"{spec.label}: {type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer).encode() + b"\n" + code)
         answers.flush()
+
+
+def _spec(fields: dict[str, Any]) -> KernelSpec:
+    """The spec whose ``asdict`` went through JSON, which has lists for tuples."""
+    template = tuple((name, text) for name, text in fields["template"])
+    return KernelSpec(**{**fields, "template": template, "archs": tuple(fields["archs"])})
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -20,7 +20,7 @@ MAX_N = 65535 * 64
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How y[N, M] = x[N, K] @ W[M, K]^T is computed for one weight shape and up to ``n`` rows of x."""
+    """How y[N, M] = x[N, K] @ W[M, K]^T is computed for one weight shape and ``n`` rows of x."""
 
     shape: tuple[int, int]
     """M, K of the weight."""

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashllm import backends
-from flashllm.errors import ArgumentError, DeviceMemoryError
+from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.sources import is_cupy
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
 
 _ALIGNMENT = {"out": 8, "workspace": 16}
+_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
 def spmm(
@@ -74,7 +76,6 @@ def _reference(x: Any, w: TiledCSL, out: Any) -> Any:
 
 
 def _cuda(x: Any, w: TiledCSL, *, out: Any, workspace: Any, stream: Any, given: Plan | None) -> Any:
-    import cupy
 
     from flashllm.device import device_facts
 
@@ -83,7 +84,7 @@ def _cuda(x: Any, w: TiledCSL, *, out: Any, workspace: Any, stream: Any, given: 
     if isinstance(x, np.ndarray) or (not is_cupy(x) and not hasattr(x, "__dlpack__")):
         raise ArgumentError("x", expected="an array on the GPU", got=_describe(x))
     if not is_cupy(x):
-        x = cupy.from_dlpack(x)
+        x = _from_dlpack(x, stream)
     facts = device_facts()
     rows, columns = w.shape
     if x.ndim != 2 or x.shape[1] != columns or x.shape[0] < 1:
@@ -107,6 +108,17 @@ def _cuda(x: Any, w: TiledCSL, *, out: Any, workspace: Any, stream: Any, given: 
         _check("workspace", workspace, dtype=None, facts=facts, alignment=_ALIGNMENT["workspace"])
     tiled_csl.launch(chosen.spec, chosen.split, x, w, out, workspace, stream=stream)
     return out
+
+
+def _from_dlpack(x: Any, stream: Any) -> Any:
+    """A CuPy view of another package's array, ready for use on ``stream``."""
+    kind = x.__dlpack_device__()[0]
+    if kind not in _DLPACK_CUDA:
+        raise ArgumentError("x", expected="an array on the GPU", got=f"{_describe(x)} on DLPack device type {kind}")
+    import cupy
+
+    with stream if stream is not None else contextlib.nullcontext():
+        return cupy.from_dlpack(x)
 
 
 def _checked_plan(given: Plan, w: TiledCSL, n: int) -> Plan:
@@ -133,18 +145,13 @@ def _check(name: str, array: Any, *, dtype: DType | None, facts: DeviceFacts, al
 
 
 def _allocate(what: str, shape: tuple[int, ...], dtype: Any, stream: Any) -> Any:
-    import contextlib
-
     import cupy
 
-    from flashllm.device import free_memory
+    from flashllm.device import memory_errors
 
-    try:
-        with stream if stream is not None else contextlib.nullcontext():
-            return cupy.zeros(shape, dtype) if what == "workspace" else cupy.empty(shape, dtype)
-    except cupy.cuda.memory.OutOfMemoryError as error:
-        needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        raise DeviceMemoryError(what, needed=needed, free=free_memory()) from error
+    needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    with memory_errors(what, needed), stream if stream is not None else contextlib.nullcontext():
+        return cupy.zeros(shape, dtype) if what == "workspace" else cupy.empty(shape, dtype)
 
 
 def _describe(value: Any) -> str:

@@ -185,6 +185,12 @@ def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:
                     yield choice
 
 
+def has_ablation(base: Choice) -> bool:
+    """Whether the variants of :func:`ablation` are among :func:`specs`."""
+    known = set(specs())
+    return base.aligned and all(variant.spec in known for variant in ablation(base).values())
+
+
 def ablation(base: Choice) -> dict[str, Choice]:
     """The paper's ablation steps as variants of ``base``: no overlap, and clearing whole images."""
     return {"no-overlap": replace(base, overlap=False), "clear-all": replace(base, undo=False)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import numpy_dtype
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from flashllm.formats.tiled_csl import TiledCSL
 
 _COLD_BYTES = 500_000_000
-_LAUNCHES = 24
+_MAX_COPIES = 64  # a tiny weight is launch-bound, cold or not
+_MIN_LAUNCHES = 24
 _REPEATS = 5
 
 
@@ -38,11 +41,13 @@ class TuneResult:
     """File that now holds the choice."""
 
 
-def tune(w: TiledCSL, n_list: Sequence[int], *, device: int | None = None) -> list[TuneResult]:
-    """Time every candidate for each N of ``n_list`` on ``device`` (default: the current GPU) and store the best.
+def tune(w: TiledCSL, n_list: Sequence[int]) -> list[TuneResult]:
+    """Time every candidate for each N of ``n_list`` on the current GPU and store the best.
 
     The protocol is the benchmark's in small: a CUDA graph of launches over copies of the weight that together
-    do not fit the L2. Needs memory for those copies (at least 500 MB or two weights).
+    do not fit the L2. Needs memory for those copies (500 MB or two weights, whichever is more). Raises
+    :class:`ArgumentError` for a weight on the host, :class:`DeviceMemoryError`, ``OSError`` when the choice cannot
+    be stored.
     """
     import cupy
 
@@ -50,12 +55,13 @@ def tune(w: TiledCSL, n_list: Sequence[int], *, device: int | None = None) -> li
 
     if not w.is_device:
         raise ArgumentError("w", expected="a weight on the GPU (w.to_device())", got="a weight on the host")
-    facts = device_facts(device)
+    facts = device_facts()
     copies = _copies(w)
+    random = np.random.default_rng(0)  # on the host: CuPy's generator would need cuRAND
     stream = cupy.cuda.Stream(non_blocking=True)
     results = []
     for n in n_list:
-        x = (cupy.random.standard_normal((n, w.shape[1]), dtype=cupy.float32) / 4).astype(numpy_dtype(w.dtype))
+        x = cupy.asarray(random.standard_normal((n, w.shape[1]), np.float32).astype(numpy_dtype(w.dtype)))
         timed = []
         for choice in tiled_csl.candidates(w, n, arch=facts.arch):
             candidate = plan(w, n, device=facts, choice=choice)
@@ -63,19 +69,18 @@ def tune(w: TiledCSL, n_list: Sequence[int], *, device: int | None = None) -> li
         best_us, best = min(timed, key=lambda pair: pair[0])
         path = tune_cache.store(w, n, best.choice, device=facts)
         results.append(
-            TuneResult(
-                n=n, plan=best, median_us=best_us, heuristic_us=timed[0][0], measured=len(timed), path=path
-            )
+            TuneResult(n=n, plan=best, median_us=best_us, heuristic_us=timed[0][0], measured=len(timed), path=path)
         )
     return results
 
 
 def _copies(w: TiledCSL) -> list[TiledCSL]:
-    from dataclasses import replace
+    from flashllm.device import memory_errors
 
     count = max(2, -(-_COLD_BYTES // max(w.nbytes, 1)))
-    count = min(count, 64)  # a tiny weight is launch-bound, cold or not
-    return [w] + [replace(w, words=w.words.copy(), tile_offsets=w.tile_offsets.copy()) for _ in range(count - 1)]
+    count = min(count, _MAX_COPIES)
+    with memory_errors("copies of the weight to tune on", (count - 1) * w.nbytes):
+        return [w] + [replace(w, words=w.words.copy(), tile_offsets=w.tile_offsets.copy()) for _ in range(count - 1)]
 
 
 def _time(candidate: Plan, x: Any, copies: Sequence[TiledCSL], stream: Any) -> float:
@@ -84,6 +89,7 @@ def _time(candidate: Plan, x: Any, copies: Sequence[TiledCSL], stream: Any) -> f
     out = cupy.empty((candidate.n, candidate.shape[0]), x.dtype)
     workspace = cupy.zeros(max(candidate.workspace_bytes, 16), cupy.uint8)
     cupy.cuda.Device().synchronize()
+    launches = max(_MIN_LAUNCHES, len(copies))  # every copy at least once, or the L2 would hold those in use
 
     def run(index: int) -> None:
         w = copies[index % len(copies)]
@@ -93,7 +99,7 @@ def _time(candidate: Plan, x: Any, copies: Sequence[TiledCSL], stream: Any) -> f
     stream.synchronize()
     with stream:
         stream.begin_capture()
-        for index in range(_LAUNCHES):
+        for index in range(launches):
             run(index)
         graph = stream.end_capture()
     times = []
@@ -104,5 +110,5 @@ def _time(candidate: Plan, x: Any, copies: Sequence[TiledCSL], stream: Any) -> f
         stop.record(stream)
         stop.synchronize()
         if repeat:  # the first replay warms up
-            times.append(float(cupy.cuda.get_elapsed_time(start, stop)) * 1e3 / _LAUNCHES)
+            times.append(float(cupy.cuda.get_elapsed_time(start, stop)) * 1e3 / launches)
     return statistics.median(times)

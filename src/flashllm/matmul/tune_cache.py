@@ -7,10 +7,13 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashllm.io.files import locked
 from flashllm.jit.cache import tune_dir
 from flashllm.matmul.tiled_csl import Choice, n_block_for, vectors_for
 
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
     from flashllm.formats.tiled_csl import TiledCSL
 
 VERSION = 1
-_loaded: dict[tuple[Path, int], dict[str, Choice]] = {}
+_LOCK = ".lock"
+_loaded: dict[tuple[Path, int, int, int], dict[str, Choice]] = {}
 
 
 def path_for(device: DeviceFacts) -> Path:
@@ -41,12 +45,30 @@ def lookup(w: TiledCSL, n: int, *, device: DeviceFacts) -> Choice | None:
 
 
 def store(w: TiledCSL, n: int, choice: Choice, *, device: DeviceFacts) -> Path:
-    """Record ``choice`` and return the file. Written beside and renamed: readers see the old file or the new one."""
+    """Record ``choice`` and return the file.
+
+    Written beside and renamed, so that readers see the old file or the new one; under a lock, so that
+    processes that record at the same time keep each other's choices.
+    """
     path = path_for(device)
-    entries = dict(_read(path))
-    entries[key_for(w, n)] = choice
-    payload = {"version": VERSION, "choices": {key: asdict(value) for key, value in sorted(entries.items())}}
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path.parent):
+        entries = _parse(path)
+        entries[key_for(w, n)] = choice
+        payload = {"version": VERSION, "choices": {key: asdict(value) for key, value in sorted(entries.items())}}
+        _replace(path, payload)
+    _loaded.clear()
+    return path
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Hold the lock of all writers in ``folder``: on a file of its own, as the others are replaced."""
+    with (folder / _LOCK).open("ab") as lock, locked(lock.fileno()):
+        yield
+
+
+def _replace(path: Path, payload: dict[str, Any]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -57,18 +79,18 @@ def store(w: TiledCSL, n: int, choice: Choice, *, device: DeviceFacts) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _loaded.clear()
-    return path
 
 
 def _read(path: Path) -> dict[str, Choice]:
     try:
-        stamp = path.stat().st_mtime_ns
+        stat = path.stat()
     except OSError:
         return {}
-    known = _loaded.get((path, stamp))
+    # The time alone moves in steps of milliseconds: two files may share one.
+    stamp = (path, stat.st_mtime_ns, stat.st_ino, stat.st_size)
+    known = _loaded.get(stamp)
     if known is None:
-        known = _loaded[(path, stamp)] = _parse(path)
+        known = _loaded[stamp] = _parse(path)
     return known
 
 
@@ -76,7 +98,7 @@ def _parse(path: Path) -> dict[str, Choice]:
     """Entries of the file; a damaged or foreign file, or an entry of another release, counts as not measured."""
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(payload, dict) or payload.get("version") != VERSION:
         return {}
@@ -96,7 +118,9 @@ def _choice(value: Any) -> Choice | None:
         return None
     try:
         choice = Choice(**value)
-        usable = choice.spec in specs() and 1 <= choice.blocks_per_sm <= 64
+        # 16 and 16.0 are equal, and so are True and 1, until one of them is part of a C++ name or of a grid.
+        typed = all(type(getattr(choice, field.name)).__name__ == field.type for field in fields(Choice))
+        usable = typed and choice.spec in specs() and 1 <= choice.blocks_per_sm <= 64
     except (TypeError, KeyError, ValueError):
         return None
     return choice if usable else None

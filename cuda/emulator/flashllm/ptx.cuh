@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Emulated twin of cuda/flashllm/ptx.cuh: the same functions, what each instruction does in C++.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "flashllm/portable.cuh"
+
+namespace flashllm::ptx {
+
+FLASHLLM_DEVICE unsigned shared_address(const void* pointer) { return emu::shared_address(pointer); }
+
+// ---- shared memory ---------------------------------------------------------------------------------------------
+
+template <bool kZero, int kOffset>
+FLASHLLM_DEVICE void scatter_low_half(unsigned word, unsigned base) {
+    const unsigned address = (word & 0xffffu) * 0u + (word >> 16) * 2u + base;  // dp2a with weights 0 and 2
+    emu::scatter_shared(address + kOffset, kZero ? 0 : static_cast<unsigned short>(word));
+}
+
+FLASHLLM_DEVICE void store_shared_zero16(unsigned address) { emu::store_shared16(address, make_uint4(0, 0, 0, 0)); }
+
+FLASHLLM_DEVICE void store_shared(unsigned address, uint4 value) { emu::store_shared16(address, value); }
+
+// ---- global memory ---------------------------------------------------------------------------------------------
+
+FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) { return __ldg(pointer); }
+
+FLASHLLM_DEVICE void prefetch_to_l2(bool active, const void* pointer, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (active) emu::prefetch_global(pointer, bytes);
+#endif
+}
+
+// ---- asynchronous copies (sm_80) -------------------------------------------------------------------------------
+
+FLASHLLM_DEVICE void copy_async16(bool active, unsigned address, const void* pointer, unsigned bytes) {
+    if (active) emu::copy_async16(address, pointer, bytes);
+}
+
+FLASHLLM_DEVICE void copy_async_commit() { emu::copy_async_commit(); }
+
+template <int kPending>
+FLASHLLM_DEVICE void copy_async_wait() {
+    emu::copy_async_wait(kPending);
+}
+
+// ---- warp-level tensor cores (sm_80) ---------------------------------------------------------------------------
+
+FLASHLLM_DEVICE void load_matrix_x4(unsigned (&fragment)[4], unsigned address) {
+    emu::load_matrix(fragment, 4, address, false);
+}
+
+FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned address) {
+    unsigned fragment[2];
+    emu::load_matrix(fragment, 2, address, false);
+    first = fragment[0], second = fragment[1];
+}
+
+template <typename T> inline constexpr bool is_half = false;
+template <> inline constexpr bool is_half<__half> = true;
+
+template <typename T>
+inline constexpr emu::Value value_type = is_half<T> ? emu::Value::fp16 : emu::Value::bf16;
+
+template <typename T>
+FLASHLLM_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    emu::mma_m16n8k16(value_type<T>, c, a, b0, b1);
+}
+
+// ---- warpgroup-level tensor cores (sm_90a) ---------------------------------------------------------------------
+
+FLASHLLM_DEVICE unsigned operand(unsigned address) { return address >> 4 | 1u << 16; }
+
+FLASHLLM_DEVICE void fence_async_proxy() { emu::fence_async_proxy(); }
+FLASHLLM_DEVICE void warpgroup_begin() { emu::wgmma_fence(); }
+FLASHLLM_DEVICE void warpgroup_commit() { emu::wgmma_commit(); }
+FLASHLLM_DEVICE void warpgroup_wait() { emu::wgmma_wait(0); }
+
+template <typename T, int kFragments>
+FLASHLLM_DEVICE void warpgroup_mma(float (&c)[kFragments][4], unsigned a, unsigned b) {
+    constexpr std::uint64_t kHigh = 0x40000040ull << 32;  // 128-byte swizzle, 1024 bytes between groups of rows
+    emu::wgmma(value_type<T>, c[0], kFragments * 8, kHigh | a, kHigh | b);
+}
+
+}  // namespace flashllm::ptx

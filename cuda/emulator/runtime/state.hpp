@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything the emulator knows about a launch: threads, warps, blocks, workers.
+#pragma once
+
+#include <atomic>
+#include <cstdarg>
+#include <memory>
+#include <vector>
+
+#include "emu/launch.hpp"
+#include "emu/runtime.hpp"
+#include "runtime/fiber.hpp"
+
+namespace emu {
+
+constexpr unsigned kMaxWarps = 32;
+constexpr unsigned kNamedBarriers = 16;
+// Where the shared window of a block begins: address 0 is never valid, and swizzled operands stay aligned.
+constexpr unsigned kSharedBase = 1024;
+constexpr unsigned kSharedLimit = 256 * 1024;
+constexpr unsigned kCanaryBytes = 1024;
+
+struct Block;
+struct Warp;
+struct Worker;
+
+struct AsyncCopy {
+    unsigned address, bytes;
+    const void* source;  // null: already performed
+};
+
+// cp.async of one thread: copies in the order issued, and where each closed group ends.
+struct CopyQueue {
+    std::vector<AsyncCopy> copies;
+    std::vector<unsigned> group_ends;
+    void clear() { copies.clear(), group_ends.clear(); }
+};
+
+// Lives at the base of its own stack, see self().
+struct Thread : ThreadView {
+    Context context;
+    Block* owner = nullptr;
+    Warp* warp = nullptr;
+    unsigned id = 0, lane = 0;
+    // Ordinary stores to shared memory become visible to the asynchronous proxy (wgmma) in two steps: the writer's
+    // fence ends an epoch, the next barrier publishes all ended epochs.
+    unsigned epoch = 1, published = 1;
+    CopyQueue* copies = nullptr;
+};
+
+// What the lanes of a meeting are doing: all must do the same.
+enum class Operation : unsigned char {
+    syncwarp, shuffle, vote, ldmatrix_x2, ldmatrix_x4, mma, wgmma_fence, wgmma, wgmma_commit, wgmma_wait
+};
+const char* name_of(Operation operation);
+
+struct Meeting {
+    Operation operation;
+    unsigned mask, arrived;
+};
+
+// Addresses of the shared-memory stores of a warp since its lanes last met. The n-th store of each lane counts as one
+// instruction: true of code that does not diverge in between, close to it elsewhere.
+struct AccessLog {
+    static constexpr unsigned kDepth = 192;
+    unsigned longest = 0;
+    unsigned short count[32] = {};
+    unsigned address[kDepth][32];
+};
+
+struct WgmmaQueue;
+struct WgmmaQueueDeleter {
+    void operator()(WgmmaQueue* queue) const;
+};
+
+struct Warp {
+    Block* block = nullptr;
+    unsigned index = 0;
+    unsigned live = 0, ready = 0;      // lanes that have not ended; of those, lanes that wait for nothing
+    unsigned meeting_count = 0;
+    Meeting meetings[32];
+    void* argument[32];                // what each lane brings to its meeting
+    AccessLog scatters, stores;
+    std::unique_ptr<WgmmaQueue, WgmmaQueueDeleter> wgmma;
+    unsigned wgmma_issued = 0;
+};
+
+struct Barrier {
+    unsigned arrived = 0, expected = 0;  // expected 0: all live threads
+    Reduce reduce = Reduce::none;
+    int any = 0, all = 1, count = 0, result = 0;
+    unsigned waiting[kMaxWarps] = {};    // lanes of each warp
+};
+
+struct Block : BlockView {
+    Worker* worker = nullptr;
+    bool running = false;
+    unsigned live_threads = 0;
+    unsigned ready_warps = 0;
+    unsigned warp_count = 0;
+    std::unique_ptr<Warp[]> warps;
+    Barrier barriers[kNamedBarriers];
+    char* stacks = nullptr;              // one per thread
+    std::unique_ptr<CopyQueue[]> copies;
+    std::unique_ptr<unsigned[]> writer;  // of each 2 bytes of shared memory: thread id << 20 | epoch, 0: none
+
+    Thread& thread(unsigned id) { return *reinterpret_cast<Thread*>(stacks + id * kStackBytes); }
+};
+
+struct Launch {
+    const Request* request;
+    void (*body)(void* const*);
+    dim3 grid;
+    std::vector<unsigned long long> order;  // blocks as they start
+    std::atomic<bool> failed{false};
+    const char* module_begin = nullptr;     // of this shared object, whose __device__ variables are global memory
+    const char* module_end = nullptr;
+};
+
+// One host thread and the blocks it runs, like a multiprocessor.
+struct Worker {
+    Launch* launch = nullptr;
+    unsigned index = 0, count = 1;
+    std::uint64_t random = 1;
+    Context main;
+    std::vector<std::unique_ptr<Block>> blocks;  // resident at the same time
+    std::uint64_t counts[kCounters] = {};
+    std::size_t last_extent = 0;
+
+    unsigned draw() {  // xorshift64*
+        random ^= random >> 12, random ^= random << 25, random ^= random >> 27;
+        return static_cast<unsigned>(random * 0x2545f4914f6cdd1dull >> 32);
+    }
+    void add(Counter counter, std::uint64_t amount = 1) { counts[counter] += amount; }
+};
+
+inline Thread& current() { return *reinterpret_cast<Thread*>(fiber_base()); }
+
+// Ends the launch with a message that says where; runs on a fiber and does not come back.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- scheduler.cpp
+
+void prepare_block(Block& block);
+// Runs the worker's blocks until one ends or the launch fails.
+void run_until_block_ends(Worker& worker);
+// The lanes of `mask` meet; the last to come calls perform(warp, mask), with each lane's argument in place.
+void meet(Operation operation, unsigned mask, void* argument, void (*perform)(Warp&, unsigned));
+
+// ---- shared.cpp
+
+void mark_written(Thread& thread, unsigned address, unsigned bytes);
+void check_shared(const Thread& thread, const char* what, unsigned address, unsigned bytes);
+// Wavefronts of up to 8 rows of 16 bytes read or written together.
+unsigned wavefronts16(const unsigned* addresses, unsigned count);
+void flush_logs(Warp& warp);
+inline unsigned char* shared_pointer(const Block& block, unsigned address) {
+    return block.shared + (address - kSharedBase);
+}
+
+// ---- wgmma.cpp
+
+void reset_wgmma(Warp& warp);
+// Problems only visible when a block barrier completes or the block ends; fails the launch.
+void check_warpgroups(Block& block);
+void check_wgmma_done(Warp& warp);
+
+// ---- multiply.cpp: c[16][columns] += a[16][16] b[columns][16], as tensor cores do
+
+void multiply_add(Value type, float* c, unsigned columns, const std::uint16_t* a, const std::uint16_t* b);
+
+}  // namespace emu

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening files that may be anything, and locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from flashllm.errors import ArgumentError, FormatError
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """``path`` opened to read. Raises ``FormatError`` for all but a regular file, ``OSError`` for an unreadable one.
+
+    Never waits: the reader of a FIFO would, for a writer that may never come.
+    """
+    if "\0" in str(path):
+        raise ArgumentError("path", expected="a path without zero bytes", got=repr(str(path)))
+    try:
+        _check_regular(Path(path).stat().st_mode, path)  # before opening, which acts on some devices
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FormatError(
+            field="file", expected="a regular file", got="a loop of symbolic links", path=str(path)
+        ) from error
+    file = os.fdopen(handle, "rb")
+    try:
+        _check_regular(os.fstat(handle).st_mode, path)  # again: it may be another file by now
+    except FormatError:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(mode: int, path: str | Path) -> None:
+    if not stat.S_ISREG(mode):
+        got = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise FormatError(field="file", expected="a regular file", got=got, path=str(path))
+
+
+@contextmanager
+def locked(handle: int) -> Iterator[None]:
+    """Hold the lock of an open file: processes that all take it come one after the other.
+
+    Closing the file frees it, so a process that dies does not leave it locked. On a file system without
+    locks the body runs all the same.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user sees when something cannot be: one line and the right exit status, whichever command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from flashllm.bench import results
+from flashllm.cli.main import command
+
+SMALL = ("bench", "--backend", "reference", "--shape", "192x128", "--sparsity", "0.8", "--n", "8")
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(command, list(arguments))
+
+
+def _one_error(result: Result) -> str:
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error:"))
+    assert "Traceback" not in result.output
+    return line
+
+
+@pytest.mark.parametrize("arch", ["hopper", "75", "sm_61"])
+def test_an_architecture_without_kernels_is_bad_usage(arch: str) -> None:
+    result = _run("compile", "--arch", arch)
+    assert result.exit_code == 2
+    assert "arch: expected an architecture from 80 on" in _one_error(result)
+
+
+@pytest.mark.parametrize("arguments", [("bench",), ("tune",)])
+def test_a_device_that_is_not_there_is_bad_usage(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    monkeypatch.setattr("flashllm.device.device_count", lambda: (0, "the driver reports no GPU"))
+    result = _run(*arguments, "--device", "1")
+    assert result.exit_code == 2
+    assert "--device: expected the number of a GPU, got 1, but the driver reports no GPU" in _one_error(result)
+
+
+def test_a_device_is_nothing_for_the_reference_backend() -> None:
+    result = _run(*SMALL, "--device", "0")
+    assert result.exit_code == 2
+    assert "--device" in _one_error(result)
+
+
+def test_a_csv_file_that_cannot_be_written_is_said_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def not_reached(*_: Any, **__: Any) -> None:
+        raise AssertionError("the run has begun")
+
+    monkeypatch.setattr("flashllm.bench.runner_reference.run_reference", not_reached)
+    (tmp_path / "file").write_text("")
+    result = _run(*SMALL, "--csv", str(tmp_path / "file" / "rows.csv"))
+    assert result.exit_code == 2
+    assert str(tmp_path / "file") in _one_error(result)
+
+
+def test_csv_makes_its_folder(tmp_path: Path) -> None:
+    assert _run(*SMALL, "--csv", str(tmp_path / "new" / "rows.csv")).exit_code == 0
+    assert len((tmp_path / "new" / "rows.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("option", ["--out", "--resume"])
+def test_rows_never_go_on_a_line_that_a_crash_left_unfinished(tmp_path: Path, option: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert _run(*SMALL, "--out", str(path)).exit_code == 0
+    with path.open("ab") as file:
+        file.write(b'{"torn')
+    assert _run(*SMALL, "--seed", "1", option, str(path)).exit_code == 0
+    assert [row.seed for row in results.read(path)] == [0, 1]
+
+
+def test_system_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> int:
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    monkeypatch.setattr("flashllm.jit.cache.clear", refuse)
+    result = _run("cache", "clear")
+    assert result.exit_code == 1
+    assert _one_error(result) == "Error: [Errno 13] Permission denied: '/cache'"
+    assert isinstance(_run("--traceback", "cache", "clear").exception, PermissionError)
+
+
+def test_ctrl_c_is_status_130_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashllm.jit.cache.info", interrupt)
+    result = _run("cache", "info")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")

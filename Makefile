@@ -55,6 +55,10 @@ compile-all: $(test_env) ## Compile every kernel for every architecture; needs n
 gpu-test: $(test_env) ## Run the GPU tests; fails where there is no GPU
 	FLASHLLM_REQUIRE_GPU=1 $(RUN) -m pytest -m gpu $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(test_env) ## Read 100,000 damaged files; the seed is printed, ARGS="--seed N" repeats it
+	$(RUN) tests/fuzz_containers.py $(ARGS)
+
 .PHONY: sanitize
 sanitize: $(test_env) ## Small GPU cases under compute-sanitizer: memory errors and races
 	$(call sanitizer,memcheck)

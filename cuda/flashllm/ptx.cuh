@@ -18,6 +18,13 @@ FLASHLLM_DEVICE unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, but one the compiler knows nothing about: what is computed from it stays where it is written,
+// instead of being hoisted out of a loop into registers that the loop needs.
+FLASHLLM_DEVICE int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------
 
 // Stores the low 16 bits of `word` at base + kOffset + 2 * (its high 16 bits), or a zero there. The address is one

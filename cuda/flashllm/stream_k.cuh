@@ -27,13 +27,21 @@ struct StreamK {
     FLASHLLM_DEVICE StreamK(int tiles_m, int tiles_k, unsigned char* workspace)
         : tiles_m(tiles_m), tiles_k(tiles_k), workspace(workspace) {}
 
-    FLASHLLM_DEVICE long long tiles() const { return static_cast<long long>(tiles_m) * tiles_k; }
+    // 32-bit arithmetic throughout: 64-bit division is slow and needs registers. The host keeps tiles * G below 2^32.
+    FLASHLLM_DEVICE unsigned tiles() const { return static_cast<unsigned>(tiles_m) * tiles_k; }
 
-    FLASHLLM_DEVICE long long first_tile(int block) const { return tiles() * block / gridDim.x; }
+    FLASHLLM_DEVICE unsigned first_tile(unsigned block) const { return tiles() * block / gridDim.x; }
 
     // The block that holds `tile`: the inverse of first_tile.
-    FLASHLLM_DEVICE int block_of(long long tile) const {
-        return static_cast<int>(((tile + 1) * gridDim.x - 1) / tiles());
+    FLASHLLM_DEVICE unsigned block_of(unsigned tile) const { return ((tile + 1) * gridDim.x - 1) / tiles(); }
+
+    // Length of the first of the chains that `length` tiles of a row are cut into, `longest` at most and no more of
+    // them than needed. Blocks take different lengths, so that they do not all write their accumulators, and leave
+    // DRAM idle, at one time.
+    FLASHLLM_DEVICE static int first_chain(int length, int longest, unsigned block) {
+        if (length <= longest) return length;
+        const int least = (length - 1) % longest + 1;
+        return least + (longest - least) * static_cast<int>(block % 8) / 7;
     }
 
     struct Piece {
@@ -77,6 +85,7 @@ struct StreamK {
                 sums[j] = __ldcg(reinterpret_cast<const float4*>(first_slot + (n + j * stride) * 128 + m));
             }
             const float* slot = other_slots;
+#pragma unroll 1
             for (int i = 1; i < pieces; ++i, slot += 2 * kPieceFloats) {
                 float4 parts[kCount];
 #pragma unroll
@@ -93,14 +102,14 @@ struct StreamK {
     };
 
     FLASHLLM_DEVICE Piece piece(int block, int tile_m, int column_block) const {
-        const long long row_first = static_cast<long long>(tile_m) * tiles_k;
-        const int first_block = block_of(row_first), last_block = block_of(row_first + tiles_k - 1);
+        const unsigned row_first = tile_m * tiles_k;
+        const unsigned first_block = block_of(row_first), last_block = block_of(row_first + tiles_k - 1);
         const long long counters = (static_cast<long long>(gridDim.y) * tiles_m * 4 + 127) / 128 * 128;
         float* slots = reinterpret_cast<float*>(workspace + counters) +
                        static_cast<long long>(column_block) * gridDim.x * 2 * kPieceFloats;
         // Slot 0 of a block is for the row its run begins in, slot 1 for the row it ends in, if another.
-        auto slot = [&](int b) {
-            const bool begins_in_row = first_tile(b) / tiles_k == tile_m;
+        auto slot = [&](unsigned b) {
+            const bool begins_in_row = first_tile(b) >= row_first;
             return slots + (static_cast<long long>(b) * 2 + (begins_in_row ? 0 : 1)) * kPieceFloats;
         };
         Piece piece;

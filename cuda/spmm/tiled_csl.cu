@@ -22,7 +22,7 @@ constexpr int kThreads = 128;  // one warpgroup: what a block does once per tile
 constexpr int kWarps = kThreads / 32;
 constexpr int kImages = 3;
 constexpr int kTileBytes = csl::kTileElements * 2;
-constexpr int kMaxChainSteps = 1024;
+constexpr int kMaxChainSteps = 384;
 constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image or of an x stage is all 32 banks
 
 // Compile-time shape of one kernel. Warps split the tile into kSlices along K times kWarps / kSlices along M.
@@ -36,8 +36,8 @@ struct Shape {
     static constexpr int kRowFragments = csl::kTileM / 16 / (kWarps / kSlices);  // m16 fragments of one warp
     static constexpr int kColumnFragments = kN / 8;
     static constexpr int kSteps = csl::kTileK / 16 / kSlices;            // k16 steps of one warp
-    // Tiles that one chain of accumulations spans. Tensor cores truncate each fp32 sum towards zero, by up to 2^-24 of
-    // the result on average, so that 1024 steps drift by at most an eighth of the rounding to fp16.
+    // Tiles that one chain of accumulations spans at most. Tensor cores truncate each fp32 sum towards zero; from about
+    // 400 steps on the drift shows beside the rounding of the result to fp16.
     static constexpr int kMaxChain = kMaxChainSteps / kSteps;
     static constexpr int kStageBytes = kN * kRowBytes;
     static constexpr int kSharedBytes = kImages * (kTileBytes + kStageBytes);
@@ -262,7 +262,7 @@ struct Walk {
         load_next<0>(0);
         if constexpr (kOverlap) {
             load_next<1>(1);
-            if (count > 1) x.template load<1>();
+            x.template load<1>();
             ptx::copy_async_commit();
         }
 #pragma unroll
@@ -294,11 +294,7 @@ struct Walk {
             if constexpr (!kOverlap) ptx::warpgroup_wait();
 #endif
         }
-        if constexpr (kOverlap) {
-            if (tile + 2 < count) x.template load<kLast>();
-        } else {
-            if (tile + 1 < count) x.template load<kNext>();
-        }
+        if (tile + (kOverlap ? 2 : 1) < count) x.template load<kOverlap ? kLast : kNext>();
         ptx::copy_async_commit();  // committed even when empty: the wait counts groups
         // Rare: the previous or the next tile is denser than the registers hold. With overlap, tile + 1 has been
         // loaded, so these are bits 2 and 0; without, the present tile was the last, and the next comes below.
@@ -336,10 +332,9 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
     const unsigned base = ptx::shared_address(shared);
 
     const StreamK<kN> split((M + csl::kTileM - 1) / csl::kTileM, (K + csl::kTileK - 1) / csl::kTileK, workspace);
-    const long long first = split.first_tile(blockIdx.x);
+    const unsigned first = split.first_tile(blockIdx.x);
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1) - first);
     const int n0 = blockIdx.y * kN;
-    int tile_m = static_cast<int>(first / split.tiles_k);
     const int tile_k = static_cast<int>(first % split.tiles_k);
 
     Walk<T, S, kVectors, kPrefetch, kAligned, kOverlap, kUndo> walk(
@@ -350,8 +345,7 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
     Accumulators<S> sum = {};
 
     int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
-    int chain_end = min(row_end, S::kMaxChain);
-    bool continued = false;  // the block's slot holds earlier chains of this row
+    int chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
     while (true) {
 #pragma unroll
         for (int u = 0; u < kImages; ++u) {
@@ -360,7 +354,13 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
             if (u == 2) walk.template phase<2>(sum);
             if (++walk.tile != chain_end) continue;
             // A chain ends. The present image has been read and not yet cleared: it serves as scratch.
-            const auto piece = split.piece(blockIdx.x, tile_m, blockIdx.y);
+            // Which row of tiles this is, is worked out here: phases need the registers more.
+            const int block = ptx::opaque(blockIdx.x);
+            const unsigned run_begin = split.first_tile(block);
+            const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
+            const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
+            const bool continued = run_begin + walk.tile - row_begin > S::kMaxChain;  // the slot holds earlier chains
+            const auto piece = split.piece(block, tile_m, blockIdx.y);
             const bool row_ends = walk.tile == row_end;
             const bool final = row_ends && piece.whole;
             const int m0 = tile_m * csl::kTileM;
@@ -382,11 +382,14 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
                     }
                 }
             }
-            if (walk.tile == count) return;
+            if (walk.tile == walk.count) return;
             zero_image(base + u * kTileBytes);  // the coming undo stores more zeros: harmless
-            continued = !row_ends;
-            if (row_ends) ++tile_m, row_end = min(count, row_end + split.tiles_k);
-            chain_end = min(row_end, chain_end + S::kMaxChain);
+            if (row_ends) {
+                row_end = min(walk.count, row_end + split.tiles_k);
+                chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
+            } else {
+                chain_end = min(row_end, chain_end + S::kMaxChain);
+            }
             __syncthreads();
         }
     }

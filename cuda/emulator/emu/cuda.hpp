@@ -11,7 +11,6 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
 // One copy per worker; blocks of a kernel that has any run one at a time on their worker.

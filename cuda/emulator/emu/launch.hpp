@@ -18,12 +18,13 @@ namespace emu {
     X(scatter_requests) X(scatter_wavefronts) X(scatter_ideal)                                            \
     X(store16_requests) X(store16_wavefronts) X(store16_ideal)                                            \
     X(ldmatrix_requests) X(ldmatrix_wavefronts) X(ldmatrix_ideal)
-enum Counter : unsigned {
+enum class Counter : unsigned {
 #define FLASHLLM_COUNTER(name) name,
     FLASHLLM_COUNTERS(FLASHLLM_COUNTER)
 #undef FLASHLLM_COUNTER
-    kCounters
+    count_of_counters
 };
+constexpr unsigned kCounters = static_cast<unsigned>(Counter::count_of_counters);
 
 // One array of the launch: the only global memory that wrappers may touch.
 struct Extent {

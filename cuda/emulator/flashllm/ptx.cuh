@@ -11,6 +11,8 @@ namespace flashllm::ptx {
 
 FLASHLLM_DEVICE unsigned shared_address(const void* pointer) { return emu::shared_address(pointer); }
 
+FLASHLLM_DEVICE int opaque(int value) { return value; }
+
 // ---- shared memory ---------------------------------------------------------------------------------------------
 
 template <bool kZero, int kOffset>
@@ -27,7 +29,8 @@ FLASHLLM_DEVICE void store_shared(unsigned address, uint4 value) { emu::store_sh
 
 FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) { return __ldg(pointer); }
 
-FLASHLLM_DEVICE void prefetch_to_l2(bool active, const void* pointer, unsigned bytes) {
+FLASHLLM_DEVICE void prefetch_to_l2([[maybe_unused]] bool active, [[maybe_unused]] const void* pointer,
+                                    [[maybe_unused]] unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
     if (active) emu::prefetch_global(pointer, bytes);
 #endif

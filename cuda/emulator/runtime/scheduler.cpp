@@ -21,7 +21,7 @@ constexpr unsigned kPreempt = 8;
 
 unsigned pick_bit(unsigned mask, unsigned start) {
     start &= 31;
-    const unsigned rotated = mask >> start | mask << (32 - start & 31);
+    const unsigned rotated = mask >> start | mask << (-start & 31);
     return (static_cast<unsigned>(__builtin_ctz(rotated)) + start) & 31;
 }
 
@@ -83,7 +83,7 @@ Block& pick_block(Worker& worker, Block& otherwise) {
 
 void switch_to(Thread& from, Thread& to) {
     if (&from == &to) return;
-    from.owner->worker->add(switches);
+    from.owner->worker->add(Counter::switches);
     switch_context(from.context, to.context);
 }
 
@@ -110,7 +110,7 @@ void maybe_preempt(Thread& thread) {
 void complete(Block& block, Barrier& barrier) {
     // Fences publish to those who meet here, and so does everything fenced before.
     check_warpgroups(block);
-    block.worker->add(barriers);
+    block.worker->add(Counter::barriers);
     switch (barrier.reduce) {
         case Reduce::none: barrier.result = 0; break;
         case Reduce::any: barrier.result = barrier.any; break;

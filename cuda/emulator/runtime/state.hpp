@@ -131,7 +131,7 @@ struct Worker {
         random ^= random >> 12, random ^= random << 25, random ^= random >> 27;
         return static_cast<unsigned>(random * 0x2545f4914f6cdd1dull >> 32);
     }
-    void add(Counter counter, std::uint64_t amount = 1) { counts[counter] += amount; }
+    void add(Counter counter, std::uint64_t amount = 1) { counts[static_cast<unsigned>(counter)] += amount; }
 };
 
 inline Thread& current() { return *reinterpret_cast<Thread*>(fiber_base()); }

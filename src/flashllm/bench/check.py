@@ -15,7 +15,7 @@ ACCUMULATION = 2.0**-21
 """Error of the fp32 sum, relative to |x| |W|."""
 DRIFT = 2.0**-24
 """Tensor cores truncate towards zero: mean loss per step of 16 along K, relative to the result."""
-MAX_CHAIN_STEPS = 1024
+MAX_CHAIN_STEPS = 384
 """Our kernels accumulate no more steps than this in one go."""
 WHOLE_SLACK = 8.0
 """The comparison of whole outputs allows this many half-units in the last place of either output."""

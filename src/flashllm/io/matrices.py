@@ -48,6 +48,7 @@ _ZIP_ERRORS = (
 _MAX_DEFLATE_RATIO = 1032
 _MAX_NPY_HEADER = 10_000  # characters; NumPy's own limit for files that it does not trust
 _MAX_RANK = 64
+_MAX_ITEM_BYTES = 64  # the name of a layout is the longest
 _READ_BYTES = 1 << 24
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _VALUES: dict[str, Any] = {"expected": "1-D real numbers", "kinds": "fiub", "shape": (None,)}
@@ -74,6 +75,10 @@ def read_matrix(path: str | Path, tensor: str | None = None, *, max_bytes: int |
         return _read_npy(file) if suffix == ".npy" else _read_safetensors(file, tensor)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"path: expected a file, found none at {str(path)!r}") from error
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _default_max_bytes() -> int:
@@ -136,7 +141,7 @@ def _read_npy_header(file: IO[bytes], size: int, field: str, path: Path) -> tupl
         else:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(header)
     except Exception as error:  # NumPy lets through whatever its tokenizer, literal and dtype parsers raise
-        raise FormatError(field=field, expected="an .npy array", got=str(error), path=str(path)) from error
+        raise FormatError(field=field, expected="an .npy array", got=_why(error), path=str(path)) from error
     if dtype.hasobject:
         raise FormatError(field=field, expected="numbers", got="pickled objects", path=str(path))
     held = size - file.tell()
@@ -155,9 +160,7 @@ def _read_npz(path: Path, max_bytes: int) -> Any:
         try:
             archive = zipfile.ZipFile(file)
         except _ZIP_ERRORS as error:
-            raise FormatError(
-                field="file", expected="a zip archive", got=str(error) or type(error).__name__, path=str(path)
-            ) from error
+            raise FormatError(field="file", expected="a zip archive", got=_why(error), path=str(path)) from error
         with archive:
             _check_directory(archive, file, path, max_bytes)
             layout = _npz_layout(archive, path)
@@ -179,12 +182,15 @@ def _check_directory(archive: zipfile.ZipFile, file: BinaryIO, path: Path, max_b
     whole = os.fstat(file.fileno()).st_size
     names = set()
     for info in infos:
-        field = info.filename.removesuffix(".npy")
+        field = info.filename.removesuffix(".npy") or "file"
         if info.filename in names:
             raise FormatError(field=field, expected="one entry of that name", got="several", path=str(path))
         names.add(info.filename)
+        if info.compress_size > whole:
+            expected = f"at most {whole:,} bytes, as in the file"
+            raise FormatError(field=field, expected=expected, got=f"{info.compress_size:,}", path=str(path))
         # Sizes that no deflated data can have are a lie; believed, they would cost memory before that is found.
-        most = min(info.compress_size, whole) * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO)
+        most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO)
         if info.file_size > most:
             expected = f"at most {most:,} bytes from {info.compress_size:,} in the archive"
             raise FormatError(field=field, expected=expected, got=f"{info.file_size:,}", path=str(path))
@@ -205,7 +211,7 @@ def _npz_array(
         with archive.open(info) as file:
             real, _, dtype = _read_npy_header(file, info.file_size, name, path)
             fits = len(real) == len(shape) and all(want in (None, got) for want, got in zip(shape, real, strict=True))
-            if not fits or dtype.kind not in kinds or dtype.itemsize == 0:
+            if not fits or dtype.kind not in kinds or not 1 <= dtype.itemsize <= _MAX_ITEM_BYTES:
                 got = f"{dtype} of shape {brief(real)}"
                 raise FormatError(field=name, expected=expected, got=got, path=str(path))
             out = np.empty(math.prod(real), dtype)
@@ -213,8 +219,8 @@ def _npz_array(
     except FormatError:
         raise
     except _ZIP_ERRORS as error:
-        got = str(error) or type(error).__name__
-        raise FormatError(field=name, expected="an intact entry of the archive", got=got, path=str(path)) from error
+        expected = "an intact entry of the archive"
+        raise FormatError(field=name, expected=expected, got=_why(error), path=str(path)) from error
     return out.reshape(real)
 
 

@@ -25,6 +25,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _CUBIN = "kernel.cubin"
 _META = "kernel.json"
 _TEMPORARY = "tmp-"
+_ATTEMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,16 @@ def store(key: str, cubin: bytes, meta: Mapping[str, Any], root: Path | None = N
     Raises :class:`OSError` when the cache cannot be written.
     """
     entry = _entry(key, root)
+    for _ in range(_ATTEMPTS):
+        # clear() in another process may take the temporary directory away, or the one around it.
+        with contextlib.suppress(FileNotFoundError):
+            return _store(entry, key, cubin, meta, root)
+    raise OSError(f"{entry}: other processes keep removing this entry")
+
+
+def _store(
+    entry: Path, key: str, cubin: bytes, meta: Mapping[str, Any], root: Path | None
+) -> tuple[Path, dict[str, Any]]:
     entry.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=entry.parent))
     try:
@@ -87,7 +98,7 @@ def store(key: str, cubin: bytes, meta: Mapping[str, Any], root: Path | None = N
         _flush_directory(fresh)
         # rename() replaces an empty directory only. Each round either puts ours in place, finds
         # another process's valid entry, or moves one damaged entry out of the way.
-        for _ in range(16):
+        for _ in range(_ATTEMPTS):
             try:
                 fresh.rename(entry)
             except OSError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 COUNTER_BYTES = 4
 COUNTER_ALIGNMENT = 128
 PIECE_ROWS = 128
+INDEX_LIMIT = 2**32 - 1  # the device multiplies tiles by blocks in 32 bits
 PIECES_PER_BLOCK = 2  # a block has at most two unfinished rows of tiles: its first and its last
 
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from flashllm.formats.tiled_csl import TILE_K, TILE_M, WORDS_PER_VECTOR
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
-from flashllm.matmul.stream_k import StreamK
+from flashllm.matmul.stream_k import INDEX_LIMIT, StreamK
 
 if TYPE_CHECKING:
     from flashllm.formats.tiled_csl import TiledCSL
 
 THREADS = 128
 K_STEP = 16  # columns of one tensor-core step
-MAX_CHAIN_STEPS = 1024  # tensor-core accumulations in a row; bounds the drift of their truncation
+MAX_CHAIN_STEPS = 384  # tensor-core accumulations in a row; bounds the drift of their truncation
 IMAGES = 3  # tile images, and x stages, in shared memory
 N_BLOCKS = (8, 16, 32, 64)
 """Columns of x one block computes; wider x takes several blocks of the last."""
@@ -147,7 +147,8 @@ def split_for(w: TiledCSL, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     """Blocks and workspace of ``choice``: all that fit the device at once, each with at least one tile."""
     tiles_m, tiles_k = w.tiles
     column_blocks = -(-n // choice.n_block)
-    blocks = max(1, min(tiles_m * tiles_k, sm_count * choice.blocks_per_sm // column_blocks))
+    tiles = tiles_m * tiles_k
+    blocks = max(1, min(tiles, sm_count * choice.blocks_per_sm // column_blocks, INDEX_LIMIT // tiles))
     return StreamK(
         tiles_m=tiles_m,
         tiles_k=tiles_k,

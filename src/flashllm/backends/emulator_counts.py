@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an emulated launch did, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedAccess:
+    """Warp-wide shared-memory instructions of one kind and the cycles (wavefronts) they take."""
+
+    requests: int
+    wavefronts: int
+    ideal: int
+    """Wavefronts without any bank conflict."""
+
+    @property
+    def conflicts(self) -> int:
+        """Wavefronts lost to bank conflicts."""
+        return self.wavefronts - self.ideal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Sums over one launch. Accesses that do not pass through a wrapper of ``ptx.cuh`` are not seen."""
+
+    blocks: int
+    barriers: int
+    """Block-wide barriers completed, over all blocks."""
+    switches: int
+    """Changes from one emulated thread to another."""
+    mma: Mapping[str, int]
+    """Tensor-core instructions by shape: warp-wide m16n8k16, warpgroup-wide m64nNk16."""
+    global_read_bytes: int
+    global_write_bytes: int
+    prefetch_bytes: int
+    copy_async_bytes: int
+    """Read by asynchronous copies (also in ``global_read_bytes``)."""
+    copy_async_zeros: int
+    """Filled with zeros by asynchronous copies."""
+    scatter: SharedAccess
+    """2-byte stores. The n-th store of each lane between two meetings of the warp counts as one instruction."""
+    store16: SharedAccess
+    """16-byte stores, a quarter of a warp at a time."""
+    ldmatrix: SharedAccess
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of all tensor-core instructions."""
+        sizes = {shape: _volume(shape) for shape in self.mma}
+        return sum(count * sizes[shape] for shape, count in self.mma.items())
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, int]) -> Counts:
+        """From the emulator's counters by name."""
+
+        def access(kind: str) -> SharedAccess:
+            return SharedAccess(
+                requests=values[f"{kind}_requests"],
+                wavefronts=values[f"{kind}_wavefronts"],
+                ideal=values[f"{kind}_ideal"],
+            )
+
+        return cls(
+            mma={key.split("_")[1]: n for key, n in values.items() if key.startswith(("mma_", "wgmma_m")) and n},
+            scatter=access("scatter"),
+            store16=access("store16"),
+            ldmatrix=access("ldmatrix"),
+            **{key: values[key] for key in _PLAIN},
+        )
+
+
+_PLAIN = (
+    "blocks",
+    "barriers",
+    "switches",
+    "global_read_bytes",
+    "global_write_bytes",
+    "prefetch_bytes",
+    "copy_async_bytes",
+    "copy_async_zeros",
+)
+
+
+def _volume(shape: str) -> int:
+    m, rest = shape[1:].split("n")
+    n, k = rest.split("k")
+    return int(m) * int(n) * int(k)

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Small kernels with one mistake each, chosen by kMistake (0: none), that the emulator has to catch.
+#include "flashllm/ptx.cuh"
+
+namespace broken {
+
+using namespace flashllm;
+
+// y[i] = x[i + 1 mod 128], twice through shared memory. Mistake 1: no barrier before reading, 2: none before the
+// second write, 3: only half of warp 1 comes to the barrier, 4: no barrier, but one for the warp.
+template <int kMistake>
+__global__ void rotate(const int* x, int* y) {
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    int* values = reinterpret_cast<int*>(shared);
+    const int i = threadIdx.x;
+    for (int turn = 0; turn < 2; ++turn) {
+        values[i] = x[i] + turn;
+        if (kMistake == 4) __syncwarp();
+        if (kMistake == 3 && i / 16 == 3) __syncwarp();
+        else if (kMistake != 1 && kMistake != 4) __syncthreads();
+        y[turn * 128 + i] = values[(i + 1) % 128];
+        if (kMistake != 2) __syncthreads();
+    }
+}
+
+// y = x, 16 bytes per thread and group, three groups in flight. Mistake 1: no wait, 2: waits for one group less, 3: a
+// group is not committed, 4: no barrier after the wait, 5: the first stage is filled again before everyone has read it.
+template <int kMistake>
+__global__ void copy(const uint4* x, uint4* y) {
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned base = ptx::shared_address(shared);
+    const unsigned i = threadIdx.x, other = (i + 32) % 128;
+    const uint4* stage = reinterpret_cast<const uint4*>(shared);
+    for (unsigned group = 0; group < 3; ++group) {
+        ptx::copy_async16(true, base + (group * 128 + i) * 16, x + group * 128 + i, 16);
+        if (kMistake != 3 || group != 1) ptx::copy_async_commit();
+    }
+    if (kMistake != 1) ptx::copy_async_wait<kMistake == 2 ? 3 : 2>();
+    if (kMistake != 4) __syncthreads();
+    y[other] = stage[other];
+    if (kMistake != 5) __syncthreads();
+    ptx::copy_async16(true, base + i * 16, x, 0);  // zeros
+    ptx::copy_async_commit();
+    ptx::copy_async_wait<1>();
+    __syncthreads();
+    y[128 + other] = stage[128 + other];
+    y[256 + other] = stage[256 + other];
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+    y[384 + other] = stage[other];
+}
+
+// Mistake 1: half of the warp takes another collective, 2: a lane has left, 3: threads meet at barriers of two kinds,
+// 4: a lane is missing in the mask it gives.
+template <int kMistake>
+__global__ void meet(const int* x, int* y) {
+    const int i = threadIdx.x;
+    if (kMistake == 2 && i == 5) return;
+    if (kMistake == 3) {
+        if (i < 32) __syncthreads();
+        else __syncthreads_or(1);
+    }
+    if (kMistake == 1 && i % 32 >= 16) {
+        y[i] = static_cast<int>(__ballot_sync(0xffffffffu, 1));
+    } else {
+        y[i] = __shfl_xor_sync(kMistake == 4 ? 0x7fffffffu : 0xffffffffu, x[i], 1);
+    }
+}
+
+// Mistake 1: writes past shared memory through a wrapper, 2: the same through a pointer, 3: reads past x, 4: writes to
+// x, 5: a misaligned 16-byte store, 6: reads a static array that nobody wrote.
+template <int kMistake>
+__global__ void reach(const int* x, int* y, int count) {
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    __shared__ int sums[4];
+    const int i = threadIdx.x;
+    const unsigned base = ptx::shared_address(shared);
+    ptx::store_shared(base + i * 16 + (kMistake == 1 && i == 127 ? 16 : 0) + (kMistake == 5 && i == 9 ? 4 : 0),
+                      make_uint4(x[i], 0, 0, 0));
+    if (kMistake == 2 && i == 0) shared[128 * 16] = 1;
+    if (i < 4 && (kMistake != 6 || i != 2)) sums[i] = 0;
+    __syncthreads();
+    if (kMistake == 3 && i == 0) y[0] = __ldg(x + count);
+    if (kMistake == 4 && i == 0) __stcg(const_cast<int*>(x), 1);
+    atomicAdd(&sums[i / 32], *reinterpret_cast<int*>(shared + i * 16));
+    __syncthreads();
+    y[i] = sums[i / 32];
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// y[64, 8] = a[64, 64] b[8, 64]^T with wgmma. Mistake 1: no proxy fence, 2: the fence comes after the barrier, 3: no
+// barrier, 4: no wait before the result is used, 5: not committed, 6: no wgmma.fence, 7: an operand is overwritten
+// before the wait, 8: one warp leaves out a step.
+template <int kMistake>
+__global__ void multiply(const uint4* a, const uint4* b, float* y) {
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned base = ptx::shared_address(shared), base_b = base + 64 * 128;
+    const unsigned i = threadIdx.x, lane = i % 32, warp = i / 32;
+    auto place = [](unsigned row, unsigned chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); };
+    for (unsigned j = i; j < 64 * 8; j += 128) ptx::store_shared(base + place(j / 8, j % 8), a[j]);
+    if (i < 64) ptx::store_shared(base_b + place(i / 8, i % 8), b[i]);
+    if (kMistake != 1 && kMistake != 2) ptx::fence_async_proxy();
+    if (kMistake != 3) __syncthreads();
+    if (kMistake == 2) ptx::fence_async_proxy();
+    float sum[1][4] = {};
+    if (kMistake != 6) ptx::warpgroup_begin();
+    for (unsigned step = 0; step < (kMistake == 8 && warp == 2 ? 3 : 4); ++step) {
+        ptx::warpgroup_mma<__half>(sum, ptx::operand(base) + step * 2, ptx::operand(base_b) + step * 2);
+    }
+    if (kMistake != 5) ptx::warpgroup_commit();
+    if (kMistake == 7) ptx::store_shared(base + place(i / 2, 0), make_uint4(0, 0, 0, 0));
+    if (kMistake != 4) ptx::warpgroup_wait();
+    for (unsigned r = 0; r < 4; ++r) {
+        const unsigned m = warp * 16 + lane / 4 + r / 2 * 8, n = lane % 4 * 2 + r % 2;
+        y[m * 8 + n] = sum[0][r];
+    }
+    if (kMistake == 4) ptx::warpgroup_wait();
+    __syncthreads();
+}
+#endif
+
+}  // namespace broken

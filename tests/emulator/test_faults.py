@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in kernels that the emulator has to catch: by its own report, or by a wrong result for some seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashllm.backends import emulator
+from flashllm.backends.emulator import BuildOptions, EmulationError
+from flashllm.jit.spec import KernelSpec
+
+BUILD = BuildOptions(source_root=Path(__file__).parent)
+SEEDS = range(12)
+
+
+def spec(function: str, mistake: int, shared_bytes: int) -> KernelSpec:
+    return KernelSpec(
+        name=function,
+        source="broken.cu",
+        function=f"broken::{function}",
+        template=(("kMistake", str(mistake)),),
+        threads=128,
+        shared_bytes=shared_bytes,
+    )
+
+
+ROTATE = [spec("rotate", mistake, 512) for mistake in range(5)]
+COPY = [spec("copy", mistake, 3 * 2048) for mistake in range(6)]
+MEET = [spec("meet", mistake, 0) for mistake in range(5)]
+REACH = [spec("reach", mistake, 2048) for mistake in range(7)]
+MULTIPLY = [spec("multiply", mistake, 72 * 128) for mistake in range(9)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    emulator.preload([*ROTATE, *COPY, *MEET, *REACH, *MULTIPLY], build=BUILD)
+
+
+def rotate(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(128, dtype=np.int32), np.zeros(256, np.int32)
+    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
+    want = (np.arange(128) + 1) % 128
+    return bool((y == np.concatenate((want, want + 1))).all())
+
+
+def copy(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(1, 384 * 4 + 1, dtype=np.uint32), np.zeros(512 * 4, np.uint32)
+    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
+    return bool((y[: 384 * 4] == x).all() and (y[384 * 4 :] == 0).all())
+
+
+def meet(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(128, dtype=np.int32), np.zeros(128, np.int32)
+    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
+    return bool((y == (np.arange(128) ^ 1)).all())
+
+
+def reach(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(128, dtype=np.int32), np.zeros(128, np.int32)
+    x.flags.writeable = False
+    emulator.launch(kernel, (2,), (x, y, np.int32(128)), seed=seed, build=BUILD)
+    return bool((y == np.repeat(np.arange(128).reshape(4, 32).sum(1), 32)).all())
+
+
+def multiply(kernel: KernelSpec, seed: int) -> bool:
+    rng = np.random.default_rng(seed)
+    a, b = (rng.integers(-4, 5, (rows, 64)).astype(np.float16) for rows in (64, 8))
+    y = np.zeros((64, 8), np.float32)
+    emulator.launch(kernel, (1,), (a, b, y), seed=seed, build=BUILD)
+    return bool((y == a.astype(np.float32) @ b.astype(np.float32).T).all())
+
+
+def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> bool:
+    return all(run(kernel, seed) for seed in SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("run", "kernels"),
+    [(rotate, ROTATE), (copy, COPY), (meet, MEET), (reach, REACH), (multiply, MULTIPLY)],
+    ids=["rotate", "copy", "meet", "reach", "multiply"],
+)
+def test_no_report_without_a_mistake(run: Callable[[KernelSpec, int], bool], kernels: list[KernelSpec]) -> None:
+    assert right_in_every_order(run, kernels[0])
+
+
+@pytest.mark.parametrize("mistake", [1, 2, 4])
+def test_missing_barrier_gives_a_wrong_result(mistake: int) -> None:
+    assert not right_in_every_order(rotate, ROTATE[mistake])
+
+
+@pytest.mark.parametrize("mistake", [1, 2, 3, 4, 5])
+def test_asynchronous_copies_not_waited_for(mistake: int) -> None:
+    assert not right_in_every_order(copy, COPY[mistake])
+
+
+def test_missing_wait_shows_in_every_order() -> None:
+    assert not any(copy(COPY[1], seed) for seed in SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("run", "kernel", "message"),
+    [
+        (rotate, ROTATE[3], r"deadlock: .*warp 1 lanes 0000ffff wait at __syncthreads.* warp 1 lanes ffff0000 wait at "
+         r"__syncwarp for lanes 0000ffff"),
+        (meet, MEET[1], r"divergent collective: .*(shuffle.*vote|vote.*shuffle)"),
+        (meet, MEET[2], r"shuffle.*(have ended|the thread ends)|the thread ends.*shuffle"),
+        (meet, MEET[3], r"divergent barrier"),
+        (meet, MEET[4], r"shuffle: mask 7fffffff lacks the calling lane|divergent|deadlock"),
+        (reach, REACH[1], r"16-byte store: 16 bytes at shared address \d+ \(offset 2048\) of 2048 bytes"),
+        (reach, REACH[2], r"wrote past the end of its 2048 bytes of shared memory"),
+        (reach, REACH[3], r"read of 4 bytes at byte 512 of argument 0, which has 512"),
+        (reach, REACH[4], r"write of 4 bytes .*read-only"),
+        (reach, REACH[5], r"16-byte store: shared address \d+ is not a multiple of 16"),
+        (multiply, MULTIPLY[1], r"missing proxy fence: wgmma.mma_async reads operand a at shared offset \d+, which thr"),
+        (multiply, MULTIPLY[2], r"missing proxy fence"),
+        (multiply, MULTIPLY[3], r"missing proxy fence|race"),
+        (multiply, MULTIPLY[5], r"ends with 4 wgmma.mma_async not waited for"),
+        (multiply, MULTIPLY[6], r"missing wgmma.fence"),
+        (multiply, MULTIPLY[7], r"race: operand a of wgmma.mma_async changed|missing proxy fence"),
+        (multiply, MULTIPLY[8], r"divergent warpgroup: warp 0 has issued 4 wgmma.mma_async, warp 2 3"),
+    ],
+    ids=lambda value: value.label if isinstance(value, KernelSpec) else "",
+)  # fmt: skip
+def test_reports(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec, message: str) -> None:
+    for seed in SEEDS:
+        with pytest.raises(EmulationError, match=message) as caught:
+            run(kernel, seed)
+        assert f"{kernel.label} (seed {seed}): block (" in str(caught.value)
+
+
+def test_accumulators_read_before_the_wait_are_nan() -> None:
+    a, b = np.ones((64, 64), np.float16), np.ones((8, 64), np.float16)
+    y: NDArray[Any] = np.zeros((64, 8), np.float32)
+    emulator.launch(MULTIPLY[4], (1,), (a, b, y), build=BUILD)
+    assert np.isnan(y).all()
+
+
+def test_shared_memory_that_nobody_wrote_is_poisoned() -> None:
+    x, y = np.zeros(128, np.int32), np.zeros(128, np.int32)
+    emulator.launch(REACH[6], (2,), (x, y, np.int32(128)), workers=1, build=BUILD)
+    assert (y[64:96] == 0x7FFF7FFF).all()
+    assert (y[:64] == 0).all()

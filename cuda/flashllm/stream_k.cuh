@@ -85,7 +85,6 @@ struct StreamK {
                 sums[j] = __ldcg(reinterpret_cast<const float4*>(first_slot + (n + j * stride) * 128 + m));
             }
             const float* slot = other_slots;
-#pragma unroll 1
             for (int i = 1; i < pieces; ++i, slot += 2 * kPieceFloats) {
                 float4 parts[kCount];
 #pragma unroll

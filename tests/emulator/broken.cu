@@ -87,6 +87,14 @@ __global__ void reach(const int* x, int* y, int count) {
     y[i] = sums[i / 32];
 }
 
+// y = x. Mistake 1: one element too many, through plain pointers, 2: a signed sum overflows.
+template <int kMistake>
+__global__ void plain(const int* x, int* y, int count) {
+    const int i = threadIdx.x;
+    if (i < count + (kMistake == 1 ? 1 : 0)) y[i] = x[i];
+    if (kMistake == 2) y[i] = x[i] + 0x7fffffff;
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // y[64, 8] = a[64, 64] b[8, 64]^T with wgmma. Mistake 1: no proxy fence, 2: the fence comes after the barrier, 3: no
 // barrier, 4: no wait before the result is used, 5: not committed, 6: no wgmma.fence, 7: an operand is overwritten

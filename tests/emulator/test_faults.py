@@ -117,7 +117,7 @@ def test_missing_wait_shows_in_every_order() -> None:
         (reach, REACH[3], r"read of 4 bytes at byte 512 of argument 0, which has 512"),
         (reach, REACH[4], r"write of 4 bytes .*read-only"),
         (reach, REACH[5], r"16-byte store: shared address \d+ is not a multiple of 16"),
-        (multiply, MULTIPLY[1], r"missing proxy fence: wgmma.mma_async reads operand a at shared offset \d+, which thr"),
+        (multiply, MULTIPLY[1], r"missing proxy fence: wgmma.mma_async reads operand a at shared offset \d+, which"),
         (multiply, MULTIPLY[2], r"missing proxy fence"),
         (multiply, MULTIPLY[3], r"missing proxy fence|race"),
         (multiply, MULTIPLY[5], r"ends with 4 wgmma.mma_async not waited for"),

@@ -14,7 +14,7 @@ import fuzz_containers
 
 SCRIPT = Path(fuzz_containers.__file__)
 SEED = os.environ.get("FLASHLLM_FUZZ_SEED", "20260101")
-CASES = os.environ.get("FLASHLLM_FUZZ_CASES", "2500")
+CASES = os.environ.get("FLASHLLM_FUZZ_CASES", "4000")
 
 
 def test_damaged_files() -> None:

@@ -11,7 +11,7 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 // One copy per worker; blocks of a kernel that has any run one at a time on their worker.
 #define __shared__ static thread_local

@@ -12,8 +12,14 @@ namespace emu {
 
 #define FLASHLLM_COUNTERS(X)                                                                              \
     X(blocks) X(barriers) X(switches)                                                                     \
-    X(mma_m16n8k16) X(wgmma_m64n8k16) X(wgmma_m64n16k16) X(wgmma_m64n32k16) X(wgmma_m64n64k16)             \
-    X(wgmma_m64n128k16) X(wgmma_other)                                                                    \
+    X(mma_m16n8k16)                                                                                       \
+    X(wgmma_m64n8k16) X(wgmma_m64n16k16) X(wgmma_m64n24k16) X(wgmma_m64n32k16) X(wgmma_m64n40k16)         \
+    X(wgmma_m64n48k16) X(wgmma_m64n56k16) X(wgmma_m64n64k16) X(wgmma_m64n72k16) X(wgmma_m64n80k16)        \
+    X(wgmma_m64n88k16) X(wgmma_m64n96k16) X(wgmma_m64n104k16) X(wgmma_m64n112k16) X(wgmma_m64n120k16)     \
+    X(wgmma_m64n128k16) X(wgmma_m64n136k16) X(wgmma_m64n144k16) X(wgmma_m64n152k16) X(wgmma_m64n160k16)   \
+    X(wgmma_m64n168k16) X(wgmma_m64n176k16) X(wgmma_m64n184k16) X(wgmma_m64n192k16) X(wgmma_m64n200k16)   \
+    X(wgmma_m64n208k16) X(wgmma_m64n216k16) X(wgmma_m64n224k16) X(wgmma_m64n232k16) X(wgmma_m64n240k16)   \
+    X(wgmma_m64n248k16) X(wgmma_m64n256k16)                                                               \
     X(global_read_bytes) X(global_write_bytes) X(prefetch_bytes) X(copy_async_bytes) X(copy_async_zeros)   \
     X(scatter_requests) X(scatter_wavefronts) X(scatter_ideal)                                            \
     X(store16_requests) X(store16_wavefronts) X(store16_ideal)                                            \

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FLASHLLM_UCONTEXT)
 
 // Callee-saved registers go on the old stack and come from the new one; the rest is the compiler's to save.
 extern "C" __attribute__((visibility("hidden"))) void flashllm_switch(void** save, void* load);

@@ -4,14 +4,14 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(FLASHLLM_UCONTEXT)
 #include <ucontext.h>
 #endif
 
 namespace emu {
 
 struct Context {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FLASHLLM_UCONTEXT)
     void* stack = nullptr;
 #else
     ucontext_t machine;

@@ -154,14 +154,7 @@ unsigned find_accumulator(Warp& warp, unsigned columns) {
 }
 
 Counter counter_of(unsigned columns) {
-    switch (columns) {
-        case 8: return Counter::wgmma_m64n8k16;
-        case 16: return Counter::wgmma_m64n16k16;
-        case 32: return Counter::wgmma_m64n32k16;
-        case 64: return Counter::wgmma_m64n64k16;
-        case 128: return Counter::wgmma_m64n128k16;
-        default: return Counter::wgmma_other;
-    }
+    return static_cast<Counter>(static_cast<unsigned>(Counter::wgmma_m64n8k16) + columns / 8 - 1);
 }
 
 void perform_wgmma(Warp& warp, unsigned) {
@@ -172,6 +165,9 @@ void perform_wgmma(Warp& warp, unsigned) {
         if (other.a != call.a || other.b != call.b || other.columns != call.columns) {
             fail("wgmma.mma_async: lanes 0 and %u give different descriptors or shapes", lane);
         }
+    }
+    if (call.columns == 0 || call.columns > kMaxColumns || call.columns % 8 != 0) {
+        fail("wgmma.mma_async: no shape m64n%uk16", call.columns);
     }
     if (warp.block->warp_count % 4 != 0) fail("wgmma.mma_async: the block is not made of whole warpgroups");
     Instruction instruction{call.type, call.columns, call.a, call.b, find_accumulator(warp, call.columns), nullptr};

@@ -46,6 +46,7 @@ __all__ = [
     "preload",
     "sanitizer_environment",
     "spmm",
+    "unload",
 ]
 
 _MESSAGE_BYTES = 2048
@@ -151,10 +152,17 @@ def launch(
 def preload(specs: Iterable[KernelSpec], *, build: BuildOptions | None = None) -> None:
     """Compile and load many kernels at once: several share a shared object, all cores work."""
     options = build or BuildOptions()
+    _check_sanitizer(options)
     missing = [spec for spec in specs if (spec, options) not in _loaded]
     for kernel in emulator_build.compile_all(missing, options):
         with _lock:
             _loaded[kernel.spec, options] = _open(kernel)
+
+
+def unload() -> None:
+    """Forget every loaded kernel (for tests that change device code on the fly)."""
+    with _lock:
+        _loaded.clear()
 
 
 def emulated_device(arch: str = "90a", *, sm_count: int = 4) -> DeviceFacts:
@@ -195,8 +203,8 @@ def spmm(
 
     ``x`` is C-contiguous of W's type (bf16: ``ml_dtypes.bfloat16`` or its bits as uint16), W on the host; y has
     the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles; the rest is
-    as for :func:`launch`. Raises :class:`ArgumentError`, and :class:`EmulationError` also when the kernel writes outside y or leaves its arrival
-    counters not zero.
+    as for :func:`launch`. Raises :class:`ArgumentError`, and :class:`EmulationError` also when the kernel writes
+    outside y or leaves its arrival counters not zero.
     """
     from dataclasses import replace
 
@@ -267,18 +275,22 @@ def _argument(i: int, value: Any, size: int, extents: list[_Extent]) -> NDArray[
 def _load(spec: KernelSpec, options: BuildOptions) -> _Loaded:
     found = _loaded.get((spec, options))
     if found is None:
+        _check_sanitizer(options)
         kernel = compile_emulated(spec, options)
         with _lock:
             found = _loaded.setdefault((spec, options), _open(kernel))
     return found
 
 
-def _open(kernel: EmulatedKernel) -> _Loaded:
-    if kernel.sanitized and not hasattr(ctypes.CDLL(None), "__asan_init"):
-        # Loading the object anyway would end the process.
+def _check_sanitizer(options: BuildOptions) -> None:
+    if options.sanitize and not hasattr(ctypes.CDLL(None), "__asan_init"):
+        # Loading a sanitized object all the same would end the process.
         raise MissingDependencyError(
             "AddressSanitizer is not in this process; start Python with emulator.sanitizer_environment()"
         )
+
+
+def _open(kernel: EmulatedKernel) -> _Loaded:
     library = ctypes.CDLL(str(kernel.path))
     sizes = (ctypes.c_uint32 * _MAX_ARGUMENTS)()
     count = library[f"flashllm_arguments_{kernel.index}"](sizes, _MAX_ARGUMENTS)

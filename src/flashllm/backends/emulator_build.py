@@ -183,7 +183,7 @@ def _build(specs: Sequence[KernelSpec], root: Path, flags: tuple[str, ...], opti
         stub, result = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         stub.write_text(_stub(specs, root), encoding="utf-8")
         what = f"{specs[0].label}{f' and {len(specs) - 1} more' if len(specs) > 1 else ''} ({specs[0].source})"
-        command = [*flags, *_includes(), "-shared", str(stub), str(runtime), "-o", str(result)]
+        command = [*flags, *_includes(root), "-shared", str(stub), str(runtime), "-o", str(result)]
         _run([_compiler(), *command], what=f"{what} does not compile for the CPU, as sm_{options.arch}")
         return result.read_bytes()
 
@@ -212,7 +212,7 @@ def _runtime(options: BuildOptions) -> Path:
 
             def compile_one(target: Path) -> None:
                 source = folder / f"{target.stem}.cpp"
-                command = [*flags, *_includes(), "-c", str(source), "-o", str(target)]
+                command = [*flags, *_includes(sources.cuda_root()), "-c", str(source), "-o", str(target)]
                 _run([_compiler(), *command], what=f"the emulator ({source.name}) does not compile")
 
             with ThreadPoolExecutor(max_workers=cores()) as pool:
@@ -224,9 +224,10 @@ def _runtime(options: BuildOptions) -> Path:
     return found[0]
 
 
-def _includes() -> tuple[str, ...]:
-    root = sources.cuda_root()
-    return (f"-I{root / 'emulator'}", f"-I{root}")
+def _includes(root: Path) -> tuple[str, ...]:
+    own = sources.cuda_root()
+    # The emulator first: its headers stand in for the others.
+    return tuple(f"-I{folder}" for folder in dict.fromkeys((own / "emulator", root, own)))
 
 
 def _store(key: str, code: bytes, meta: dict[str, Any], cache_dir: Path | None) -> tuple[Path, dict[str, Any]]:
@@ -270,7 +271,8 @@ def _digest_of(files: Iterable[Path], root: Path) -> str:
 
 def _emulator_digest() -> str:
     root = sources.cuda_root() / "emulator"
-    return _digest_of((file for file in root.rglob("*") if file.is_file()), root)
+    kinds = {".hpp", ".cpp", ".h", ".cuh"}
+    return _digest_of((file for file in root.rglob("*") if file.suffix in kinds), root)
 
 
 def _headers_digest() -> str:
@@ -281,7 +283,9 @@ def _headers_digest() -> str:
 
 def _run(command: Sequence[str], *, what: str = "the compiler fails") -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        # Messages in plain English, whatever the user's language.
+        env = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=env)
     except OSError as error:
         raise MissingDependencyError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:

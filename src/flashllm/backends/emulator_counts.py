@@ -64,7 +64,7 @@ class Counts:
             )
 
         return cls(
-            mma={key.split("_")[1]: n for key, n in values.items() if key.startswith(("mma_", "wgmma_m")) and n},
+            mma={key.split("_")[1]: n for key, n in values.items() if key.startswith(("mma_", "wgmma_")) and n},
             scatter=access("scatter"),
             store16=access("store16"),
             ldmatrix=access("ldmatrix"),

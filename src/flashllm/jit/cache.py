@@ -10,6 +10,7 @@ back is checked against stored SHA-256 sums; what does not match counts as absen
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ _CUBIN = "kernel.cubin"
 _META = "kernel.json"
 _TEMPORARY = "tmp-"
 _ATTEMPTS = 16
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +103,10 @@ def _store(
         for _ in range(_ATTEMPTS):
             try:
                 fresh.rename(entry)
-            except OSError:
+            except OSError as error:
                 if (found := load(key, root)) is not None:
                     return found
-                if not os.path.lexists(entry):
+                if error.errno not in _OCCUPIED:
                     raise
                 _discard(entry)
             else:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs kernels under the sanitizers: a program of its own, because they have to be there before Python.
+
+``python sanitized.py products`` or ``python sanitized.py plain MISTAKE``; ends with status 0 and "done" when no
+sanitizer objects and every result is right.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from products import assert_exact, exact, integers, weight
+from test_encode import assert_same, decode, encode
+
+from flashllm import TiledCSL
+from flashllm.backends import emulator
+from flashllm.backends.emulator import BuildOptions
+from flashllm.jit.spec import KernelSpec
+from flashllm.matmul import tiled_csl
+
+
+def products() -> None:
+    """Odd shapes, dense and empty tiles, both tensor-core paths, shared rows of tiles, one block."""
+    cases = (("80", 9, (130, 200), "skewed"), ("90a", 33, (130, 200), "full"), ("90a", 5, (129, 77), "empty-tiles"))
+    jobs = []
+    for arch, n, shape, pattern in cases:
+        w = weight(pattern, shape, 0.4, "fp16")
+        packed = TiledCSL.from_dense(w)
+        choice = tiled_csl.default_choice(packed, n, arch=arch)
+        emulator.preload([choice.spec], build=BuildOptions(arch=arch, sanitize=True))
+        jobs.append((arch, integers(np.random.default_rng(n), (n, shape[1]), "fp16"), w, packed))
+    for arch, x, w, packed in jobs:
+        for seed, blocks in enumerate((1, 2, None)):
+            got, _ = emulator.spmm(x, packed, arch=arch, seed=seed, blocks=blocks, sanitize=True)
+            assert_exact(got, exact(x, w, "fp16"))
+
+
+def encoders() -> None:
+    a = weight("skewed", (130, 131), 0.4, "fp16").view(np.uint16)
+    for order in ("bank", "row"):
+        want = TiledCSL.from_dense(a.view(np.float16), order=order)
+        assert_same(encode(a, "fp16", order, sanitize=True)[0], want)
+        np.testing.assert_array_equal(decode(want, sanitize=True), a)
+
+
+def plain(mistake: int) -> None:
+    x, y = np.arange(100, dtype=np.int32), np.zeros(100, np.int32)
+    spec = KernelSpec(
+        name="plain",
+        source="broken.cu",
+        function="broken::plain",
+        template=(("kMistake", str(mistake)),),
+        threads=100 if mistake == 2 else 128,
+    )
+    build = BuildOptions(sanitize=True, source_root=Path(__file__).parent)
+    emulator.launch(spec, (1,), (x, y, np.int32(100)), build=build)
+    assert (y == x).all()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "plain":
+        plain(int(sys.argv[2]))
+    else:
+        products()
+        encoders()
+    print("done")

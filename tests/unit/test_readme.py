@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README says what the repository holds: its table comes from committed rows, its links and commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_is_generated_from_the_committed_rows() -> None:
+    from flashllm.cli.table import command
+
+    files = sorted((REPOSITORY / "experiments" / "results").glob("*-opt-sweep.jsonl"))
+    assert files
+    result = CliRunner().invoke(command, [str(file) for file in files])
+    assert result.exit_code == 0, result.output
+    block = re.search(r"<!-- results: .*? -->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
+    assert block is not None
+    assert block.group(1).strip() == result.output.strip()
+
+
+def test_every_committed_row_is_valid_and_passed() -> None:
+    from flashllm.bench.results import read
+
+    for file in sorted((REPOSITORY / "experiments" / "results").glob("*.jsonl")):
+        rows = read(file)
+        assert rows, file.name
+        assert all(row.check == "pass" and row.commit and row.dirty is False for row in rows), file.name
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p}" for p in (
+    "measurement.md", "formats/tiled_csl.md", "kernels/tiled_csl.md"))])  # fmt: skip
+def test_links_lead_somewhere(document: str) -> None:
+    path = REPOSITORY / document
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), f"{document}: {target}"
+
+
+def test_commands_exist() -> None:
+    from flashllm.cli.main import command as main
+
+    names = {name for name in re.findall(r"flashllm ([a-z]+)", README) if name not in ("table",)}
+    for name in names:
+        assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0, name
+
+
+def test_opens_with_the_two_commands() -> None:
+    start = README.index("```\nmake bench")
+    assert README.index("make test") < README.index("## ")
+    assert start < 400

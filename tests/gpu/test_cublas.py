@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from flashllm import graphs
 from flashllm.baselines import cublas_api
 from flashllm.baselines.cublas import Cublas
 from flashllm.baselines.cublas_api import CublasError
-from flashllm.bench import check, systems, timing
+from flashllm.bench import check, systems
 from flashllm.bench.data import random_matrix, to_float64
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +36,7 @@ def test_every_candidate_is_right_in_a_graph(cp: Any, dtype: str, m: int, k: int
         for candidate in candidates:
             system = systems.CublasSystem(candidate, weights[candidate.layout.w], x, y)
             system.launch(0, stream)
-            graph = timing.capture(lambda system=system: system.launch(1, stream), stream)
+            graph = graphs.capture(lambda system=system: system.launch(1, stream), stream)
             check.poison(y, dtype)
             graph.launch(stream)
             ratio = check.error_over_bound(to_float64(system.output(n, m), dtype), reference)

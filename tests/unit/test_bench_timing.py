@@ -8,6 +8,7 @@ import fake_gpu
 import numpy as np
 import pytest
 
+from flashllm import graphs
 from flashllm.bench import timing
 
 
@@ -85,5 +86,5 @@ def test_a_capture_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("no such kernel")
 
     with pytest.raises(ValueError, match="no such kernel"):
-        timing.capture(launches, stream)
+        graphs.capture(launches, stream)
     assert stream.captured is None

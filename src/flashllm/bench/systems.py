@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from flashllm import graphs
 from flashllm.baselines.cublas import Candidate, Cublas, Layout
 from flashllm.bench import timing
 
@@ -142,9 +143,6 @@ def best_cublas(
 
 def _glance(system: timing.System, stream: Any) -> float:
     """Microseconds per launch in a graph of one rotation (4 to 64 launches), after one launch to warm up."""
-    import cupy
-
-    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
     launches = max(4, min(system.copies, 64))
     system.launch(0, stream)
 
@@ -152,9 +150,4 @@ def _glance(system: timing.System, stream: Any) -> float:
         for i in range(launches):
             system.launch(i % system.copies, stream)
 
-    graph = timing.capture(rotate, stream)
-    start.record(stream)
-    graph.launch(stream)
-    stop.record(stream)
-    stop.synchronize()
-    return float(cupy.cuda.get_elapsed_time(start, stop)) * 1000.0 / launches
+    return graphs.replay_us(graphs.capture(rotate, stream), stream, launches)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from flashllm.graphs import capture
 
 BATCH_MS = 4.0  # GPU time of one batch: thousands of times the event resolution, dozens of batches per second
 MAX_BATCH = 1024  # launches per batch
@@ -141,22 +142,6 @@ class _Batch:
     def spent_s(self) -> float:
         """GPU seconds of the samples kept so far."""
         return sum(self.samples) * self.launches * 1e-6
-
-
-def capture(launches: Callable[[], None], stream: Any) -> Any:
-    """Capture what ``launches`` queues on ``stream`` (not the null stream) as a CUDA graph."""
-    with stream:
-        stream.begin_capture()
-        try:
-            launches()
-        except BaseException:
-            # A capture that fails must still be ended, or the stream stays unusable.
-            with contextlib.suppress(Exception):
-                stream.end_capture()
-            raise
-        graph = stream.end_capture()
-    graph.upload(stream)
-    return graph
 
 
 def measure(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashllm import graphs
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import numpy_dtype
 from flashllm.matmul import tiled_csl, tune_cache
@@ -97,18 +98,11 @@ def _time(candidate: Plan, x: Any, copies: Sequence[TiledCSL], stream: Any) -> f
 
     run(0)
     stream.synchronize()
-    with stream:
-        stream.begin_capture()
+
+    def rotate() -> None:
         for index in range(launches):
             run(index)
-        graph = stream.end_capture()
-    times = []
-    for repeat in range(_REPEATS + 1):
-        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record(stream)
-        graph.launch(stream)
-        stop.record(stream)
-        stop.synchronize()
-        if repeat:  # the first replay warms up
-            times.append(float(cupy.cuda.get_elapsed_time(start, stop)) * 1e3 / launches)
-    return statistics.median(times)
+
+    graph = graphs.capture(rotate, stream)
+    graphs.replay_us(graph, stream, launches)  # warms up
+    return statistics.median(graphs.replay_us(graph, stream, launches) for _ in range(_REPEATS))

@@ -70,7 +70,7 @@ FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
 template <typename T>
 FLASHLLM_DEVICE void store_y(T* y, int n, int m, int M, const float4& value) {
     T* target = y + static_cast<long long>(n) * M + m;
-    const T rounded[4] = {round_to<T>(value.x), round_to<T>(value.y), round_to<T>(value.z),
+    alignas(8) const T rounded[4] = {round_to<T>(value.x), round_to<T>(value.y), round_to<T>(value.z),
                           round_to<T>(value.w)};
     if (M % 4 == 0) {
         if (m < M) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(rounded);

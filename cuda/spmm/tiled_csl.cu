@@ -291,7 +291,6 @@ struct Walk {
         if constexpr (S::kWarpgroup) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
             start_multiply<T, S>(sum, image_operand + u * kTileBytes / 16, stage_operand + u * S::kStageBytes / 16);
-            if constexpr (!kOverlap) ptx::warpgroup_wait();
 #endif
         }
         if (tile + (kOverlap ? 2 : 1) < count) x.template load<kOverlap ? kLast : kNext>();
@@ -328,6 +327,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const int* __restrict__ offsets,
                T* __restrict__ y, unsigned char* __restrict__ workspace, int M, int N, int K) {
     using S = Shape<kN, kSlices>;
+    static_assert(kOverlap || !S::kWarpgroup, "without overlap there is mma.sync only");
     FLASHLLM_DYNAMIC_SHARED(shared);
     const unsigned base = ptx::shared_address(shared);
 
@@ -390,7 +390,6 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
             } else {
                 chain_end = min(row_end, chain_end + S::kMaxChain);
             }
-            __syncthreads();
         }
     }
 }

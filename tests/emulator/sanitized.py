@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from products import assert_exact, exact, integers, weight
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_encode import assert_same, decode, encode
 
 from flashllm import TiledCSL
@@ -19,6 +20,7 @@ from flashllm.backends import emulator
 from flashllm.backends.emulator import BuildOptions
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul import tiled_csl
+from products import assert_exact, exact, integers, weight
 
 
 def products() -> None:

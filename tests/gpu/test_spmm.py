@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiled_csl_cases import PATTERNS
 
 from flashllm import ArgumentError, TiledCSL, plan, spmm
 from flashllm.bench.check import error_over_bound, make_reference
 from flashllm.device import device_facts
 from flashllm.matmul import tiled_csl
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
-from tiled_csl_cases import NUMPY_DTYPE, PATTERNS, mask
+from products import NUMPY_DTYPE, assert_exact, choice_of, exact, integers, weight
 
 N_VALUES = (1, 5, 7, 8, 12, 16, 17, 24, 32, 48, 64, 96, 100, 128, 200)
 SHAPES = ((1, 1), (7, 9), (127, 65), (128, 64), (129, 63), (130, 520), (256, 1000), (384, 2048), (1000, 777))
 CANARY = 512
 """Elements of guard on each side of an output."""
-
-
-def integers(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> NDArray[Any]:
-    values = rng.integers(1, 5, shape) * rng.choice([-1, 1], shape)
-    return values.astype(NUMPY_DTYPE[dtype])
-
-
-def weight(pattern: str, shape: tuple[int, int], density: float, dtype: str, seed: int = 0) -> NDArray[Any]:
-    values = integers(np.random.default_rng(seed), shape, dtype)
-    values[~mask(pattern, *shape, density, seed)] = 0
-    return values
-
-
-def exact(x: NDArray[Any], w: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """The int64 product rounded once, to nearest even."""
-    with np.errstate(over="ignore"):
-        product = x.astype(np.float64).astype(np.int64) @ w.astype(np.float64).astype(np.int64).T
-        return product.astype(np.float64).astype(NUMPY_DTYPE[dtype])
 
 
 class Fenced:
@@ -72,13 +52,6 @@ def multiply(cp: Any, x: NDArray[Any], w: TiledCSL, choice: tiled_csl.Choice | N
         spmm(x_device, w, out=out, workspace=workspace, plan=chosen)
         assert not workspace[:counters].any(), "arrival counters must be zero after a call"
     return fenced.read(w.dtype)
-
-
-def assert_exact(got: NDArray[Any], want: NDArray[Any]) -> None:
-    wrong = np.argwhere(got.view(np.uint16) != want.view(np.uint16))
-    # -0.0 and +0.0 are the same result.
-    wrong = np.array([i for i in wrong if got[tuple(i)] != want[tuple(i)]])
-    assert wrong.size == 0, f"y{wrong[0].tolist()}: got {got[tuple(wrong[0])]}, expected {want[tuple(wrong[0])]}"
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -117,20 +90,8 @@ def test_exact_for_every_instance(cp: Any, spec: Any) -> None:
     facts = device_facts()
     if not spec.supports(facts.arch):
         pytest.skip(f"no path for {facts.arch} on this gpu")
-    fields = dict(spec.template)
-    aligned = fields["kAligned"] == "true"
-    choice = tiled_csl.Choice(
-        dtype="fp16" if fields["T"] == "__half" else "bf16",
-        n_block=int(fields["kN"]),
-        vectors=int(fields["kVectors"]),
-        slices=int(fields["kSlices"]),
-        aligned=aligned,
-        overlap=fields["kOverlap"] == "true",
-        undo=fields["kUndo"] == "true",
-        resident_blocks=int(fields["kMinBlocks"]),
-    )
-    assert choice.spec == spec
-    shape = (400, 1032) if aligned else (400, 1031)
+    choice = choice_of(spec)
+    shape = (400, 1032) if choice.aligned else (400, 1031)
     masks = (("uniform", 0.02), ("uniform", 0.15), ("skewed", 0.3), ("full", 1.0), ("empty-tiles", 0.9))
     for pattern, density in masks:
         w = weight(pattern, shape, density, choice.dtype)

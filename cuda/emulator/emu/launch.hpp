@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a generated stub starts a kernel. src/flashllm/backends/emulator_run.py mirrors Request and Extent.
+// How a generated stub starts a kernel. src/flashllm/backends/emulator.py mirrors Request and Extent.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "emu/types.hpp"

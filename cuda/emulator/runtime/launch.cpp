@@ -84,7 +84,8 @@ char* map(std::size_t bytes, std::size_t alignment) {
     auto start = reinterpret_cast<std::uintptr_t>(memory);
     const std::uintptr_t aligned = (start + alignment - 1) & ~(alignment - 1);
     if (aligned != start) munmap(memory, aligned - start);
-    if (aligned + bytes != start + room) munmap(reinterpret_cast<void*>(aligned + bytes), start + room - aligned - bytes);
+    const std::uintptr_t end = aligned + bytes, rest = start + room - end;
+    if (rest != 0) munmap(reinterpret_cast<void*>(end), rest);
     return reinterpret_cast<char*>(aligned);
 }
 

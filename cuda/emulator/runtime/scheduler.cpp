@@ -108,7 +108,7 @@ void maybe_preempt(Thread& thread) {
 }
 
 void complete(Block& block, Barrier& barrier) {
-    // Fences publish to those who meet here, and so does everything fenced before.
+    // Whatever the threads that meet here wrote and fenced is published to wgmma from now on.
     check_warpgroups(block);
     block.worker->add(Counter::barriers);
     switch (barrier.reduce) {

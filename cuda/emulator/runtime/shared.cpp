@@ -92,7 +92,8 @@ void flush_logs(Warp& warp) {
             worker.add(Counter::store16_requests);
             for (unsigned first = 0; first < lanes; first += 8) {  // a quarter of a warp at a time
                 worker.add(Counter::store16_ideal);
-                worker.add(Counter::store16_wavefronts, wavefronts16(addresses + first, lanes - first < 8 ? lanes - first : 8));
+                const unsigned count = lanes - first < 8 ? lanes - first : 8;
+                worker.add(Counter::store16_wavefronts, wavefronts16(addresses + first, count));
             }
         });
     }

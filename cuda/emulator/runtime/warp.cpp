@@ -52,7 +52,9 @@ struct VoteArgument {
 
 void perform_vote(Warp& warp, unsigned mask) {
     unsigned votes = 0;
-    for_lanes(mask, [&](unsigned lane) { votes |= static_cast<unsigned>(argument<VoteArgument>(warp, lane).value) << lane; });
+    for_lanes(mask, [&](unsigned lane) {
+        if (argument<VoteArgument>(warp, lane).value) votes |= 1u << lane;
+    });
     for_lanes(mask, [&](unsigned lane) { argument<VoteArgument>(warp, lane).result = votes; });
 }
 

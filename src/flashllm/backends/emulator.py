@@ -51,8 +51,9 @@ __all__ = [
 
 _MESSAGE_BYTES = 2048
 _MAX_ARGUMENTS = 64
-_GUARD = 512  # elements of guard on each side of an output
-_NAN_BITS = 0x7FFF  # NaN in fp16 and bf16
+_GUARD = 512  # elements of guard before an output; after it as many and a whole block of rows
+_GUARD_ROWS = 64
+_NAN_BITS = 0x7FDA  # NaN in fp16 and bf16, and not the one that conversions give
 
 
 class EmulationError(FlashLLMError, RuntimeError):
@@ -226,21 +227,30 @@ def spmm(
     plan = planning.plan(w, n, device=emulated_device(build.arch, sm_count=sm_count), choice=choice)
     if blocks is not None:
         plan = replace(plan, split=replace(plan.split, blocks=blocks))
-    fenced = np.full(n * rows + 2 * _GUARD, _NAN_BITS, np.uint16)
-    y = fenced[_GUARD:-_GUARD]
+    size, after = n * rows, _GUARD + _GUARD_ROWS * rows
+    fenced = np.full(_GUARD + size + after, _NAN_BITS, np.uint16)
+    y = fenced[_GUARD : _GUARD + size]
     # Zero counters; whatever else is read before it is written must show.
     workspace = _aligned(np.full(max(plan.workspace_bytes, 16), 0xFF, np.uint8))
     counters = workspace[: plan.split.column_blocks * plan.split.tiles_m * stream_k.COUNTER_BYTES]
     counters[:] = 0
-    args = (_aligned(x), _aligned(w.words), w.tile_offsets, y, workspace)
+    args = (_fenced(x), _aligned(w.words), w.tile_offsets, y, workspace)
     scalars = (np.int32(rows), np.int32(n), np.int32(columns))
     counts = launch(plan.spec, plan.grid, (*args, *scalars), seed=seed, build=build)
     if plan.workspace_bytes and counters.any():
         raise EmulationError(f"{plan.spec.label} (seed {seed}): arrival counters are not zero after the launch")
-    for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-_GUARD:])):
+    for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):
         if (guard != _NAN_BITS).any():
             raise EmulationError(f"{plan.spec.label} (seed {seed}): wrote {name} the output")
     return y.reshape(n, rows).view(x.dtype), counts
+
+
+def _fenced(a: NDArray[Any]) -> NDArray[Any]:
+    """A copy of ``a`` between NaNs: what a kernel reads beside it spoils the result."""
+    buffer = _aligned(np.full(a.size + 2 * _GUARD, _NAN_BITS, np.uint16))
+    inner: NDArray[Any] = buffer[_GUARD : _GUARD + a.size].reshape(a.shape)
+    inner[...] = a.view(np.uint16)
+    return inner
 
 
 def _aligned(a: NDArray[Any]) -> NDArray[Any]:

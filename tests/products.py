@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operands and exact results for kernels that run on the CPU."""
+"""Operands and exact results of products, for kernels on a GPU and on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul import tiled_csl
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
+sys.path.insert(0, str(Path(__file__).parent / "unit"))
 from tiled_csl_cases import NUMPY_DTYPE, mask
 
 

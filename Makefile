@@ -8,7 +8,8 @@
 ARGS ?=
 PYTHON ?= python3
 SANITIZER ?= compute-sanitizer
-SANITIZER_LIMIT ?= 600
+SANITIZER_LIMIT ?= 480
+MINUTES ?= 5
 
 ifdef PY
   RUN := PYTHONPATH=$(CURDIR)/src $(PY)
@@ -59,15 +60,20 @@ gpu-test: $(test_env) ## Run the GPU tests; fails where there is no GPU
 fuzz: $(test_env) ## Read 100,000 damaged files; the seed is printed, ARGS="--seed N" repeats it
 	$(RUN) tests/fuzz_containers.py $(ARGS)
 
+ONLY ?= memcheck racecheck initcheck synccheck
+
 .PHONY: sanitize
-sanitize: $(test_env) ## Small GPU cases under compute-sanitizer: memory errors and races
-	$(call sanitizer,memcheck)
-	$(call sanitizer,racecheck)
+sanitize: $(test_env) $(ONLY:%=sanitize-%) ## Small GPU cases under compute-sanitizer; ONLY="memcheck racecheck" for some tools
 
 # CuPy's memory pool hides out-of-bounds accesses, so it is off; a hang prints nothing, so there is a time limit.
-sanitizer = FLASHLLM_REQUIRE_GPU=1 FLASHLLM_NO_POOL=1 $(if $(filter PYTHONPATH=%,$(RUN)),PYTHONPATH=$(CURDIR)/src) \
-	timeout $(SANITIZER_LIMIT) $(SANITIZER) --tool $(1) --error-exitcode 9 \
-	$(PY) -m pytest -m sanitize -x -q $(ARGS)
+.PHONY: $(ONLY:%=sanitize-%)
+$(ONLY:%=sanitize-%): sanitize-%: $(test_env)
+	FLASHLLM_REQUIRE_GPU=1 FLASHLLM_NO_POOL=1 $(if $(filter PYTHONPATH=%,$(RUN)),PYTHONPATH=$(CURDIR)/src) \
+	timeout $(SANITIZER_LIMIT) $(SANITIZER) --tool $* --error-exitcode 9 $(PY) -m pytest -m sanitize -x -q $(ARGS)
+
+.PHONY: soak
+soak: $(test_env) ## Random products with checks for MINUTES=5; on the emulator where there is no GPU
+	$(RUN) tests/soak.py --minutes $(MINUTES) $(ARGS)
 
 .PHONY: clean
 clean: ## Remove .venv, build results and tool caches (not the kernel cache: `flashllm cache clear`)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,6 @@ from numpy.typing import NDArray
 
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul import tiled_csl
-
-sys.path.insert(0, str(Path(__file__).parent / "unit"))
 from tiled_csl_cases import NUMPY_DTYPE, mask
 
 

@@ -36,7 +36,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: bench
-bench: $(base_env) ## Measure the kernels (NumPy reference where there is no GPU)
+bench: $(base_env) ## Measure the kernels (where there is no GPU: emulate and check them)
 	$(RUN) -m flashllm bench $(ARGS)
 
 .PHONY: test

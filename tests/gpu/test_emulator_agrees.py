@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from products import choice_of, integers, weight
 
 from flashllm import TiledCSL, plan, spmm
 from flashllm.backends import emulator
 from flashllm.device import device_facts
 from flashllm.matmul import tiled_csl
+from products import choice_of, integers, weight
 
 
 @pytest.mark.parametrize("spec", tiled_csl.specs(), ids=lambda spec: spec.label)

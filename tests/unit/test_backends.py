@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flashllm import backends
-from flashllm.backends import reference
-from flashllm.errors import ArgumentError, UnsupportedDeviceError
+from flashllm.backends import emulator, reference
+from flashllm.errors import ArgumentError, MissingDependencyError, UnsupportedDeviceError
 from flashllm.formats.tiled_csl import TiledCSL
 
 DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -28,11 +28,24 @@ def _integers(shape: tuple[int, int], dtype: str, *, density: float, seed: int) 
 
 
 @pytest.mark.parametrize("name", [None, "auto"])
-def test_without_a_gpu_the_reference_is_chosen_and_says_why(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+def test_without_a_gpu_the_emulator_is_chosen_and_says_why(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     _no_gpu(monkeypatch)
-    chosen, reason = backends.select(name)
-    assert chosen == "reference"
-    assert reason == "the driver reports no GPU"
+    monkeypatch.setattr(emulator, "available", lambda: None)
+    assert backends.select(name) == ("emulator", "the driver reports no GPU")
+
+
+def test_without_gpu_and_compiler_the_reference_is_chosen_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    _no_gpu(monkeypatch)
+    monkeypatch.setattr(emulator, "available", lambda: "no g++ found")
+    assert backends.select() == ("reference", "the driver reports no GPU, and no g++ found")
+
+
+def test_emulator_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulator, "available", lambda: None)
+    assert backends.select("emulator").name == "emulator"
+    monkeypatch.setattr(emulator, "available", lambda: "no g++ found")
+    with pytest.raises(MissingDependencyError, match=r"'emulator' was asked for, but no g\+\+ found"):
+        backends.select("emulator")
 
 
 def test_forcing_cuda_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +59,7 @@ def test_reference_can_be_asked_for() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="backend: expected 'cuda', 'reference' or None, got 'tpu'"):
+    with pytest.raises(ArgumentError, match="backend: expected 'cuda', 'emulator', 'reference' or None, got 'tpu'"):
         backends.select("tpu")
 
 

@@ -11,7 +11,7 @@ import pytest
 from bench_rows import row
 from click.testing import CliRunner, Result
 
-from flashllm.bench import results, runner_reference, systems, timing
+from flashllm.bench import results, runner_host, systems, timing
 from flashllm.bench.results import Row
 from flashllm.cli import bench, profile, table, tune
 
@@ -42,6 +42,15 @@ def test_default_run_without_a_gpu() -> None:
     assert "2048x1024" in result.stdout
     assert "modelled, not measured" in result.stdout
     assert "speed-up" not in result.stdout
+
+
+def test_without_gpu_and_compiler_numpy_multiplies_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashllm.device.gpu_problem", lambda: "the driver reports no GPU")
+    monkeypatch.setattr("flashllm.backends.emulator.available", lambda: "no g++ found")
+    result = _run(*SMALL[2:])
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("no timing: NumPy reference backend (the driver reports no GPU, and no g++ found)")
 
 
 def test_json_rows_alone_are_on_stdout() -> None:
@@ -150,7 +159,7 @@ def test_a_wrong_result_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_keeps_the_rows_and_shows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = runner_reference.make_row
+    real = runner_host.make_row
     calls: list[int] = []
 
     def interrupted(*a: Any, **k: Any) -> Row:
@@ -159,7 +168,7 @@ def test_ctrl_c_keeps_the_rows_and_shows_them(monkeypatch: pytest.MonkeyPatch, t
             raise KeyboardInterrupt
         return real(*a, **k)
 
-    monkeypatch.setattr(runner_reference, "make_row", interrupted)
+    monkeypatch.setattr(runner_host, "make_row", interrupted)
     path = tmp_path / "rows.jsonl"
     result = _run(*SMALL[:-2], "--n", "8,16", "--out", str(path))
     assert result.exit_code == 130

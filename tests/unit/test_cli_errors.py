@@ -40,10 +40,12 @@ def test_a_device_that_is_not_there_is_bad_usage(monkeypatch: pytest.MonkeyPatch
     assert "--device: expected the number of a GPU, got 1, but the driver reports no GPU" in _one_error(result)
 
 
-def test_a_device_is_nothing_for_the_reference_backend() -> None:
-    result = _run(*SMALL, "--device", "0")
+@pytest.mark.parametrize("command", ["bench", "verify"])
+@pytest.mark.parametrize("backend", ["emulator", "reference"])
+def test_a_device_is_nothing_for_a_backend_without_one(command: str, backend: str) -> None:
+    result = _run(command, "--backend", backend, "--device", "0")
     assert result.exit_code == 2
-    assert "--device" in _one_error(result)
+    assert f"--device: expected nothing with --backend {backend}" in _one_error(result)
 
 
 def test_a_csv_file_that_cannot_be_written_is_said_before_the_work(
@@ -52,7 +54,7 @@ def test_a_csv_file_that_cannot_be_written_is_said_before_the_work(
     def not_reached(*_: Any, **__: Any) -> None:
         raise AssertionError("the run has begun")
 
-    monkeypatch.setattr("flashllm.bench.runner_reference.run_reference", not_reached)
+    monkeypatch.setattr("flashllm.bench.runner_host.run_host", not_reached)
     (tmp_path / "file").write_text("")
     result = _run(*SMALL, "--csv", str(tmp_path / "file" / "rows.csv"))
     assert result.exit_code == 2

@@ -60,7 +60,8 @@ def test_text_gives_the_fix_under_what_is_missing(monkeypatch: pytest.MonkeyPatc
     assert lines[0].split() == ["ok", "NumPy", "2.4"]
     assert lines[1].split() == ["missing", "NVRTC", "none"]
     assert lines[2].strip() == "for compiling: pip install it"
-    assert lines[-3].split() == ["NumPy", "reference", "yes"]
+    assert lines[-4].split() == ["NumPy", "reference", "yes"]
+    assert lines[-3].split() == ["emulate", "kernels", "yes"]
     assert lines[-2].split() == ["compile", "kernels", "no"]
     assert lines[-1].split()[-1] == "no"
 
@@ -75,6 +76,15 @@ def test_unwritable_cache_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "FLASHLLM_CACHE_DIR" in check["fix"]
     assert report["reference"] is True, "kernels are then kept for the process only"
     assert report["exit_code"] == 0
+
+
+def test_emulator_needs_only_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHLLM_CXX", "no-such-compiler")
+    report = _json()
+    check = next(check for check in report["checks"] if check["name"] == "C++ compiler")
+    assert (check["ok"], report["emulator"], report["reference"]) == (False, False, True)
+    assert "no-such-compiler" in check["found"]
+    assert check["fix"] == "sudo apt-get install g++"
 
 
 @pytest.mark.parametrize(("cuda", "package"), [(12040, "cupy-cuda12x"), (13000, "cupy-cuda13x"), (None, "cupy-")])

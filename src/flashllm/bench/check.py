@@ -78,17 +78,24 @@ def make_reference(x64: Any, w64: Any, rows: Any, dtype: str) -> Reference:
     return Reference(rows=rows, values=x64 @ w64.T, magnitude=abs(x64) @ abs(w64).T, dtype=dtype, drift=steps * DRIFT)
 
 
-def error_over_bound(y64: Any, reference: Reference) -> float:
-    """Largest |y - ref| / ((u + drift) |ref| + 2^-21 |x||W| + s) over the reference's elements; ``y64`` is [N, M]
-    float64.
+def bounds(reference: Reference) -> Any:
+    """The promised (u + drift) |ref| + 2^-21 |x||W| + s of every element, [N, len(rows)] float64."""
+    kind = OUTPUT_TYPES[reference.dtype]
+    with np.errstate(invalid="ignore", over="ignore"):
+        relative = (kind.unit + reference.drift) * abs(reference.values)
+        return relative + ACCUMULATION * reference.magnitude + kind.smallest
 
-    Infinity when an element is NaN or infinite where the reference is not, or the other way round.
+
+def error_ratios(y64: Any, reference: Reference) -> Any:
+    """|y - ref| over :func:`bounds`, [N, len(rows)]; ``y64`` is [N, M] float64.
+
+    Infinity where an element is NaN or infinite and the reference is not, or the other way round.
     """
     xp = namespace(reference.values)
     kind = OUTPUT_TYPES[reference.dtype]
     got, want = y64[:, reference.rows], reference.values
+    bound = bounds(reference)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        bound = (kind.unit + reference.drift) * abs(want) + ACCUMULATION * reference.magnitude + kind.smallest
         error = abs(got - want)
         ratio = xp.where(bound > 0, error / bound, xp.where(error == 0, 0.0, np.inf))
         infinite = xp.where(got == xp.copysign(xp.full_like(want, np.inf), want), 0.0, np.inf)
@@ -98,7 +105,12 @@ def error_over_bound(y64: Any, reference: Reference) -> float:
         possible = abs(want) + ACCUMULATION * reference.magnitude >= kind.overflow
         ratio = xp.where(certain, infinite, xp.where(possible, xp.minimum(ratio, infinite), ratio))
         ratio = xp.where(xp.isnan(want), xp.where(xp.isnan(got), 0.0, np.inf), ratio)
-        ratio = xp.where(xp.isnan(ratio), np.inf, ratio)
+        return xp.where(xp.isnan(ratio), np.inf, ratio)
+
+
+def error_over_bound(y64: Any, reference: Reference) -> float:
+    """The largest of :func:`error_ratios`; 0 for no elements."""
+    ratio = error_ratios(y64, reference)
     return float(ratio.max()) if ratio.size else 0.0
 
 

@@ -51,7 +51,8 @@ def speedup_means(rows: Iterable[Row]) -> list[Means]:
     ]
 
 
-def _title(row: Row) -> str:
+def title_of(row: Row) -> str:
+    """Model and layer, or nothing."""
     return " ".join(part for part in (row.model, row.layer) if part)
 
 
@@ -66,7 +67,8 @@ def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _sparsity(row: Row) -> str:
+def sparsity_of(row: Row) -> str:
+    """The fraction of zeros asked for; of a file, the one found."""
     return f"{row.sparsity_real if row.sparsity is None else row.sparsity:.3g}"
 
 
@@ -76,7 +78,7 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
     from rich.table import Table
 
     table = Table(title="x[N,K] @ W[M,K]^T", title_justify="left")
-    named = any(_title(row) for row in rows)
+    named = any(title_of(row) for row in rows)
     if named:
         table.add_column("weights", no_wrap=True)
     table.add_column("system", no_wrap=True)
@@ -99,13 +101,13 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
         if previous and case != previous:
             table.add_section()
         percent = None if row.roofline_fraction is None else 100 * row.roofline_fraction
-        title = [escape(_title(row)) if case != previous else ""] if named else []
+        title = [escape(title_of(row)) if case != previous else ""] if named else []
         table.add_row(
             *title,
             escape(_system(row)),
             f"{row.M}x{row.K}",
             str(row.N),
-            "dense" if row.format == "dense" else _sparsity(row),
+            "dense" if row.format == "dense" else sparsity_of(row),
             _fixed(row.median_us, 2),
             _fixed(row.tflops, 1),
             _fixed(row.gbps, 0),
@@ -141,8 +143,10 @@ def model_table(rows: Sequence[Row], gpu: roofline.Gpu) -> list[RenderableType]:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="no GPU: numerics and bytes only", title_justify="left")
-    named = any(_title(row) for row in rows)
+    emulated = any(row.backend == "emulator" for row in rows)
+    title = "emulated, not GPU times: numerics and bytes" if emulated else "no GPU: numerics and bytes only"
+    table = Table(title=title, title_justify="left")
+    named = any(title_of(row) for row in rows)
     if named:
         table.add_column("weights", no_wrap=True)
     for heading in (
@@ -163,12 +167,12 @@ def model_table(rows: Sequence[Row], gpu: roofline.Gpu) -> list[RenderableType]:
         dense_bytes = 2 * row.M * row.K
         floor = roofline.floor_us(row.bytes, gpu.read_gbps)
         dense_floor = roofline.floor_us(roofline.product_bytes(row.M, row.K, row.N, dense_bytes), gpu.read_gbps)
-        title = [escape(_title(row))] if named else []
+        weights = [escape(title_of(row))] if named else []
         table.add_row(
-            *title,
+            *weights,
             f"{row.M}x{row.K}",
             str(row.N),
-            _sparsity(row),
+            sparsity_of(row),
             row.format,
             f"{weight_bytes / 1e6:.2f}",
             f"{100 * weight_bytes / dense_bytes:.1f}",
@@ -230,7 +234,7 @@ def markdown(rows: Sequence[Row], *, full: bool = False, allow_dirty: bool = Fal
         for row in ours:
             share = None if row.roofline_fraction is None else 100 * row.roofline_fraction
             lines.append(
-                f"| {_title(row) or '-'} | {row.M}x{row.K} | {row.N} | {_sparsity(row)} "
+                f"| {title_of(row) or '-'} | {row.M}x{row.K} | {row.N} | {sparsity_of(row)} "
                 f"| {_fixed(row.median_us, 1)} | {_fixed(row.cublas_us, 1)} | {_fixed(row.speedup, 2)} "
                 f"| {_fixed(share, 0)} |"
             )

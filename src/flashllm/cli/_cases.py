@@ -56,6 +56,12 @@ def use_device(device: int | None) -> None:
     cupy.cuda.Device(device).use()
 
 
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["cuda", "emulator", "reference"]),
+    help="Default: cuda where there is a GPU, else the CPU emulator where there is g++, else NumPy.",
+)
+
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 _CASE_OPTIONS = (

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flashllm.cli._cases import INTERRUPTED, BadUsage, case_options, usage_errors, use_device
+from flashllm.cli._cases import INTERRUPTED, BadUsage, backend_option, case_options, usage_errors, use_device
+from flashllm.cli._progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flashllm.backends.emulator_counts import Counts
     from flashllm.bench.environment import Environment
     from flashllm.bench.plan_cases import Work
     from flashllm.bench.results import Row
@@ -41,7 +42,7 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
 
 @click.command(epilog="Exit status: 0 fine, 1 a wrong result, 2 bad usage, 130 interrupted (the rows so far are kept).")
 @case_options
-@click.option("--backend", type=click.Choice(["cuda", "reference"]), help="Default: cuda where there is a GPU.")
+@backend_option
 @click.option(
     "--l2",
     type=click.Choice(["cold", "warm"]),
@@ -150,8 +151,9 @@ def command(
     """Measure the sparse product against cuBLAS, shape by shape.
 
     Without options: the 12 weight shapes of OPT-30B, 66B and 175B at 70, 80 and 90 % zeros, N = 8, 16 and
-    32. Every result is checked before and after it is timed. Without a GPU the same command checks the
-    numerics on small shapes and says what the bytes would cost; it claims no times.
+    32. Every result is checked before and after it is timed. Without a GPU the same command runs the same kernels
+    on a CPU emulator, on small shapes: it checks the numerics, counts what the kernels do and says what the bytes
+    would cost; it claims no times.
     """
     from rich.console import Console
 
@@ -165,8 +167,8 @@ def command(
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
         gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU)
-        if device is not None and backend == "reference":
-            raise BadUsage("--device: expected nothing with --backend reference, which uses no GPU")
+        if device is not None and backend in ("emulator", "reference"):
+            raise BadUsage(f"--device: expected nothing with --backend {backend}, which uses no GPU")
         use_device(device)
         chosen = backends.select(backend)
         work = plan_work(
@@ -189,7 +191,9 @@ def command(
         if save is not None:
             folder = Path("experiments/results")
             session.out = (folder if folder.is_dir() else Path()) / environment.result_name(facts.gpu, save)
-    if chosen.name == "reference":
+    if chosen.name == "emulator":
+        first = f"emulated, not GPU times: the GPU's kernels on this CPU ({chosen.reason}); numerics, counts and bytes"
+    elif chosen.name == "reference":
         first = f"no timing: NumPy reference backend ({chosen.reason}); numerics and bytes only"
     else:
         first = f"{facts.gpu}, driver {facts.driver}, CUDA {facts.cuda}, cuBLAS {facts.cublas}"
@@ -201,6 +205,7 @@ def command(
         if as_json:
             click.echo(row.to_json())
 
+    counted: list[tuple[Row, Counts]] = []
     interrupted = False
     try:
         if chosen.name == "cuda":
@@ -218,11 +223,11 @@ def command(
                 ablation=ablation,
             )
         else:
-            _run_reference(work, session, facts, emit, notes, check_rows=check_rows)
+            _run_host(work, session, facts, emit, notes, counted, check_rows=check_rows)
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        _finish(session, Console(stderr=as_json, highlight=False), gpu, csv_file)
+        _finish(session, Console(stderr=as_json, highlight=False), gpu, csv_file, counted)
     if interrupted:
         notes.print("interrupted; the rows measured so far are kept")
     if not session.all_right:
@@ -230,34 +235,6 @@ def command(
         sys.exit(1)
     if interrupted:
         sys.exit(INTERRUPTED)
-
-
-@contextmanager
-def _progress(notes: Console, total: int) -> Iterator[Callable[[str, int], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=notes, transient=True, refresh_per_second=2, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(title: str, cases: int) -> None:
-            bar.update(task, description=title, advance=cases)
-
-        yield advance
 
 
 def _remaining(work: Work, session: Session, notes: Console, l2: str | None, launch: str | None) -> int:
@@ -299,7 +276,7 @@ def _run_cuda(
     with usage_errors():
         check_memory(work.groups, work.source, settings)
     runner = CudaRunner(facts, settings, work.source, emit)
-    with _progress(notes, left) as advance, usage_errors(DeviceMemoryError):
+    with progress(notes, left) as advance, usage_errors(DeviceMemoryError):
         runner.run(
             work.groups,
             wanted=lambda g, s, n: session.is_wanted(g, s, n, l2=l2, launch=launch),
@@ -308,20 +285,21 @@ def _run_cuda(
     notes.print(f"pure read bandwidth of this run: {runner.read_gbps:.0f} GB/s")
 
 
-def _run_reference(
+def _run_host(
     work: Work,
     session: Session,
     facts: Environment,
     emit: Callable[[Any], None],
     notes: Console,
+    counted: list[tuple[Row, Counts]],
     *,
     check_rows: int,
 ) -> None:
-    from flashllm.bench.runner_reference import run_reference
+    from flashllm.bench.runner_host import run_host
 
     left = _remaining(work, session, notes, None, None)
-    with _progress(notes, left) as advance:
-        run_reference(
+    with progress(notes, left) as advance:
+        run_host(
             work.groups,
             facts,
             work.source,
@@ -329,12 +307,16 @@ def _run_reference(
             emit=emit,
             wanted=lambda g, s, n: session.is_wanted(g, s, n, l2=None, launch=None),
             advance=advance,
+            note_counts=lambda row, counts: counted.append((row, counts)),
         )
 
 
-def _finish(session: Session, console: Console, gpu: Any, csv_file: Path | None) -> None:
+def _finish(
+    session: Session, console: Console, gpu: Any, csv_file: Path | None, counted: list[tuple[Row, Counts]]
+) -> None:
     """Write the CSV file and show the rows, earlier ones of a resumed file included if the method is the same."""
     from flashllm.bench import report, results
+    from flashllm.bench.report_counts import counts_table
 
     rows = results.latest([*session.earlier, *session.rows])
     if csv_file is not None:
@@ -346,6 +328,8 @@ def _finish(session: Session, console: Console, gpu: Any, csv_file: Path | None)
     if not console.is_terminal:
         console.width = 160
     parts = report.timing_table(rows) if rows[-1].gpu is not None else report.model_table(rows, gpu)
+    if counted:
+        parts += counts_table(counted)
     for part in parts:
         console.print(part)
     if session.out is not None and session.rows:

@@ -41,12 +41,14 @@ def command(as_json: bool) -> None:
     usable = all(check.ok for check in checks if check.needed_for == "everything")
     compiles = usable and all(check.ok for check in checks if check.needed_for == "compiling")
     runs = compiles and all(check.ok for check in checks if check.needed_for == "running on the GPU")
+    emulates = usable and all(check.ok for check in checks if check.needed_for == "emulating kernels on the CPU")
     if as_json:
         report = {
             "flashllm": __version__,
             "platform": platform.platform(),
             "checks": [asdict(check) for check in checks],
             "reference": usable,
+            "emulator": emulates,
             "compile": compiles,
             "gpu": runs,
         }
@@ -60,6 +62,7 @@ def command(as_json: bool) -> None:
         click.echo()
         for text, possible in (
             ("NumPy reference", usable),
+            ("emulate kernels", emulates),
             ("compile kernels", compiles),
             ("run kernels on the GPU", runs),
         ):
@@ -131,7 +134,7 @@ def run_checks() -> list[Check]:
             "C++ compiler",
             _host_compiler,
             fix="sudo apt-get install g++",
-            needed_for="host-side development only",
+            needed_for="emulating kernels on the CPU",
         ),
     ]
 
@@ -245,8 +248,8 @@ def _cublas() -> str:
 
 
 def _host_compiler() -> str:
-    name = os.environ.get("CXX") or "g++"
-    found = shutil.which(name)
-    if found is None:
-        raise RuntimeError(f"{name} is not on the PATH")
-    return found
+    from flashllm.backends import emulator
+
+    if (problem := emulator.available()) is not None:
+        raise RuntimeError(problem)
+    return str(shutil.which(os.environ.get("FLASHLLM_CXX", "g++")))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``spmm``: checks the operands, then multiplies on the GPU or in NumPy."""
+"""``spmm``: checks the operands, then multiplies on the GPU, on the CPU emulator or in NumPy."""
 
 from __future__ import annotations
 
@@ -37,36 +37,45 @@ def spmm(
     """y[N, M] = x[N, K] @ W[M, K]^T, accumulated in fp32 and rounded once to W's type.
 
     ``x`` is C-contiguous [N, K] of W's type: a CuPy array (or anything on the GPU with DLPack) for a device
-    weight, a NumPy array for a host weight, which the reference backend multiplies. bf16 arrays have the dtype
-    ``ml_dtypes.bfloat16`` or hold its bits as uint16. N >= 1 is any number.
+    weight, a NumPy array for a host weight, which NumPy multiplies, or with ``backend="emulator"`` the GPU's kernel
+    on the CPU. bf16 arrays have the dtype ``ml_dtypes.bfloat16`` or hold its bits as uint16. N >= 1 is any number.
 
     With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed
     once by the caller, one per stream), a call allocates nothing and can be captured in a CUDA graph. Runs on
-    ``stream`` (default: CuPy's current one) and does not wait for it. ``backend``: ``"cuda"``, ``"reference"``
-    or ``None`` to go by where the operands are.
+    ``stream`` (default: CuPy's current one) and does not wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
+    ``"reference"`` or ``None`` to go by where the operands are.
 
     Stored NaN and infinities multiply as in dense arithmetic, and so does a pruned zero: times an infinity or a
     NaN in x it gives NaN, in every output of that row of x, as a dense matrix with zeros would.
 
     Raises :class:`ArgumentError`, naming the argument, for a wrong type, shape, dtype, layout, alignment or
-    device, :class:`DeviceMemoryError` when out or workspace does not fit.
+    device, :class:`DeviceMemoryError` when out or workspace does not fit, :class:`MissingDependencyError` when the
+    emulator lacks its compiler.
     """
     if not isinstance(w, TiledCSL):
         raise ArgumentError("w", expected="a TiledCSL weight", got=type(w).__name__)
-    if backend not in (None, "cuda", "reference"):
-        raise ArgumentError("backend", expected="'cuda', 'reference' or None", got=repr(backend))
-    if backend == "reference" or (backend is None and not w.is_device):
-        return _reference(x, w, out)
+    if backend not in (None, *backends.BACKENDS):
+        raise ArgumentError("backend", expected="'cuda', 'emulator', 'reference' or None", got=repr(backend))
+    if backend in ("emulator", "reference") or (backend is None and not w.is_device):
+        return _on_host(x, w, out, plan, emulated=backend == "emulator")
     backends.select("cuda")
     return _cuda(x, w, out=out, workspace=workspace, stream=stream, given=plan)
 
 
-def _reference(x: Any, w: TiledCSL, out: Any) -> Any:
-    from flashllm.backends import reference
-
+def _on_host(x: Any, w: TiledCSL, out: Any, given: Plan | None, *, emulated: bool) -> Any:
     if not isinstance(x, np.ndarray):
         raise ArgumentError("x", expected="a NumPy array for a product on the host", got=type(x).__name__)
-    y = reference.spmm(x, w)
+    if emulated:
+        from flashllm.backends import emulator
+
+        backends.select("emulator")
+        choice = _checked_plan(given, w, x.shape[0] if x.ndim else 0).choice if given is not None else None
+        arch = "90a" if choice is None or choice.spec.supports("90a") else "80"
+        y, _ = emulator.spmm(x, w, choice=choice, arch=arch)
+    else:
+        from flashllm.backends import reference
+
+        y = reference.spmm(x, w)
     if out is None:
         return y
     if not isinstance(out, np.ndarray) or out.shape != y.shape or out.dtype != y.dtype:

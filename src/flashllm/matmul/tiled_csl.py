@@ -198,8 +198,8 @@ def ablation(base: Choice) -> dict[str, Choice]:
 
 
 @cache
-def specs() -> tuple[KernelSpec, ...]:
-    """Every instance that a plan, the tuner or the ablation can ask for."""
+def instances() -> tuple[Choice, ...]:
+    """One choice for every instance that a plan, the tuner or the ablation can ask for."""
     choices: list[Choice] = []
     for arch in ("80", "90a"):
         for n_block in N_BLOCKS:
@@ -209,4 +209,10 @@ def specs() -> tuple[KernelSpec, ...]:
                     choices.append(_choice(dtype, n_block, VECTORS[1], path, aligned=False))
         for vectors in VECTORS:
             choices += ablation(_choice("fp16", 16, vectors, paths_for(16, arch)[0])).values()
-    return tuple(choice.spec for choice in choices)
+    return tuple({choice.spec: choice for choice in choices}.values())
+
+
+@cache
+def specs() -> tuple[KernelSpec, ...]:
+    """The compiled kernels of :func:`instances`."""
+    return tuple(choice.spec for choice in instances())

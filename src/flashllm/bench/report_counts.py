@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Table of what emulated kernels did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flashllm.backends.emulator_counts import Counts
+from flashllm.bench.report import sparsity_of, title_of
+from flashllm.bench.results import Row
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def counts_table(counted: Sequence[tuple[Row, Counts]]) -> list[RenderableType]:
+    """One line per emulated launch: tensor-core instructions, global memory, barriers, shared memory."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="counted in the emulated kernels", title_justify="left")
+    named = any(title_of(row) for row, _ in counted)
+    if named:
+        table.add_column("weights", no_wrap=True)
+    headings = ("MxK", "N", "sparsity", "tensor-core instructions", "MB read", "MB written*", "barriers")
+    for heading in (*headings, "shared wavefronts", "lost to conflicts"):
+        table.add_column(heading, justify="right")
+    for row, counts in counted:
+        shared = (counts.scatter, counts.store16, counts.ldmatrix)
+        table.add_row(
+            *([escape(title_of(row))] if named else []),
+            f"{row.M}x{row.K}",
+            str(row.N),
+            sparsity_of(row),
+            _tensor_core(counts),
+            f"{counts.global_read_bytes / 1e6:.2f}",
+            f"{counts.global_write_bytes / 1e6:.2f}",
+            f"{counts.barriers:,}",
+            f"{sum(access.wavefronts for access in shared):,}",
+            f"{sum(access.conflicts for access in shared):,}",
+        )
+    note = (
+        "per launch, on a made-up GPU of 4 multiprocessors. MB: of global memory. "
+        "A wavefront is one pass of a warp's access through shared memory.\n"
+        "* partial sums; y, written once by plain stores, is not counted"
+    )
+    return [table, note]
+
+
+def _tensor_core(counts: Counts) -> str:
+    # A warpgroup's instruction (wgmma) has 64 rows, a warp's (mma) 16.
+    kinds = ((shape, "wgmma" if shape.startswith("m64") else "mma", n) for shape, n in counts.mma.items())
+    return ", ".join(f"{n:,} {name} {shape}" for shape, name, n in kinds) or "none"

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The progress bar of commands that work through cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextmanager
+def progress(notes: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+    """Shows a bar on ``notes`` where it is a terminal; gives a function that takes what is done now and how many cases
+    have been finished since the last call.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=notes, transient=True, refresh_per_second=2, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(title: str, cases: int) -> None:
+            bar.update(task, description=title, advance=cases)
+
+        yield advance

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is verified: kernel instances x shapes x N x dtypes x patterns x kinds of values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Literal
+
+from flashllm.errors import ArgumentError
+from flashllm.formats.base import DType
+from flashllm.jit.spec import KernelSpec, normalize_arch
+from flashllm.matmul import tiled_csl
+from flashllm.matmul.tiled_csl import Choice
+
+Operands = Literal["integers", "random", "special"]
+
+EMULATED_ARCHS: tuple[str, ...] = ("80", "90a")
+"""The two code paths of the kernels."""
+SHAPES: dict[bool, tuple[tuple[int, int], ...]] = {
+    True: ((128, 64), (7, 16), (200, 456), (300, 1032)),
+    False: ((1, 1), (130, 63), (200, 455), (300, 1031)),
+}
+"""M x K by whether K is a multiple of 8: one tile, part of one, ragged edges, rows of tiles that blocks share."""
+LARGE_SHAPES: dict[bool, tuple[int, int]] = {True: (4104, 2056), False: (4103, 2055)}
+"""On a GPU also more tiles than it has blocks."""
+LONG_SHAPES: dict[bool, tuple[int, int]] = {True: (128, 12872), False: (100, 12871)}
+"""Rows so long that a block ends a chain of accumulations inside them, where it has the row for itself."""
+LONG_COLUMN_BLOCKS = 3
+"""Times the block's columns: as many as the blocks of one multiprocessor, which leaves one block per row of tiles."""
+TYPICAL = ("uniform", 0.8)
+PATTERNS: tuple[tuple[str, float], ...] = (
+    TYPICAL,
+    ("uniform", 0.98),
+    ("per-row", 0.7),
+    ("skewed", 0.7),
+    ("columns", 0.8),
+    ("block", 0.9),
+    ("every-other-tile", 0.5),
+    ("full", 0.0),
+    ("empty", 1.0),
+)
+"""Where the zeros are and the fraction of them."""
+QUICK_PATTERNS = (TYPICAL, ("skewed", 0.7), ("full", 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The operands of a case, apart from the kernel that multiplies them."""
+
+    m: int
+    k: int
+    n: int
+    dtype: DType
+    pattern: str
+    sparsity: float
+    operands: Operands
+    """Small integers; random values; small integers with NaN, infinities and sums that overflow."""
+    order: Literal["bank", "row"] = "bank"
+    """Order of the words in a tile of the packed weight."""
+    seed: int = 0
+
+    @property
+    def pattern_text(self) -> str:
+        """E.g. ``skewed 0.7``, ``full``."""
+        partial = 0.0 < self.sparsity < 1.0
+        return f"{self.pattern} {self.sparsity:g}" if partial else self.pattern
+
+    @property
+    def text(self) -> str:
+        """One line that names the case."""
+        order = "" if self.order == "bank" else ", words in row order"
+        return f"{self.m}x{self.k} N={self.n} {self.dtype} {self.pattern_text} {self.operands}{order}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One product to check."""
+
+    choice: Choice | None
+    """The kernel instance; ``None`` for NumPy."""
+    arch: str | None
+    data: Data
+    schedule: int = 0
+    """Seed of the emulator's schedule."""
+
+    @property
+    def sm_count(self) -> int | None:
+        """Multiprocessors to plan for; ``None``: those there are."""
+        return 1 if (self.data.m, self.data.k) in LONG_SHAPES.values() else None
+
+    @property
+    def kernel(self) -> str:
+        """The label of the kernel instance."""
+        return "numpy" if self.choice is None else self.choice.spec.label
+
+    @property
+    def text(self) -> str:
+        """One line that names kernel and case."""
+        return f"{self.kernel}{f' sm_{self.arch}' if self.arch else ''}: {self.data.text}"
+
+
+def short_label(spec: KernelSpec) -> str:
+    """The label without what other columns say or what follows from the rest: ``tiled_csl kN=8 kSlices=2 ...``."""
+    shown = [f"{name}={text}" for name, text in spec.template if name not in ("T", "kPrefetch") and text != "true"]
+    return " ".join((spec.name, *shown))
+
+
+def build_cases(
+    *, backend: str, archs: tuple[str, ...], quick: bool = False, kernel: str = "", seed: int = 0
+) -> list[Case]:
+    """All cases of ``backend`` for kernels of ``archs`` whose label contains ``kernel``, those of a kernel together.
+
+    Raises :class:`ArgumentError` when no kernel is left.
+    """
+    cases: list[Case] = []
+    if backend == "reference":
+        dtypes: tuple[DType, ...] = ("fp16", "bf16")
+        for dtype in dtypes if kernel in "numpy" else ():
+            for aligned in (True, False):
+                cases += (
+                    Case(choice=None, arch=None, data=data) for data in _data(dtype, 8, aligned, quick, False, seed)
+                )
+    else:
+        for arch in dict.fromkeys(normalize_arch(arch) for arch in archs):
+            for choice in _instances(arch, quick):
+                if kernel in choice.spec.label:
+                    dtype = "fp16" if choice.dtype == "fp16" else "bf16"
+                    large = backend == "cuda" and not quick
+                    cases += (
+                        Case(choice=choice, arch=arch, data=data, schedule=seed + i)
+                        for i, data in enumerate(_data(dtype, choice.n_block, choice.aligned, quick, large, seed))
+                    )
+    if not cases:
+        where = "numpy" if backend == "reference" else f"for sm_{', sm_'.join(archs)}"
+        raise ArgumentError("kernel", expected=f"part of the label of a kernel {where}", got=repr(kernel))
+    return cases
+
+
+def _instances(arch: str, quick: bool) -> list[Choice]:
+    found = [choice for choice in tiled_csl.instances() if choice.spec.supports(arch)]
+    if quick:
+        preferred = {(width, tiled_csl.paths_for(width, arch)[0]) for width in tiled_csl.N_BLOCKS}
+        found = [
+            choice
+            for choice in found
+            if choice.vectors == tiled_csl.VECTORS[1]
+            and (choice.n_block, (choice.slices, choice.resident_blocks)) in preferred
+            and choice.overlap
+            and choice.undo
+        ]
+    # Kernels that multiply the same operands come after one another: expected results are kept for a while.
+    return sorted(found, key=lambda choice: (choice.dtype != "fp16", choice.n_block, not choice.aligned))
+
+
+def _data(dtype: DType, n_block: int, aligned: bool, quick: bool, large: bool, seed: int) -> Iterator[Data]:
+    sizes = cycle((n_block, n_block - 3, n_block + 1, 1, 2 * n_block + 2))
+    shapes = SHAPES[aligned][2:3] if quick else SHAPES[aligned]
+
+    def data(shape: tuple[int, int], pattern: tuple[str, float], operands: Operands, n: int | None = None) -> Data:
+        return Data(
+            m=shape[0],
+            k=shape[1],
+            n=next(sizes) if n is None else n,
+            dtype=dtype,
+            pattern=pattern[0],
+            sparsity=pattern[1],
+            operands=operands,
+            seed=seed,
+        )
+
+    for shape in shapes:
+        for pattern in QUICK_PATTERNS if quick else PATTERNS:
+            yield data(shape, pattern, "integers")
+        yield data(shape, TYPICAL, "random", n_block)
+    ragged = SHAPES[aligned][2]
+    yield data(ragged, TYPICAL, "special", n_block)
+    if quick:
+        return
+    yield data(ragged, ("full", 0.0), "special", n_block + 1)
+    yield data(ragged, ("full", 0.0), "random", n_block)
+    yield replace(data(ragged, TYPICAL, "integers", n_block), order="row")
+    yield data(LONG_SHAPES[aligned], ("uniform", 0.98), "integers", LONG_COLUMN_BLOCKS * n_block)
+    if large:
+        yield data(LARGE_SHAPES[aligned], TYPICAL, "integers", n_block)
+        yield data(LARGE_SHAPES[aligned], TYPICAL, "random", n_block)

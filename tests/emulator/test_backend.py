@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from products import assert_exact, exact, integers, weight
 
 from flashllm import ArgumentError, TiledCSL
 from flashllm.backends import emulator, emulator_build
@@ -17,6 +16,7 @@ from flashllm.bench import bandwidth, data
 from flashllm.errors import CompileError, MissingDependencyError
 from flashllm.jit.sources import cuda_root
 from flashllm.jit.spec import KernelSpec
+from products import assert_exact, exact, integers, weight
 
 READ = bandwidth.spec()
 SMALL = """#include "flashllm/portable.cuh"

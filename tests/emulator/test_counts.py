@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from products import integers, weight
 
 from flashllm import TiledCSL
 from flashllm.backends import emulator
 from flashllm.matmul import tiled_csl
+from products import integers, weight
 
 SHAPE = (256, 512)
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from products import NUMPY_DTYPE
-from tiled_csl_cases import PATTERNS, bits, pruned
 
 from flashllm import TiledCSL
 from flashllm.backends import emulator
 from flashllm.encode import tiled_csl as encoder
 from flashllm.formats.base import RoundingReport
 from flashllm.jit.spec import KernelSpec
+from products import NUMPY_DTYPE
+from tiled_csl_cases import PATTERNS, bits, pruned
 
 SPECS = {(spec.name, tuple(text for _, text in spec.template)): spec for spec in encoder.specs()}
 BITS16 = "flashllm::csl_encode::Bits16"

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from products import NUMPY_DTYPE, arch_of, assert_exact, choice_of, exact, integers, weight
 
 from flashllm import TiledCSL
 from flashllm.backends import emulator
 from flashllm.bench.check import error_over_bound, make_reference
 from flashllm.matmul import tiled_csl
+from products import NUMPY_DTYPE, arch_of, assert_exact, choice_of, exact, integers, weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
 SPECS = tuple(dict.fromkeys(tiled_csl.specs()))

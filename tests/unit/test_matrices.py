@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import tiled_csl_cases as cases
 from safetensors.numpy import save_file
 
+import tiled_csl_cases as cases
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.io.matrices import read_matrix

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiled_csl_cases as cases
 import tiled_csl_reference as reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tiled_csl_cases as cases
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import SparseWeight
 from flashllm.formats.tiled_csl import TiledCSL

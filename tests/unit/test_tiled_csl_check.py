@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiled_csl_cases as cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiled_csl_cases as cases
 from flashllm.errors import FormatError
 from flashllm.formats.tiled_csl import TiledCSL
 

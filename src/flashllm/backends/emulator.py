@@ -210,7 +210,7 @@ def spmm(
     from dataclasses import replace
 
     from flashllm.formats.bits import kind_of, numpy_dtype
-    from flashllm.matmul import planning, stream_k
+    from flashllm.matmul import planning, stream_k, tiled_csl
 
     rows, columns = w.shape
     if w.is_device:
@@ -234,9 +234,8 @@ def spmm(
     workspace = _aligned(np.full(max(plan.workspace_bytes, 16), 0xFF, np.uint8))
     counters = workspace[: plan.split.column_blocks * plan.split.tiles_m * stream_k.COUNTER_BYTES]
     counters[:] = 0
-    args = (_fenced(x), _aligned(w.words), w.tile_offsets, y, workspace)
-    scalars = (np.int32(rows), np.int32(n), np.int32(columns))
-    counts = launch(plan.spec, plan.grid, (*args, *scalars), seed=seed, build=build)
+    args = tiled_csl.arguments(w.shape, _fenced(x), _aligned(w.words), w.tile_offsets, y, workspace)
+    counts = launch(plan.spec, plan.grid, args, seed=seed, build=build)
     if plan.workspace_bytes and counters.any():
         raise EmulationError(f"{plan.spec.label} (seed {seed}): arrival counters are not zero after the launch")
     for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):

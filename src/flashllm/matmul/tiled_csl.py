@@ -165,10 +165,17 @@ def launch(
     """Multiply checked operands; nothing is allocated. ``workspace`` may be ``None`` where none is needed."""
     from flashllm.backends import cuda
 
-    rows, columns = w.shape
-    scalars = (np.int32(rows), np.int32(x.shape[0]), np.int32(columns))
-    arguments = (x, w.words, w.tile_offsets, out, out if workspace is None else workspace, *scalars)
-    cuda.launch(spec, (split.blocks, split.column_blocks), arguments, stream=stream)
+    workspace = out if workspace is None else workspace  # a valid address that nobody uses
+    parameters = arguments(w.shape, x, w.words, w.tile_offsets, out, workspace)
+    cuda.launch(spec, (split.blocks, split.column_blocks), parameters, stream=stream)
+
+
+def arguments(
+    shape: tuple[int, int], x: Any, words: Any, tile_offsets: Any, out: Any, workspace: Any
+) -> tuple[Any, ...]:
+    """The kernel's arguments in the order of its parameters; ``shape`` is M, K and x [N, K]."""
+    rows, columns = shape
+    return (x, words, tile_offsets, out, workspace, np.int32(rows), np.int32(x.shape[0]), np.int32(columns))
 
 
 def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:

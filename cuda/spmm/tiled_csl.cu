@@ -40,7 +40,6 @@ struct Shape {
     // 400 steps on the drift shows beside the rounding of the result to fp16.
     static constexpr int kMaxChain = kMaxChainSteps / kSteps;
     static constexpr int kStageBytes = kN * kRowBytes;
-    static constexpr int kSharedBytes = kImages * (kTileBytes + kStageBytes);
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
     static_assert(kSlices * kSteps * 16 == csl::kTileK, "K slices must cover the tile");
 
@@ -249,7 +248,7 @@ struct Walk {
         excess = excess << 1 | (end - begin > kVectors * kThreads);
         if constexpr (kPrefetch > 0) {
             constexpr int kDistance = kPrefetch * 64;  // vectors
-            ptx::prefetch_to_l2(threadIdx.x == 0 && begin < end && end + kDistance <= total,
+            ptx::prefetch_to_l2(threadIdx.x == 0 && begin < end && end <= total - kDistance,
                                 words + begin + kDistance, (end - begin) * 16);
         }
         edge[(kSet + 2) % kImages] = __ldg(offset + min(tile + ahead + 2, count));

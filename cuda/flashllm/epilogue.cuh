@@ -2,8 +2,8 @@
 // From accumulator fragments to rows of y.
 //
 // S is the compile-time shape of a kernel: kM x kN outputs per block in kRowFragments x kColumnFragments m16n8
-// fragments per warp, kBlockWarps warps, K split over kSlices groups of them; row(i) is the first row of this warp's fragment i and
-// slice() its K slice.
+// fragments per warp, kBlockWarps warps, K split over kSlices groups of them; row(i) is the first row of this warp's
+// fragment i and slice() its K slice.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -71,7 +71,7 @@ template <typename T>
 FLASHLLM_DEVICE void store_y(T* y, int n, int m, int M, const float4& value) {
     T* target = y + static_cast<long long>(n) * M + m;
     alignas(8) const T rounded[4] = {round_to<T>(value.x), round_to<T>(value.y), round_to<T>(value.z),
-                          round_to<T>(value.w)};
+                                     round_to<T>(value.w)};
     if (M % 4 == 0) {
         if (m < M) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(rounded);
     } else {

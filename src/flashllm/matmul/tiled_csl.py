@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 THREADS = 128
 K_STEP = 16  # columns of one tensor-core step
-MAX_CHAIN_STEPS = 384  # tensor-core accumulations in a row; bounds the drift of their truncation
+MAX_CHAIN_STEPS = 384  # tensor-core accumulations in a row; bounds what their truncation adds up to
 IMAGES = 3  # tile images, and x stages, in shared memory
 N_BLOCKS = (8, 16, 32, 64)
 """Columns of x one block computes; wider x takes several blocks of the last."""

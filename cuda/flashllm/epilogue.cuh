@@ -45,7 +45,7 @@ FLASHLLM_DEVICE void drain(Accumulators<S>& sum, float* scratch, Consume&& consu
             }
             __syncthreads();
         }
-#pragma unroll 4
+#pragma unroll 2
         for (int n = warp; n < kColumns; n += S::kBlockWarps) {
             const int m = lane * 4;
             const float* cell = scratch + n * S::kM + (m ^ ((n >> 1 & 3) << 3));

@@ -48,22 +48,39 @@ FLASHLLM_DEVICE void store_shared(unsigned address, uint4 value) {
 
 // ---- global memory ---------------------------------------------------------------------------------------
 
-// Weights are read once per launch: no L1 allocation. Unconditional on purpose: a predicated load has to merge with
-// the register's old value, and the copies that makes would wait for the data.
+// Data that is read once should be the first to leave the L2: x, and the activations of the layers around, stay.
+FLASHLLM_DEVICE unsigned long long evict_first() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Weights are read once per launch: no L1 allocation either. Unconditional on purpose: a predicated load has to merge
+// with the register's old value, and the copies that makes would wait for the data.
 FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) {
     uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(pointer));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(pointer), "l"(evict_first()));
     return value;
 }
 
-// Brings `bytes` (a multiple of 16, not 0) starting at a 16-byte aligned address into the L2, with one instruction
-// of one thread: the DRAM latency is then paid outside the register file. No-op before sm_90.
+// Brings `bytes` (a multiple of 16, not 0) starting at a 16-byte aligned address into the L2, to be read once, with one
+// instruction of one thread: the DRAM latency is then paid outside the register file. No-op before sm_90.
 FLASHLLM_DEVICE void prefetch_to_l2(bool active, const void* pointer, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.bulk.prefetch.L2.global [%0], %1; }"
-                 :: "l"(pointer), "r"(bytes), "r"(static_cast<int>(active)) : "memory");
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0;\n"
+                 "@p cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %3; }"
+                 :: "l"(pointer), "r"(bytes), "r"(static_cast<int>(active)), "l"(evict_first()) : "memory");
 #endif
+}
+
+// *counter += value, seen by the device as one step; returns what was there. Release: stores that happened before,
+// also by threads met at a barrier, are visible to whoever reads the sum; acquire: and theirs here. Cheaper than
+// __threadfence(), which orders more (it is sequentially consistent).
+FLASHLLM_DEVICE int add_acquire_release(int* counter, int value) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+    return before;
 }
 
 // ---- asynchronous copies (sm_80) --------------------------------------------------------------------------

@@ -225,7 +225,7 @@ template <typename T, typename S, int kVectors, int kPrefetch, bool kAligned, bo
 struct Walk {
     const uint4* words;
     const int* offset;           // of the block's first tile
-    int total;                   // vectors in the whole weight
+    int run_end;                 // where the words of the block's last tile end
     unsigned images, stages, image_operand, stage_operand;
     int tile = 0, count;
     int edge[kImages];           // where the words of the tiles under way begin
@@ -233,9 +233,9 @@ struct Walk {
     XLoader<S, kAligned> x;
     Words<kVectors> sets[kImages];
 
-    FLASHLLM_DEVICE Walk(const uint4* words, const int* offset, int total, int count, unsigned shared,
+    FLASHLLM_DEVICE Walk(const uint4* words, const int* offset, int count, unsigned shared,
                          XLoader<S, kAligned> x)
-        : words(words), offset(offset), total(total), images(shared), stages(shared + kImages * kTileBytes),
+        : words(words), offset(offset), run_end(__ldg(offset + count)), images(shared), stages(shared + kImages * kTileBytes),
           image_operand(ptx::operand(images)), stage_operand(ptx::operand(stages)), count(count), x(x) {}
 
     // Loads the words of set kSet's next tile, number `ahead` from the present one. Past the block's last tile the
@@ -248,7 +248,8 @@ struct Walk {
         excess = excess << 1 | (end - begin > kVectors * kThreads);
         if constexpr (kPrefetch > 0) {
             constexpr int kDistance = kPrefetch * 64;  // vectors
-            ptx::prefetch_to_l2(threadIdx.x == 0 && begin < end && end <= total - kDistance,
+            // Not past the run: what follows is another block's first tile, read long ago.
+            ptx::prefetch_to_l2(threadIdx.x == 0 && begin < end && end <= run_end - kDistance,
                                 words + begin + kDistance, (end - begin) * 16);
         }
         edge[(kSet + 2) % kImages] = __ldg(offset + min(tile + ahead + 2, count));
@@ -316,6 +317,21 @@ struct Walk {
     }
 };
 
+// Adds the pieces of row `tile_m` of tiles and writes its columns n0.. of y.
+template <typename S, typename T, typename Piece>
+FLASHLLM_DEVICE void add_pieces(const Piece& piece, T* y, int n0, int N, int m0, int M) {
+    constexpr int kTurn = S::kN / kWarps < 4 ? S::kN / kWarps : 4;  // columns in flight per thread
+    const int columns = min(S::kN, N - n0), m = (threadIdx.x & 31) * 4;
+    for (int n = threadIdx.x >> 5; n < columns; n += kWarps * kTurn) {
+        float4 sums[kTurn];
+        piece.total(sums, n, kWarps, m);
+#pragma unroll
+        for (int j = 0; j < kTurn; ++j) {
+            if (n + j * kWarps < columns) store_y(y, n0 + n + j * kWarps, m0 + m, M, sums[j]);
+        }
+    }
+}
+
 // Grid (G, ceil(N / kN)). workspace: see stream_k.cuh; zero before the first launch, counters zero after each.
 // kSlices 0: warpgroup tensor cores. kVectors: words per thread and tile held in registers, in vectors of 4.
 // kPrefetch: KiB of words brought to the L2 ahead of their loads, 0 = off. kAligned: K is a multiple of 8 and x
@@ -324,20 +340,21 @@ template <typename T, int kN, int kSlices, int kVectors, int kPrefetch, int kMin
           bool kUndo>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const int* __restrict__ offsets,
-               T* __restrict__ y, unsigned char* __restrict__ workspace, int M, int N, int K) {
+               T* __restrict__ y, unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost) {
     using S = Shape<kN, kSlices>;
     static_assert(kOverlap || !S::kWarpgroup, "without overlap there is mma.sync only");
     FLASHLLM_DYNAMIC_SHARED(shared);
     const unsigned base = ptx::shared_address(shared);
 
-    const StreamK<kN> split((M + csl::kTileM - 1) / csl::kTileM, (K + csl::kTileK - 1) / csl::kTileK, workspace);
+    const StreamK<kN> split((M + csl::kTileM - 1) / csl::kTileM, (K + csl::kTileK - 1) / csl::kTileK, row_cost,
+                            workspace);
     const unsigned first = split.first_tile(blockIdx.x);
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1) - first);
     const int n0 = blockIdx.y * kN;
     const int tile_k = static_cast<int>(first % split.tiles_k);
 
     Walk<T, S, kVectors, kPrefetch, kAligned, kOverlap, kUndo> walk(
-        words, offsets + first, offsets[split.tiles()], count, base,
+        words, offsets + first, count, base,
         XLoader<S, kAligned>(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k,
                              base + kImages * kTileBytes));
     walk.fill();
@@ -345,7 +362,7 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
 
     int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
     int chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
-    while (true) {
+    for (bool more = true; more;) {
 #pragma unroll
         for (int u = 0; u < kImages; ++u) {
             if (u == 0) walk.template phase<0>(sum);
@@ -369,19 +386,10 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
                 if (final) store_y(y, n0 + n, m0 + m, M, value);
                 else piece.store(n, m, value);
             });
-            if (row_ends && !piece.whole && piece.arrive_last()) {
-                constexpr int kTurn = kN / kWarps < 4 ? kN / kWarps : 4;  // columns in flight per thread
-                const int m = (threadIdx.x & 31) * 4;
-                for (int n = threadIdx.x >> 5; n < kN && n0 + n < N; n += kWarps * kTurn) {
-                    float4 sums[kTurn];
-                    piece.total(sums, n, kWarps, m);
-#pragma unroll
-                    for (int j = 0; j < kTurn; ++j) {
-                        if (n0 + n + j * kWarps < N) store_y(y, n0 + n + j * kWarps, m0 + m, M, sums[j]);
-                    }
-                }
+            if (walk.tile == walk.count) {
+                more = false;
+                break;
             }
-            if (walk.tile == walk.count) return;
             zero_image(base + u * kTileBytes);  // the coming undo stores more zeros: harmless
             if (row_ends) {
                 row_end = min(walk.count, row_end + split.tiles_k);
@@ -390,6 +398,25 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
                 chain_end = min(row_end, chain_end + S::kMaxChain);
             }
         }
+    }
+
+    // The run shares its first and its last row of tiles, or one, or none, with other blocks. Their arrivals wait until
+    // here: a fence each costs a microsecond, two at one time no more than one, and the loop is rid of the code.
+    const int block = ptx::opaque(blockIdx.x);
+    const unsigned run_begin = split.first_tile(block);
+    const unsigned first_row = run_begin / split.tiles_k, last_row = (run_begin + walk.count - 1) / split.tiles_k;
+    int* const completes = reinterpret_cast<int*>(shared);  // the images are not needed any more
+    __syncthreads();                                        // all threads have stored their part of the pieces
+    if (threadIdx.x == 0) completes[0] = split.piece(block, first_row, blockIdx.y).arrive_last();
+    if (threadIdx.x == 32) {
+        completes[1] = last_row != first_row && split.piece(block, last_row, blockIdx.y).arrive_last();
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+        if (!completes[i]) continue;
+        const unsigned row = i == 0 ? first_row : last_row;
+        add_pieces<S>(split.piece(block, row, blockIdx.y), y, n0, N, row * csl::kTileM, M);
     }
 }
 

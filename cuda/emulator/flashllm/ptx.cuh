@@ -36,6 +36,8 @@ FLASHLLM_DEVICE void prefetch_to_l2([[maybe_unused]] bool active, [[maybe_unused
 #endif
 }
 
+FLASHLLM_DEVICE int add_acquire_release(int* counter, int value) { return atomicAdd(counter, value); }
+
 // ---- asynchronous copies (sm_80) -------------------------------------------------------------------------------
 
 FLASHLLM_DEVICE void copy_async16(bool active, unsigned address, const void* pointer, unsigned bytes) {

@@ -234,7 +234,7 @@ def spmm(
     workspace = _aligned(np.full(max(plan.workspace_bytes, 16), 0xFF, np.uint8))
     counters = workspace[: plan.split.column_blocks * plan.split.tiles_m * stream_k.COUNTER_BYTES]
     counters[:] = 0
-    args = tiled_csl.arguments(w.shape, _fenced(x), _aligned(w.words), w.tile_offsets, y, workspace)
+    args = tiled_csl.arguments(plan.split, w.shape, _fenced(x), _aligned(w.words), w.tile_offsets, y, workspace)
     counts = launch(plan.spec, plan.grid, args, seed=seed, build=build)
     if plan.workspace_bytes and counters.any():
         raise EmulationError(f"{plan.spec.label} (seed {seed}): arrival counters are not zero after the launch")

@@ -31,6 +31,11 @@ X_ALIGNMENT = 16
 _CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 # K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
 _SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
+# What writing the accumulators costs a block, in tiles, by n_block (measured).
+_ROW_COST = {8: 1, 16: 2, 32: 2, 64: 3}
+_MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
+_MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
+_ALIGNED_ENOUGH = 0.97  # of the blocks that fit, to have none that spans two rows of tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ class Choice:
     @property
     def prefetch_kib(self) -> int:
         """Words brought to the L2 ahead of their loads: pays where a tile has few words in flight."""
-        return 16 if self.vectors < VECTORS[-1] else 0
+        return 8 if self.vectors < VECTORS[-1] else 0
 
     @property
     def spec(self) -> KernelSpec:
@@ -125,7 +130,10 @@ def default_choice(w: TiledCSL, n: int, *, arch: str) -> Choice:
     n_block = n_block_for(n)
     aligned = w.shape[1] % 8 == 0
     vectors = vectors_for(w) if aligned else VECTORS[1]
-    return _choice(w.dtype, n_block, vectors, paths_for(n_block, arch)[0], aligned=aligned)
+    paths = paths_for(n_block, arch)
+    # The fewer zeros, the less the fence of wgmma weighs, and the more the registers that mma.sync takes (measured).
+    path = paths[-1] if vectors == VECTORS[-1] else paths[0]
+    return _choice(w.dtype, n_block, vectors, path, aligned=aligned)
 
 
 def _choice(dtype: str, n_block: int, vectors: int, path: tuple[int, int], *, aligned: bool = True) -> Choice:
@@ -144,17 +152,30 @@ def _choice(dtype: str, n_block: int, vectors: int, path: tuple[int, int], *, al
 
 
 def split_for(w: TiledCSL, n: int, choice: Choice, *, sm_count: int) -> StreamK:
-    """Blocks and workspace of ``choice``: all that fit the device at once, each with at least one tile."""
+    """Blocks and workspace of ``choice``: about as many blocks as fit the device at once.
+
+    A few less if then no block spans two rows of tiles; else the ends of rows are weighed, so that the blocks that
+    do span two are not the last to finish.
+    """
     tiles_m, tiles_k = w.tiles
     column_blocks = -(-n // choice.n_block)
     tiles = tiles_m * tiles_k
-    blocks = max(1, min(tiles, sm_count * choice.blocks_per_sm // column_blocks, INDEX_LIMIT // tiles))
+    worthwhile = tiles_m * max(1, tiles_k // _MIN_TILES_PER_PIECE)
+    blocks = max(1, min(worthwhile, sm_count * choice.blocks_per_sm // column_blocks, INDEX_LIMIT // tiles))
+    row_cost = 0
+    aligned = blocks - blocks % tiles_m
+    if aligned >= _ALIGNED_ENOUGH * blocks:
+        blocks = aligned
+    elif tiles >= _MIN_TILES_PER_BLOCK * blocks:
+        row_cost = _ROW_COST[choice.n_block]
+        blocks = min(blocks, INDEX_LIMIT // (tiles_m * (tiles_k + row_cost)))
     return StreamK(
         tiles_m=tiles_m,
         tiles_k=tiles_k,
         blocks=blocks,
         n_block=choice.n_block,
         column_blocks=column_blocks,
+        row_cost=row_cost,
         max_chain=MAX_CHAIN_STEPS * max(choice.slices, 1) * K_STEP // TILE_K,
     )
 
@@ -166,16 +187,17 @@ def launch(
     from flashllm.backends import cuda
 
     workspace = out if workspace is None else workspace  # a valid address that nobody uses
-    parameters = arguments(w.shape, x, w.words, w.tile_offsets, out, workspace)
+    parameters = arguments(split, w.shape, x, w.words, w.tile_offsets, out, workspace)
     cuda.launch(spec, (split.blocks, split.column_blocks), parameters, stream=stream)
 
 
 def arguments(
-    shape: tuple[int, int], x: Any, words: Any, tile_offsets: Any, out: Any, workspace: Any
+    split: StreamK, shape: tuple[int, int], x: Any, words: Any, tile_offsets: Any, out: Any, workspace: Any
 ) -> tuple[Any, ...]:
     """The kernel's arguments in the order of its parameters; ``shape`` is M, K and x [N, K]."""
     rows, columns = shape
-    return (x, words, tile_offsets, out, workspace, np.int32(rows), np.int32(x.shape[0]), np.int32(columns))
+    numbers = (rows, x.shape[0], columns, split.row_cost)
+    return (x, words, tile_offsets, out, workspace, *map(np.int32, numbers))
 
 
 def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:

@@ -32,7 +32,7 @@ _CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 # K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
 _SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
 # What writing the accumulators costs a block, in tiles, by n_block (measured).
-_ROW_COST = {8: 1, 16: 2, 32: 2, 64: 3}
+_ROW_COST = {8: 3, 16: 4, 32: 4, 64: 4}
 _MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
 _MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
 _ALIGNED_ENOUGH = 0.97  # of the blocks that fit, to have none that spans two rows of tiles

@@ -16,35 +16,68 @@ namespace flashllm {
 template <typename S>
 using Accumulators = float[S::kRowFragments][S::kColumnFragments][4];
 
-// Adds the K slices' accumulators in slice order in shared memory, 32 columns of y at a time (scratch: kM x 32
-// floats), and hands each thread groups of 4 neighbouring rows m of one column n:
-// consume(n, m, float4). Leaves the accumulators zero.
+// body(four accumulators, the number of their fragment)
+template <typename S, typename Body>
+FLASHLLM_DEVICE void for_each(Accumulators<S>& sum, Body&& body) {
+#pragma unroll
+    for (int i = 0; i < S::kRowFragments; ++i)
+#pragma unroll
+        for (int j = 0; j < S::kColumnFragments; ++j) body(sum[i][j], i * S::kColumnFragments + j);
+}
+
+FLASHLLM_DEVICE void accumulate(float (&part)[4], const float4& more) {
+    part[0] += more.x, part[1] += more.y, part[2] += more.z, part[3] += more.w;
+}
+
+// Adds the second K slice's accumulators to the first's and leaves them zero. scratch: kM x kN floats, in the end zero.
+template <typename S>
+FLASHLLM_DEVICE void combine_slices(Accumulators<S>& sum, float* scratch) {
+    static_assert(S::kSlices <= 2, "two slices are combined in one step");
+    if constexpr (S::kSlices == 2) {
+        const int pair = (threadIdx.x >> 6) * 32 + (threadIdx.x & 31);  // the same in the two warps of a pair
+        float4* cell = reinterpret_cast<float4*>(scratch) + pair;
+        constexpr int kPairs = S::kBlockWarps * 16;
+        if (S::slice() == 1) {
+            for_each<S>(sum, [&](float (&part)[4], int v) {
+                cell[v * kPairs] = make_float4(part[0], part[1], part[2], part[3]);
+                part[0] = part[1] = part[2] = part[3] = 0.0f;
+            });
+        }
+        __syncthreads();
+        if (S::slice() == 0) {
+            for_each<S>(sum, [&](float (&part)[4], int v) {
+                accumulate(part, cell[v * kPairs]);
+                cell[v * kPairs] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            });
+        }
+        __syncthreads();  // the other slice's warps may write here again
+    }
+}
+
+// Turns the accumulators of the first K slice in shared memory, 32 columns of y at a time (scratch: kM x 32 floats),
+// and hands each thread groups of 4 neighbouring rows m of one column n: consume(n, m, float4). Leaves the accumulators
+// zero.
 template <typename S, typename Consume>
 FLASHLLM_DEVICE void drain(Accumulators<S>& sum, float* scratch, Consume&& consume) {
     constexpr int kColumns = S::kN < 32 ? S::kN : 32;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
     for (int first = 0; first < S::kN; first += kColumns) {
+        if (S::slice() == 0) {
 #pragma unroll
-        for (int turn = 0; turn < S::kSlices; ++turn) {
-            if (S::slice() == turn) {
+            for (int i = 0; i < S::kRowFragments; ++i)
 #pragma unroll
-                for (int i = 0; i < S::kRowFragments; ++i)
+                for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll
-                    for (int j = 0; j < kColumns / 8; ++j)
-#pragma unroll
-                        for (int r = 0; r < 4; ++r) {
-                            const int n = j * 8 + (lane & 3) * 2 + (r & 1);
-                            const int m = S::row(i) + (lane >> 2) + (r >> 1) * 8;
-                            // XOR by the quad lane: the 32 lanes of a store fall on 32 banks.
-                            float& cell = scratch[n * S::kM + (m ^ ((lane & 3) << 3))];
-                            float& mine = sum[i][first / 8 + j][r];
-                            cell = turn == 0 ? mine : cell + mine;
-                            mine = 0.0f;
-                        }
-            }
-            __syncthreads();
+                    for (int r = 0; r < 4; ++r) {
+                        const int n = j * 8 + (lane & 3) * 2 + (r & 1);
+                        const int m = S::row(i) + (lane >> 2) + (r >> 1) * 8;
+                        // XOR by the quad lane: the 32 lanes of a store fall on 32 banks.
+                        scratch[n * S::kM + (m ^ ((lane & 3) << 3))] = sum[i][first / 8 + j][r];
+                        sum[i][first / 8 + j][r] = 0.0f;
+                    }
         }
+        __syncthreads();
 #pragma unroll 2
         for (int n = warp; n < kColumns; n += S::kBlockWarps) {
             const int m = lane * 4;

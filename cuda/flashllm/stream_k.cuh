@@ -2,9 +2,9 @@
 // Stream-K split of a grid of weight tiles over the blocks of a launch, and the ordered reduction of the pieces.
 //
 // The tiles of an [M, K] weight, numbered row by row, are dealt to the G = gridDim.x blocks in contiguous runs of
-// equal cost. A row of tiles that one block covers alone is final; otherwise each block leaves its piece of it, fp32
-// [kN][128], in the workspace, and the block that arrives last adds the pieces in block order. (Stream-K: Osama
-// et al., PPoPP'23.)
+// equal cost. A row of tiles that one block covers alone is final; otherwise each block leaves its piece of it in the
+// workspace, and the block that arrives last adds the pieces in block order. (Stream-K: Osama et al., PPoPP'23.) A
+// piece is the accumulators as the threads of the first K slice hold them, one 16-byte vector per thread after another.
 //
 // Cost counts the end of a row like `row_cost` more tiles, since there a block stops to write its accumulators: a run
 // that reaches into another row gets so many tiles fewer, and does not keep the others waiting at the end.
@@ -16,14 +16,17 @@
 // src/flashllm/matmul/stream_k.py mirrors these formulas.
 #pragma once
 
+#include "flashllm/epilogue.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
 
 namespace flashllm {
 
-template <int kN>
+template <typename S>
 struct StreamK {
-    static constexpr int kPieceFloats = kN * 128;
+    static constexpr int kThreads = S::kBlockWarps * 32 / S::kSlices;  // those of the first K slice
+    static constexpr int kPieceVectors = S::kRowFragments * S::kColumnFragments * kThreads;
+    static_assert(kPieceVectors * 4 == S::kN * S::kM, "the host sizes the workspace by this");
 
     int tiles_m, tiles_k, row_cost;
     unsigned char* workspace;
@@ -54,21 +57,26 @@ struct StreamK {
     }
 
     struct Piece {
-        bool whole;      // the block has all of K for this row of tiles
-        int pieces;      // blocks that share the row of tiles
-        float* mine;     // this block's slot
-        const float* first_slot;   // slot of the row's first block
-        const float* other_slots;  // slot 0 of the row's second block
+        bool whole;                 // the block has all of K for this row of tiles
+        int pieces;                 // blocks that share the row of tiles
+        float4* mine;               // this block's slot
+        const float4* first_slot;   // slot of the row's first block
+        const float4* other_slots;  // slot 0 of the row's second block
         int* counter;
 
-        FLASHLLM_DEVICE void store(int n, int m, const float4& value) const {
-            __stcg(reinterpret_cast<float4*>(mine + n * 128 + m), value);
+        // Puts the accumulators of the first K slice into this block's slot and leaves them zero.
+        FLASHLLM_DEVICE void store(Accumulators<S>& sum) const {
+            if (S::slice() != 0) return;
+            for_each<S>(sum, [&](float (&part)[4], int v) {
+                __stcg(mine + place(v), make_float4(part[0], part[1], part[2], part[3]));
+                part[0] = part[1] = part[2] = part[3] = 0.0f;
+            });
         }
 
-        // What this block stored before at (n, m), plus `value`.
-        FLASHLLM_DEVICE float4 continued(int n, int m, const float4& value) const {
-            const float4 before = __ldcg(reinterpret_cast<const float4*>(mine + n * 128 + m));
-            return make_float4(before.x + value.x, before.y + value.y, before.z + value.z, before.w + value.w);
+        // Adds what this block stored before.
+        FLASHLLM_DEVICE void add_stored(Accumulators<S>& sum) const {
+            if (S::slice() != 0) return;
+            for_each<S>(sum, [&](float (&part)[4], int v) { accumulate(part, __ldcg(mine + place(v))); });
         }
 
         // True if all other pieces of the row are stored. One thread calls it, after a barrier behind which all
@@ -79,35 +87,35 @@ struct StreamK {
             return true;
         }
 
-        // Sums over all blocks, in block order, of rows m..m+3 and columns n, n + stride, ... Several
-        // pieces are loaded before the first is added: one after the other, their latencies cost more than all else.
-        template <int kCount>
-        FLASHLLM_DEVICE void total(float4 (&sums)[kCount], int n, int stride, int m) const {
-            constexpr int kAhead = 16 / kCount;  // pieces in flight, 16 vectors of them
-#pragma unroll
-            for (int j = 0; j < kCount; ++j) {
-                sums[j] = __ldcg(reinterpret_cast<const float4*>(first_slot + (n + j * stride) * 128 + m));
-            }
-            const float* slot = other_slots + n * 128 + m;
-            for (int i = 1; i < pieces; i += kAhead, slot += kAhead * 2 * kPieceFloats) {
-                float4 parts[kAhead][kCount] = {};
+        // Adds the pieces of all blocks, in block order, to accumulators that are zero. Several pieces are loaded before
+        // the first is added: one after the other, their latencies cost more than all else.
+        FLASHLLM_DEVICE void add_all(Accumulators<S>& sum) const {
+            constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
+            constexpr int kAhead = kVectors < 16 ? 16 / kVectors : 1;
+            if (S::slice() != 0) return;
+            for_each<S>(sum, [&](float (&part)[4], int v) { accumulate(part, __ldcg(first_slot + place(v))); });
+            const float4* slot = other_slots;
+            for (int i = 1; i < pieces; i += kAhead, slot += kAhead * 2 * kPieceVectors) {
+                float4 loaded[kAhead][kVectors] = {};
 #pragma unroll
                 for (int ahead = 0; ahead < kAhead; ++ahead) {
                     if (i + ahead >= pieces) break;
 #pragma unroll
-                    for (int j = 0; j < kCount; ++j) {
-                        parts[ahead][j] = __ldcg(reinterpret_cast<const float4*>(slot + ahead * 2 * kPieceFloats +
-                                                                                 j * stride * 128));
+                    for (int v = 0; v < kVectors; ++v) {
+                        loaded[ahead][v] = __ldcg(slot + ahead * 2 * kPieceVectors + place(v));
                     }
                 }
 #pragma unroll
-                for (int ahead = 0; ahead < kAhead; ++ahead)
-#pragma unroll
-                    for (int j = 0; j < kCount; ++j) {
-                        sums[j].x += parts[ahead][j].x, sums[j].y += parts[ahead][j].y;
-                        sums[j].z += parts[ahead][j].z, sums[j].w += parts[ahead][j].w;
-                    }
+                for (int ahead = 0; ahead < kAhead; ++ahead) {
+                    for_each<S>(sum, [&](float (&part)[4], int v) { accumulate(part, loaded[ahead][v]); });
+                }
             }
+        }
+
+    private:
+        // Where vector v of this thread lies in a piece.
+        FLASHLLM_DEVICE static int place(int v) {
+            return v * kThreads + (threadIdx.x >> 5) / S::kSlices * 32 + (threadIdx.x & 31);
         }
     };
 
@@ -115,12 +123,12 @@ struct StreamK {
         const unsigned row_first = tile_m * tiles_k;
         const unsigned first_block = block_of(row_first), last_block = block_of(row_first + tiles_k - 1);
         const long long counters = (static_cast<long long>(gridDim.y) * tiles_m * 4 + 127) / 128 * 128;
-        float* slots = reinterpret_cast<float*>(workspace + counters) +
-                       static_cast<long long>(column_block) * gridDim.x * 2 * kPieceFloats;
+        float4* slots = reinterpret_cast<float4*>(workspace + counters) +
+                        static_cast<long long>(column_block) * gridDim.x * 2 * kPieceVectors;
         // Slot 0 of a block is for the row its run begins in, slot 1 for the row it ends in, if another.
         auto slot = [&](unsigned b) {
             const bool begins_in_row = first_tile(b) >= row_first;
-            return slots + (static_cast<long long>(b) * 2 + (begins_in_row ? 0 : 1)) * kPieceFloats;
+            return slots + (static_cast<long long>(b) * 2 + (begins_in_row ? 0 : 1)) * kPieceVectors;
         };
         Piece piece;
         piece.pieces = last_block - first_block + 1;
@@ -128,7 +136,7 @@ struct StreamK {
         piece.mine = slot(block);
         piece.first_slot = slot(first_block);
         // Every later block of the row begins inside it, so its slot is its slot 0.
-        piece.other_slots = slots + static_cast<long long>(first_block + 1) * 2 * kPieceFloats;
+        piece.other_slots = slots + static_cast<long long>(first_block + 1) * 2 * kPieceVectors;
         piece.counter = reinterpret_cast<int*>(workspace) + static_cast<long long>(column_block) * tiles_m + tile_m;
         return piece;
     }

@@ -103,6 +103,7 @@ FLASHLLM_DEVICE void store_words(const Words<kVectors>& words, unsigned images) 
 template <bool kZero, int kImage, int kVectors>
 FLASHLLM_DEVICE void store_excess(unsigned images, const uint4* all_words, const int* offset) {
     const int begin = __ldg(offset), count = __ldg(offset + 1) - begin;
+#pragma unroll 1  // rare, and in the way: the less code the better
     for (int i = kVectors * kThreads + threadIdx.x; i < count; i += kThreads) {
         store_vector<kZero, kImage * kTileBytes>(__ldg(all_words + begin + i), images);
     }
@@ -235,8 +236,9 @@ struct Walk {
 
     FLASHLLM_DEVICE Walk(const uint4* words, const int* offset, int count, unsigned shared,
                          XLoader<S, kAligned> x)
-        : words(words), offset(offset), run_end(__ldg(offset + count)), images(shared), stages(shared + kImages * kTileBytes),
-          image_operand(ptx::operand(images)), stage_operand(ptx::operand(stages)), count(count), x(x) {}
+        : words(words), offset(offset), run_end(__ldg(offset + count)), images(shared),
+          stages(shared + kImages * kTileBytes), image_operand(ptx::operand(images)),
+          stage_operand(ptx::operand(stages)), count(count), x(x) {}
 
     // Loads the words of set kSet's next tile, number `ahead` from the present one. Past the block's last tile the
     // edges stand still: no words.
@@ -317,21 +319,6 @@ struct Walk {
     }
 };
 
-// Adds the pieces of row `tile_m` of tiles and writes its columns n0.. of y.
-template <typename S, typename T, typename Piece>
-FLASHLLM_DEVICE void add_pieces(const Piece& piece, T* y, int n0, int N, int m0, int M) {
-    constexpr int kTurn = S::kN / kWarps < 4 ? S::kN / kWarps : 4;  // columns in flight per thread
-    const int columns = min(S::kN, N - n0), m = (threadIdx.x & 31) * 4;
-    for (int n = threadIdx.x >> 5; n < columns; n += kWarps * kTurn) {
-        float4 sums[kTurn];
-        piece.total(sums, n, kWarps, m);
-#pragma unroll
-        for (int j = 0; j < kTurn; ++j) {
-            if (n + j * kWarps < columns) store_y(y, n0 + n + j * kWarps, m0 + m, M, sums[j]);
-        }
-    }
-}
-
 // Grid (G, ceil(N / kN)). workspace: see stream_k.cuh; zero before the first launch, counters zero after each.
 // kSlices 0: warpgroup tensor cores. kVectors: words per thread and tile held in registers, in vectors of 4.
 // kPrefetch: KiB of words brought to the L2 ahead of their loads, 0 = off. kAligned: K is a multiple of 8 and x
@@ -346,7 +333,7 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
     FLASHLLM_DYNAMIC_SHARED(shared);
     const unsigned base = ptx::shared_address(shared);
 
-    const StreamK<kN> split((M + csl::kTileM - 1) / csl::kTileM, (K + csl::kTileK - 1) / csl::kTileK, row_cost,
+    const StreamK<S> split((M + csl::kTileM - 1) / csl::kTileM, (K + csl::kTileK - 1) / csl::kTileK, row_cost,
                             workspace);
     const unsigned first = split.first_tile(blockIdx.x);
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1) - first);
@@ -359,45 +346,59 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
                              base + kImages * kTileBytes));
     walk.fill();
     Accumulators<S> sum = {};
+    const auto write = [&](Accumulators<S>& sum, float* scratch, unsigned tile_m) {
+        drain<S>(sum, scratch, [&](int n, int m, const float4& value) {
+            if (n0 + n < N) store_y(y, n0 + n, static_cast<int>(tile_m) * csl::kTileM + m, M, value);
+        });
+    };
 
     int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
     int chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
-    for (bool more = true; more;) {
-#pragma unroll
-        for (int u = 0; u < kImages; ++u) {
-            if (u == 0) walk.template phase<0>(sum);
-            if (u == 1) walk.template phase<1>(sum);
-            if (u == 2) walk.template phase<2>(sum);
-            if (++walk.tile != chain_end) continue;
-            // A chain ends. The present image has been read and not yet cleared: it serves as scratch.
-            // Which row of tiles this is, is worked out here: phases need the registers more.
-            const int block = ptx::opaque(blockIdx.x);
-            const unsigned run_begin = split.first_tile(block);
-            const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
-            const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
-            const bool continued = run_begin + walk.tile - row_begin > S::kMaxChain;  // the slot holds earlier chains
-            const auto piece = split.piece(block, tile_m, blockIdx.y);
-            const bool row_ends = walk.tile == row_end;
-            const bool final = row_ends && piece.whole;
-            const int m0 = tile_m * csl::kTileM;
-            drain<S>(sum, reinterpret_cast<float*>(shared + u * kTileBytes), [&](int n, int m, float4 value) {
-                if (n0 + n >= N) return;
-                if (continued) value = piece.continued(n, m, value);
-                if (final) store_y(y, n0 + n, m0 + m, M, value);
-                else piece.store(n, m, value);
-            });
-            if (walk.tile == walk.count) {
-                more = false;
-                break;
-            }
-            zero_image(base + u * kTileBytes);  // the coming undo stores more zeros: harmless
-            if (row_ends) {
-                row_end = min(walk.count, row_end + split.tiles_k);
-                chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
-            } else {
-                chain_end = min(row_end, chain_end + S::kMaxChain);
-            }
+    int skip = 0;  // phases of the next round that the last one has run already
+    while (true) {
+        int ended = -1;  // the phase whose tile ended a chain
+        if (skip < 1) {
+            walk.template phase<0>(sum);
+            if (++walk.tile == chain_end) ended = 0;
         }
+        if (ended < 0 && skip < 2) {
+            walk.template phase<1>(sum);
+            if (++walk.tile == chain_end) ended = 1;
+        }
+        if (ended < 0) {
+            walk.template phase<2>(sum);
+            if (++walk.tile == chain_end) ended = 2;
+        }
+        skip = 0;
+        if (ended < 0) continue;
+
+        // A chain ends: rare, so there is one copy of this code, and its fetch from memory is paid once. Which row of
+        // tiles this is, is worked out here: phases need the registers more.
+        const int block = ptx::opaque(blockIdx.x);
+        const unsigned run_begin = split.first_tile(block);
+        const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
+        const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
+        const auto piece = split.piece(block, tile_m, blockIdx.y);
+        const bool row_ends = walk.tile == row_end;
+        // The present image has been read and not yet cleared: it serves as scratch. What is left there are zeros and
+        // values that the coming undo will clear.
+        float* const scratch = reinterpret_cast<float*>(shared + ended * kTileBytes);
+        combine_slices<S>(sum, scratch);
+        if (run_begin + walk.tile - row_begin > S::kMaxChain) piece.add_stored(sum);  // by earlier chains
+        if (row_ends && piece.whole) {
+            write(sum, scratch, tile_m);
+            zero_image(base + ended * kTileBytes);
+        } else {
+            piece.store(sum);
+        }
+        if (walk.tile == walk.count) break;
+        if (row_ends) {
+            row_end = min(walk.count, row_end + split.tiles_k);
+            chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
+        } else {
+            chain_end = min(row_end, chain_end + S::kMaxChain);
+        }
+        skip = (ended + 1) % kImages;
     }
 
     // The run shares its first and its last row of tiles, or one, or none, with other blocks. Their arrivals wait until
@@ -405,8 +406,8 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
     const int block = ptx::opaque(blockIdx.x);
     const unsigned run_begin = split.first_tile(block);
     const unsigned first_row = run_begin / split.tiles_k, last_row = (run_begin + walk.count - 1) / split.tiles_k;
-    int* const completes = reinterpret_cast<int*>(shared);  // the images are not needed any more
-    __syncthreads();                                        // all threads have stored their part of the pieces
+    int* const completes = reinterpret_cast<int*>(shared + kImages * kTileBytes);  // x is not needed any more
+    __syncthreads();  // all threads have stored their part of the pieces
     if (threadIdx.x == 0) completes[0] = split.piece(block, first_row, blockIdx.y).arrive_last();
     if (threadIdx.x == 32) {
         completes[1] = last_row != first_row && split.piece(block, last_row, blockIdx.y).arrive_last();
@@ -415,8 +416,9 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         if (!completes[i]) continue;
-        const unsigned row = i == 0 ? first_row : last_row;
-        add_pieces<S>(split.piece(block, row, blockIdx.y), y, n0, N, row * csl::kTileM, M);
+        const unsigned tile_m = i == 0 ? first_row : last_row;
+        split.piece(block, tile_m, blockIdx.y).add_all(sum);
+        write(sum, reinterpret_cast<float*>(shared), tile_m);
     }
 }
 

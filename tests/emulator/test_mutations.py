@@ -83,22 +83,50 @@ MUTATIONS = (
         "empty tiles read their neighbour", KERNEL, "count > 0 ? all_words + begin : &kNoWords", "all_words + begin"
     ),
     Mutation("offsets are not bounded", KERNEL, "min(tile + ahead + 2, count)", "tile + ahead + 2"),
-    Mutation("columns of y are not bounded", KERNEL, "if (n0 + n >= N) return;"),
+    Mutation("columns of y are not bounded", KERNEL, "if (n0 + n < N) store_y", "store_y"),
     Mutation("rows of y are not bounded", EPILOGUE, "if (m + i < M) target", "target"),
-    Mutation("scratch is not cleared", KERNEL, "zero_image(base + u * kTileBytes);"),
-    Mutation("earlier chains are forgotten", KERNEL, "if (continued) value = piece.continued(n, m, value);"),
+    Mutation("scratch is not cleared", KERNEL, "zero_image(base + ended * kTileBytes);"),
+    Mutation("earlier chains are forgotten", KERNEL, "piece.add_stored(sum);  // by earlier chains", ";"),
+    Mutation("phases are run twice", KERNEL, "skip = (ended + 1) % kImages;", ""),
     Mutation(
-        "no barrier between slices",
+        "no barrier before the slices are added",
         EPILOGUE,
-        "            }\n            __syncthreads();\n        }\n",
-        "            }\n        }\n",
+        "        __syncthreads();\n        if (S::slice() == 0) {\n            for_each",
+        "        if (S::slice() == 0) {\n            for_each",
+    ),
+    Mutation("no barrier after the slices are added", EPILOGUE, "__syncthreads();  // the other", "// the other"),
+    Mutation("slices are not added", EPILOGUE, "accumulate(part, cell[v * kPairs]);"),
+    Mutation("added slices stay in the scratch", EPILOGUE, "cell[v * kPairs] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);"),
+    Mutation(
+        "the second slice keeps its sums",
+        EPILOGUE,
+        "cell[v * kPairs] = make_float4(part[0], part[1], part[2], part[3]);\n"
+        "                part[0] = part[1] = part[2] = part[3] = 0.0f;",
+        "cell[v * kPairs] = make_float4(part[0], part[1], part[2], part[3]);",
+    ),
+    Mutation(
+        "no barrier before the drain is read",
+        EPILOGUE,
+        "        }\n        __syncthreads();\n#pragma unroll 2",
+        "        }\n#pragma unroll 2",
     ),
     Mutation("no barrier after the drain", EPILOGUE, "        __syncthreads();\n    }\n}\n", "    }\n}\n"),
-    Mutation("slices are not added", EPILOGUE, "turn == 0 ? mine : cell + mine", "mine"),
-    Mutation("accumulators keep the last row", EPILOGUE, "mine = 0.0f;"),
-    Mutation("the last to arrive is the one before", STREAM_K, "== pieces - 1;", "== pieces - 2;"),
-    Mutation("arrival counters are not reset", STREAM_K, "if (last) *counter = 0;"),
+    Mutation("a written row stays in the accumulators", EPILOGUE, "sum[i][first / 8 + j][r] = 0.0f;"),
+    Mutation("a stored row stays in the accumulators", STREAM_K, "part[0] = part[1] = part[2] = part[3] = 0.0f;"),
+    Mutation("a block arrives before it has stored", KERNEL, "__syncthreads();  // all threads", "// all threads"),
+    Mutation(
+        "arrivals are not waited for",
+        KERNEL,
+        "__syncthreads();\n#pragma unroll 1\n    for (int i = 0; i < 2",
+        "#pragma unroll 1\n    for (int i = 0; i < 2",
+    ),
+    Mutation("a lone row arrives twice", KERNEL, "last_row != first_row && split", "split"),
+    Mutation("the last row does not arrive", KERNEL, "last_row != first_row && split", "false && split"),
+    Mutation("the last to arrive is the one before", STREAM_K, "!= pieces - 1) return", "!= pieces - 2) return"),
+    Mutation("arrival counters are not reset", STREAM_K, "*counter = 0;"),
     Mutation("a piece is left out of the sum", STREAM_K, "for (int i = 1; i < pieces;", "for (int i = 2; i < pieces;"),
+    Mutation("more pieces are added than there are", STREAM_K, "if (i + ahead >= pieces) break;"),
+    Mutation("tiles after the end of a row are dealt twice", STREAM_K, "tile + tile / tiles_k * row_cost", "tile"),
     Mutation("two rows share a slot", STREAM_K, "(begins_in_row ? 0 : 1)", "0"),
 )
 
@@ -135,19 +163,22 @@ def first_failure(build: emulator.BuildOptions) -> str | None:
     choice = choice_for(build.arch)
     chain = 200 if build.arch == MMA else 100  # tiles: one more chain than fits one go
     cases = (
-        # shape, N, pattern, density, blocks
-        ((201, 456), 13, "uniform", 0.05, 3),
-        ((201, 456), 16, "skewed", 0.4, 5),
-        ((130, 520), 9, "empty-tiles", 0.5, 2),
-        ((385, 200), 11, "uniform", 0.3, 7),
-        ((128, 64 * chain), 9, "uniform", 0.01, 1),
+        # shape, N, pattern, density, blocks, row_cost
+        ((201, 456), 13, "uniform", 0.05, 3, 2),
+        ((201, 456), 16, "skewed", 0.4, 5, 0),
+        ((130, 520), 9, "empty-tiles", 0.5, 2, 0),
+        ((385, 200), 11, "uniform", 0.3, 7, 2),
+        ((385, 200), 10, "uniform", 0.3, 2, 0),
+        ((128, 64 * chain), 9, "uniform", 0.01, 1, 0),
+        ((128, 128), 12, "uniform", 0.3, 2, 0),
     )
     for seed in range(SEEDS):
-        for shape, n, pattern, density, blocks in cases:
+        for shape, n, pattern, density, blocks, row_cost in cases:
             w = weight(pattern, shape, density, "fp16", seed=seed)
             x = integers(np.random.default_rng(seed), (n, shape[1]), "fp16")
             try:
-                y, _ = emulator.spmm(x, TiledCSL.from_dense(w), choice=choice, seed=seed, blocks=blocks, build=build)
+                split = {"blocks": blocks, "row_cost": row_cost}
+                y, _ = emulator.spmm(x, TiledCSL.from_dense(w), choice=choice, seed=seed, build=build, **split)
             except emulator.EmulationError as error:
                 return f"{shape} seed {seed}: {error}"
             wrong = np.argwhere(y != exact(x, w, "fp16"))

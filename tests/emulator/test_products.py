@@ -57,6 +57,18 @@ def test_exact_for_every_split(blocks: int, arch: str) -> None:
         assert_exact(got, exact(x, w, "bf16"))
 
 
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize(("blocks", "row_cost"), [(2, 1), (3, 4), (5, 2), (7, 3)])
+def test_exact_where_ends_of_rows_are_weighed(blocks: int, row_cost: int, arch: str) -> None:
+    rng = np.random.default_rng(14)
+    for seed, n in enumerate((8, 17, 64)):
+        w = weight("uniform", (128 * 3, 64 * 9), 0.1, "fp16")
+        x = integers(rng, (n, 64 * 9), "fp16")
+        packed = TiledCSL.from_dense(w)
+        got, _ = emulator.spmm(x, packed, arch=arch, seed=seed, blocks=blocks, row_cost=row_cost)
+        assert_exact(got, exact(x, w, "fp16"))
+
+
 @pytest.mark.parametrize(("n", "arch"), [(9, "80"), (33, "90a")])
 def test_exact_for_several_chains(n: int, arch: str) -> None:
     """Rows so long that a block ends a chain of accumulations inside them, alone or with others."""

@@ -112,6 +112,16 @@ def test_exact_for_every_split(cp: Any, blocks_per_sm: int) -> None:
         assert_exact(multiply(cp, x, packed, forced), exact(x, w, "fp16"))
 
 
+@pytest.mark.parametrize("n", [8, 12, 32, 64])
+def test_exact_where_ends_of_rows_are_weighed(cp: Any, n: int) -> None:
+    shape = (128 * 37, 64 * 120)  # long runs that no number of blocks cuts at the ends of rows
+    w = weight("uniform", shape, 0.05, "fp16")
+    packed = TiledCSL.from_dense(w).to_device()
+    x = integers(np.random.default_rng(14), (n, shape[1]), "fp16")
+    assert plan(packed, n).split.row_cost > 0
+    assert_exact(multiply(cp, x, packed), exact(x, w, "fp16"))
+
+
 @pytest.mark.parametrize("n", [9, 33, 64])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5])
 def test_exact_for_few_blocks(cp: Any, blocks: int, n: int) -> None:
@@ -122,7 +132,7 @@ def test_exact_for_few_blocks(cp: Any, blocks: int, n: int) -> None:
     packed = TiledCSL.from_dense(w).to_device()
     chosen = plan(packed, n)
     assert chosen.split.max_chain <= 410 // 2
-    chosen = replace(chosen, split=replace(chosen.split, blocks=blocks))
+    chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=0))
     x = integers(rng, (n, shape[1]), "fp16")
     workspace = cp.zeros(chosen.workspace_bytes, np.uint8)
     out = spmm(cp.asarray(x), packed, workspace=workspace, plan=chosen)
@@ -137,7 +147,7 @@ def test_drift_of_long_sums_stays_within_the_bound(cp: Any) -> None:
     packed = TiledCSL.from_dense(w).to_device()
     x = rng.standard_normal((64, w.shape[1])).astype(np.float16)
     chosen = plan(packed, 64)
-    chosen = replace(chosen, split=replace(chosen.split, blocks=1))
+    chosen = replace(chosen, split=replace(chosen.split, blocks=1, row_cost=0))
     workspace = cp.zeros(chosen.workspace_bytes, np.uint8)
     got = spmm(cp.asarray(x), packed, workspace=workspace, plan=chosen).get()
     reference = make_reference(x.astype(np.float64), w.astype(np.float64), np.arange(1024), "fp16")

@@ -206,6 +206,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None)
     monkeypatch.setattr(cublas_api, "status_text", lambda status: "fake")
 
     spec = KernelSpec(name="fake", source="spmm/fake.cu", function="fake", threads=32)
+
     def plan(w: Any, n: int, *, choice: Any = None) -> Plan:
         from flashllm.matmul import tiled_csl
 

@@ -29,9 +29,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systems, "_SEARCH_ROUNDS", 1)
 
 
-def _run(
-    launch: str = "graph", skip: Any = lambda *case: False, ablation: bool = False, **group: Any
-) -> list[Row]:
+def _run(launch: str = "graph", skip: Any = lambda *case: False, ablation: bool = False, **group: Any) -> list[Row]:
     rows: list[Row] = []
     method = timing.Method(launch=launch, warmup_ms=0.01, cap_s=0.001)
     settings = Settings(method=method, check_rows=16, ablation=ablation)

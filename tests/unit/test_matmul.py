@@ -43,8 +43,10 @@ def packed(m: int = 256, k: int = 256, density: float = 0.2, dtype: str = "fp16"
 
 @given(st.integers(1, 40), st.integers(1, 40), st.data())
 def test_stream_k_deals_every_tile_once(tiles_m: int, tiles_k: int, data: st.DataObject) -> None:
-    blocks = data.draw(st.integers(1, tiles_m * tiles_k))
-    split = StreamK(tiles_m=tiles_m, tiles_k=tiles_k, blocks=blocks, n_block=8)
+    row_cost = data.draw(st.integers(0, 6))
+    most = min(tiles_m * tiles_k, tiles_m * (tiles_k + row_cost) // (row_cost + 1))
+    blocks = data.draw(st.integers(1, most))
+    split = StreamK(tiles_m=tiles_m, tiles_k=tiles_k, blocks=blocks, n_block=8, row_cost=row_cost)
     edges = [split.first_tile(b) for b in range(blocks + 1)]
     assert edges[0] == 0
     assert edges[-1] == tiles_m * tiles_k
@@ -56,8 +58,10 @@ def test_stream_k_deals_every_tile_once(tiles_m: int, tiles_k: int, data: st.Dat
 
 @given(st.integers(1, 30), st.integers(1, 30), st.data())
 def test_pieces_of_a_row_fit_the_slots(tiles_m: int, tiles_k: int, data: st.DataObject) -> None:
-    blocks = data.draw(st.integers(1, tiles_m * tiles_k))
-    split = StreamK(tiles_m=tiles_m, tiles_k=tiles_k, blocks=blocks, n_block=8)
+    row_cost = data.draw(st.integers(0, 6))
+    most = min(tiles_m * tiles_k, tiles_m * (tiles_k + row_cost) // (row_cost + 1))
+    blocks = data.draw(st.integers(1, most))
+    split = StreamK(tiles_m=tiles_m, tiles_k=tiles_k, blocks=blocks, n_block=8, row_cost=row_cost)
     slots = set()
     for row in range(tiles_m):
         first = split.block_of(row * tiles_k)
@@ -83,6 +87,43 @@ def test_workspace_is_empty_only_where_no_row_is_shared() -> None:
     assert StreamK(tiles_m=8, tiles_k=5, blocks=4, n_block=8, max_chain=4).workspace_bytes > 0
 
 
+def test_runs_cost_the_same() -> None:
+    """Tiles plus the ends of rows inside a run differ by one between runs, as far as the last end allows."""
+    split = StreamK(tiles_m=72, tiles_k=144, blocks=396, n_block=8, row_cost=4)
+    costs = []
+    for block in range(split.blocks):
+        first, end = split.first_tile(block), split.first_tile(block + 1)
+        costs.append(end - first + 4 * ((end - 1) // 144 - first // 144))
+    assert max(costs) == -(-split.cost // split.blocks)
+
+
+def test_a_split_without_a_tile_for_every_block_is_refused() -> None:
+    StreamK(tiles_m=3, tiles_k=9, blocks=9, n_block=8, row_cost=3)
+    for blocks, row_cost in ((0, 0), (28, 0), (10, 3)):
+        with pytest.raises(ArgumentError, match="blocks"):
+            StreamK(tiles_m=3, tiles_k=9, blocks=blocks, n_block=8, row_cost=row_cost)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "row_cost"),
+    [
+        ((7168, 7168), 392, 0),  # 7 for each of 56 rows of tiles: none spans two
+        ((12288, 49152), 384, 0),  # 4 for each of 96
+        ((9216, 9216), 396, 3),  # 5.5 for each of 72
+        ((28672, 7168), 396, 3),
+        ((576, 1536), 40, 0),  # 24 tiles in a row: 8 pieces of 3
+        ((1, 1), 1, 0),
+    ],
+)
+def test_split_of_typical_shapes(shape: tuple[int, int], blocks: int, row_cost: int) -> None:
+    class Weight:
+        tiles = (-(-shape[0] // 128), -(-shape[1] // 64))
+
+    choice = plan(packed(), 8, device=H100).choice
+    split = tiled_csl.split_for(cast(TiledCSL, Weight()), 8, choice, sm_count=132)
+    assert (split.blocks, split.row_cost) == (blocks, row_cost)
+
+
 def test_huge_weights_take_fewer_blocks() -> None:
     class Huge:
         tiles = (1 << 14, 1 << 13)
@@ -90,7 +131,7 @@ def test_huge_weights_take_fewer_blocks() -> None:
     choice = plan(packed(), 8, device=H100).choice
     split = tiled_csl.split_for(cast(TiledCSL, Huge()), 8, choice, sm_count=132)
     assert 1 <= split.blocks < 132
-    assert split.tiles * split.blocks < 2**32
+    assert split.cost * split.blocks < 2**32
 
 
 def test_host_and_device_agree_on_the_constants() -> None:

@@ -27,6 +27,8 @@ FLASHLLM_DEVICE void store_shared(unsigned address, uint4 value) { emu::store_sh
 
 // ---- global memory ---------------------------------------------------------------------------------------------
 
+FLASHLLM_DEVICE unsigned long long evict_first() { return 0; }
+
 FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) { return __ldg(pointer); }
 
 FLASHLLM_DEVICE void prefetch_to_l2([[maybe_unused]] bool active, [[maybe_unused]] const void* pointer,
@@ -36,7 +38,12 @@ FLASHLLM_DEVICE void prefetch_to_l2([[maybe_unused]] bool active, [[maybe_unused
 #endif
 }
 
-FLASHLLM_DEVICE int add_acquire_release(int* counter, int value) { return atomicAdd(counter, value); }
+// Whoever sees the sum may act on it at once: before this block does anything more.
+FLASHLLM_DEVICE int add_acquire_release(int* counter, int value) {
+    const int before = atomicAdd(counter, value);
+    emu::let_others_run();
+    return before;
+}
 
 // ---- asynchronous copies (sm_80) -------------------------------------------------------------------------------
 

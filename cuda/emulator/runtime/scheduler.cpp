@@ -254,6 +254,12 @@ void meet(Operation operation, unsigned mask, void* argument, void (*perform)(Wa
     maybe_preempt(thread);
 }
 
+void let_others_run() {
+    Thread& thread = current();
+    Worker& worker = *thread.owner->worker;
+    switch_to(thread, *pick_in(pick_block(worker, *thread.owner), worker.draw()));
+}
+
 int block_barrier(Reduce reduce, int value) { return wait_at(current(), 0, 0, reduce, value); }
 
 void named_barrier(unsigned id, unsigned threads) {

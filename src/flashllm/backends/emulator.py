@@ -197,15 +197,16 @@ def spmm(
     seed: int = 0,
     sm_count: int = 4,
     blocks: int | None = None,
+    row_cost: int = 0,
     sanitize: bool = False,
     build: BuildOptions | None = None,
 ) -> tuple[NDArray[Any], Counts]:
     """y[N, M] = x[N, K] @ W[M, K]^T by the real kernel, planned for :func:`emulated_device`.
 
     ``x`` is C-contiguous of W's type (bf16: ``ml_dtypes.bfloat16`` or its bits as uint16), W on the host; y has
-    the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles; the rest is
-    as for :func:`launch`. Raises :class:`ArgumentError`, and :class:`EmulationError` also when the kernel writes
-    outside y or leaves its arrival counters not zero.
+    the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles, the end of a
+    row of tiles counting for ``row_cost`` more; the rest is as for :func:`launch`. Raises :class:`ArgumentError`, and
+    :class:`EmulationError` also when the kernel writes outside y or leaves its arrival counters not zero.
     """
     from dataclasses import replace
 
@@ -226,7 +227,7 @@ def spmm(
     build = build or BuildOptions(arch=arch, sanitize=sanitize)
     plan = planning.plan(w, n, device=emulated_device(build.arch, sm_count=sm_count), choice=choice)
     if blocks is not None:
-        plan = replace(plan, split=replace(plan.split, blocks=blocks))
+        plan = replace(plan, split=replace(plan.split, blocks=blocks, row_cost=row_cost))
     size, after = n * rows, _GUARD + _GUARD_ROWS * rows
     fenced = np.full(_GUARD + size + after, _NAN_BITS, np.uint16)
     y = fenced[_GUARD : _GUARD + size]

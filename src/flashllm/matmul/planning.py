@@ -49,9 +49,7 @@ class Plan:
         return self.split.workspace_bytes
 
 
-def plan(
-    w: TiledCSL, n: int, *, device: DeviceFacts | None = None, choice: tiled_csl.Choice | None = None
-) -> Plan:
+def plan(w: TiledCSL, n: int, *, device: DeviceFacts | None = None, choice: tiled_csl.Choice | None = None) -> Plan:
     """Plan the product of ``w`` with ``n`` rows of x.
 
     ``device`` (default: the current GPU) may describe a GPU that is not there. ``choice`` forces an instance;

@@ -32,10 +32,10 @@ _CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 # K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
 _SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
 # What writing the accumulators costs a block, in tiles, by n_block (measured).
-_ROW_COST = {8: 3, 16: 4, 32: 4, 64: 4}
+_ROW_COST = {8: 3, 16: 3, 32: 3, 64: 4}
 _MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
 _MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
-_ALIGNED_ENOUGH = 0.97  # of the blocks that fit, to have none that spans two rows of tiles
+_ALIGNED_ENOUGH = 0.965  # of the blocks that fit, to have none that spans two rows of tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def default_choice(w: TiledCSL, n: int, *, arch: str) -> Choice:
     vectors = vectors_for(w) if aligned else VECTORS[1]
     paths = paths_for(n_block, arch)
     # The fewer zeros, the less the fence of wgmma weighs, and the more the registers that mma.sync takes (measured).
-    path = paths[-1] if vectors == VECTORS[-1] else paths[0]
+    path = paths[-1] if n_block > 8 and vectors == VECTORS[-1] else paths[0]
     return _choice(w.dtype, n_block, vectors, path, aligned=aligned)
 
 

@@ -130,10 +130,7 @@ def default_choice(w: TiledCSL, n: int, *, arch: str) -> Choice:
     n_block = n_block_for(n)
     aligned = w.shape[1] % 8 == 0
     vectors = vectors_for(w) if aligned else VECTORS[1]
-    paths = paths_for(n_block, arch)
-    # The fewer zeros, the less the fence of wgmma weighs, and the more the registers that mma.sync takes (measured).
-    path = paths[-1] if n_block > 8 and vectors == VECTORS[-1] else paths[0]
-    return _choice(w.dtype, n_block, vectors, path, aligned=aligned)
+    return _choice(w.dtype, n_block, vectors, paths_for(n_block, arch)[0], aligned=aligned)
 
 
 def _choice(dtype: str, n_block: int, vectors: int, path: tuple[int, int], *, aligned: bool = True) -> Choice:

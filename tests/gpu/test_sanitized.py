@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small cases of every kernel for ``make sanitize``: the same dozen shapes for all, and exact results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashllm import TiledCSL, plan, spmm
+from flashllm.backends import cuda
+from flashllm.bench import bandwidth, data
+from flashllm.encode.tiled_csl import decode
+from products import assert_exact, exact, integers, weight
+from tiled_csl_cases import matrix, pruned
+
+pytestmark = pytest.mark.sanitize
+
+# M x K: less than a tile, one tile, ragged edges (K a multiple of 8 and not), many tiles in a row, many rows of tiles.
+SHAPES = (
+    (1, 1),
+    (7, 72),
+    (128, 64),
+    (129, 65),
+    (127, 640),
+    (200, 456),
+    (384, 203),
+    (256, 1024),
+    (130, 2056),
+    (1000, 136),
+    (1153, 64),
+    (520, 776),
+)
+
+
+@pytest.mark.parametrize("n", [5, 16, 32, 65])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(cp: Any, shape: tuple[int, int], n: int) -> None:
+    """At a density that fits the registers, and at one that exceeds them."""
+    x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")
+    for density in (0.15, 0.6):
+        w = weight("uniform", shape, density, "fp16", seed=n)
+        packed = TiledCSL.from_dense(w).to_device()
+        assert_exact(spmm(cp.asarray(x), packed).get(), exact(x, w, "fp16"))
+
+
+@pytest.mark.parametrize(("blocks", "row_cost"), [(2, 0), (7, 2), (11, 0)])
+def test_products_of_forced_splits(cp: Any, blocks: int, row_cost: int) -> None:
+    """Rows of tiles shared by two blocks and by many, and rows that a block completes within its run."""
+    for n in (8, 16, 64):
+        w = weight("uniform", (640, 500), 0.2, "fp16", seed=n)
+        x = integers(np.random.default_rng(n), (n, 500), "fp16")
+        packed = TiledCSL.from_dense(w).to_device()
+        chosen = plan(packed, n)
+        chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=row_cost))
+        assert_exact(spmm(cp.asarray(x), packed, plan=chosen).get(), exact(x, w, "fp16"))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_encoder_and_decoder(cp: Any, shape: tuple[int, int]) -> None:
+    for order in ("bank", "row"):
+        a = matrix("uniform", *shape, 0.3, 1, "fp16")
+        packed = TiledCSL.from_dense(cp.asarray(a), order=order)
+        np.testing.assert_array_equal(packed.words.get(), TiledCSL.from_dense(a, order=order).words)
+        np.testing.assert_array_equal(decode(packed).get().view(np.uint16), pruned(a))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_weights(cp: Any, shape: tuple[int, int]) -> None:
+    options: dict[str, Any] = {"density": 0.3, "pattern": "uniform", "seed": 5, "std": 0.02, "dtype": "fp16"}
+    host = data.random_matrix(*shape, **options)
+    assert (data.random_matrix(*shape, **options, device=True).view(cp.uint16).get() == host.view(np.uint16)).all()
+
+
+@pytest.mark.parametrize("vectors", [1, 31, 32, 33, 511, 512, 513, 4095, 4096, 4097, 65536, 100_003])
+def test_read_bandwidth(cp: Any, vectors: int) -> None:
+    words = cp.arange(vectors * 4, dtype=cp.uint32) * cp.uint32(2654435761)
+    checksum = cp.zeros(1, cp.uint32)
+    cuda.launch(bandwidth.spec(), (8,), (words, np.int64(vectors), checksum))
+    assert int(checksum[0]) == int(np.bitwise_xor.reduce(words.get()))

@@ -15,6 +15,7 @@
 #include "flashllm/ptx.cuh"
 #include "flashllm/stream_k.cuh"
 #include "flashllm/tiled_csl.cuh"
+#include "flashllm/x_stage.cuh"
 
 namespace flashllm {
 
@@ -23,7 +24,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kImages = 3;
 constexpr int kTileBytes = csl::kTileElements * 2;
 constexpr int kMaxChainSteps = 384;
-constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image or of an x stage is all 32 banks
+constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image is all 32 banks
+static_assert(kRowBytes == kStageRowBytes, "a row of an image and one of an x stage meet in the tensor cores");
 
 // Compile-time shape of one kernel. Warps split the tile into kSlices along K times kWarps / kSlices along M.
 template <int kN_, int kSlices_>
@@ -115,58 +117,6 @@ FLASHLLM_DEVICE void zero_image(unsigned image) {
         ptx::store_shared_zero16(image + (i * kThreads + threadIdx.x) * 16);
     }
 }
-
-// ---- x: global -> stage ------------------------------------------------------------------------------------
-
-// Walks x along K, one [kN][64] stage per tile, swizzled like an image; wraps to column 0 where a row of tiles
-// ends. Rows beyond N and columns beyond K become zeros.
-template <typename S, bool kAligned>
-struct XLoader {
-    static constexpr int kChunks = S::kN * 8;  // 16-byte chunks of a stage
-    static constexpr int kTurns = (kChunks + kThreads - 1) / kThreads;
-
-    const unsigned short* source;  // this thread's first chunk of the next stage
-    const unsigned short* x;       // a valid address
-    unsigned target;               // its place in stage 0
-    int K, column, n_left;         // n_left: rows from this thread's first row on
-
-    FLASHLLM_DEVICE XLoader(const unsigned short* x_, int n0, int N, int K_, int tile_k, unsigned stages)
-        : x(x_), K(K_) {
-        const int n = threadIdx.x >> 3, chunk = threadIdx.x & 7;
-        n_left = N - n0 - n;
-        column = tile_k * csl::kTileK + chunk * 8;
-        source = x + static_cast<long long>(n0 + n) * K + column;
-        target = stages + n * kRowBytes + ((chunk ^ (n & 7)) << 4);
-    }
-
-    template <int kStage>
-    FLASHLLM_DEVICE void load() {
-#pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {
-            constexpr int kRows = kThreads / 8;  // rows of one turn
-            const bool active = kChunks >= kThreads || threadIdx.x < kChunks;
-            const bool inside = turn * kRows < n_left && column < K;
-            const unsigned short* from = source + static_cast<long long>(turn * kRows) * K;
-            const unsigned to = target + kStage * S::kStageBytes + turn * kRows * kRowBytes;
-            if constexpr (kAligned) {
-                ptx::copy_async16(active, to, inside ? from : x, inside ? 16u : 0u);
-            } else if (active) {
-                // K is no multiple of 8: rows start at any 2-byte address, so 16-byte copies are out.
-                unsigned pair[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const unsigned low = inside && column + 2 * j < K ? from[2 * j] : 0u;
-                    const unsigned high = inside && column + 2 * j + 1 < K ? from[2 * j + 1] : 0u;
-                    pair[j] = low | high << 16;
-                }
-                ptx::store_shared(to, make_uint4(pair[0], pair[1], pair[2], pair[3]));
-            }
-        }
-        source += csl::kTileK, column += csl::kTileK;
-        const int over = column - (K + csl::kTileK - 1) / csl::kTileK * csl::kTileK;
-        if (over >= 0) source += over - column, column = over;
-    }
-};
 
 // ---- tensor cores ------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ inline const ThreadView& self() { return *reinterpret_cast<const ThreadView*>(fi
 enum class Reduce : unsigned char { none, any, all, count };
 int block_barrier(Reduce reduce, int value);
 void named_barrier(unsigned id, unsigned threads);
-void let_others_run();  // any thread of any resident block, this one too
+void let_others_run();  // with odd seeds the other blocks go on before this one
 void warp_barrier(unsigned mask);
 
 enum class Shuffle : unsigned char { index, up, down, exchange };

@@ -281,6 +281,7 @@ int run(const Request& request, void (*body)(void* const*)) {
     std::vector<std::thread> threads;
     for (unsigned i = 0; i < count; ++i) {
         workers[i].launch = &launch, workers[i].index = i, workers[i].count = count;
+        workers[i].ranked = request.seed % 2 == 1;
         workers[i].random = mix(request.seed * 0x9e3779b97f4a7c15ull + i + 1);
     }
     // Not on the caller's own thread even alone: its stack and thread-local block stay out of it.

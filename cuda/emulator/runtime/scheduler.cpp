@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who runs next, and who waits for whom. A thread runs until it has to wait; then, or now and then at random, another
-// takes over: a lane of the same warp if one can run, else any warp of any resident block. The order is a function of
-// the seed, so a failure can be repeated.
+// takes over: a lane of the same warp if one can run, else any warp of any resident block. With odd seeds warps have
+// ranks, drawn anew now and then, and the first in rank that can run does: the last is held back until nobody can go on
+// without it, which random turns alone almost never bring about (Burckhardt et al., ASPLOS'10). The order is a function
+// of the seed, so a failure can be repeated.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -81,6 +83,20 @@ Block& pick_block(Worker& worker, Block& otherwise) {
     return other.running && other.ready_warps != 0 ? other : otherwise;
 }
 
+// Who runs next, if `block` can; worker.blocks are few and their warps at most 32.
+Thread* pick(Worker& worker, Block& block) {
+    const unsigned random = worker.draw();
+    if (!worker.ranked) return pick_in(pick_block(worker, block), random);
+    Warp* first = nullptr;
+    for (auto& candidate : worker.blocks) {
+        for (unsigned rest = candidate->running ? candidate->ready_warps : 0; rest != 0; rest &= rest - 1) {
+            Warp& warp = candidate->warps[__builtin_ctz(rest)];
+            if (first == nullptr || warp.rank < first->rank) first = &warp;
+        }
+    }
+    return &first->block->thread(first->index * 32 + pick_bit(first->ready, random));
+}
+
 void switch_to(Thread& from, Thread& to) {
     if (&from == &to) return;
     from.owner->worker->add(Counter::switches);
@@ -97,14 +113,14 @@ void give_way(Thread& thread) {
         return;
     }
     if (block.ready_warps == 0) report_deadlock(block);
-    switch_to(thread, *pick_in(pick_block(worker, block), worker.draw()));
+    switch_to(thread, *pick(worker, block));
 }
 
 void maybe_preempt(Thread& thread) {
     Worker& worker = *thread.owner->worker;
-    const unsigned random = worker.draw();
-    if (random % kPreempt != 0) return;
-    switch_to(thread, *pick_in(pick_block(worker, *thread.owner), random >> 8));
+    if (worker.draw() % kPreempt != 0) return;
+    thread.warp->rank = worker.draw();
+    switch_to(thread, *pick(worker, *thread.owner));
 }
 
 void complete(Block& block, Barrier& barrier) {
@@ -144,7 +160,7 @@ int wait_at(Thread& thread, unsigned id, unsigned expected, Reduce reduce, int v
     set_waiting(thread);
     if (++barrier.arrived == (expected != 0 ? expected : block.live_threads)) {
         complete(block, barrier);
-        switch_to(thread, *pick_in(pick_block(*block.worker, block), block.worker->draw()));
+        switch_to(thread, *pick(*block.worker, block));
     } else {
         give_way(thread);
     }
@@ -193,7 +209,7 @@ void prepare_block(Block& block) {
     for (unsigned b = 0; b < kNamedBarriers; ++b) block.barriers[b] = Barrier{};
     for (unsigned w = 0; w < block.warp_count; ++w) {
         Warp& warp = block.warps[w];
-        warp.block = &block, warp.index = w, warp.meeting_count = 0;
+        warp.block = &block, warp.index = w, warp.meeting_count = 0, warp.rank = block.worker->draw();
         warp.live = w * 32 + 32 <= threads ? ~0u : ~0u >> (32 - threads % 32);
         warp.ready = 0;
         set_ready(warp, warp.live);
@@ -256,8 +272,9 @@ void meet(Operation operation, unsigned mask, void* argument, void (*perform)(Wa
 
 void let_others_run() {
     Thread& thread = current();
-    Worker& worker = *thread.owner->worker;
-    switch_to(thread, *pick_in(pick_block(worker, *thread.owner), worker.draw()));
+    Block& block = *thread.owner;
+    for (unsigned w = 0; w < block.warp_count; ++w) block.warps[w].rank = ~0u;
+    switch_to(thread, *pick(*thread.owner->worker, *thread.owner));
 }
 
 int block_barrier(Reduce reduce, int value) { return wait_at(current(), 0, 0, reduce, value); }

@@ -77,6 +77,7 @@ struct Warp {
     Block* block = nullptr;
     unsigned index = 0;
     unsigned live = 0, ready = 0;      // lanes that have not ended; of those, lanes that wait for nothing
+    unsigned rank = 0;                 // who goes first, where the worker ranks its warps
     unsigned meeting_count = 0;
     Meeting meetings[32];
     void* argument[32];                // what each lane brings to its meeting
@@ -122,6 +123,7 @@ struct Worker {
     Launch* launch = nullptr;
     unsigned index = 0, count = 1;
     std::uint64_t random = 1;
+    bool ranked = false;
     Context main;
     std::vector<std::unique_ptr<Block>> blocks;  // resident at the same time
     std::uint64_t counts[kCounters] = {};

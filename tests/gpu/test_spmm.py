@@ -256,16 +256,16 @@ def test_more_than_2_to_the_31_elements(cp: Any) -> None:
 
 
 def test_bad_operands_are_named(cp: Any) -> None:
-    host = TiledCSL.from_dense(weight("uniform", (256, 128), 0.2, "fp16"))
-    w = host.to_device()
-    x = cp.ones((16, 128), np.float16)
+    host = TiledCSL.from_dense(weight("uniform", (256, 512), 0.2, "fp16"))
+    w = host.to_device()  # 8 tiles in a row: several blocks share it, and need a workspace
+    x = cp.ones((16, 512), np.float16)
     bad: list[tuple[str, dict[str, Any]]] = [
-        ("x", {"x": cp.ones((16, 127), np.float16)}),
-        ("x", {"x": cp.ones((16, 128), np.float32)}),
-        ("x", {"x": cp.ones(128, np.float16)}),
-        ("x", {"x": cp.ones((128, 16), np.float16).T}),
-        ("x", {"x": cp.ones(16 * 128 + 1, np.float16)[1:].reshape(16, 128)}),
-        ("x", {"x": np.ones((16, 128), np.float16)}),
+        ("x", {"x": cp.ones((16, 511), np.float16)}),
+        ("x", {"x": cp.ones((16, 512), np.float32)}),
+        ("x", {"x": cp.ones(512, np.float16)}),
+        ("x", {"x": cp.ones((512, 16), np.float16).T}),
+        ("x", {"x": cp.ones(16 * 512 + 1, np.float16)[1:].reshape(16, 512)}),
+        ("x", {"x": np.ones((16, 512), np.float16)}),
         ("out", {"out": cp.ones((16, 255), np.float16)}),
         ("out", {"out": cp.ones((16, 256), np.float32)}),
         ("out", {"out": cp.ones((256, 16), np.float16).T}),

@@ -16,7 +16,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 def test_table_is_generated_from_the_committed_rows() -> None:
     from flashllm.cli.table import command
 
-    files = sorted((REPOSITORY / "experiments" / "results").glob("*-opt-sweep.jsonl"))
+    files = sorted((REPOSITORY / "experiments" / "results").glob("*-h100-80gb-hbm3-opt-sweep.jsonl"))
     assert files
     result = CliRunner().invoke(command, [str(file) for file in files])
     assert result.exit_code == 0, result.output

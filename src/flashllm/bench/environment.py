@@ -43,24 +43,22 @@ def utc_now() -> str:
 def commit_and_dirty(package: Path | None = None) -> tuple[str | None, bool | None]:
     """The commit this code comes from and whether it has been changed since.
 
-    From git where the package lies in a checkout of its own; else from ``FLASHLLM_COMMIT`` and
-    ``FLASHLLM_DIRTY`` (0 or 1), which a copy without ``.git`` sets; else unknown. Files outside src and cuda
-    do not make it dirty.
+    From ``FLASHLLM_COMMIT`` and ``FLASHLLM_DIRTY`` (0 or 1) where the first is set, as for a copy of a checkout that
+    git knows nothing of or something else; else from git, where the package lies in a checkout of its own; else
+    unknown. Files outside src and cuda do not make it dirty.
     """
+    if told := os.environ.get("FLASHLLM_COMMIT"):
+        dirty = os.environ.get("FLASHLLM_DIRTY")
+        if dirty is not None and dirty.lower() not in ("0", "1", "true", "false"):
+            raise ArgumentError("FLASHLLM_DIRTY", expected="0 or 1", got=repr(dirty))
+        return told, None if dirty is None else dirty.lower() in ("1", "true")
     package = package or Path(__file__).parent.parent
-    commit, tracked = (
-        _git(package, "rev-parse", "HEAD"),
-        _git(package, "ls-files", "--error-unmatch", "__init__.py"),
-    )
-    if commit and tracked:
-        top = Path(_git(package, "rev-parse", "--show-toplevel") or package)
-        changed = _git(top, "status", "--porcelain", "--", "src", "cuda")
-        return commit, None if changed is None else bool(changed)
-    dirty = os.environ.get("FLASHLLM_DIRTY")
-    if dirty is not None and dirty.lower() not in ("0", "1", "true", "false"):
-        raise ArgumentError("FLASHLLM_DIRTY", expected="0 or 1", got=repr(dirty))
-    commit = os.environ.get("FLASHLLM_COMMIT") or None
-    return commit, None if dirty is None else dirty.lower() in ("1", "true")
+    commit = _git(package, "rev-parse", "HEAD")
+    if not commit or not _git(package, "ls-files", "--error-unmatch", "__init__.py"):
+        return None, None
+    top = Path(_git(package, "rev-parse", "--show-toplevel") or package)
+    changed = _git(top, "status", "--porcelain", "--", "src", "cuda")
+    return commit, None if changed is None else bool(changed)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

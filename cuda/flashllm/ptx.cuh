@@ -99,6 +99,45 @@ FLASHLLM_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
 }
 
+// ---- transaction barriers and bulk copies (sm_90) ------------------------------------------------------------
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// A barrier (8 bytes of shared memory) whose phase ends with its `arrivals` and when all announced bytes have come.
+FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
+}
+
+// After the last init, in the thread that did it, before the barrier that tells the others: bulk copies see it too.
+FLASHLLM_DEVICE void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address) : "memory");
+}
+
+// Announces `bytes` to come in this phase, and arrives.
+FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address), "r"(bytes) : "memory");
+}
+
+// Returns when the phase of this parity has ended: 0 for the first, 1 for the second, 0 for the third ...
+FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) {
+    asm volatile("{ .reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" :: "r"(address), "r"(parity) : "memory");
+}
+
+// Global to shared memory, `bytes` (a multiple of 16) at 16-byte aligned addresses, by one instruction of one thread.
+// The bytes count for the phase under way of the barrier at `mbarrier`. Data that is read once: see evict_first.
+FLASHLLM_DEVICE void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned mbarrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;"
+                 :: "r"(address), "l"(pointer), "r"(bytes), "r"(mbarrier), "l"(evict_first()) : "memory");
+}
+#endif
+
 // ---- warp-level tensor cores (sm_80) -----------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements, one 16-byte row per lane address: exactly the A fragment of m16n8k16.

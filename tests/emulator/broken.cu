@@ -95,6 +95,46 @@ __global__ void plain(const int* x, int* y, int count) {
     if (kMistake == 2) y[i] = x[i] + 0x7fffffff;
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// y = x, 8 chunks of 512 bytes per warp through its own ring of 3 stages. Mistake 1: no wait, 2: waits for the other
+// parity, 3: a stage is refilled before all lanes have read it, 4: fewer bytes announced than copied, 5: more, 6: none
+// and no arrival, 7: a barrier that nobody initialised, 8: the last chunk is not waited for, 9: a copy past the ring,
+// 10: lanes use the barriers before they are there.
+template <int kMistake>
+__global__ void ring(const uint4* x, uint4* y) {
+    constexpr unsigned kStages = 3, kChunks = 8, kBytes = 512;
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned bars = ptx::shared_address(shared) + warp * 32;
+    const unsigned stages = ptx::shared_address(shared) + 128 + warp * kStages * kBytes;
+    const uint4* source = x + warp * kChunks * 32;
+    uint4* target = y + warp * kChunks * 32;
+    auto fill = [&](unsigned chunk) {
+        if (lane != 0) return;
+        const unsigned bar = bars + chunk % kStages * 8;
+        const unsigned announced = kMistake == 4 ? kBytes - 16 : kMistake == 5 ? kBytes + 16 : kBytes;
+        if (kMistake != 6) ptx::mbarrier_expect(bar, announced);
+        const unsigned past = kMistake == 9 && warp == 3 && chunk == 2 ? 16 : 0;
+        ptx::bulk_copy(stages + chunk % kStages * kBytes + past, source + chunk * 32, kBytes, bar);
+    };
+    if (lane == 0) {
+        for (unsigned i = 0; i < (kMistake == 7 ? kStages - 1 : kStages); ++i) ptx::mbarrier_init(bars + i * 8, 1);
+        ptx::mbarrier_init_fence();
+    }
+    if (kMistake != 10) __syncwarp();
+    for (unsigned chunk = 0; chunk < kStages; ++chunk) fill(chunk);
+    for (unsigned chunk = 0; chunk < kChunks; ++chunk) {
+        const unsigned stage = chunk % kStages, parity = chunk / kStages % 2;
+        if (kMistake == 8 && chunk == kChunks - 1) break;
+        if (kMistake != 1) ptx::mbarrier_wait(bars + stage * 8, kMistake == 2 ? parity ^ 1 : parity);
+        target[chunk * 32 + lane] = *reinterpret_cast<const uint4*>(shared + 128 + (warp * kStages + stage) * kBytes +
+                                                                    (lane ^ 1) * 16);
+        if (kMistake != 3) __syncwarp();
+        if (chunk + kStages < kChunks) fill(chunk + kStages);
+    }
+}
+#endif
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // y[64, 8] = a[64, 64] b[8, 64]^T with wgmma. Mistake 1: no proxy fence, 2: the fence comes after the barrier, 3: no
 // barrier, 4: no wait before the result is used, 5: not committed, 6: no wgmma.fence, 7: an operand is overwritten

@@ -34,12 +34,13 @@ ROTATE = [spec("rotate", mistake, 512) for mistake in range(5)]
 COPY = [spec("copy", mistake, 3 * 2048) for mistake in range(6)]
 MEET = [spec("meet", mistake, 0) for mistake in range(5)]
 REACH = [spec("reach", mistake, 2048) for mistake in range(7)]
+RING = [spec("ring", mistake, 128 + 4 * 3 * 512) for mistake in range(11)]
 MULTIPLY = [spec("multiply", mistake, 72 * 128) for mistake in range(9)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    emulator.preload([*ROTATE, *COPY, *MEET, *REACH, *MULTIPLY], build=BUILD)
+    emulator.preload([*ROTATE, *COPY, *MEET, *REACH, *RING, *MULTIPLY], build=BUILD)
 
 
 def rotate(kernel: KernelSpec, seed: int) -> bool:
@@ -68,6 +69,18 @@ def reach(kernel: KernelSpec, seed: int) -> bool:
     return bool((y == np.repeat(np.arange(128).reshape(4, 32).sum(1), 32)).all())
 
 
+def ring(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(1, 4 * 8 * 32 * 4 + 1, dtype=np.uint32), np.zeros(4 * 8 * 32 * 4, np.uint32)
+    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
+    return bool((y.reshape(-1, 2, 4) == x.reshape(-1, 2, 4)[:, ::-1]).all())
+
+
+def test_bulk_copies_are_counted() -> None:
+    x, y = np.ones(4 * 8 * 32 * 4, np.uint32), np.zeros(4 * 8 * 32 * 4, np.uint32)
+    counts = emulator.launch(RING[0], (1,), (x, y), build=BUILD)
+    assert counts.bulk_copy_bytes == counts.global_read_bytes == x.nbytes
+
+
 def multiply(kernel: KernelSpec, seed: int) -> bool:
     rng = np.random.default_rng(seed)
     a, b = (rng.integers(-4, 5, (rows, 64)).astype(np.float16) for rows in (64, 8))
@@ -82,8 +95,8 @@ def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelS
 
 @pytest.mark.parametrize(
     ("run", "kernels"),
-    [(rotate, ROTATE), (copy, COPY), (meet, MEET), (reach, REACH), (multiply, MULTIPLY)],
-    ids=["rotate", "copy", "meet", "reach", "multiply"],
+    [(rotate, ROTATE), (copy, COPY), (meet, MEET), (reach, REACH), (ring, RING), (multiply, MULTIPLY)],
+    ids=["rotate", "copy", "meet", "reach", "ring", "multiply"],
 )
 def test_no_report_without_a_mistake(run: Callable[[KernelSpec, int], bool], kernels: list[KernelSpec]) -> None:
     assert right_in_every_order(run, kernels[0])
@@ -97,6 +110,19 @@ def test_missing_barrier_gives_a_wrong_result(mistake: int) -> None:
 @pytest.mark.parametrize("mistake", [1, 2, 3, 4, 5])
 def test_asynchronous_copies_not_waited_for(mistake: int) -> None:
     assert not right_in_every_order(copy, COPY[mistake])
+
+
+@pytest.mark.parametrize("mistake", [2, 3, 10])
+def test_rings_out_of_step(mistake: int) -> None:
+    """A wrong result or a report, in some order."""
+
+    def right(seed: int) -> bool:
+        try:
+            return ring(RING[mistake], seed)
+        except EmulationError as error:
+            return not any(word in str(error) for word in ("mbarrier", "bulk copies"))
+
+    assert not all(right(seed) for seed in SEEDS)
 
 
 def test_missing_wait_shows_in_every_order() -> None:
@@ -117,6 +143,13 @@ def test_missing_wait_shows_in_every_order() -> None:
         (reach, REACH[3], r"read of 4 bytes at byte 512 of argument 0, which has 512"),
         (reach, REACH[4], r"write of 4 bytes .*read-only"),
         (reach, REACH[5], r"16-byte store: shared address \d+ is not a multiple of 16"),
+        (ring, RING[1], r"the block ends with \d bulk copies not waited for|more than its 1 arrivals"),
+        (ring, RING[4], r"deadlock: .* wait for 0 arrivals and -16 bytes at the mbarrier at offset \d+"),
+        (ring, RING[5], r"deadlock: .* wait for 0 arrivals and 16 bytes at the mbarrier"),
+        (ring, RING[6], r"deadlock: .* wait for 1 arrivals and -512 bytes at the mbarrier"),
+        (ring, RING[7], r"no mbarrier has been initialised at shared offset \d+"),
+        (ring, RING[8], r"the block ends with 1 bulk copies not waited for"),
+        (ring, RING[9], r"cp.async.bulk: 16 bytes at shared address \d+ \(offset 6272\) of 6272 bytes"),
         (multiply, MULTIPLY[1], r"missing proxy fence: wgmma.mma_async reads operand a at shared offset \d+, which"),
         (multiply, MULTIPLY[2], r"missing proxy fence"),
         (multiply, MULTIPLY[3], r"missing proxy fence|race"),

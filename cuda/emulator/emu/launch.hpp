@@ -22,6 +22,7 @@ namespace emu {
     X(wgmma_m64n208k16) X(wgmma_m64n216k16) X(wgmma_m64n224k16) X(wgmma_m64n232k16) X(wgmma_m64n240k16)   \
     X(wgmma_m64n248k16) X(wgmma_m64n256k16)                                                               \
     X(global_read_bytes) X(global_write_bytes) X(prefetch_bytes) X(copy_async_bytes) X(copy_async_zeros)   \
+    X(bulk_copy_bytes)                                                                                    \
     X(scatter_requests) X(scatter_wavefronts) X(scatter_ideal)                                            \
     X(store16_requests) X(store16_wavefronts) X(store16_ideal)                                            \
     X(ldmatrix_requests) X(ldmatrix_wavefronts) X(ldmatrix_ideal)

@@ -65,6 +65,12 @@ void copy_async16(unsigned address, const void* pointer, unsigned bytes);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 
+void mbarrier_init(unsigned address, unsigned arrivals);
+void mbarrier_arrive(unsigned address);
+void mbarrier_expect(unsigned address, unsigned bytes);
+void mbarrier_wait(unsigned address, unsigned parity);
+void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned mbarrier);
+
 // ---- tensor cores ----------------------------------------------------------------------------------------------
 
 enum class Value : unsigned char { fp16, bf16 };

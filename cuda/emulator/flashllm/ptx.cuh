@@ -58,6 +58,17 @@ FLASHLLM_DEVICE void copy_async_wait() {
     emu::copy_async_wait(kPending);
 }
 
+// ---- transaction barriers and bulk copies (sm_90) --------------------------------------------------------------
+
+FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) { emu::mbarrier_init(address, arrivals); }
+FLASHLLM_DEVICE void mbarrier_init_fence() {}
+FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) { emu::mbarrier_arrive(address); }
+FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) { emu::mbarrier_expect(address, bytes); }
+FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) { emu::mbarrier_wait(address, parity); }
+FLASHLLM_DEVICE void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned mbarrier) {
+    emu::bulk_copy(address, pointer, bytes, mbarrier);
+}
+
 // ---- warp-level tensor cores (sm_80) ---------------------------------------------------------------------------
 
 FLASHLLM_DEVICE void load_matrix_x4(unsigned (&fragment)[4], unsigned address) {

@@ -64,6 +64,12 @@ void append(std::string& text, const char* format, ...) {
             append(text, " warp %u lanes %08x wait at %s for lanes %08x;", w, meeting.arrived,
                    name_of(meeting.operation), meeting.mask & ~meeting.arrived);
         }
+        for (const auto& [address, barrier] : block.transactions) {
+            if (const unsigned lanes = barrier.waiting[w]) {
+                append(text, " warp %u lanes %08x wait for %u arrivals and %lld bytes at the mbarrier at offset %u;", w,
+                       lanes, barrier.arrivals_left, barrier.bytes_left, address - kSharedBase);
+            }
+        }
         const unsigned all = w + 1 < block.warp_count ? ~0u : ~0u >> (31 - (block.block_dim.x - 1) % 32);
         if (warp.live != all) append(text, " warp %u lanes %08x have ended;", w, all & ~warp.live);
     }
@@ -180,6 +186,7 @@ void end_thread(Thread& thread) {
     }
     if (--block.live_threads == 0) {
         check_warpgroups(block);
+        check_transactions_done(block);
         for (unsigned w = 0; w < block.warp_count; ++w) flush_logs(block.warps[w]);
         for (unsigned w = 0; w < block.warp_count; ++w) check_wgmma_done(block.warps[w]);
         block.running = false;
@@ -207,6 +214,7 @@ void prepare_block(Block& block) {
     block.live_threads = threads;
     block.ready_warps = 0;
     for (unsigned b = 0; b < kNamedBarriers; ++b) block.barriers[b] = Barrier{};
+    block.transactions.clear();
     for (unsigned w = 0; w < block.warp_count; ++w) {
         Warp& warp = block.warps[w];
         warp.block = &block, warp.index = w, warp.meeting_count = 0, warp.rank = block.worker->draw();
@@ -268,6 +276,19 @@ void meet(Operation operation, unsigned mask, void* argument, void (*perform)(Wa
     perform(warp, mask);
     set_ready(warp, mask);
     maybe_preempt(thread);
+}
+
+void wait_for_wake(Thread& thread) {
+    set_waiting(thread);
+    give_way(thread);
+}
+
+void wake(Block& block, unsigned (&waiting)[kMaxWarps]) {
+    for (unsigned w = 0; w < block.warp_count; ++w) {
+        if (waiting[w] == 0) continue;
+        set_ready(block.warps[w], waiting[w]);
+        waiting[w] = 0;
+    }
 }
 
 void let_others_run() {

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdarg>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -93,6 +94,19 @@ struct Barrier {
     unsigned waiting[kMaxWarps] = {};    // lanes of each warp
 };
 
+struct BulkCopy {
+    unsigned address, bytes;
+    const void* source;
+};
+
+struct TransactionBarrier {
+    unsigned arrivals = 0, arrivals_left = 0;
+    unsigned parity = 0;                 // of the phase under way
+    long long bytes_left = 0;            // announced and not copied; negative when a copy was faster
+    std::vector<BulkCopy> copies;        // not performed yet
+    unsigned waiting[kMaxWarps] = {};    // lanes of each warp
+};
+
 struct Block : BlockView {
     Worker* worker = nullptr;
     bool running = false;
@@ -103,6 +117,7 @@ struct Block : BlockView {
     Barrier barriers[kNamedBarriers];
     char* stacks = nullptr;              // one per thread
     std::unique_ptr<CopyQueue[]> copies;
+    std::map<unsigned, TransactionBarrier> transactions;  // by shared address
     std::unique_ptr<unsigned[]> writer;  // of each 2 bytes of shared memory: thread id << 20 | epoch, 0: none
 
     Thread& thread(unsigned id) { return *reinterpret_cast<Thread*>(stacks + id * kStackBytes); }
@@ -149,6 +164,10 @@ void run_until_block_ends(Worker& worker);
 // The lanes of `mask` meet; the last to come calls perform(warp, mask), with each lane's argument in place.
 void meet(Operation operation, unsigned mask, void* argument, void (*perform)(Warp&, unsigned));
 
+// Lets others run until wake() of the lanes that this thread has put itself among.
+void wait_for_wake(Thread& thread);
+void wake(Block& block, unsigned (&waiting)[kMaxWarps]);
+
 // ---- shared.cpp
 
 void mark_written(Thread& thread, unsigned address, unsigned bytes);
@@ -159,6 +178,10 @@ void flush_logs(Warp& warp);
 inline unsigned char* shared_pointer(const Block& block, unsigned address) {
     return block.shared + (address - kSharedBase);
 }
+
+// ---- mbarrier.cpp
+
+void check_transactions_done(Block& block);
 
 // ---- wgmma.cpp
 

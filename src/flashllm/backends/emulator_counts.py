@@ -40,6 +40,8 @@ class Counts:
     """Read by asynchronous copies (also in ``global_read_bytes``)."""
     copy_async_zeros: int
     """Filled with zeros by asynchronous copies."""
+    bulk_copy_bytes: int
+    """Read by bulk copies (also in ``global_read_bytes``)."""
     scatter: SharedAccess
     """2-byte stores. The n-th store of each lane between two meetings of the warp counts as one instruction."""
     store16: SharedAccess
@@ -81,6 +83,7 @@ _PLAIN = (
     "prefetch_bytes",
     "copy_async_bytes",
     "copy_async_zeros",
+    "bulk_copy_bytes",
 )
 
 

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Transaction barriers (mbarrier) in shared memory and the bulk copies that complete on them. A copy is performed when
+// somebody waits for its barrier; with a seed, one in four at once, as the hardware may: that shows data overwritten
+// too early.
+#include <cstring>
+
+#include "runtime/state.hpp"
+
+namespace emu {
+
+namespace {
+
+TransactionBarrier& find(const char* what, unsigned address) {
+    Thread& thread = current();
+    check_shared(thread, what, address, 8);
+    const auto found = thread.owner->transactions.find(address);
+    if (found == thread.owner->transactions.end()) {
+        fail("%s: no mbarrier has been initialised at shared offset %u", what, address - kSharedBase);
+    }
+    return found->second;
+}
+
+// The phase ends when all arrivals and all announced bytes are there.
+void complete_if_done(Block& block, TransactionBarrier& barrier) {
+    if (barrier.arrivals_left != 0 || barrier.bytes_left != 0) return;
+    barrier.parity ^= 1;
+    barrier.arrivals_left = barrier.arrivals;
+    wake(block, barrier.waiting);
+}
+
+void arrive(Thread& thread, TransactionBarrier& barrier, unsigned address) {
+    if (barrier.arrivals_left == 0) {
+        fail("mbarrier at shared offset %u: more than its %u arrivals in one phase", address - kSharedBase,
+             barrier.arrivals);
+    }
+    --barrier.arrivals_left;
+    complete_if_done(*thread.owner, barrier);
+}
+
+void perform(Block& block, TransactionBarrier& barrier, const BulkCopy& copy) {
+    std::memcpy(shared_pointer(block, copy.address), copy.source, copy.bytes);
+    unsigned* writer = &block.writer[(copy.address - kSharedBase) / 2];
+    std::memset(writer, 0, sizeof *writer * copy.bytes / 2);  // the asynchronous proxy needs no fence from itself
+    barrier.bytes_left -= copy.bytes;
+}
+
+void perform_all(Block& block, TransactionBarrier& barrier) {
+    for (const BulkCopy& copy : barrier.copies) perform(block, barrier, copy);
+    const bool any = !barrier.copies.empty();
+    barrier.copies.clear();
+    if (any) complete_if_done(block, barrier);
+}
+
+}  // namespace
+
+void check_transactions_done(Block& block) {
+    for (const auto& [address, barrier] : block.transactions) {
+        if (!barrier.copies.empty()) {
+            fail("the block ends with %zu bulk copies not waited for, of the mbarrier at shared offset %u",
+                 barrier.copies.size(), address - kSharedBase);
+        }
+    }
+}
+
+void mbarrier_init(unsigned address, unsigned arrivals) {
+    Thread& thread = current();
+    check_shared(thread, "mbarrier.init", address, 8);
+    if (arrivals == 0 || arrivals >= 1u << 20) fail("mbarrier.init: %u arrivals, expected 1..1048575", arrivals);
+    TransactionBarrier barrier;
+    barrier.arrivals = barrier.arrivals_left = arrivals;
+    if (!thread.owner->transactions.emplace(address, barrier).second) {
+        fail("mbarrier.init: the one at shared offset %u is in use", address - kSharedBase);
+    }
+}
+
+void mbarrier_arrive(unsigned address) { arrive(current(), find("mbarrier.arrive", address), address); }
+
+void mbarrier_expect(unsigned address, unsigned bytes) {
+    TransactionBarrier& barrier = find("mbarrier.arrive.expect_tx", address);
+    barrier.bytes_left += bytes;
+    arrive(current(), barrier, address);
+}
+
+void mbarrier_wait(unsigned address, unsigned parity) {
+    Thread& thread = current();
+    TransactionBarrier& barrier = find("mbarrier.try_wait", address);
+    if (parity > 1) fail("mbarrier.try_wait: parity %u, expected 0 or 1", parity);
+    if (barrier.parity == parity) perform_all(*thread.owner, barrier);
+    if (barrier.parity != parity) return;
+    barrier.waiting[thread.warp->index] |= 1u << thread.lane;
+    wait_for_wake(thread);
+}
+
+void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned mbarrier) {
+    Thread& thread = current();
+    Block& block = *thread.owner;
+    Worker& worker = *block.worker;
+    check_shared(thread, "cp.async.bulk", address, 16);
+    if (bytes == 0 || bytes % 16 != 0) fail("cp.async.bulk: %u bytes, expected a multiple of 16", bytes);
+    check_shared(thread, "cp.async.bulk", address + bytes - 16, 16);
+    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) fail("cp.async.bulk: the source is not 16-byte aligned");
+    read_global(pointer, bytes);
+    worker.add(Counter::bulk_copy_bytes, bytes);
+    TransactionBarrier& barrier = find("cp.async.bulk", mbarrier);
+    const BulkCopy copy{address, bytes, pointer};
+    if (worker.launch->request->seed != 0 && worker.draw() % 4 == 0) {
+        perform(block, barrier, copy);
+        complete_if_done(block, barrier);
+    } else {
+        barrier.copies.push_back(copy);
+    }
+}
+
+}  // namespace emu

@@ -35,6 +35,7 @@ from flashllm.matmul.stream_k import StreamK
 
 _CHOICE = ("slices", "vectors", "resident_blocks", "blocks_per_sm", "overlap", "undo")
 _SPLIT = ("blocks", "row_cost")
+_FIXED = ("T", "kN", "kSlices", "kAligned")  # shared memory, grid and workspace follow from the choice
 _CHECKED_ROWS = 256
 
 
@@ -70,6 +71,8 @@ def parse_variant(text: str) -> Variant:
         key, equals, value = part.partition("=")
         if not equals or not value:
             raise BadUsage(f"--variant {name}: expected KEY=VALUE, got {part!r}")
+        if key in _FIXED:
+            raise BadUsage(f"--variant {name}: {key} follows from the case and the choice, got {part!r}")
         if key == "source":
             variant = replace(variant, source=value)
         elif key.startswith("k") and key[1:2].isupper():

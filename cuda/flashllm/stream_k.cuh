@@ -79,16 +79,16 @@ struct StreamK {
             for_each<S>(sum, [&](float (&part)[4], int v) { accumulate(part, __ldcg(mine + place(v))); });
         }
 
-        // True if all other pieces of the row are stored. One thread calls it, after a barrier behind which all
-        // threads of the block have stored theirs: its release covers them all.
+        // True if all other pieces of the row are stored; false for a row the block has alone. One thread calls it,
+        // after a barrier behind which all threads of the block have stored theirs: its release covers them all.
         FLASHLLM_DEVICE bool arrive_last() const {
             if (whole || ptx::add_acquire_release(counter, 1) != pieces - 1) return false;
             *counter = 0;  // ready for the next launch
             return true;
         }
 
-        // Adds the pieces of all blocks, in block order, to accumulators that are zero. Several pieces are loaded before
-        // the first is added: one after the other, their latencies cost more than all else.
+        // Adds the pieces of all blocks, in block order, to accumulators that are zero. Several pieces are loaded
+        // before the first is added: one after the other, their latencies cost more than all else.
         FLASHLLM_DEVICE void add_all(Accumulators<S>& sum) const {
             constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
             constexpr int kAhead = kVectors < 16 ? 16 / kVectors : 1;

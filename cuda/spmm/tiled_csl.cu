@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[N, M] = x[N, K] @ W[M, K]^T with W in Tiled-CSL: load as sparse, compute as dense (Flash-LLM, VLDB'24).
 //
-// The tiles of W, 128 rows x 64 columns each, lie in memory row by row. Block b of G walks the tiles
-// [b U / G, (b + 1) U / G) of all U: one contiguous stream of weights per block (stream-K). Per tile, a block
+// The tiles of W, 128 rows x 64 columns each, lie in memory row by row and are dealt to the blocks in contiguous runs
+// of equal cost (stream_k.cuh): one stream of weights per block. Per tile, a block
 //   loads    the packed words of a later tile into registers,
 //   scatters the words of the next tile into a zeroed 16 KB shared-memory image of it,
 //   computes the present tile's image times x on tensor cores, and
 //   clears   the previous image by storing zeros exactly where values were.
 // Three images take turns, so the four activities touch different memory and one barrier per tile orders all
-// of them. Where a row of tiles ends, the accumulators are summed over the warps and written: straight to y if
-// the block saw the whole row, else to the workspace, where the last block to arrive adds up the pieces in
-// block order (a fixed order: results are bit-reproducible).
+// of them. Where a row of tiles ends, the accumulators are written: to y if the block saw the whole row, else to the
+// workspace. When its run ends, a block announces its pieces of shared rows, and the last to arrive at a row adds its
+// pieces in block order (a fixed order: results are bit-reproducible).
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
 #include "flashllm/stream_k.cuh"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flashllm.jit.compile import CompileResult, compile_many
 from flashllm.jit.sources import cuda_root
 
 SPECS = registry.all_specs()
+BROKEN = Path(__file__).parent.parent / "emulator" / "broken.cu"
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +60,21 @@ def test_every_kernel_source_has_a_spec() -> None:
     present = {file.relative_to(root).as_posix() for file in root.rglob("*.cu")}
     assert used == present, "a kernel source without a spec is never compiled in tests"
     assert all((root / source).is_file() and not Path(source).is_absolute() for source in used)
+
+
+@pytest.mark.parametrize("function", ["ring", "share"])
+def test_rings_of_bulk_copies_compile(function: str, tmp_path: Path) -> None:
+    """Wrappers that no kernel of the package uses yet, through the kernels that try the emulator."""
+    shutil.copytree(cuda_root(), tmp_path / "cuda")
+    shutil.copy(BROKEN, tmp_path / "cuda")
+    spec = KernelSpec(
+        name=function,
+        source="broken.cu",
+        function=f"broken::{function}",
+        template=(("kMistake", "0"),),
+        threads=128,
+        archs=("90a", "100a", "120a"),
+    )
+    jobs = [(spec, arch) for arch in spec.archs]
+    for result in compile_many(jobs, source_root=tmp_path / "cuda", cache_dir=tmp_path / "kernels"):
+        assert result.cubin is not None, str(result.error)

@@ -133,6 +133,37 @@ __global__ void ring(const uint4* x, uint4* y) {
         if (chunk + kStages < kChunks) fill(chunk + kStages);
     }
 }
+
+// y = x, 4 chunks of 512 bytes: warp 0 fills a ring of 2 stages, warps 1..3 read all of it, warp 1 writes. Mistake 1: a
+// stage is refilled before it is free, 2: a lane forgets to say that it is free, 3: the ring is said to be full before.
+template <int kMistake>
+__global__ void share(const uint4* x, uint4* y) {
+    constexpr unsigned kStages = 2, kChunks = 4, kBytes = 512;
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned full = ptx::shared_address(shared), free = full + kStages * 8, stages = full + 128;
+    if (threadIdx.x == 0) {
+        for (unsigned i = 0; i < kStages; ++i) ptx::mbarrier_init(full + i * 8, 1);
+        for (unsigned i = 0; i < kStages; ++i) ptx::mbarrier_init(free + i * 8, 96);
+        ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    for (unsigned chunk = 0; chunk < kChunks; ++chunk) {
+        const unsigned stage = chunk % kStages, turn = chunk / kStages;
+        if (warp == 0) {
+            if (lane != 0) continue;
+            if (turn > 0 && kMistake != 1) ptx::mbarrier_wait(free + stage * 8, (turn - 1) % 2);
+            if (kMistake == 3) ptx::mbarrier_arrive(full + stage * 8);
+            else ptx::mbarrier_expect(full + stage * 8, kBytes);
+            ptx::bulk_copy(stages + stage * kBytes, x + chunk * 32, kBytes, full + stage * 8);
+        } else {
+            ptx::mbarrier_wait(full + stage * 8, turn % 2);
+            const uint4 value = *reinterpret_cast<const uint4*>(shared + 128 + stage * kBytes + lane * 16);
+            if (warp == 1) y[chunk * 32 + lane] = value;
+            if (kMistake != 2 || chunk != 1 || threadIdx.x != 50) ptx::mbarrier_arrive(free + stage * 8);
+        }
+    }
+}
 #endif
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -35,12 +35,13 @@ COPY = [spec("copy", mistake, 3 * 2048) for mistake in range(6)]
 MEET = [spec("meet", mistake, 0) for mistake in range(5)]
 REACH = [spec("reach", mistake, 2048) for mistake in range(7)]
 RING = [spec("ring", mistake, 128 + 4 * 3 * 512) for mistake in range(11)]
+SHARE = [spec("share", mistake, 128 + 2 * 512) for mistake in range(4)]
 MULTIPLY = [spec("multiply", mistake, 72 * 128) for mistake in range(9)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    emulator.preload([*ROTATE, *COPY, *MEET, *REACH, *RING, *MULTIPLY], build=BUILD)
+    emulator.preload([*ROTATE, *COPY, *MEET, *REACH, *RING, *SHARE, *MULTIPLY], build=BUILD)
 
 
 def rotate(kernel: KernelSpec, seed: int) -> bool:
@@ -75,6 +76,12 @@ def ring(kernel: KernelSpec, seed: int) -> bool:
     return bool((y.reshape(-1, 2, 4) == x.reshape(-1, 2, 4)[:, ::-1]).all())
 
 
+def share(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(1, 4 * 32 * 4 + 1, dtype=np.uint32), np.zeros(4 * 32 * 4, np.uint32)
+    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
+    return bool((y == x).all())
+
+
 def test_bulk_copies_are_counted() -> None:
     x, y = np.ones(4 * 8 * 32 * 4, np.uint32), np.zeros(4 * 8 * 32 * 4, np.uint32)
     counts = emulator.launch(RING[0], (1,), (x, y), build=BUILD)
@@ -95,8 +102,8 @@ def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelS
 
 @pytest.mark.parametrize(
     ("run", "kernels"),
-    [(rotate, ROTATE), (copy, COPY), (meet, MEET), (reach, REACH), (ring, RING), (multiply, MULTIPLY)],
-    ids=["rotate", "copy", "meet", "reach", "ring", "multiply"],
+    [(rotate, ROTATE), (copy, COPY), (meet, MEET), (reach, REACH), (ring, RING), (share, SHARE), (multiply, MULTIPLY)],
+    ids=["rotate", "copy", "meet", "reach", "ring", "share", "multiply"],
 )
 def test_no_report_without_a_mistake(run: Callable[[KernelSpec, int], bool], kernels: list[KernelSpec]) -> None:
     assert right_in_every_order(run, kernels[0])
@@ -112,13 +119,17 @@ def test_asynchronous_copies_not_waited_for(mistake: int) -> None:
     assert not right_in_every_order(copy, COPY[mistake])
 
 
-@pytest.mark.parametrize("mistake", [2, 3, 10])
-def test_rings_out_of_step(mistake: int) -> None:
+@pytest.mark.parametrize(
+    ("run", "kernel"),
+    [(ring, RING[2]), (ring, RING[3]), (ring, RING[10]), (share, SHARE[1]), (share, SHARE[3])],
+    ids=lambda value: value.label if isinstance(value, KernelSpec) else "",
+)
+def test_rings_out_of_step(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> None:
     """A wrong result or a report, in some order."""
 
     def right(seed: int) -> bool:
         try:
-            return ring(RING[mistake], seed)
+            return run(kernel, seed)
         except EmulationError as error:
             return not any(word in str(error) for word in ("mbarrier", "bulk copies"))
 
@@ -150,6 +161,7 @@ def test_missing_wait_shows_in_every_order() -> None:
         (ring, RING[7], r"no mbarrier has been initialised at shared offset \d+"),
         (ring, RING[8], r"the block ends with 1 bulk copies not waited for"),
         (ring, RING[9], r"cp.async.bulk: 16 bytes at shared address \d+ \(offset 6272\) of 6272 bytes"),
+        (share, SHARE[2], r"deadlock: warp 0 lanes 00000001 wait for 1 arrivals and 0 bytes"),
         (multiply, MULTIPLY[1], r"missing proxy fence: wgmma.mma_async reads operand a at shared offset \d+, which"),
         (multiply, MULTIPLY[2], r"missing proxy fence"),
         (multiply, MULTIPLY[3], r"missing proxy fence|race"),

@@ -54,6 +54,7 @@ def test_variants_change_the_default_plan(script: ModuleType, weight: TiledCSL) 
         (":blocks=3", "expected NAME"),
         ("a:blocks", "expected KEY=VALUE, got 'blocks'"),
         ("a:blocks=many", "blocks: expected a number"),
+        ("a:kSlices=1", "kSlices follows from the case and the choice"),
         ("a:color=3", "expected slices, vectors, .* or a template parameter, got 'color'"),
     ],
 )

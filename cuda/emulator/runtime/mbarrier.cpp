@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Transaction barriers (mbarrier) in shared memory and the bulk copies that complete on them. A copy is performed when
-// somebody waits for its barrier; with a seed, one in four at once, as the hardware may: that shows data overwritten
-// too early.
+// somebody waits for its barrier, or waits already; with a seed, one in four at once, as the hardware may: that shows
+// data overwritten too early.
 #include <cstring>
 
 #include "runtime/state.hpp"
@@ -18,6 +18,13 @@ TransactionBarrier& find(const char* what, unsigned address) {
         fail("%s: no mbarrier has been initialised at shared offset %u", what, address - kSharedBase);
     }
     return found->second;
+}
+
+bool waited_for(const TransactionBarrier& barrier) {
+    for (const unsigned lanes : barrier.waiting) {
+        if (lanes != 0) return true;
+    }
+    return false;
 }
 
 // The phase ends when all arrivals and all announced bytes are there.
@@ -103,7 +110,7 @@ void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned m
     worker.add(Counter::bulk_copy_bytes, bytes);
     TransactionBarrier& barrier = find("cp.async.bulk", mbarrier);
     const BulkCopy copy{address, bytes, pointer};
-    if (worker.launch->request->seed != 0 && worker.draw() % 4 == 0) {
+    if (waited_for(barrier) || (worker.launch->request->seed != 0 && worker.draw() % 4 == 0)) {
         perform(block, barrier, copy);
         complete_if_done(block, barrier);
     } else {

@@ -204,8 +204,8 @@ def spmm(
     """y[N, M] = x[N, K] @ W[M, K]^T by the real kernel, planned for :func:`emulated_device`.
 
     ``x`` is C-contiguous of W's type (bf16: ``ml_dtypes.bfloat16`` or its bits as uint16), W on the host; y has
-    the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles, the end of a
-    row of tiles counting for ``row_cost`` more; the rest is as for :func:`launch`. Raises :class:`ArgumentError`, and
+    the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles, with the end of
+    a row of tiles counting for ``row_cost`` more; the rest is as for :func:`launch`. Raises :class:`ArgumentError`, and
     :class:`EmulationError` also when the kernel writes outside y or leaves its arrival counters not zero.
     """
     from dataclasses import replace
@@ -223,6 +223,8 @@ def spmm(
         raise ArgumentError("x", expected=f"dtype {numpy_dtype(w.dtype)} like the weight's", got=str(x.dtype))
     if not x.flags.c_contiguous:
         raise ArgumentError("x", expected="a C-contiguous array", got=f"strides {x.strides}")
+    if row_cost and blocks is None:
+        raise ArgumentError("row_cost", expected="a number of blocks beside it", got=f"{row_cost} alone")
     n = x.shape[0]
     build = build or BuildOptions(arch=arch, sanitize=sanitize)
     plan = planning.plan(w, n, device=emulated_device(build.arch, sm_count=sm_count), choice=choice)

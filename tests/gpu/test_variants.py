@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner
 
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "kernel_variants.py"
+from scripts import load_script
 
 
 def test_variants_are_timed_and_checked(cp: Any, tmp_path: Path) -> None:
-    main = runpy.run_path(str(SCRIPT), run_name="kernel_variants")["main"]
+    main = load_script("kernel_variants").main
     rows = tmp_path / "rows.json"
     arguments = ["--shape", "4736x7680", "--n", "8,64", "--sparsity", "0.8", "--time-cap", "0.02", "--out", str(rows)]
     variants = ["--variant", "base", "--variant", "flat:row_cost=0", "--variant", "p0:kPrefetch=0"]

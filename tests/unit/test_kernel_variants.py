@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -14,19 +11,12 @@ from click.testing import CliRunner
 
 from flashllm import TiledCSL
 from flashllm.cli._cases import BadUsage
-
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "kernel_variants.py"
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_variants", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_variants"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("kernel_variants")
 
 
 @pytest.fixture(scope="module")

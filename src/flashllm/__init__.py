@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         UnsupportedDeviceError,
         VerificationError,
     )
-    from flashllm.formats.base import SparseWeight
     from flashllm.formats.tiled_csl import TiledCSL
+    from flashllm.formats.weight import SparseWeight
     from flashllm.matmul import Plan, plan, spmm
 
 __version__ = "0.1.0"
@@ -40,7 +40,7 @@ _HOME = {
     "MissingDependencyError": "flashllm.errors",
     "UnsupportedDeviceError": "flashllm.errors",
     "VerificationError": "flashllm.errors",
-    "SparseWeight": "flashllm.formats.base",
+    "SparseWeight": "flashllm.formats.weight",
     "TiledCSL": "flashllm.formats.tiled_csl",
     "Plan": "flashllm.matmul",
     "plan": "flashllm.matmul",

@@ -1,16 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel instance of the package, for compile gates and listings."""
+"""The weight formats of the package, by name, and every kernel instance.
+
+A new format is one entry of :data:`FORMATS`. Its modules load on first use, so listing the names costs nothing.
+"""
 
 from __future__ import annotations
 
-from flashllm.jit.spec import KernelSpec
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+from flashllm.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from flashllm.formats.weight import SparseWeight
+    from flashllm.jit.spec import KernelSpec
+    from flashllm.matmul.kernel import Kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatEntry:
+    """Where the parts of a format are."""
+
+    weight: str
+    """``"module:Class"`` of the :class:`~flashllm.formats.weight.SparseWeight`."""
+    kernel: str
+    """Module that fulfils :class:`~flashllm.matmul.kernel.Kernel`."""
+    encoder: str | None = None
+    """Module of the device encoder, whose ``specs()`` lists its kernels; ``None`` where there is none."""
+
+
+FORMATS: dict[str, FormatEntry] = {
+    "tiled-csl": FormatEntry(
+        weight="flashllm.formats.tiled_csl:TiledCSL",
+        kernel="flashllm.matmul.tiled_csl",
+        encoder="flashllm.encode.tiled_csl",
+    ),
+}
+"""Formats by name, as in ``SparseWeight.format``, files and result rows."""
+
+DEFAULT_FORMAT = "tiled-csl"
+
+
+def entry(name: str) -> FormatEntry:
+    """The entry of format ``name``; :class:`ArgumentError` with the known names for another."""
+    found = FORMATS.get(name)
+    if found is None:
+        raise ArgumentError("format", expected=f"one of {', '.join(FORMATS)}", got=repr(name))
+    return found
+
+
+def weight_class(name: str) -> type[SparseWeight]:
+    """The class of weights in format ``name``. Raises :class:`ArgumentError`."""
+    module, _, attribute = entry(name).weight.partition(":")
+    return cast("type[SparseWeight]", getattr(_module(module), attribute))
+
+
+def kernel(name: str) -> Kernel:
+    """The host module of the kernel for weights in format ``name``. Raises :class:`ArgumentError`."""
+    return cast("Kernel", _module(entry(name).kernel))
+
+
+@cache
+def _module(path: str) -> Any:
+    return importlib.import_module(path)
 
 
 def all_specs() -> list[KernelSpec]:
     """Each spec once, in a fixed order: products, encoders, measurement helpers."""
     from flashllm.bench import bandwidth, data
-    from flashllm.encode import tiled_csl as encode_tiled_csl
-    from flashllm.matmul import tiled_csl
 
-    sources = (tiled_csl.specs(), encode_tiled_csl.specs(), bandwidth.specs(), data.specs())
-    return list(dict.fromkeys(spec for specs in sources for spec in specs))
+    kernels = [entry.kernel for entry in FORMATS.values()]
+    encoders = [entry.encoder for entry in FORMATS.values() if entry.encoder is not None]
+    sources = [*map(_module, (*kernels, *encoders)), bandwidth, data]
+    return list(dict.fromkeys(spec for source in sources for spec in source.specs()))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import tiled_csl_cases as cases
 from flashllm.errors import ArgumentError
-from flashllm.formats.base import SparseWeight
 from flashllm.formats.tiled_csl import TiledCSL
+from flashllm.formats.weight import SparseWeight
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "tiled_csl_v1_row.safetensors"
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError
-from flashllm.formats.base import SparseWeight
 from flashllm.formats.bits import kind_of, numpy_dtype, to_bits, widen
+from flashllm.formats.weight import SparseWeight
 
 _STRIP_ROWS = 512
 

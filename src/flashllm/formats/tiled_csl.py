@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
+from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType, ReportCallback
 from flashllm.formats.bits import MAGNITUDE, RoundingTally, check_dtype, numpy_dtype, widen
 from flashllm.formats.sources import (
@@ -32,13 +32,14 @@ from flashllm.formats.tiled_csl_encode import (
     rows_and_columns,
     tile_grid,
 )
+from flashllm.formats.weight import SparseWeight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["TILE_K", "TILE_M", "WORDS_PER_VECTOR", "Order", "TiledCSL", "check_order"]
 
-FORMAT_NAME = "tiled-csl"
+_PACKING = 1.1  # bytes over 4 per stored element: tile padding and offsets
 
 
 def check_order(order: str) -> Order:
@@ -50,7 +51,7 @@ def check_order(order: str) -> Order:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TiledCSL:
+class TiledCSL(SparseWeight):
     """A sparse weight W [M, K] in Tiled-CSL.
 
     ``words`` is uint32 [padded elements]: value bits in the low half, location in the tile in the high
@@ -58,36 +59,27 @@ class TiledCSL:
     the total again. ``nnz`` counts the stored elements without padding; ``max_tile_words`` is the
     largest padded tile. ``order`` says how the words of a tile are arranged: ``"bank"`` for few
     shared-memory conflicts, ``"row"`` for plain row-major.
-
-    Both buffers are NumPy arrays or both are CuPy arrays. The constructor checks fields, types and
-    lengths, which needs no look into the buffers; ``validate()`` checks the content too.
     """
 
+    FORMAT: ClassVar[str] = "tiled-csl"
     BUFFERS: ClassVar[tuple[str, ...]] = ("words", "tile_offsets")
+    ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "row-order": {"order": "row"}}
 
-    shape: tuple[int, int]
-    dtype: DType
-    nnz: int
     words: Any = field(repr=False)
     tile_offsets: Any = field(repr=False)
     order: Order
     max_tile_words: int
 
-    def __post_init__(self) -> None:
-        self._check_structure(None)
+    @classmethod
+    def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
+        """``FormatError`` unless fields, types and lengths are legal."""
+        check_fields(**fields, path=path)
+        check_buffers(shape=tuple(fields["shape"]), **arrays, path=path)
 
-    def _check_structure(self, path: str | None) -> None:
-        check_fields(
-            shape=self.shape,
-            dtype=self.dtype,
-            nnz=self.nnz,
-            order=self.order,
-            max_tile_words=self.max_tile_words,
-            path=path,
-        )
-        check_buffers(shape=self.shape, words=self.words, tile_offsets=self.tile_offsets, path=path)
-        if is_cupy(self.words) != is_cupy(self.tile_offsets):
-            raise FormatError(field="tile_offsets", expected="on the side of words", got="host and device", path=path)
+    @classmethod
+    def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
+        """4 bytes per stored element, a tenth for padding, and the offsets."""
+        return int(4 * _PACKING * density * shape[0] * shape[1]) + 4096
 
     @classmethod
     def from_dense(
@@ -153,83 +145,20 @@ class TiledCSL:
         )
 
     @property
-    def format(self) -> str:
-        """``"tiled-csl"``."""
-        return FORMAT_NAME
-
-    @property
     def tiles(self) -> tuple[int, int]:
         """Tiles along M and along K."""
         return tile_grid(self.shape)
 
-    @property
-    def density(self) -> float:
-        """``nnz / (M * K)``."""
-        return self.nnz / (self.shape[0] * self.shape[1])
-
-    @property
-    def sparsity(self) -> float:
-        """``1 - density``."""
-        return 1.0 - self.density
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both buffers."""
-        return int(self.words.nbytes) + int(self.tile_offsets.nbytes)
-
-    @property
-    def bytes_per_element(self) -> float:
-        """``nbytes / (M * K)``; a dense fp16 matrix has 2."""
-        return self.nbytes / (self.shape[0] * self.shape[1])
-
-    @property
-    def is_device(self) -> bool:
-        """True when the buffers are CuPy arrays."""
-        return is_cupy(self.words)
-
-    def arrays(self) -> dict[str, Any]:
-        """``{"words": ..., "tile_offsets": ...}``."""
-        return {name: getattr(self, name) for name in self.BUFFERS}
-
-    def metadata(self) -> dict[str, Any]:
-        """Shape, dtype, nnz, order and max_tile_words, as JSON takes them."""
-        return {
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "nnz": self.nnz,
-            "order": self.order,
-            "max_tile_words": self.max_tile_words,
-        }
-
-    @classmethod
-    def from_parts(cls, metadata: dict[str, Any], arrays: dict[str, Any], *, path: str | None = None) -> TiledCSL:
-        """A weight from ``metadata()`` and ``arrays()``, or ``FormatError``; ``path`` is for messages."""
-        for name in ("shape", "dtype", "nnz", "order", "max_tile_words"):
-            if name not in metadata:
-                raise FormatError(field=name, expected="an entry in the metadata", got="none", path=path)
-        for name in cls.BUFFERS:
-            if name not in arrays:
-                raise FormatError(field=name, expected="a buffer", got="none", path=path)
-        fields = {name: metadata[name] for name in ("shape", "dtype", "nnz", "order", "max_tile_words")}
-        check_fields(**fields, path=path)
-        fields["shape"] = tuple(fields["shape"])
-        check_buffers(shape=fields["shape"], words=arrays["words"], tile_offsets=arrays["tile_offsets"], path=path)
-        return cls(**fields, words=arrays["words"], tile_offsets=arrays["tile_offsets"])
-
-    def validate(self, *, path: str | None = None) -> None:
-        """Check every invariant; ``FormatError`` names field and index, what was expected and what found.
-
-        O(words + tiles) on the host; device buffers are copied there. ``path`` is for messages. Of the
-        order of the words in a tile nothing is checked: results do not depend on it.
+    def check_content(self, *, path: str | None) -> None:
+        """``FormatError`` at the first breach. Of the order of the words in a tile nothing is checked: results do not
+        depend on it.
         """
-        self._check_structure(path)
-        host = self.to_host()
         check_content(
-            shape=host.shape,
-            nnz=host.nnz,
-            max_tile_words=host.max_tile_words,
-            words=host.words,
-            tile_offsets=host.tile_offsets,
+            shape=self.shape,
+            nnz=self.nnz,
+            max_tile_words=self.max_tile_words,
+            words=self.words,
+            tile_offsets=self.tile_offsets,
             path=path,
         )
 
@@ -279,52 +208,3 @@ class TiledCSL:
         value = part.astype(np.uint16)
         stored = (value & MAGNITUDE) != 0
         return row[stored], column[stored], value[stored]
-
-    def to_device(self) -> TiledCSL:
-        """The same weight on the current CUDA device (itself when it is there already).
-
-        Raises ``MissingDependencyError`` without a usable GPU, ``DeviceMemoryError``.
-        """
-        from flashllm.device import current_device, gpu_problem, memory_errors
-
-        if (problem := gpu_problem()) is not None:
-            raise MissingDependencyError(f"to_device: {problem}; see `flashllm doctor`")
-        import cupy
-
-        if self.is_device and int(self.words.device.id) == current_device():
-            return self
-        with memory_errors("weight", self.nbytes):
-            return self._with(cupy.asarray(self.words), cupy.asarray(self.tile_offsets))
-
-    def to_host(self) -> TiledCSL:
-        """The same weight with NumPy buffers (itself when they are)."""
-        if not self.is_device:
-            return self
-        return self._with(self.words.get(), self.tile_offsets.get())
-
-    def _with(self, words: Any, tile_offsets: Any) -> TiledCSL:
-        return TiledCSL(
-            shape=self.shape,
-            dtype=self.dtype,
-            nnz=self.nnz,
-            words=words,
-            tile_offsets=tile_offsets,
-            order=self.order,
-            max_tile_words=self.max_tile_words,
-        )
-
-    def save(self, path: str | Path, *, name: str = "weight") -> None:
-        """Write a safetensors file that holds this weight under ``name``; see ``flashllm.io.container``."""
-        from flashllm.io.container import save_weights
-
-        save_weights(path, {name: self})
-
-    @classmethod
-    def load(cls, path: str | Path, *, name: str | None = None, validate: bool = True) -> TiledCSL:
-        """Read a Tiled-CSL weight from a file of ``save``; see ``flashllm.io.container.load_weight``."""
-        from flashllm.io.container import load_weight
-
-        weight = load_weight(path, name=name, validate=validate)
-        if not isinstance(weight, cls):
-            raise FormatError(field="format", expected=FORMAT_NAME, got=weight.format, path=str(path))
-        return weight

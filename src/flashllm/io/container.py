@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from flashllm.errors import ArgumentError, FormatError, brief
-from flashllm.formats import FORMATS, SparseWeight
+from flashllm.formats.weight import SparseWeight
 from flashllm.io.safetensors_file import Header, TensorFile, parse_json, write_file
+from flashllm.registry import FORMATS, weight_class
 
 CONTAINER_FORMAT = "flashllm-weights"
 CONTAINER_VERSION = "1"
@@ -35,7 +36,7 @@ def save_weights(path: str | Path, weights: Mapping[str, SparseWeight]) -> None:
     for name, weight in weights.items():
         if not isinstance(name, str) or not name:
             raise ArgumentError("weights", expected="names that are non-empty strings", got=repr(name))
-        if getattr(weight, "format", None) not in FORMATS:
+        if not isinstance(weight, SparseWeight) or weight.format not in FORMATS:
             raise ArgumentError(f"weights[{name!r}]", expected="a SparseWeight", got=type(weight).__name__)
         described[name] = {"format": weight.format, **weight.metadata()}
         for buffer, array in weight.to_host().arrays().items():
@@ -112,12 +113,13 @@ def _build(file: TensorFile, name: str, fields: dict[str, Any], *, validate: boo
     # Only entries that are this weight's buffers; a weight "a" beside a weight "a.b" must not take the
     # other's.
     prefix = name + "."
-    buffers = FORMATS[kind].BUFFERS
+    made = weight_class(kind)
+    buffers = made.BUFFERS
     missing = [b for b in buffers if prefix + b not in header.tensors]
     if missing:
         raise FormatError(field=prefix + missing[0], expected="a tensor", got="none", path=header.path)
     arrays = {b: file.read(header.tensors[prefix + b], mmap=mmap) for b in buffers}
-    weight = FORMATS[kind].from_parts(fields, arrays, path=header.path)
+    weight = made.from_parts(fields, arrays, path=header.path)
     if validate:
         weight.validate(path=header.path)
     return weight

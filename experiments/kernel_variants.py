@@ -30,7 +30,7 @@ from flashllm import backends
 from flashllm.bench.cases import parse_batches, parse_shapes, parse_sparsities, split_list
 from flashllm.cli._cases import BadUsage, usage_errors
 from flashllm.jit.spec import KernelSpec
-from flashllm.matmul import tiled_csl
+from flashllm.matmul import product, tiled_csl
 from flashllm.matmul.stream_k import StreamK
 
 _CHOICE = ("slices", "vectors", "resident_blocks", "blocks_per_sm", "overlap", "undo")
@@ -109,8 +109,7 @@ class System:
 
     def launch(self, copy: int, stream: Any) -> None:
         """Queue one product; allocates nothing."""
-        w = self.weights[copy]
-        tiled_csl.launch(self.spec, self.split, self.x, w, self.y, self._workspace, stream=stream)
+        product.launch(self.weights[copy], self.spec, self.split, self.x, self.y, self._workspace, stream=stream)
 
 
 Plans = dict[str, tuple[KernelSpec, StreamK]]

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import numpy as np
 
-from flashllm import TiledCSL, backends
+from flashllm import backends, registry
 from products import assert_exact, exact, integers, weight
 from tiled_csl_cases import PATTERNS
 
@@ -27,13 +27,15 @@ def draw(number: int, largest: int) -> dict[str, Any]:
     k = rng.choice([*edges, rng.randint(1, 12000), 8 * rng.randint(1, 1500)])
     while m * k > largest:
         m, k = max(1, m // 2), max(1, k // 2)
+    name = rng.choice(list(registry.FORMATS))
     return {
         "shape": (m, k),
         "n": rng.choice([1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, rng.randint(1, 200)]),
         "pattern": rng.choice(PATTERNS),
         "density": rng.choice([0.0, 0.01, 0.1, 0.2, 0.3, 0.5, 0.9, rng.random()]),
         "dtype": rng.choice(["fp16", "bf16"]),
-        "order": rng.choice(["bank", "row"]),
+        "format": name,
+        "encoding": rng.choice(list(registry.weight_class(name).ENCODINGS)),
     }
 
 
@@ -43,7 +45,8 @@ def run(number: int, backend: str) -> None:
     shape, dtype = case["shape"], case["dtype"]
     w = weight(case["pattern"], shape, case["density"], dtype, seed=number % 2**32)
     x = integers(np.random.default_rng(number), (case["n"], shape[1]), dtype)
-    packed = TiledCSL.from_dense(w, order=case["order"])
+    made = registry.weight_class(case["format"])
+    packed = made.from_dense(w, **made.ENCODINGS[case["encoding"]])
     if backend == "cuda":
         import cupy
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from flashllm.bench import bandwidth, data, results, systems, timing
+from flashllm.bench import bandwidth, data, results, timing
 from flashllm.bench.cases import PATTERNS
 from flashllm.cli import bench, profile, tune
 from flashllm.formats.tiled_csl import TiledCSL
@@ -35,9 +35,9 @@ def test_read_bandwidth_is_plausible_and_repeats(cp: Any) -> None:
     assert again == pytest.approx(first, rel=0.05)
 
 
-def test_clones_are_copies(cp: Any) -> None:
+def test_copies_have_buffers_of_their_own(cp: Any) -> None:
     weight = TiledCSL.from_dense(data.random_matrix(256, 128, density=0.2, device=True))
-    copy = systems.clone(weight)
+    copy = weight.copy()
     assert copy.words.data.ptr != weight.words.data.ptr
     assert (copy.words == weight.words).all()
 

@@ -14,6 +14,7 @@ from flashllm.bench.results import Row, latest
 from flashllm.bench.runner import CudaRunner, Settings, check_memory, required_bytes
 from flashllm.bench.sources import RandomSource
 from flashllm.errors import DeviceMemoryError
+from flashllm.formats.weight import SparseWeight
 
 GROUP = Group(m=96, k=72, sparsities=(0.7, 0.9), batches=(4, 8))
 FACTS = environment.Environment(
@@ -90,7 +91,7 @@ def test_a_wrong_column_fails_even_outside_the_sampled_rows(monkeypatch: pytest.
 
 def test_cases_done_before_are_left_out_and_cublas_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu.install(monkeypatch)
-    rows = _run(skip=lambda group, sparsity, n: (sparsity, n) != (0.7, 8))
+    rows = _run(skip=lambda group, sparsity, n, _: (sparsity, n) != (0.7, 8))
     assert [(r.system, r.sparsity, r.N) for r in rows] == [("cublas", 0.7, 8), ("flashllm", 0.7, 8)]
 
 
@@ -111,9 +112,9 @@ def test_required_bytes_of_the_largest_paper_shape_fit_an_80_gb_gpu() -> None:
 def test_running_out_of_memory_half_way_says_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu.install(monkeypatch)
 
-    def full(weight: Any) -> Any:
+    def full(self: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(systems, "clone", full)
+    monkeypatch.setattr(SparseWeight, "copy", full)
     with pytest.raises(DeviceMemoryError, match="benchmark of 96x72: needs"):
         _run()

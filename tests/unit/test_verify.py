@@ -53,7 +53,7 @@ def test_reference_passes_everything() -> None:
     assert all(outcome.passed for outcome in outcomes)
     data = [outcome.case.data for outcome in outcomes]
     assert {d.operands for d in data} == {"integers", "random", "special"}
-    assert {d.order for d in data} == {"bank", "row"}
+    assert {d.encoding for d in data} == {"default", "row-order"}
     assert {(d.pattern, d.sparsity) for d in data} == set(cases.PATTERNS)
 
 
@@ -201,7 +201,7 @@ def test_command_fails_at_the_first_wrong_element(monkeypatch: pytest.MonkeyPatc
     _spoil(monkeypatch, lambda y: y.__setitem__((1, 3), 77))
     result = _run("--backend", "reference", "--quick")
     assert result.exit_code == 1
-    assert "WRONG numpy: 200x456 N=8 fp16 uniform 0.8 integers: y[1, 3]: got 77, expected " in result.stderr
+    assert "WRONG numpy: 200x456 N=8 fp16 uniform 0.8 integers, tiled-csl: y[1, 3]: got 77, expected " in result.stderr
     assert "bound 0 (1 of 1,600 elements are wrong)" in result.stderr
     assert "19 of 20 cases not run" in result.stderr
     assert "0 of 1 cases right" in result.stdout

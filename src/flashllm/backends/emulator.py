@@ -31,8 +31,8 @@ from flashllm.jit.spec import KernelSpec, normalize_arch, shared_limit
 
 if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
-    from flashllm.formats.tiled_csl import TiledCSL
-    from flashllm.matmul.tiled_csl import Choice
+    from flashllm.formats.weight import SparseWeight
+    from flashllm.matmul.kernel import KernelChoice
 
 __all__ = [
     "BuildOptions",
@@ -190,9 +190,9 @@ def emulated_device(arch: str = "90a", *, sm_count: int = 4) -> DeviceFacts:
 
 def spmm(
     x: NDArray[Any],
-    w: TiledCSL,
+    w: SparseWeight,
     *,
-    choice: Choice | None = None,
+    choice: KernelChoice | None = None,
     arch: str = "90a",
     seed: int = 0,
     sm_count: int = 4,
@@ -211,7 +211,9 @@ def spmm(
     from dataclasses import replace
 
     from flashllm.formats.bits import kind_of, numpy_dtype
-    from flashllm.matmul import planning, stream_k, tiled_csl
+    from flashllm.matmul import planning
+    from flashllm.matmul.stream_k import StreamK
+    from flashllm.registry import kernel
 
     rows, columns = w.shape
     if w.is_device:
@@ -229,17 +231,20 @@ def spmm(
     build = build or BuildOptions(arch=arch, sanitize=sanitize)
     plan = planning.plan(w, n, device=emulated_device(build.arch, sm_count=sm_count), choice=choice)
     if blocks is not None:
+        if not isinstance(plan.split, StreamK):
+            raise ArgumentError("blocks", expected=f"None: {plan.spec.name} has no stream-K split", got=str(blocks))
         plan = replace(plan, split=replace(plan.split, blocks=blocks, row_cost=row_cost))
     size, after = n * rows, _GUARD + _GUARD_ROWS * rows
     fenced = np.full(_GUARD + size + after, _NAN_BITS, np.uint16)
     y = fenced[_GUARD : _GUARD + size]
     # Zero counters; whatever else is read before it is written must show.
     workspace = _aligned(np.full(max(plan.workspace_bytes, 16), 0xFF, np.uint8))
-    counters = workspace[: plan.split.column_blocks * plan.split.tiles_m * stream_k.COUNTER_BYTES]
+    counters = workspace[: plan.split.counter_bytes]
     counters[:] = 0
-    args = tiled_csl.arguments(plan.split, w.shape, _fenced(x), _aligned(w.words), w.tile_offsets, y, workspace)
+    w = w.with_arrays({name: _aligned(array) for name, array in w.arrays().items()})
+    args = kernel(w.format).arguments(w, plan.split, _fenced(x), y, workspace)
     counts = launch(plan.spec, plan.grid, args, seed=seed, build=build)
-    if plan.workspace_bytes and counters.any():
+    if counters.any():
         raise EmulationError(f"{plan.spec.label} (seed {seed}): arrival counters are not zero after the launch")
     for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):
         if (guard != _NAN_BITS).any():

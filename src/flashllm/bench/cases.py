@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flashllm.bench.models import find_model
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType
+from flashllm.registry import DEFAULT_FORMAT, entry
 
 PATTERNS: tuple[str, ...] = ("uniform", "per-row", "skewed", "columns", "block")
 DEFAULT_SPARSITIES: tuple[float, ...] = (0.7, 0.8, 0.9)
@@ -39,6 +40,8 @@ class Group:
     model: str | None = None
     layer: str | None = None
     zeros: float | None = None
+    formats: tuple[str, ...] = (DEFAULT_FORMAT,)
+    """Formats to pack the weights in; each is a system of its own."""
 
     @property
     def title(self) -> str:
@@ -71,6 +74,16 @@ def parse_sparsities(text: str) -> tuple[float, ...]:
     if not values:
         raise ArgumentError("sparsity", expected="at least one fraction such as 0.8", got=repr(text))
     return tuple(sorted(values))
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """``"tiled-csl,bitmap"`` -> ``("tiled-csl", "bitmap")``: registered formats, in order and without repeats."""
+    names = tuple(dict.fromkeys(split_list(text)))
+    for name in names:
+        entry(name)
+    if not names:
+        raise ArgumentError("format", expected=f"at least one format such as {DEFAULT_FORMAT}", got=repr(text))
+    return names
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -107,6 +120,7 @@ def build_groups(
     dtype: DType = "fp16",
     pattern: str = "uniform",
     seed: int = 0,
+    formats: tuple[str, ...] = (DEFAULT_FORMAT,),
     max_elements: int | None = None,
 ) -> list[Group]:
     """One group per layer of ``models`` and per entry of ``shapes``.
@@ -127,6 +141,7 @@ def build_groups(
             seed=seed,
             model=model,
             layer=layer,
+            formats=formats,
         )
 
     groups: dict[Group, None] = {}

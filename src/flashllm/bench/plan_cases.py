@@ -13,6 +13,7 @@ from flashllm.bench.models import PAPER_MODELS
 from flashllm.bench.sources import FileSource, RandomSource, Source
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import check_dtype
+from flashllm.registry import DEFAULT_FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class Work:
 
     @property
     def cases(self) -> int:
-        """Number of (shape, sparsity, N) cases."""
-        return sum(len(group.sparsities) * len(group.batches) for group in self.groups)
+        """Number of (shape, sparsity, N, format) cases."""
+        return sum(len(group.sparsities) * len(group.batches) * len(group.formats) for group in self.groups)
 
 
 def plan_work(
@@ -41,15 +42,18 @@ def plan_work(
     dtype: str | None = None,
     pattern: str | None = None,
     seed: int = 0,
+    formats: str | None = None,
 ) -> Work:
     """Check the options together and build the groups; ``None`` and empty mean: not given.
 
+    ``formats`` are names, comma-separated; by default a packed weight keeps its own, others take the package's default.
     Without models, shapes and weights: the 12 shapes of the paper, or three small ones where ``backend`` is
     not ``"cuda"``. Without a GPU a model's layers are scaled down. Raises ``ArgumentError``, ``FormatError``,
     ``OSError``.
     """
     batches = cases.parse_batches(n) if n is not None else cases.DEFAULT_BATCHES
     kind = None if dtype is None else check_dtype(dtype)
+    packed = None if formats is None else cases.parse_formats(formats)
     if weights is not None:
         for name, given in (
             ("model", models),
@@ -73,6 +77,7 @@ def plan_work(
             model=file.name,
             layer=file.tensor,
             zeros=zeros,
+            formats=packed or (file.format or DEFAULT_FORMAT,),
         )
         report = file.rounding.report()
         notes = [f"{file.name}: {m}x{k}, {100 * zeros:.2f} % zeros"]
@@ -102,6 +107,7 @@ def plan_work(
         dtype=kind or "fp16",
         pattern=pattern or "uniform",
         seed=seed,
+        formats=packed or (DEFAULT_FORMAT,),
         max_elements=cases.SMALL_ELEMENTS if small else None,
     )
     scaled = small and bool(names)

@@ -20,8 +20,9 @@ OURS = "flashllm"
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """Speed-ups over cuBLAS of all cases at one sparsity and N (``None``: at all N)."""
+    """Speed-ups over cuBLAS of all cases of one format at one sparsity and N (``None``: at all N)."""
 
+    format: str
     sparsity: float | None
     n: int | None
     geometric: float
@@ -31,15 +32,19 @@ class Means:
 
 
 def speedup_means(rows: Iterable[Row]) -> list[Means]:
-    """Geometric mean, lowest and highest speed-up per (sparsity, N) and per sparsity, of right results."""
-    found: dict[tuple[float | None, int | None], list[float]] = {}
+    """Geometric mean, lowest and highest speed-up per format, sparsity and N and per format and sparsity, of right
+    results.
+    """
+    found: dict[tuple[str, float | None, int | None], list[float]] = {}
     for row in rows:
         if row.system == OURS and row.speedup and row.check == "pass":
-            found.setdefault((row.sparsity, row.N), []).append(row.speedup)
-            found.setdefault((row.sparsity, None), []).append(row.speedup)
-    ordered = sorted(found.items(), key=lambda item: (item[0][0] or 0.0, item[0][1] or math.inf))
+            for n in (row.N, None):
+                found.setdefault((row.format, row.sparsity, n), []).append(row.speedup)
+    place = {name: i for i, name in enumerate(dict.fromkeys(name for name, _, _ in found))}
+    ordered = sorted(found.items(), key=lambda item: (place[item[0][0]], item[0][1] or 0.0, item[0][2] or math.inf))
     return [
         Means(
+            format=name,
             sparsity=sparsity,
             n=n,
             geometric=math.exp(math.fsum(map(math.log, values)) / len(values)),
@@ -47,7 +52,7 @@ def speedup_means(rows: Iterable[Row]) -> list[Means]:
             highest=max(values),
             cases=len(values),
         )
-        for (sparsity, n), values in ordered
+        for (name, sparsity, n), values in ordered
     ]
 
 
@@ -56,11 +61,18 @@ def title_of(row: Row) -> str:
     return " ".join(part for part in (row.model, row.layer) if part)
 
 
-def _system(row: Row) -> str:
+def several_formats(rows: Iterable[Row]) -> bool:
+    """Whether our rows are of more than one format, so that a table must tell them apart."""
+    return len({row.format for row in rows if row.system.startswith(OURS)}) > 1
+
+
+def _system(row: Row, *, several: bool) -> str:
+    """``several``: there are several formats, so ours say which is theirs."""
+    name = f"{row.system} {row.format}" if several and row.system.startswith(OURS) else row.system
     if row.system == OURS:
-        return OURS
+        return name
     # An ablation is known by the idea that was left out, which its kernel's name begins with.
-    return row.system + " " + (row.kernel.partition(":")[0] if row.system == "flashllm-ablation" else row.kernel)
+    return f"{name} " + (row.kernel.partition(":")[0] if row.system == "flashllm-ablation" else row.kernel)
 
 
 def _fixed(value: float | None, digits: int) -> str:
@@ -78,7 +90,7 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
     from rich.table import Table
 
     table = Table(title="x[N,K] @ W[M,K]^T", title_justify="left")
-    named = any(title_of(row) for row in rows)
+    named, several = any(title_of(row) for row in rows), several_formats(rows)
     if named:
         table.add_column("weights", no_wrap=True)
     table.add_column("system", no_wrap=True)
@@ -104,7 +116,7 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
         title = [escape(title_of(row)) if case != previous else ""] if named else []
         table.add_row(
             *title,
-            escape(_system(row)),
+            escape(_system(row, several=several)),
             f"{row.M}x{row.K}",
             str(row.N),
             "dense" if row.format == "dense" else sparsity_of(row),
@@ -121,12 +133,16 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
     parts: list[RenderableType] = [table, "* counted as if W were dense"]
     if means:
         summary = Table(title="speed-up over cuBLAS", title_justify="left")
+        if several:
+            summary.add_column("format")
         for heading in ("sparsity", "N", "geometric mean", "lowest", "highest", "cases"):
             summary.add_column(heading, justify="right")
         for index, mean in enumerate(means):
-            if index and mean.sparsity != means[index - 1].sparsity:
+            before = means[index - 1]
+            if index and (mean.format, mean.sparsity) != (before.format, before.sparsity):
                 summary.add_section()
             summary.add_row(
+                *([mean.format] if several else []),
                 "file" if mean.sparsity is None else f"{mean.sparsity:g}",
                 "all" if mean.n is None else str(mean.n),
                 f"{mean.geometric:.3f}",
@@ -189,7 +205,8 @@ def model_table(rows: Sequence[Row], gpu: roofline.Gpu) -> list[RenderableType]:
 
 
 def markdown(rows: Sequence[Row], *, full: bool = False, allow_dirty: bool = False) -> str:
-    """Markdown of committed results: speed-up per sparsity and N, with ``full`` every case too.
+    """Markdown of committed results: speed-up per sparsity and N (and format, where there are
+    several), with ``full`` every case too.
 
     Of repeated measurements the last counts. Raises :class:`ArgumentError` for rows that no commit vouches
     for, that failed their check, or that must not stand in one table (several GPU models, launch or cache
@@ -215,26 +232,28 @@ def markdown(rows: Sequence[Row], *, full: bool = False, allow_dirty: bool = Fal
     commits = ", ".join(sorted({str(row.commit)[:10] for row in ours}))
     dates = sorted({row.time_utc[:10] for row in ours})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    several = several_formats(ours)
+    head, rule = ("| format ", "|---") if several else ("", "")
     lines = [
         f"{first.gpu}, driver {first.driver}, CUDA {first.cuda}, cuBLAS {first.cublas}; {first.dtype}, "
         f"{first.pattern} zeros, L2 {first.l2}, {first.launch} launches; commit {commits}, {when}.",
         "",
-        "| zeros | N | speed-up over cuBLAS (geometric mean) | lowest | highest | cases |",
-        "|---|---|---|---|---|---|",
+        f"{head}| zeros | N | speed-up over cuBLAS (geometric mean) | lowest | highest | cases |",
+        f"{rule}|---|---|---|---|---|---|",
     ]
     for mean in speedup_means(ours):
         name = "file" if mean.sparsity is None else f"{100 * mean.sparsity:g} %"
         count = "all" if mean.n is None else str(mean.n)
-        lines.append(
-            f"| {name} | {count} | {mean.geometric:.2f} | {mean.lowest:.2f} | {mean.highest:.2f} | {mean.cases} |"
-        )
+        cells = (name, count, f"{mean.geometric:.2f}", f"{mean.lowest:.2f}", f"{mean.highest:.2f}", str(mean.cases))
+        lines.append((f"| {mean.format} " if several else "") + f"| {' | '.join(cells)} |")
     if full:
-        lines += ["", "| weights | MxK | N | zeros | us | cuBLAS us | speed-up | % of roofline |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += ["", f"{head}| weights | MxK | N | zeros | us | cuBLAS us | speed-up | % of roofline |"]
+        lines += [f"{rule}|---|---|---|---|---|---|---|---|"]
         for row in ours:
             share = None if row.roofline_fraction is None else 100 * row.roofline_fraction
+            start = f"| {row.format} " if several else ""
             lines.append(
-                f"| {title_of(row) or '-'} | {row.M}x{row.K} | {row.N} | {sparsity_of(row)} "
+                f"{start}| {title_of(row) or '-'} | {row.M}x{row.K} | {row.N} | {sparsity_of(row)} "
                 f"| {_fixed(row.median_us, 1)} | {_fixed(row.cublas_us, 1)} | {_fixed(row.speedup, 2)} "
                 f"| {_fixed(share, 0)} |"
             )

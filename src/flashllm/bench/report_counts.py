@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flashllm.backends.emulator_counts import Counts
-from flashllm.bench.report import sparsity_of, title_of
+from flashllm.bench.report import several_formats, sparsity_of, title_of
 from flashllm.bench.results import Row
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ def counts_table(counted: Sequence[tuple[Row, Counts]]) -> list[RenderableType]:
     named = any(title_of(row) for row, _ in counted)
     if named:
         table.add_column("weights", no_wrap=True)
+    several = several_formats(row for row, _ in counted)
+    if several:
+        table.add_column("format")
     headings = ("MxK", "N", "sparsity", "tensor-core instructions", "MB read", "MB written*", "barriers")
     for heading in (*headings, "shared wavefronts", "lost to conflicts"):
         table.add_column(heading, justify="right")
@@ -30,6 +33,7 @@ def counts_table(counted: Sequence[tuple[Row, Counts]]) -> list[RenderableType]:
         shared = (counts.scatter, counts.store16, counts.ldmatrix)
         table.add_row(
             *([escape(title_of(row))] if named else []),
+            *([row.format] if several else []),
             f"{row.M}x{row.K}",
             str(row.N),
             sparsity_of(row),

@@ -17,6 +17,7 @@ from typing import Any
 
 from flashllm.errors import FormatError, brief
 from flashllm.io.files import locked
+from flashllm.registry import FORMATS
 
 SCHEMA = 1
 _LARGEST = sys.float_info.max
@@ -25,12 +26,19 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "kind": ("kernel", "e2e", "quality", "encode"),
     "dtype": ("fp16", "bf16"),
     "pattern": ("uniform", "per-row", "skewed", "columns", "block", "2:4", "file"),
-    "format": ("dense", "tiled-csl", "bitmap", "slot24", "csr", "2:4"),
     "choice": ("auto", "tuned", "forced"),
     "l2": ("cold", "warm"),
     "launch": ("graph", "graph-pdl", "stream"),
     "check": ("pass", "fail"),
 }
+
+
+_OTHER_FORMATS = ("dense", "csr", "2:4")  # of the systems we compare with
+
+
+def _allowed(field: str) -> tuple[str, ...] | None:
+    """The values that ``field`` may have, or ``None`` for any."""
+    return (*_OTHER_FORMATS, *FORMATS) if field == "format" else _VALUES.get(field)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +149,9 @@ def validate(row: dict[str, Any], *, where: str | None = None) -> None:
         # An integer may be too large for the float that arithmetic makes of it.
         if type(value) in (int, float) and not abs(value) <= _LARGEST:
             refuse(field, "a finite number", brief(value))
-        if value is not None and field in _VALUES and value not in _VALUES[field]:
-            refuse(field, f"one of {', '.join(_VALUES[field])}", brief(value))
+        values = _allowed(field)
+        if value is not None and values is not None and value not in values:
+            refuse(field, f"one of {', '.join(values)}", brief(value))
     if min(row["M"], row["K"], row["N"]) < 1:
         refuse("M, K, N", "positive integers", f"{row['M']}, {row['K']}, {row['N']}")
 
@@ -241,6 +250,7 @@ def case_key(row: Row) -> Key:
     """What makes two rows measurements of the same thing, on whatever machine and at whatever time."""
     return (
         row.system,
+        row.format,
         row.backend,
         row.model,
         row.layer,

@@ -18,9 +18,10 @@ from flashllm.bench.runner_types import Advance, Emit, Wanted
 from flashllm.bench.runs import Prepared, Run
 from flashllm.bench.sources import Source
 from flashllm.errors import DeviceMemoryError
+from flashllm.formats.weight import SparseWeight
+from flashllm.registry import kernel, weight_class
 
 _SPARE_BYTES = 2**30  # float64 rows of the reference, workspaces, inputs, outputs
-_PACKING = 1.1  # packed bytes over 4 bytes per nonzero: tile padding and offsets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class Settings:
     """Measure our kernel without each of its ideas too, where such instances exist (fp16, N = 9 to 16)."""
 
 
+Packing = tuple["float | None", str, str]
+"""Sparsity, format, and which of its ``ENCODINGS``: other than the default for the ablation only."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
     """Everything of one group that lies on the device."""
@@ -42,10 +47,8 @@ class _Loaded:
     inputs: dict[int, Any]
     """x by N."""
     prepared: dict[float | None, Prepared]
-    packed: dict[float | None, list[Any]]
-    """Rotating copies of the packed weights, by sparsity."""
-    unordered: dict[float | None, list[Any]]
-    """The same in row order, for the ablation only."""
+    packed: dict[Packing, list[SparseWeight]]
+    """Rotating copies of the packed weights."""
     dense: dict[str, list[Any]]
     """Rotating copies of the dense weights, by layout; of the last entry of ``prepared``."""
     dense_item: Prepared
@@ -57,11 +60,16 @@ def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: i
     def rotated(n_bytes: int) -> int:
         return n_bytes * timing.rotation_copies(n_bytes, l2_bytes, settings.method.l2)
 
-    packed = [int(4 * _PACKING * source.density(s) * group.m * group.k) + 4096 for s in group.sparsities]
+    shape, needed = (group.m, group.k), 0
+    largest = 0
+    for name in group.formats:
+        made = weight_class(name)
+        packed = [made.estimated_bytes(shape, source.density(s)) for s in group.sparsities]
+        needed += sum(map(rotated, packed)) * (len(made.ENCODINGS) if settings.ablation else 1)
+        largest = max(largest, *packed)
     kinds = len({layout.w for layout in settings.layouts})
-    encoding = (group.dense_bytes + max(packed)) // 4
-    orders = 2 if settings.ablation else 1
-    needed = kinds * rotated(group.dense_bytes) + orders * sum(map(rotated, packed)) + encoding + _SPARE_BYTES
+    encoding = (group.dense_bytes + largest) // 4
+    needed += kinds * rotated(group.dense_bytes) + encoding + _SPARE_BYTES
     return max(needed, 2 * BUFFER_BYTES)  # the bandwidth measurement comes first
 
 
@@ -96,8 +104,11 @@ class CudaRunner:
             advance("read bandwidth", 0)
             self.read_gbps = read_gbps(self._stream)
             for group in groups:
-                cases = {n: [s for s in group.sparsities if wanted(group, s, n)] for n in group.batches}
-                cases = {n: sparsities for n, sparsities in cases.items() if sparsities}
+                cases = {
+                    n: [(s, f) for s in group.sparsities for f in group.formats if wanted(group, s, n, f)]
+                    for n in group.batches
+                }
+                cases = {n: packings for n, packings in cases.items() if packings}
                 if not cases:
                     continue
                 needed = required_bytes(group, self._source, self._settings, device_facts().l2_bytes)
@@ -105,37 +116,44 @@ class CudaRunner:
                     self._run_group(group, cases, cublas, advance)
                 cupy.get_default_memory_pool().free_all_blocks()
 
-    def _run_group(self, group: Group, cases: dict[int, list[float | None]], cublas: Cublas, advance: Advance) -> None:
+    def _run_group(
+        self, group: Group, cases: dict[int, list[tuple[float | None, str]]], cublas: Cublas, advance: Advance
+    ) -> None:
         advance(f"{group.title}: packing", 0)
-        needed = [s for s in group.sparsities if any(s in wanted for wanted in cases.values())]
-        loaded = self._load(group, needed, list(cases), cublas)
-        for n, sparsities in cases.items():
+        wanted = {packing for packings in cases.values() for packing in packings}
+        needed = [(s, [f for f in group.formats if (s, f) in wanted]) for s in group.sparsities]
+        loaded = self._load(group, [(s, formats) for s, formats in needed if formats], list(cases), cublas)
+        for n, packings in cases.items():
             advance(f"{group.title}: N = {n}", 0)
-            self._measure(loaded, n, sparsities, cublas)
-            advance(f"{group.title}: N = {n}", len(sparsities))
+            self._measure(loaded, n, packings, cublas)
+            advance(f"{group.title}: N = {n}", len(packings))
 
     def _load(
-        self, group: Group, sparsities: Sequence[float | None], batches: Sequence[int], cublas: Cublas
+        self,
+        group: Group,
+        needed: Sequence[tuple[float | None, Sequence[str]]],
+        batches: Sequence[int],
+        cublas: Cublas,
     ) -> _Loaded:
+        """``needed``: sparsities, each with the formats to pack its matrix in."""
         from flashllm.device import device_facts
-        from flashllm.formats.tiled_csl import TiledCSL
 
         l2_bytes, l2 = device_facts().l2_bytes, self._settings.method.l2
         inputs = {n: make_inputs(group, n, device=True) for n in batches}
         prepared: dict[float | None, Prepared] = {}
-        packed: dict[float | None, list[Any]] = {}
-        unordered: dict[float | None, list[Any]] = {}
+        packed: dict[Packing, list[SparseWeight]] = {}
         dense: Any = None
-        for sparsity in sparsities:
+        for sparsity, formats in needed:
             dense = None  # never two dense matrices at a time
             dense = self._source.dense(group, sparsity, device=True)
-            item = self._prepare(group, sparsity, dense, inputs, cublas)
-            copies = timing.rotation_copies(item.weight.nbytes, l2_bytes, l2)
-            prepared[sparsity] = item
-            packed[sparsity] = systems.rotation(item.weight, copies)
-            if self._settings.ablation:
-                weight = TiledCSL.from_dense(dense, dtype=group.dtype, order="row")
-                unordered[sparsity] = systems.rotation(weight, copies)
+            for name in formats:
+                made = weight_class(name)
+                for encoding in made.ENCODINGS if self._settings.ablation else ("default",):
+                    weight = made.from_dense(dense, dtype=group.dtype, **made.ENCODINGS[encoding])
+                    copies = timing.rotation_copies(weight.nbytes, l2_bytes, l2)
+                    packed[sparsity, name, encoding] = systems.rotation(weight, copies)
+            nnz = packed[sparsity, formats[0], "default"][0].nnz
+            prepared[sparsity] = self._prepare(group, sparsity, dense, nnz, inputs, cublas)
         # cuBLAS runs on the sparsest matrix: its time hardly depends on the values; zeros can only help it.
         copies = timing.rotation_copies(group.dense_bytes, l2_bytes, l2)
         return _Loaded(
@@ -143,19 +161,15 @@ class CudaRunner:
             inputs=inputs,
             prepared=prepared,
             packed=packed,
-            unordered=unordered,
             dense=systems.dense_copies(dense, copies, self._settings.layouts),
-            dense_item=prepared[sparsities[-1]],
+            dense_item=prepared[needed[-1][0]],
         )
 
     def _prepare(
-        self, group: Group, sparsity: float | None, dense: Any, inputs: dict[int, Any], cublas: Cublas
+        self, group: Group, sparsity: float | None, dense: Any, nnz: int, inputs: dict[int, Any], cublas: Cublas
     ) -> Prepared:
         import cupy
 
-        from flashllm.formats.tiled_csl import TiledCSL
-
-        weight = TiledCSL.from_dense(dense, dtype=group.dtype)
         rows = cupy.asarray(check.sample_rows(group.m, self._settings.check_rows, group.seed))
         sampled = to_float64(dense[rows], group.dtype)
         references, outputs = {}, {}
@@ -165,28 +179,30 @@ class CudaRunner:
             cublas.matmul(x, dense, outputs[n], dtype=group.dtype)
         return Prepared(
             sparsity=sparsity,
-            sparsity_real=1.0 - weight.nnz / (group.m * group.k),
-            weight=weight,
+            sparsity_real=1.0 - nnz / (group.m * group.k),
             largest=largest_magnitude(dense, group.dtype),
             references=references,
             outputs=outputs,
         )
 
-    def _ablation(self, loaded: _Loaded, ours: systems.FlashLLM, sparsity: float | None) -> list[Run]:
-        """Our kernel without one idea at a time: ordered words, overlap, clearing only what was written."""
-        from flashllm.matmul import tiled_csl
-
-        dtype, item = loaded.group.dtype, loaded.prepared[sparsity]
-        if not self._settings.ablation or not tiled_csl.has_ablation(ours.plan.choice):
+    def _ablation(self, loaded: _Loaded, ours: systems.FlashLLM, packing: tuple[float | None, str]) -> list[Run]:
+        """Our kernel without one idea at a time: on other encodings of the weight, then its own variants."""
+        sparsity, name = packing
+        dtype, item, choice = loaded.group.dtype, loaded.prepared[sparsity], ours.plan.choice
+        variants = kernel(name).ablation(choice) if self._settings.ablation else {}
+        if not variants:
             return []
-        unordered = systems.FlashLLM(loaded.unordered[sparsity], ours.x, dtype, choice=ours.plan.choice)
-        runs = [Run.of_ours(unordered, item, ablation="row-order")]
-        for name, choice in tiled_csl.ablation(ours.plan.choice).items():
-            system = systems.FlashLLM(ours.weights, ours.x, dtype, choice=choice)
-            runs.append(Run.of_ours(system, item, ablation=name))
+        runs = []
+        for encoding in weight_class(name).ENCODINGS:
+            if encoding != "default":
+                other = systems.FlashLLM(loaded.packed[sparsity, name, encoding], ours.x, dtype, choice=choice)
+                runs.append(Run.of_ours(other, item, ablation=encoding))
+        for idea, variant in variants.items():
+            system = systems.FlashLLM(ours.weights, ours.x, dtype, choice=variant)
+            runs.append(Run.of_ours(system, item, ablation=idea))
         return runs
 
-    def _measure(self, loaded: _Loaded, n: int, sparsities: Sequence[float | None], cublas: Cublas) -> None:
+    def _measure(self, loaded: _Loaded, n: int, packings: Sequence[tuple[float | None, str]], cublas: Cublas) -> None:
         group, x, method = loaded.group, loaded.inputs[n], self._settings.method
         library = systems.best_cublas(
             cublas,
@@ -198,10 +214,10 @@ class CudaRunner:
             stream=self._stream,
         )
         runs = [Run.of_cublas(library, loaded.dense_item, group, n)]
-        for sparsity in sparsities:
-            ours = systems.FlashLLM(loaded.packed[sparsity], x, group.dtype)
+        for sparsity, name in packings:
+            ours = systems.FlashLLM(loaded.packed[sparsity, name, "default"], x, group.dtype)
             runs.append(Run.of_ours(ours, loaded.prepared[sparsity]))
-            runs += self._ablation(loaded, ours, sparsity)
+            runs += self._ablation(loaded, ours, (sparsity, name))
         if method.launch == "stream" and group.dtype == "fp16":
             y = systems.empty_output(n, group.m, group.dtype)
             matmul = systems.CupyMatmul(loaded.dense["mk"], x, y)

@@ -17,7 +17,8 @@ from flashllm.bench.results import Row
 from flashllm.bench.rows import Measured, make_row
 from flashllm.bench.runner_types import Advance, Emit, Wanted
 from flashllm.bench.sources import Source
-from flashllm.formats.tiled_csl import TiledCSL
+from flashllm.formats.weight import SparseWeight
+from flashllm.registry import weight_class
 
 if TYPE_CHECKING:
     from flashllm.backends.emulator_counts import Counts
@@ -40,20 +41,20 @@ class Product:
 class Multiplier(Protocol):
     """A way to multiply on the CPU."""
 
-    def prepare(self, products: Sequence[tuple[TiledCSL, int]]) -> None:
+    def prepare(self, products: Sequence[tuple[SparseWeight, int]]) -> None:
         """Get ready for these weights and numbers of columns."""
 
-    def multiply(self, x: Any, w: TiledCSL) -> Product:
+    def multiply(self, x: Any, w: SparseWeight) -> Product:
         """x[N, K] @ W[M, K]^T."""
 
 
 class ReferenceMultiplier:
     """NumPy, in float64."""
 
-    def prepare(self, products: Sequence[tuple[TiledCSL, int]]) -> None:
+    def prepare(self, products: Sequence[tuple[SparseWeight, int]]) -> None:
         """Nothing to do."""
 
-    def multiply(self, x: Any, w: TiledCSL) -> Product:
+    def multiply(self, x: Any, w: SparseWeight) -> Product:
         """The product from the packed buffers, rounded once."""
         from flashllm.backends import reference
 
@@ -69,7 +70,7 @@ class EmulatorMultiplier:
         self._build, self._seed = emulator.BuildOptions(arch=arch), seed
         self._device = emulator.emulated_device(arch)
 
-    def prepare(self, products: Sequence[tuple[TiledCSL, int]]) -> None:
+    def prepare(self, products: Sequence[tuple[SparseWeight, int]]) -> None:
         """Compile all instances at once, which shares their common part."""
         from flashllm.backends import emulator
         from flashllm.matmul import planning
@@ -77,7 +78,7 @@ class EmulatorMultiplier:
         specs = [planning.plan(w, n, device=self._device).spec for w, n in products]
         emulator.preload(dict.fromkeys(specs), build=self._build)
 
-    def multiply(self, x: Any, w: TiledCSL) -> Product:
+    def multiply(self, x: Any, w: SparseWeight) -> Product:
         """The planned kernel's product; the emulator poisons the output before."""
         from flashllm.backends import emulator
         from flashllm.matmul import planning
@@ -97,7 +98,7 @@ def multiplier(backend: str, *, seed: int = 0) -> Multiplier:
 @dataclass(frozen=True, kw_only=True)
 class _Packed:
     sparsity: float | None
-    weight: TiledCSL
+    weight: SparseWeight
     rows: Any
     sampled: Any
     """float64 values of ``rows`` before packing."""
@@ -122,10 +123,10 @@ def run_host(
         made = multiplier(environment.backend, seed=group.seed)
         packed = []
         for sparsity in group.sparsities:
-            batches = [n for n in group.batches if wanted(group, sparsity, n)]
-            if batches:
+            batches = {f: [n for n in group.batches if wanted(group, sparsity, n, f)] for f in group.formats}
+            if any(batches.values()):
                 advance(f"{group.title}: packing", 0)
-                packed.append(_pack(group, sparsity, source, check_rows, batches))
+                packed += _pack(group, sparsity, source, check_rows, batches)
         advance(f"{group.title}: compiling", 0)
         made.prepare([(one.weight, n) for one in packed for n in one.batches])
         for one in packed:
@@ -140,12 +141,19 @@ def run_host(
                 advance(group.title, 1)
 
 
-def _pack(group: Group, sparsity: float | None, source: Source, check_rows: int, batches: list[int]) -> _Packed:
+def _pack(
+    group: Group, sparsity: float | None, source: Source, check_rows: int, batches: dict[str, list[int]]
+) -> list[_Packed]:
+    """The matrix in every format that ``batches`` has work for."""
     dense = source.dense(group, sparsity, device=False)
     rows = check.sample_rows(group.m, check_rows, group.seed)
     sampled = to_float64(dense[rows], group.dtype)
-    weight = TiledCSL.from_dense(dense, dtype=group.dtype)
-    return _Packed(sparsity=sparsity, weight=weight, rows=rows, sampled=sampled, batches=batches)
+    packed = []
+    for name, wanted in batches.items():
+        if wanted:
+            weight = weight_class(name).from_dense(dense, dtype=group.dtype)
+            packed.append(_Packed(sparsity=sparsity, weight=weight, rows=rows, sampled=sampled, batches=wanted))
+    return packed
 
 
 def _measured(group: Group, x: Any, packed: _Packed, product: Product) -> Measured:

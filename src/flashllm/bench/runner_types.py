@@ -11,8 +11,8 @@ from flashllm.bench.results import Row
 Emit = Callable[[Row], None]
 """Takes a row as soon as it is known."""
 
-Wanted = Callable[[Group, "float | None", int], bool]
-"""Whether the case (group, sparsity, N) is to be measured."""
+Wanted = Callable[[Group, "float | None", int, str], bool]
+"""Whether the case (group, sparsity, N, format) is to be measured."""
 
 Advance = Callable[[str, int], None]
 """Takes what is being done now and how many cases have been finished since the last call."""

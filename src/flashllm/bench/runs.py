@@ -15,11 +15,10 @@ from flashllm.bench.rows import Measured
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A packed weight at one sparsity and, per N, what the output must be."""
+    """A matrix at one sparsity and, per N, what the output must be."""
 
     sparsity: float | None
     sparsity_real: float
-    weight: Any
     largest: float
     """Largest absolute value of the weights."""
     references: dict[int, check.Reference]
@@ -53,10 +52,10 @@ class Run:
     @classmethod
     def of_ours(cls, system: systems.FlashLLM, item: Prepared, *, ablation: str | None = None) -> Run:
         """Our kernel, or with ``ablation``, the name of one of its ideas, our kernel without that idea."""
-        spec = system.plan.spec
+        spec, weight = system.plan.spec, system.weights[0]
         return cls(
             name="flashllm" if ablation is None else "flashllm-ablation",
-            format=item.weight.format,
+            format=weight.format,
             kernel=spec.label if ablation is None else f"{ablation}: {spec.label}",
             choice=system.choice,
             deterministic=spec.deterministic,
@@ -64,7 +63,7 @@ class Run:
             output=lambda: system.y,
             buffer=system.y,
             item=item,
-            weight_bytes=item.weight.nbytes,
+            weight_bytes=weight.nbytes,
         )
 
     @classmethod

@@ -27,7 +27,10 @@ class Session:
             if self.out.is_file():  # not a pipe or a terminal; a row must not go on a line that a crash left unfinished
                 results.drop_torn_line(self.out)
         self._done = {
-            (r.model, r.layer, r.M, r.K, r.N, r.dtype, *results.zeros_key(r), r.pattern, r.seed, r.l2, r.launch)
+            (
+                *(r.model, r.layer, r.M, r.K, r.N, r.dtype, *results.zeros_key(r), r.pattern, r.seed),
+                *(r.format, r.l2, r.launch),
+            )
             for r in self.earlier
             if r.system == "flashllm" and r.check == "pass"
         }
@@ -46,7 +49,9 @@ class Session:
                 if before != now:
                     raise ArgumentError("resume", expected=f"rows with {field} = {now}, as here", got=str(before))
 
-    def is_wanted(self, group: Group, sparsity: float | None, n: int, *, l2: str | None, launch: str | None) -> bool:
+    def is_wanted(
+        self, group: Group, sparsity: float | None, n: int, format_name: str, *, l2: str | None, launch: str | None
+    ) -> bool:
         """Whether no earlier row holds this case with a right result."""
         key = (
             group.model,
@@ -60,7 +65,7 @@ class Session:
             group.pattern,
             group.seed,
         )
-        return (*key, l2, launch) not in self._done
+        return (*key, format_name, l2, launch) not in self._done
 
     def add(self, row: Row) -> None:
         """Keep ``row`` and, where there is a file, put it on disk."""

@@ -55,6 +55,8 @@ class FileSource:
         from flashllm.io.matrices import read_matrix
         from flashllm.io.safetensors_file import read_header
 
+        self.format: str | None = None
+        """Of a packed weight."""
         holds_tensors = path.suffix.lower() == ".safetensors" and path.is_file()
         if holds_tensors and read_header(path).metadata.get("format") == CONTAINER_FORMAT:
             try:
@@ -63,7 +65,7 @@ class FileSource:
                 raise ArgumentError("tensor", expected=error.expected, got=error.got) from error
             if dtype is not None and dtype != weight.dtype:
                 raise ArgumentError("dtype", expected=f"{weight.dtype}, the type of the packed weight", got=dtype)
-            self.dtype, matrix = weight.dtype, weight.to_dense()
+            self.format, self.dtype, matrix = weight.format, weight.dtype, weight.to_dense()
         else:
             self.dtype, matrix = dtype or "fp16", read_matrix(path, tensor)
         self.name, self.tensor = path.name, tensor

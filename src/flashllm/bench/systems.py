@@ -3,35 +3,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashllm import graphs
 from flashllm.baselines.cublas import Candidate, Cublas, Layout
 from flashllm.bench import timing
+from flashllm.formats.weight import SparseWeight
+
+if TYPE_CHECKING:
+    from flashllm.matmul.kernel import KernelChoice
 
 LAYOUTS_ROW = (Layout(w="mk", y="nm"), Layout(w="mk", y="mn"))
 LAYOUTS_BOTH = (*LAYOUTS_ROW, Layout(w="km", y="nm"), Layout(w="km", y="mn"))
 _SEARCH_FINALISTS = 4
 _SEARCH_ROUNDS = 3
 
-Weight = TypeVar("Weight")
-
-
-def clone(weight: Weight) -> Weight:
-    """A copy of a sparse weight (a dataclass) whose device buffers are copies too."""
-    arrays = {
-        field.name: value.copy()
-        for field in dataclasses.fields(weight)  # type: ignore[arg-type]
-        if hasattr(value := getattr(weight, field.name), "__cuda_array_interface__")
-    }
-    return dataclasses.replace(weight, **arrays)  # type: ignore[type-var]
+Weight = TypeVar("Weight", bound=SparseWeight)
 
 
 def rotation(weight: Weight, copies: int) -> list[Weight]:
-    """``weight`` and ``copies - 1`` clones of it."""
-    return [weight, *(clone(weight) for _ in range(copies - 1))]
+    """``weight`` and ``copies - 1`` copies of it."""
+    return [weight, *(weight.copy() for _ in range(copies - 1))]
 
 
 def empty_output(n: int, m: int, dtype: str) -> Any:
@@ -44,7 +37,9 @@ def empty_output(n: int, m: int, dtype: str) -> Any:
 class FlashLLM:
     """Our kernel: one plan, one workspace, rotating weights. ``choice`` forces an instance of the kernel."""
 
-    def __init__(self, weights: Sequence[Any], x: Any, dtype: str, *, choice: Any = None) -> None:
+    def __init__(
+        self, weights: Sequence[SparseWeight], x: Any, dtype: str, *, choice: KernelChoice | None = None
+    ) -> None:
         import cupy
 
         from flashllm.matmul import plan

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from flashllm.registry import DEFAULT_FORMAT, FORMATS
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell reports it."""
 
@@ -62,6 +64,14 @@ backend_option = click.option(
     help="Default: cuda where there is a GPU, else the CPU emulator where there is g++, else NumPy.",
 )
 
+format_option = click.option(
+    "--format",
+    "formats",
+    metavar="NAMES",
+    help=f"Formats to pack the weights in, comma-separated: {', '.join(FORMATS)}.  "
+    f"[default: {DEFAULT_FORMAT}, or that of a packed FILE]",
+)
+
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 _CASE_OPTIONS = (
@@ -91,6 +101,7 @@ _CASE_OPTIONS = (
         metavar="NAME",
         help="Where the zeros are: uniform, per-row, skewed, columns, block.  [default: uniform]",
     ),
+    format_option,
     click.option(
         "--seed",
         type=click.IntRange(0, 2**31 - 1),

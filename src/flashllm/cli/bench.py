@@ -132,6 +132,7 @@ def command(
     n: str | None,
     dtype: str | None,
     pattern: str | None,
+    formats: str | None,
     seed: int,
     device: int | None,
     backend: str | None,
@@ -182,6 +183,7 @@ def command(
             dtype=dtype,
             pattern=pattern,
             seed=seed,
+            formats=formats,
         )
         session = Session(out=out, resume=resume)
         if csv_file is not None:
@@ -239,8 +241,8 @@ def command(
 
 def _remaining(work: Work, session: Session, notes: Console, l2: str | None, launch: str | None) -> int:
     """How many cases are to be measured; says how many are skipped."""
-    cases = [(g, s, n) for g in work.groups for s in g.sparsities for n in g.batches]
-    left = sum(session.is_wanted(g, s, n, l2=l2, launch=launch) for g, s, n in cases)
+    cases = [(g, s, n, f) for g in work.groups for s in g.sparsities for n in g.batches for f in g.formats]
+    left = sum(session.is_wanted(*case, l2=l2, launch=launch) for case in cases)
     if left < len(cases):
         notes.print(f"{len(cases) - left} of {len(cases)} cases are in {session.out} already", soft_wrap=True)
     return left
@@ -279,7 +281,7 @@ def _run_cuda(
     with progress(notes, left) as advance, usage_errors(DeviceMemoryError):
         runner.run(
             work.groups,
-            wanted=lambda g, s, n: session.is_wanted(g, s, n, l2=l2, launch=launch),
+            wanted=lambda g, s, n, f: session.is_wanted(g, s, n, f, l2=l2, launch=launch),
             advance=advance,
         )
     notes.print(f"pure read bandwidth of this run: {runner.read_gbps:.0f} GB/s")
@@ -305,7 +307,7 @@ def _run_host(
             work.source,
             check_rows=check_rows,
             emit=emit,
-            wanted=lambda g, s, n: session.is_wanted(g, s, n, l2=None, launch=None),
+            wanted=lambda g, s, n, f: session.is_wanted(g, s, n, f, l2=None, launch=None),
             advance=advance,
             note_counts=lambda row, counts: counted.append((row, counts)),
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flashllm.cli._cases import BadUsage, usage_errors
+from flashllm.registry import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from flashllm.bench.plan_cases import Work
@@ -27,6 +28,7 @@ _WARMUP_LAUNCHES = 4
 @click.option("--n", default="16", show_default=True, metavar="N", help="Batch size.")
 @click.option("--dtype", default="fp16", show_default=True, metavar="TYPE", help="fp16 or bf16.")
 @click.option("--pattern", default="uniform", show_default=True, metavar="NAME", help="Where the zeros are.")
+@click.option("--format", "formats", default=DEFAULT_FORMAT, show_default=True, metavar="NAME", help="Weight format.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Seed of the random weights.")
 @click.option("--set", "sections", default="full", show_default=True, metavar="NAME", help="ncu's section set.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="NAME", help="Write NAME.ncu-rep too.")
@@ -38,6 +40,7 @@ def command(
     n: str,
     dtype: str,
     pattern: str,
+    formats: str,
     seed: int,
     sections: str,
     out: Path | None,
@@ -53,14 +56,22 @@ def command(
         from flashllm.bench.plan_cases import plan_work
 
         work = plan_work(
-            backend="cuda", shapes=[shape], sparsity=sparsity, n=n, dtype=dtype, pattern=pattern, seed=seed
+            backend="cuda",
+            shapes=[shape],
+            sparsity=sparsity,
+            n=n,
+            dtype=dtype,
+            pattern=pattern,
+            seed=seed,
+            formats=formats,
         )
         if work.cases != 1:
-            raise BadUsage(f"profile takes one shape, one sparsity and one N, got {work.cases} cases")
+            raise BadUsage(f"profile takes one shape, one sparsity, one N and one format, got {work.cases} cases")
         if launch_only:
             _launch(work)
             return
     case = ["--shape", shape, "--sparsity", sparsity, "--n", n, "--dtype", dtype, "--pattern", pattern]
+    case += ["--format", formats]
     arguments = ["ncu", "--clock-control", "none", "--set", sections, "--kernel-name", _KERNELS]
     arguments += ["--launch-skip", str(_WARMUP_LAUNCHES), "--launch-count", "1"]
     if out is not None:
@@ -84,12 +95,14 @@ def _launch(work: Work) -> None:
     from flashllm.bench.data import make_inputs
     from flashllm.bench.systems import FlashLLM
     from flashllm.device import memory_errors
-    from flashllm.formats.tiled_csl import TiledCSL
+    from flashllm.registry import weight_class
 
     group = work.groups[0]
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream, memory_errors(f"weights of {group.title}", group.dense_bytes):
-        weight = TiledCSL.from_dense(work.source.dense(group, group.sparsities[0], device=True), dtype=group.dtype)
+        dense = work.source.dense(group, group.sparsities[0], device=True)
+        weight = weight_class(group.formats[0]).from_dense(dense, dtype=group.dtype)
+        del dense
         system = FlashLLM([weight], make_inputs(group, group.batches[0], device=True), group.dtype)
         for _ in range(_WARMUP_LAUNCHES + 2):
             system.launch(0, stream)

@@ -26,12 +26,13 @@ def command(
     n: str | None,
     dtype: str | None,
     pattern: str | None,
+    formats: str | None,
     seed: int,
     device: int | None,
 ) -> None:
     """Measure the kernel choices for given shapes on this GPU and remember the best.
 
-    Later plans for the same shape, density, N and GPU use what was found. Needs a GPU. Without options: the
+    Later plans for the same format, shape, density, N and GPU use what was found. Needs a GPU. Without options: the
     12 weight shapes of OPT-30B, 66B and 175B.
     """
     with usage_errors():
@@ -51,14 +52,15 @@ def command(
             dtype=dtype,
             pattern=pattern,
             seed=seed,
+            formats=formats,
         )
         _print(_tune(work))
 
 
 def _tune(work: Work) -> list[tuple[str, TuneResult]]:
     from flashllm.device import memory_errors
-    from flashllm.formats.tiled_csl import TiledCSL
     from flashllm.matmul.tune import tune
+    from flashllm.registry import weight_class
 
     found: list[tuple[str, TuneResult]] = []
     with click.progressbar(work.groups, label="tuning", item_show_func=_title) as groups:
@@ -66,10 +68,11 @@ def _tune(work: Work) -> list[tuple[str, TuneResult]]:
             for fraction in group.sparsities:
                 with memory_errors(f"weights of {group.title}", group.dense_bytes):
                     dense = work.source.dense(group, fraction, device=True)
-                weight = TiledCSL.from_dense(dense, dtype=group.dtype)
+                packed = [weight_class(name).from_dense(dense, dtype=group.dtype) for name in group.formats]
                 del dense
-                zeros = f"{100 * weight.sparsity:.1f} %"
-                found += [(f"{group.title} {zeros}", result) for result in tune(weight, group.batches)]
+                for weight in packed:
+                    title = f"{group.title} {100 * weight.sparsity:.1f} % {weight.format}"
+                    found += [(title, result) for result in tune(weight, group.batches)]
     return found
 
 

@@ -12,6 +12,7 @@ import click
 
 from flashllm.cli._cases import BadUsage, backend_option, usage_errors, use_device
 from flashllm.cli._progress import progress
+from flashllm.registry import FORMATS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 @click.command(epilog="Exit status: 0 all right, 1 something is wrong, 2 bad usage, 130 interrupted.")
 @backend_option
 @click.option("--quick", is_flag=True, help="The kernels that heuristics choose most, a few cases each.")
+@click.option(
+    "--format", "formats", metavar="NAMES", help=f"Only these formats, comma-separated, of {', '.join(FORMATS)}."
+)
 @click.option("--kernel", default="", metavar="TEXT", help="Only kernels whose label contains TEXT, e.g. 'kN=16,'.")
 @click.option(
     "--arch",
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 def command(
     backend: str | None,
     quick: bool,
+    formats: str | None,
     kernel: str,
     archs: tuple[str, ...],
     seed: int,
@@ -60,6 +65,7 @@ def command(
     notes = Console(stderr=True, highlight=False)
     with usage_errors():
         from flashllm import backends
+        from flashllm.bench.cases import parse_formats
         from flashllm.verify import cases as plan
         from flashllm.verify.products import multiplier
 
@@ -68,7 +74,10 @@ def command(
         use_device(device)
         chosen = backends.select(backend)
         wanted = _archs(chosen.name, archs)
-        cases = plan.build_cases(backend=chosen.name, archs=wanted, quick=quick, kernel=kernel, seed=seed)
+        names = None if formats is None else parse_formats(formats)
+        cases = plan.build_cases(
+            backend=chosen.name, archs=wanted, formats=names, quick=quick, kernel=kernel, seed=seed
+        )
         made = multiplier(chosen.name)
     notes.print(_first_line(chosen.name, chosen.reason), soft_wrap=True, markup=False)
 
@@ -121,8 +130,8 @@ def _json(outcome: Outcome, backend: str) -> dict[str, Any]:
         "backend": backend,
         "kernel": outcome.case.kernel,
         "arch": outcome.case.arch,
-        "format": "tiled-csl",
-        "order": data.order,
+        "format": data.format,
+        "encoding": data.encoding,
         "M": data.m,
         "K": data.k,
         "N": data.n,
@@ -165,7 +174,7 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
     groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
         case = outcome.case
-        label = short_label(case.choice.spec) if case.choice else case.kernel
+        label = short_label(case.choice.spec) if case.choice else f"{case.kernel} {case.data.format}"
         groups.setdefault((f"sm_{case.arch}" if case.arch else "-", label, case.data.dtype), []).append(outcome)
     if not console.is_terminal:
         console.width = 200

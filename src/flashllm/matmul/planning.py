@@ -4,31 +4,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashllm.errors import ArgumentError
 from flashllm.jit.spec import KernelSpec
-from flashllm.matmul import tiled_csl, tune_cache
-from flashllm.matmul.stream_k import StreamK
+from flashllm.matmul import tune_cache
+from flashllm.matmul.kernel import KernelChoice, Split
+from flashllm.registry import kernel
 
 if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
-    from flashllm.formats.tiled_csl import TiledCSL
+    from flashllm.formats.weight import SparseWeight
 
 MAX_N = 65535 * 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How y[N, M] = x[N, K] @ W[M, K]^T is computed for one weight shape and ``n`` rows of x."""
+    """How y[N, M] = x[N, K] @ W[M, K]^T is computed for one format, weight shape and ``n`` rows of x."""
 
+    format: str
     shape: tuple[int, int]
     """M, K of the weight."""
     dtype: str
     n: int
     """The N this plan is for."""
-    choice: tiled_csl.Choice
-    split: StreamK
+    choice: KernelChoice
+    """Of the class of the format's kernel module."""
+    split: Split
     source: Literal["auto", "tuned", "forced"]
     """Heuristic, measured on this device, or given by the caller."""
     reason: str
@@ -41,7 +44,7 @@ class Plan:
     @property
     def grid(self) -> tuple[int, int]:
         """Blocks along the tiles of W and along N."""
-        return self.split.blocks, self.split.column_blocks
+        return self.split.grid
 
     @property
     def workspace_bytes(self) -> int:
@@ -49,11 +52,12 @@ class Plan:
         return self.split.workspace_bytes
 
 
-def plan(w: TiledCSL, n: int, *, device: DeviceFacts | None = None, choice: tiled_csl.Choice | None = None) -> Plan:
+def plan(w: SparseWeight, n: int, *, device: DeviceFacts | None = None, choice: KernelChoice | None = None) -> Plan:
     """Plan the product of ``w`` with ``n`` rows of x.
 
-    ``device`` (default: the current GPU) may describe a GPU that is not there. ``choice`` forces an instance;
-    without one, a measured choice of ``flashllm tune`` is taken, else the heuristic's.
+    ``device`` (default: the current GPU) may describe a GPU that is not there. ``choice``, of the class ``Choice`` of
+    the format's kernel module, forces an instance; without one, a measured choice of ``flashllm tune`` is taken, else
+    the heuristic's.
 
     Raises :class:`ArgumentError` for an impossible ``n``, :class:`MissingDependencyError` without a GPU.
     """
@@ -63,30 +67,27 @@ def plan(w: TiledCSL, n: int, *, device: DeviceFacts | None = None, choice: tile
         from flashllm.device import device_facts
 
         device = device_facts()
+    module = kernel(w.format)
     source: Literal["auto", "tuned", "forced"] = "forced"
-    if choice is None:
-        choice, source = tune_cache.lookup(w, n, device=device), "tuned"
-    if choice is None:
-        choice, source = tiled_csl.default_choice(w, n, arch=device.arch), "auto"
-    choice = replace(choice, dtype=w.dtype, aligned=w.shape[1] % 8 == 0)
-    if not choice.spec.supports(device.arch):
-        raise ArgumentError("choice", expected=f"an instance for {device.arch}", got=choice.spec.label)
-    split = tiled_csl.split_for(w, n, choice, sm_count=device.sm_count)
+    found: Any = choice
+    if found is None:
+        found, source = tune_cache.lookup(w, n, device=device), "tuned"
+    if found is None:
+        found, source = module.default_choice(w, n, arch=device.arch), "auto"
+    if not isinstance(found, module.Choice):
+        expected = f"one of the kernel for {w.format}, {module.Choice.__module__}.{module.Choice.__qualname__}"
+        raise ArgumentError("choice", expected=expected, got=f"{type(found).__module__}.{type(found).__qualname__}")
+    found = replace(found, dtype=w.dtype, aligned=w.shape[1] % 8 == 0)
+    if not found.spec.supports(device.arch):
+        raise ArgumentError("choice", expected=f"an instance for {device.arch}", got=found.spec.label)
+    split = module.split_for(w, n, found, sm_count=device.sm_count)
     return Plan(
+        format=w.format,
         shape=w.shape,
         dtype=w.dtype,
         n=n,
-        choice=choice,
+        choice=found,
         split=split,
         source=source,
-        reason=_reason(w, choice, split, device, source),
-    )
-
-
-def _reason(w: TiledCSL, choice: tiled_csl.Choice, split: StreamK, device: DeviceFacts, source: str) -> str:
-    path = "wgmma" if choice.slices == tiled_csl.WARPGROUP else f"mma.sync, {choice.slices} K slices"
-    return (
-        f"{source}: {split.tiles_m}x{split.tiles_k} tiles over {split.blocks}x{split.column_blocks} blocks "
-        f"on {device.sm_count} SMs ({split.tiles / split.blocks:.1f} tiles each), {path}, N blocks of "
-        f"{choice.n_block}, {choice.vectors} vectors per thread for at most {w.max_tile_words} words per tile"
+        reason=f"{source}: {module.reason(w, found, split, sm_count=device.sm_count)}",
     )

@@ -13,20 +13,23 @@ from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.sources import is_cupy
-from flashllm.formats.tiled_csl import TiledCSL
-from flashllm.matmul import planning, tiled_csl
+from flashllm.formats.weight import SparseWeight
+from flashllm.matmul import planning
 from flashllm.matmul.planning import Plan
+from flashllm.registry import kernel
 
 if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
+    from flashllm.jit.spec import KernelSpec
+    from flashllm.matmul.kernel import Split
 
-_ALIGNMENT = {"out": 8, "workspace": 16}
+_ALIGNMENT = {"x": 16, "w": 16, "out": 8, "workspace": 16}  # what every kernel may count on
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
 def spmm(
     x: Any,
-    w: TiledCSL,
+    w: SparseWeight,
     *,
     out: Any = None,
     workspace: Any = None,
@@ -52,8 +55,8 @@ def spmm(
     device, :class:`DeviceMemoryError` when out or workspace does not fit, :class:`MissingDependencyError` when the
     emulator lacks its compiler.
     """
-    if not isinstance(w, TiledCSL):
-        raise ArgumentError("w", expected="a TiledCSL weight", got=type(w).__name__)
+    if not isinstance(w, SparseWeight):
+        raise ArgumentError("w", expected="a sparse weight such as flashllm.TiledCSL", got=type(w).__name__)
     if backend not in (None, *backends.BACKENDS):
         raise ArgumentError("backend", expected="'cuda', 'emulator', 'reference' or None", got=repr(backend))
     if backend in ("emulator", "reference") or (backend is None and not w.is_device):
@@ -62,7 +65,7 @@ def spmm(
     return _cuda(x, w, out=out, workspace=workspace, stream=stream, given=plan)
 
 
-def _on_host(x: Any, w: TiledCSL, out: Any, given: Plan | None, *, emulated: bool) -> Any:
+def _on_host(x: Any, w: SparseWeight, out: Any, given: Plan | None, *, emulated: bool) -> Any:
     if not isinstance(x, np.ndarray):
         raise ArgumentError("x", expected="a NumPy array for a product on the host", got=type(x).__name__)
     if emulated:
@@ -84,7 +87,7 @@ def _on_host(x: Any, w: TiledCSL, out: Any, given: Plan | None, *, emulated: boo
     return out
 
 
-def _cuda(x: Any, w: TiledCSL, *, out: Any, workspace: Any, stream: Any, given: Plan | None) -> Any:
+def _cuda(x: Any, w: SparseWeight, *, out: Any, workspace: Any, stream: Any, given: Plan | None) -> Any:
 
     from flashllm.device import device_facts
 
@@ -99,8 +102,9 @@ def _cuda(x: Any, w: TiledCSL, *, out: Any, workspace: Any, stream: Any, given: 
     if x.ndim != 2 or x.shape[1] != columns or x.shape[0] < 1:
         raise ArgumentError("x", expected=f"shape [N >= 1, K = {columns}]", got=f"shape {list(x.shape)}")
     n = int(x.shape[0])
-    _check("x", x, dtype=w.dtype, facts=facts, alignment=tiled_csl.X_ALIGNMENT if columns % 8 == 0 else 2)
-    _check("w.words", w.words, dtype=None, facts=facts, alignment=16)
+    _check("x", x, dtype=w.dtype, facts=facts, alignment=_ALIGNMENT["x"] if columns % 8 == 0 else 2)
+    for name, array in w.arrays().items():
+        _check(f"w.{name}", array, dtype=None, facts=facts, alignment=_ALIGNMENT["w"])
     chosen = _checked_plan(given, w, n) if given is not None else planning.plan(w, n, device=facts)
     if out is None:
         out = _allocate("out", (n, rows), x.dtype, stream)
@@ -115,8 +119,21 @@ def _cuda(x: Any, w: TiledCSL, *, out: Any, workspace: Any, stream: Any, given: 
         raise ArgumentError("workspace", expected=f"a CuPy array of >= {needed} bytes", got=_describe(workspace))
     else:
         _check("workspace", workspace, dtype=None, facts=facts, alignment=_ALIGNMENT["workspace"])
-    tiled_csl.launch(chosen.spec, chosen.split, x, w, out, workspace, stream=stream)
+    launch(w, chosen.spec, chosen.split, x, out, workspace, stream=stream)
     return out
+
+
+def launch(
+    w: SparseWeight, spec: KernelSpec, split: Split, x: Any, out: Any, workspace: Any, *, stream: Any = None
+) -> None:
+    """Multiply checked operands by instance ``spec`` of the kernel for ``w``; nothing is allocated.
+
+    ``workspace`` may be ``None`` where ``split`` needs none.
+    """
+    from flashllm.backends import cuda
+
+    workspace = out if workspace is None else workspace  # a valid address that nobody uses
+    cuda.launch(spec, split.grid, kernel(w.format).arguments(w, split, x, out, workspace), stream=stream)
 
 
 def _from_dlpack(x: Any, stream: Any) -> Any:
@@ -130,12 +147,12 @@ def _from_dlpack(x: Any, stream: Any) -> Any:
         return cupy.from_dlpack(x)
 
 
-def _checked_plan(given: Plan, w: TiledCSL, n: int) -> Plan:
-    if given.shape != w.shape or given.dtype != w.dtype or given.n != n:
+def _checked_plan(given: Plan, w: SparseWeight, n: int) -> Plan:
+    if given.format != w.format or given.shape != w.shape or given.dtype != w.dtype or given.n != n:
         raise ArgumentError(
             "plan",
-            expected=f"a plan for shape {w.shape}, {w.dtype}, N = {n}",
-            got=f"one for shape {given.shape}, {given.dtype}, N = {given.n}",
+            expected=f"a plan for {w.format}, shape {w.shape}, {w.dtype}, N = {n}",
+            got=f"one for {given.format}, shape {given.shape}, {given.dtype}, N = {given.n}",
         )
     return given
 

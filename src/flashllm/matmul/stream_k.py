@@ -65,6 +65,16 @@ class StreamK:
         return self.block_of(first + self.tiles_k - 1) - self.block_of(first) + 1
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks along the tiles of W and along N."""
+        return self.blocks, self.column_blocks
+
+    @property
+    def counter_bytes(self) -> int:
+        """Bytes of arrival counters at the start of the workspace; 0 where there is none."""
+        return self.column_blocks * self.tiles_m * COUNTER_BYTES if self.workspace_bytes else 0
+
+    @property
     def workspace_bytes(self) -> int:
         """Bytes of arrival counters and pieces; 0 when one block computes each row of tiles in one chain."""
         if self.tiles_m % self.blocks == 0 and self.tiles_k <= self.max_chain:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of ``cuda/spmm/tiled_csl.cu``: its instances, which one a product takes, and the launch."""
+"""Host side of ``cuda/spmm/tiled_csl.cu``: its instances, which one a product takes, and its arguments."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ _SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
 _ROW_COST = {8: 3, 16: 3, 32: 3, 64: 4}
 _MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
 _MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
+_MAX_BLOCKS_PER_SM = 64
 _ALIGNED_ENOUGH = 0.965  # of the blocks that fit, to have none that spans two rows of tiles
 
 
@@ -177,24 +178,21 @@ def split_for(w: TiledCSL, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     )
 
 
-def launch(
-    spec: KernelSpec, split: StreamK, x: Any, w: TiledCSL, out: Any, workspace: Any, *, stream: Any = None
-) -> None:
-    """Multiply checked operands; nothing is allocated. ``workspace`` may be ``None`` where none is needed."""
-    from flashllm.backends import cuda
+def reason(w: TiledCSL, choice: Choice, split: StreamK, *, sm_count: int) -> str:
+    """One line on how the tiles are dealt and which path multiplies them."""
+    path = "wgmma" if choice.slices == WARPGROUP else f"mma.sync, {choice.slices} K slices"
+    return (
+        f"{split.tiles_m}x{split.tiles_k} tiles over {split.blocks}x{split.column_blocks} blocks "
+        f"on {sm_count} SMs ({split.tiles / split.blocks:.1f} tiles each), {path}, N blocks of "
+        f"{choice.n_block}, {choice.vectors} vectors per thread for at most {w.max_tile_words} words per tile"
+    )
 
-    workspace = out if workspace is None else workspace  # a valid address that nobody uses
-    parameters = arguments(split, w.shape, x, w.words, w.tile_offsets, out, workspace)
-    cuda.launch(spec, (split.blocks, split.column_blocks), parameters, stream=stream)
 
-
-def arguments(
-    split: StreamK, shape: tuple[int, int], x: Any, words: Any, tile_offsets: Any, out: Any, workspace: Any
-) -> tuple[Any, ...]:
-    """The kernel's arguments in the order of its parameters; ``shape`` is M, K and x [N, K]."""
-    rows, columns = shape
+def arguments(w: TiledCSL, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+    """The kernel's arguments in the order of its parameters; x is [N, K]."""
+    rows, columns = w.shape
     numbers = (rows, x.shape[0], columns, split.row_cost)
-    return (x, words, tile_offsets, out, workspace, *map(np.int32, numbers))
+    return (x, w.words, w.tile_offsets, out, workspace, *map(np.int32, numbers))
 
 
 def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:
@@ -212,15 +210,26 @@ def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:
                     yield choice
 
 
-def has_ablation(base: Choice) -> bool:
-    """Whether the variants of :func:`ablation` are among :func:`specs`."""
+def tune_key(w: TiledCSL, n: int) -> str:
+    """Class of density and column blocks."""
+    columns = n_block_for(n)
+    return f"v{vectors_for(w)} n{columns}x{-(-n // columns)}"
+
+
+def usable(choice: Choice) -> bool:
+    """Whether a choice that comes from a file may be launched."""
+    return choice.spec in specs() and 1 <= choice.blocks_per_sm <= _MAX_BLOCKS_PER_SM
+
+
+def ablation(choice: Choice) -> dict[str, Choice]:
+    """The paper's ablation steps where they are compiled: no overlap, and clearing whole images."""
     known = set(specs())
-    return base.aligned and all(variant.spec in known for variant in ablation(base).values())
+    variants = _without_one_idea(choice)
+    return variants if choice.aligned and all(variant.spec in known for variant in variants.values()) else {}
 
 
-def ablation(base: Choice) -> dict[str, Choice]:
-    """The paper's ablation steps as variants of ``base``: no overlap, and clearing whole images."""
-    return {"no-overlap": replace(base, overlap=False), "clear-all": replace(base, undo=False)}
+def _without_one_idea(choice: Choice) -> dict[str, Choice]:
+    return {"no-overlap": replace(choice, overlap=False), "clear-all": replace(choice, undo=False)}
 
 
 @cache
@@ -234,8 +243,21 @@ def instances() -> tuple[Choice, ...]:
                     choices += [_choice(dtype, n_block, vectors, path) for vectors in VECTORS]
                     choices.append(_choice(dtype, n_block, VECTORS[1], path, aligned=False))
         for vectors in VECTORS:
-            choices += ablation(_choice("fp16", 16, vectors, paths_for(16, arch)[0])).values()
+            choices += _without_one_idea(_choice("fp16", 16, vectors, paths_for(16, arch)[0])).values()
     return tuple({choice.spec: choice for choice in choices}.values())
+
+
+def typical(arch: str) -> tuple[Choice, ...]:
+    """The instances that the heuristic takes most on ``arch``: for every width, type and alignment one."""
+    preferred = {(n_block, *paths_for(n_block, arch)[0]) for n_block in N_BLOCKS}
+    return tuple(
+        choice
+        for choice in instances()
+        if choice.vectors == VECTORS[1]
+        and (choice.n_block, choice.slices, choice.resident_blocks) in preferred
+        and choice.overlap
+        and choice.undo
+    )
 
 
 @cache

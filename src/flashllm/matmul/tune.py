@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ import numpy as np
 from flashllm import graphs
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import numpy_dtype
-from flashllm.matmul import tiled_csl, tune_cache
+from flashllm.matmul import tune_cache
 from flashllm.matmul.planning import Plan, plan
 from flashllm.matmul.product import spmm
+from flashllm.registry import kernel
 
 if TYPE_CHECKING:
-    from flashllm.formats.tiled_csl import TiledCSL
+    from flashllm.formats.weight import SparseWeight
 
 _COLD_BYTES = 500_000_000
 _MAX_COPIES = 64  # a tiny weight is launch-bound, cold or not
@@ -42,7 +43,7 @@ class TuneResult:
     """File that now holds the choice."""
 
 
-def tune(w: TiledCSL, n_list: Sequence[int]) -> list[TuneResult]:
+def tune(w: SparseWeight, n_list: Sequence[int]) -> list[TuneResult]:
     """Time every candidate for each N of ``n_list`` on the current GPU and store the best.
 
     The protocol is the benchmark's in small: a CUDA graph of launches over copies of the weight that together
@@ -64,7 +65,7 @@ def tune(w: TiledCSL, n_list: Sequence[int]) -> list[TuneResult]:
     for n in n_list:
         x = cupy.asarray(random.standard_normal((n, w.shape[1]), np.float32).astype(numpy_dtype(w.dtype)))
         timed = []
-        for choice in tiled_csl.candidates(w, n, arch=facts.arch):
+        for choice in kernel(w.format).candidates(w, n, arch=facts.arch):
             candidate = plan(w, n, device=facts, choice=choice)
             timed.append((_time(candidate, x, copies, stream), candidate))
         best_us, best = min(timed, key=lambda pair: pair[0])
@@ -75,16 +76,16 @@ def tune(w: TiledCSL, n_list: Sequence[int]) -> list[TuneResult]:
     return results
 
 
-def _copies(w: TiledCSL) -> list[TiledCSL]:
+def _copies(w: SparseWeight) -> list[SparseWeight]:
     from flashllm.device import memory_errors
 
     count = max(2, -(-_COLD_BYTES // max(w.nbytes, 1)))
     count = min(count, _MAX_COPIES)
     with memory_errors("copies of the weight to tune on", (count - 1) * w.nbytes):
-        return [w] + [replace(w, words=w.words.copy(), tile_offsets=w.tile_offsets.copy()) for _ in range(count - 1)]
+        return [w, *(w.copy() for _ in range(count - 1))]
 
 
-def _time(candidate: Plan, x: Any, copies: Sequence[TiledCSL], stream: Any) -> float:
+def _time(candidate: Plan, x: Any, copies: Sequence[SparseWeight], stream: Any) -> float:
     import cupy
 
     out = cupy.empty((candidate.n, candidate.shape[0]), x.dtype)

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from flashllm.io.files import locked
 from flashllm.jit.cache import tune_dir
-from flashllm.matmul.tiled_csl import Choice, n_block_for, vectors_for
+from flashllm.registry import FORMATS, kernel
 
 if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
-    from flashllm.formats.tiled_csl import TiledCSL
+    from flashllm.formats.weight import SparseWeight
+    from flashllm.matmul.kernel import KernelChoice
 
 VERSION = 1
 _LOCK = ".lock"
-_loaded: dict[tuple[Path, int, int, int], dict[str, Choice]] = {}
+_loaded: dict[tuple[Path, int, int, int], dict[str, KernelChoice]] = {}
 
 
 def path_for(device: DeviceFacts) -> Path:
@@ -32,19 +33,17 @@ def path_for(device: DeviceFacts) -> Path:
     return tune_dir() / f"{name}-{device.sm_count}sm.json"
 
 
-def key_for(w: TiledCSL, n: int) -> str:
-    """What a measured choice is valid for: format, type, shape, class of density and column block."""
-    columns = n_block_for(n)
-    wide = -(-n // columns)
-    return f"{w.format} {w.dtype} {w.shape[0]}x{w.shape[1]} v{vectors_for(w)} n{columns}x{wide}"
+def key_for(w: SparseWeight, n: int) -> str:
+    """What a measured choice is valid for: format, type, shape and what the kernel adds. The format comes first."""
+    return f"{w.format} {w.dtype} {w.shape[0]}x{w.shape[1]} {kernel(w.format).tune_key(w, n)}"
 
 
-def lookup(w: TiledCSL, n: int, *, device: DeviceFacts) -> Choice | None:
+def lookup(w: SparseWeight, n: int, *, device: DeviceFacts) -> KernelChoice | None:
     """The choice measured for ``w`` and ``n`` on this kind of device, if any."""
     return _read(path_for(device)).get(key_for(w, n))
 
 
-def store(w: TiledCSL, n: int, choice: Choice, *, device: DeviceFacts) -> Path:
+def store(w: SparseWeight, n: int, choice: KernelChoice, *, device: DeviceFacts) -> Path:
     """Record ``choice`` and return the file.
 
     Written beside and renamed, so that readers see the old file or the new one; under a lock, so that
@@ -55,7 +54,8 @@ def store(w: TiledCSL, n: int, choice: Choice, *, device: DeviceFacts) -> Path:
     with _writing(path.parent):
         entries = _parse(path)
         entries[key_for(w, n)] = choice
-        payload = {"version": VERSION, "choices": {key: asdict(value) for key, value in sorted(entries.items())}}
+        choices: dict[str, Any] = dict(sorted(entries.items()))
+        payload = {"version": VERSION, "choices": {key: asdict(value) for key, value in choices.items()}}
         _replace(path, payload)
     _loaded.clear()
     return path
@@ -81,7 +81,7 @@ def _replace(path: Path, payload: dict[str, Any]) -> None:
         raise
 
 
-def _read(path: Path) -> dict[str, Choice]:
+def _read(path: Path) -> dict[str, KernelChoice]:
     try:
         stat = path.stat()
     except OSError:
@@ -94,7 +94,7 @@ def _read(path: Path) -> dict[str, Choice]:
     return known
 
 
-def _parse(path: Path) -> dict[str, Choice]:
+def _parse(path: Path) -> dict[str, KernelChoice]:
     """Entries of the file; a damaged or foreign file, or an entry of another release, counts as not measured."""
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
@@ -105,22 +105,23 @@ def _parse(path: Path) -> dict[str, Choice]:
     choices = payload.get("choices")
     found = {}
     for key, value in choices.items() if isinstance(choices, dict) else ():
-        choice = _choice(value)
+        choice = _choice(key.partition(" ")[0], value)
         if choice is not None:
             found[key] = choice
     return found
 
 
-def _choice(value: Any) -> Choice | None:
-    from flashllm.matmul.tiled_csl import specs
-
-    if not isinstance(value, dict) or set(value) != {field.name for field in fields(Choice)}:
+def _choice(format_name: str, value: Any) -> KernelChoice | None:
+    """A choice of the format's kernel, or ``None`` unless ``value`` is one that can be launched."""
+    if format_name not in FORMATS or not isinstance(value, dict):
+        return None
+    module = kernel(format_name)
+    expected = {field.name: field.type for field in fields(module.Choice)}
+    # 16 and 16.0 are equal, and so are True and 1, until one of them is part of a C++ name or of a grid.
+    if {name: type(part).__name__ for name, part in value.items()} != expected:
         return None
     try:
-        choice = Choice(**value)
-        # 16 and 16.0 are equal, and so are True and 1, until one of them is part of a C++ name or of a grid.
-        typed = all(type(getattr(choice, field.name)).__name__ == field.type for field in fields(Choice))
-        usable = typed and choice.spec in specs() and 1 <= choice.blocks_per_sm <= 64
+        choice: KernelChoice = module.Choice(**value)
+        return choice if module.usable(choice) else None
     except (TypeError, KeyError, ValueError):
         return None
-    return choice if usable else None

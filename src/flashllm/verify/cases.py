@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Literal
 
+from flashllm import registry
 from flashllm.errors import ArgumentError
-from flashllm.formats.base import DType
+from flashllm.formats.base import DTYPES, DType
+from flashllm.formats.bits import check_dtype
 from flashllm.jit.spec import KernelSpec, normalize_arch
-from flashllm.matmul import tiled_csl
-from flashllm.matmul.tiled_csl import Choice
+from flashllm.matmul.kernel import KernelChoice
 
 Operands = Literal["integers", "random", "special"]
 
@@ -29,6 +30,8 @@ LONG_SHAPES: dict[bool, tuple[int, int]] = {True: (128, 12872), False: (100, 128
 """Rows so long that a block ends a chain of accumulations inside them, where it has the row for itself."""
 LONG_COLUMN_BLOCKS = 3
 """Times the block's columns: as many as the blocks of one multiprocessor, which leaves one block per row of tiles."""
+TILE = (128, 64)
+"""Of the checkerboard pattern: the tiles of our formats."""
 TYPICAL = ("uniform", 0.8)
 PATTERNS: tuple[tuple[str, float], ...] = (
     TYPICAL,
@@ -43,6 +46,7 @@ PATTERNS: tuple[tuple[str, float], ...] = (
 )
 """Where the zeros are and the fraction of them."""
 QUICK_PATTERNS = (TYPICAL, ("skewed", 0.7), ("full", 0.0))
+_HOST_COLUMNS = 8  # of x, without a kernel that has columns of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +57,13 @@ class Data:
     k: int
     n: int
     dtype: DType
+    format: str
     pattern: str
     sparsity: float
     operands: Operands
     """Small integers; random values; small integers with NaN, infinities and sums that overflow."""
-    order: Literal["bank", "row"] = "bank"
-    """Order of the words in a tile of the packed weight."""
+    encoding: str = "default"
+    """Which of the ``ENCODINGS`` of the format."""
     seed: int = 0
 
     @property
@@ -70,15 +75,15 @@ class Data:
     @property
     def text(self) -> str:
         """One line that names the case."""
-        order = "" if self.order == "bank" else ", words in row order"
-        return f"{self.m}x{self.k} N={self.n} {self.dtype} {self.pattern_text} {self.operands}{order}"
+        packed = self.format if self.encoding == "default" else f"{self.format} in {self.encoding}"
+        return f"{self.m}x{self.k} N={self.n} {self.dtype} {self.pattern_text} {self.operands}, {packed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One product to check."""
 
-    choice: Choice | None
+    choice: KernelChoice | None
     """The kernel instance; ``None`` for NumPy."""
     arch: str | None
     data: Data
@@ -108,53 +113,57 @@ def short_label(spec: KernelSpec) -> str:
 
 
 def build_cases(
-    *, backend: str, archs: tuple[str, ...], quick: bool = False, kernel: str = "", seed: int = 0
+    *,
+    backend: str,
+    archs: tuple[str, ...],
+    formats: Sequence[str] | None = None,
+    quick: bool = False,
+    kernel: str = "",
+    seed: int = 0,
 ) -> list[Case]:
     """All cases of ``backend`` for kernels of ``archs`` whose label contains ``kernel``, those of a kernel together.
 
-    Raises :class:`ArgumentError` when no kernel is left.
+    ``formats`` are names, ``None`` for all there are. Raises :class:`ArgumentError` when no kernel is left.
     """
     cases: list[Case] = []
-    if backend == "reference":
-        dtypes: tuple[DType, ...] = ("fp16", "bf16")
-        for dtype in dtypes if kernel in "numpy" else ():
-            for aligned in (True, False):
-                cases += (
-                    Case(choice=None, arch=None, data=data) for data in _data(dtype, 8, aligned, quick, False, seed)
-                )
-    else:
-        for arch in dict.fromkeys(normalize_arch(arch) for arch in archs):
-            for choice in _instances(arch, quick):
-                if kernel in choice.spec.label:
-                    dtype = "fp16" if choice.dtype == "fp16" else "bf16"
-                    large = backend == "cuda" and not quick
-                    cases += (
-                        Case(choice=choice, arch=arch, data=data, schedule=seed + i)
-                        for i, data in enumerate(_data(dtype, choice.n_block, choice.aligned, quick, large, seed))
-                    )
+    for name in registry.FORMATS if formats is None else formats:
+        if backend == "reference":
+            cases += _host_cases(name, kernel, quick, seed)
+        else:
+            for arch in dict.fromkeys(map(normalize_arch, archs)):
+                cases += _kernel_cases(name, arch, kernel, quick, backend == "cuda" and not quick, seed)
     if not cases:
         where = "numpy" if backend == "reference" else f"for sm_{', sm_'.join(archs)}"
         raise ArgumentError("kernel", expected=f"part of the label of a kernel {where}", got=repr(kernel))
     return cases
 
 
-def _instances(arch: str, quick: bool) -> list[Choice]:
-    found = [choice for choice in tiled_csl.instances() if choice.spec.supports(arch)]
-    if quick:
-        preferred = {(width, tiled_csl.paths_for(width, arch)[0]) for width in tiled_csl.N_BLOCKS}
-        found = [
-            choice
-            for choice in found
-            if choice.vectors == tiled_csl.VECTORS[1]
-            and (choice.n_block, (choice.slices, choice.resident_blocks)) in preferred
-            and choice.overlap
-            and choice.undo
-        ]
+def _host_cases(name: str, kernel: str, quick: bool, seed: int) -> Iterator[Case]:
+    for dtype in DTYPES if kernel in "numpy" else ():
+        for aligned in (True, False):
+            for data in _data(name, dtype, _HOST_COLUMNS, aligned, quick, False, seed):
+                yield Case(choice=None, arch=None, data=data)
+
+
+def _kernel_cases(name: str, arch: str, kernel: str, quick: bool, large: bool, seed: int) -> Iterator[Case]:
+    for choice in _instances(name, arch, quick):
+        if kernel in choice.spec.label:
+            found = _data(name, check_dtype(choice.dtype), choice.n_block, choice.aligned, quick, large, seed)
+            for i, data in enumerate(found):
+                yield Case(choice=choice, arch=arch, data=data, schedule=seed + i)
+
+
+def _instances(name: str, arch: str, quick: bool) -> list[KernelChoice]:
+    module = registry.kernel(name)
+    found = module.typical(arch) if quick else module.instances()
     # Kernels that multiply the same operands come after one another: expected results are kept for a while.
-    return sorted(found, key=lambda choice: (choice.dtype != "fp16", choice.n_block, not choice.aligned))
+    return sorted(
+        (choice for choice in found if choice.spec.supports(arch)),
+        key=lambda choice: (choice.dtype != "fp16", choice.n_block, not choice.aligned),
+    )
 
 
-def _data(dtype: DType, n_block: int, aligned: bool, quick: bool, large: bool, seed: int) -> Iterator[Data]:
+def _data(name: str, dtype: DType, n_block: int, aligned: bool, quick: bool, large: bool, seed: int) -> Iterator[Data]:
     sizes = cycle((n_block, n_block - 3, n_block + 1, 1, 2 * n_block + 2))
     shapes = SHAPES[aligned][2:3] if quick else SHAPES[aligned]
 
@@ -164,6 +173,7 @@ def _data(dtype: DType, n_block: int, aligned: bool, quick: bool, large: bool, s
             k=shape[1],
             n=next(sizes) if n is None else n,
             dtype=dtype,
+            format=name,
             pattern=pattern[0],
             sparsity=pattern[1],
             operands=operands,
@@ -180,7 +190,9 @@ def _data(dtype: DType, n_block: int, aligned: bool, quick: bool, large: bool, s
         return
     yield data(ragged, ("full", 0.0), "special", n_block + 1)
     yield data(ragged, ("full", 0.0), "random", n_block)
-    yield replace(data(ragged, TYPICAL, "integers", n_block), order="row")
+    for encoding in registry.weight_class(name).ENCODINGS:
+        if encoding != "default":
+            yield replace(data(ragged, TYPICAL, "integers", n_block), encoding=encoding)
     yield data(LONG_SHAPES[aligned], ("uniform", 0.98), "integers", LONG_COLUMN_BLOCKS * n_block)
     if large:
         yield data(LARGE_SHAPES[aligned], TYPICAL, "integers", n_block)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from flashllm.bench import check
 from flashllm.bench.data import random_matrix, to_float64
 from flashllm.formats.bits import numpy_dtype, to_bits
-from flashllm.formats.tiled_csl import TILE_K, TILE_M, TiledCSL
-from flashllm.verify.cases import Data
+from flashllm.formats.weight import SparseWeight
+from flashllm.registry import weight_class
+from flashllm.verify.cases import TILE, Data
 
 _LARGEST_INTEGER = 4
 _HUGE = 32768.0  # exact in both types; a few of them overflow fp16
@@ -27,7 +28,7 @@ class Problem:
 
     x: NDArray[Any]
     """[N, K]"""
-    w: TiledCSL
+    w: SparseWeight
     expected: NDArray[np.float64]
     """[N, M]: rounded once to the output type where an exact result is asked for, else as computed."""
     reference: check.Reference | None
@@ -49,7 +50,8 @@ def make_problem(data: Data) -> Problem:
             _add_special(w, x, data)
         w, x = w.astype(numpy_dtype(data.dtype)), x.astype(numpy_dtype(data.dtype))
     w64, x64 = to_float64(w, data.dtype), to_float64(x, data.dtype)
-    packed = TiledCSL.from_dense(w, dtype=data.dtype, order=data.order)
+    made = weight_class(data.format)
+    packed = made.from_dense(w, dtype=data.dtype, **made.ENCODINGS[data.encoding])
     if data.operands == "random":
         reference = check.make_reference(x64, w64, np.arange(data.m), data.dtype)
         return Problem(x=x, w=packed, expected=reference.values, reference=reference)
@@ -67,7 +69,7 @@ def _mask(data: Data) -> NDArray[np.bool_]:
         kept = np.full(shape, data.pattern == "full")
     elif data.pattern == "every-other-tile":
         row, column = np.indices(shape)
-        kept = (row // TILE_M + column // TILE_K) % 2 == 0
+        kept = (row // TILE[0] + column // TILE[1]) % 2 == 0
     else:
         kept = random_matrix(*shape, density=1.0 - data.sparsity, pattern=data.pattern, seed=data.seed) != 0
     return kept

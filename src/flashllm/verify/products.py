@@ -91,7 +91,6 @@ class CudaMultiplier:
         import cupy
 
         from flashllm.matmul import plan, spmm
-        from flashllm.matmul.stream_k import COUNTER_BYTES
 
         n, m = problem.x.shape[0], problem.w.shape[0]
         stream = cupy.cuda.Stream(non_blocking=True)
@@ -104,10 +103,8 @@ class CudaMultiplier:
             stream.synchronize()
             spmm(x, w, out=y, workspace=workspace, stream=stream, plan=made)
             stream.synchronize()
-        if made.workspace_bytes:
-            counters = made.split.column_blocks * made.split.tiles_m * COUNTER_BYTES
-            if workspace[:counters].get().any():
-                raise VerificationError("arrival counters are not zero after the launch")
+        if made.workspace_bytes and workspace[: made.split.counter_bytes].get().any():
+            raise VerificationError("arrival counters are not zero after the launch")
         result: NDArray[Any] = fence.get()
         for where, guard in (("before", result[:_GUARD]), ("after", result[-_GUARD:])):
             if (guard != _NAN_BITS).any():

@@ -306,15 +306,16 @@ _add("tile offsets one short", "tile_offsets", partial(write_packed, tile_offset
 _add("tile offsets none", "tile_offsets", partial(write_packed, tile_offsets=_OFFSETS[:0]))
 _add("tile offsets unsigned", "tile_offsets", partial(write_packed, tile_offsets=_OFFSETS.view(np.uint32)))
 _add("tile offsets of floats", "tile_offsets", partial(write_packed, tile_offsets=_OFFSETS.view(np.float32)))
-_packed.add_bytes("words of bytes", "weight.words.dtype", write_packed, lambda raw: _as_bytes(raw))
+_packed.add_bytes("words of bytes", "words", write_packed, lambda raw: _as_bytes(raw, "U8"))
+_packed.add_bytes("words of signed bytes", "weight.words.dtype", write_packed, lambda raw: _as_bytes(raw, "I8"))
 _packed.add_bytes(
     "offsets renamed", "weight.tile_offsets", write_packed,
     edited(lambda h: h.update({"weight.offsets": h.pop("weight.tile_offsets")})),
 )  # fmt: skip
 
 
-def _as_bytes(raw: bytes) -> bytes:
-    return entry("weight.words", dtype="U8", shape=[_WORDS.nbytes])(raw)
+def _as_bytes(raw: bytes, dtype: str) -> bytes:
+    return entry("weight.words", dtype=dtype, shape=[_WORDS.nbytes])(raw)
 
 
 def _use_weights(weights: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashllm import registry
 from flashllm.baselines import cublas_api
 from flashllm.jit.spec import KernelSpec
 
@@ -208,11 +209,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None)
     spec = KernelSpec(name="fake", source="spmm/fake.cu", function="fake", threads=32)
 
     def plan(w: Any, n: int, *, choice: Any = None) -> Plan:
-        from flashllm.matmul import tiled_csl
-
         if choice is not None:
             return Plan(choice.spec, choice, source="forced")
-        return Plan(spec, tiled_csl.default_choice(w, n, arch="90a"))
+        return Plan(spec, registry.kernel(w.format).default_choice(w, n, arch="90a"))
 
     monkeypatch.setattr("flashllm.matmul.plan", plan)
 

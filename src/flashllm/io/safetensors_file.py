@@ -36,7 +36,7 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
 }
-_READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U32": "<u4", "I32": "<i4"}
+_READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U32": "<u4", "I32": "<i4", "U16": "<u2", "U8": "|u1"}
 _NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -44,6 +44,8 @@ _NAMES = {
     "bfloat16": "BF16",
     "uint32": "U32",
     "int32": "I32",
+    "uint16": "U16",
+    "uint8": "U8",
 }
 
 

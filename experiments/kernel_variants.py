@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time variants of the Tiled-CSL kernel side by side: the step from an idea to a line in docs/kernels.
+"""Time variants of a kernel side by side: the step from an idea to a line in docs/kernels.
 
 Each ``--variant`` is a name and what differs from the default plan of the case::
 
@@ -7,8 +7,9 @@ Each ``--variant`` is a name and what differs from the default plan of the case:
         --variant base --variant p0:kPrefetch=0 --variant even:blocks=392,row_cost=0 --variant wgmma:slices=0 \\
         --variant idea:source=spmm/tiled_csl_idea.cu --out rows.json
 
-Keys are fields of the choice (``slices``, ``vectors``, ``resident_blocks``, ``blocks_per_sm``, ``overlap``, ``undo``),
-of the split (``blocks``, ``row_cost``), template parameters of the kernel (``kPrefetch``), or ``source``, another file
+``--format`` says whose kernel; the examples are of Tiled-CSL. Keys are fields of the choice (``slices``, ``vectors``,
+``resident_blocks``, ``blocks_per_sm``, ``overlap``, ``undo``), of the split (``blocks``, ``row_cost``), template
+parameters of the kernel that no field stands for (``kPrefetch``), or ``source``, another file
 below ``cuda/`` with a kernel of the same name and parameters. All variants of a case are interleaved, L2-cold, in CUDA
 graphs (docs/measurement.md), and their outputs compared with float64: a wrong one is marked ``!``, which is how a
 variant that leaves something out to see what it costs shows. A variant that spills is left out. The first system of a
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from flashllm import backends
 from flashllm.bench.cases import parse_batches, parse_shapes, parse_sparsities, split_list
 from flashllm.cli._cases import BadUsage, usage_errors
 from flashllm.jit.spec import KernelSpec
-from flashllm.matmul import product, tiled_csl
-from flashllm.matmul.stream_k import StreamK
+from flashllm.matmul import product
+from flashllm.matmul.kernel import Split
+from flashllm.registry import DEFAULT_FORMAT, FORMATS, kernel, weight_class
 
-_CHOICE = ("slices", "vectors", "resident_blocks", "blocks_per_sm", "overlap", "undo")
+_CASE = {"dtype": "T", "n_block": "kN", "aligned": "kAligned"}  # fields of a choice that the case decides
 _SPLIT = ("blocks", "row_cost")
-_FIXED = ("T", "kN", "kSlices", "kAligned")  # shared memory, grid and workspace follow from the choice
 _CHECKED_ROWS = 256
 
 
@@ -49,10 +50,11 @@ class Variant:
     template: dict[str, str] = field(default_factory=dict)
     source: str | None = None
 
-    def plan(self, w: Any, n: int, *, arch: str, sm_count: int) -> tuple[KernelSpec, StreamK]:
+    def plan(self, w: Any, n: int, *, arch: str, sm_count: int) -> tuple[KernelSpec, Split]:
         """Kernel and split for ``n`` columns of x. Raises :class:`ArgumentError` where they make no sense."""
-        choice = replace(tiled_csl.default_choice(w, n, arch=arch), **self.choice)  # type: ignore[arg-type]
-        split = replace(tiled_csl.split_for(w, n, choice, sm_count=sm_count), **self.split)
+        module: Any = kernel(w.format)
+        choice = replace(module.default_choice(w, n, arch=arch), **self.choice)
+        split = replace(module.split_for(w, n, choice, sm_count=sm_count), **self.split)
         spec = choice.spec
         unknown = self.template.keys() - dict(spec.template).keys()
         if unknown:
@@ -61,8 +63,11 @@ class Variant:
         return replace(spec, template=template, source=self.source or spec.source, archs=(arch,)), split
 
 
-def parse_variant(text: str) -> Variant:
+def parse_variant(text: str, format_name: str = DEFAULT_FORMAT) -> Variant:
     """``"even:blocks=392,row_cost=0"`` -> a :class:`Variant`; :class:`BadUsage` names what it does not know."""
+    flags = {f.name: f.type == "bool" for f in fields(kernel(format_name).Choice) if f.name not in _CASE}
+    # Shared memory, grid and workspace follow from the choice: its fields are not changed behind its back.
+    fixed = {*_CASE.values(), *("k" + name.title().replace("_", "") for name in flags)}
     name, _, rest = text.partition(":")
     if not name:
         raise BadUsage(f"--variant: expected NAME or NAME:KEY=VALUE,..., got {text!r}")
@@ -71,7 +76,7 @@ def parse_variant(text: str) -> Variant:
         key, equals, value = part.partition("=")
         if not equals or not value:
             raise BadUsage(f"--variant {name}: expected KEY=VALUE, got {part!r}")
-        if key in _FIXED:
+        if key in fixed:
             raise BadUsage(f"--variant {name}: {key} follows from the case and the choice, got {part!r}")
         if key == "source":
             variant = replace(variant, source=value)
@@ -79,11 +84,10 @@ def parse_variant(text: str) -> Variant:
             variant.template[key] = value
         elif key in _SPLIT:
             variant.split[key] = _number(name, key, value)
-        elif key in _CHOICE:
-            flag = isinstance(getattr(tiled_csl.Choice, key, None), bool)
-            variant.choice[key] = bool(_number(name, key, value)) if flag else _number(name, key, value)
+        elif key in flags:
+            variant.choice[key] = bool(_number(name, key, value)) if flags[key] else _number(name, key, value)
         else:
-            known = ", ".join((*_CHOICE, *_SPLIT, "source"))
+            known = ", ".join((*flags, *_SPLIT, "source"))
             raise BadUsage(f"--variant {name}: expected {known} or a template parameter, got {key!r}")
     return variant
 
@@ -97,7 +101,7 @@ def _number(name: str, key: str, value: str) -> int:
 class System:
     """One variant on the weight copies of a case."""
 
-    def __init__(self, spec: KernelSpec, split: StreamK, weights: Sequence[Any], x: Any) -> None:
+    def __init__(self, spec: KernelSpec, split: Split, weights: Sequence[Any], x: Any) -> None:
         import cupy
 
         from flashllm.bench.systems import empty_output
@@ -112,7 +116,7 @@ class System:
         product.launch(self.weights[copy], self.spec, self.split, self.x, self.y, self._workspace, stream=stream)
 
 
-Plans = dict[str, tuple[KernelSpec, StreamK]]
+Plans = dict[str, tuple[KernelSpec, Split]]
 
 
 def build(variants: Sequence[Variant], w: Any, batches: Sequence[int], *, arch: str, sm_count: int) -> dict[int, Plans]:
@@ -132,7 +136,13 @@ def build(variants: Sequence[Variant], w: Any, batches: Sequence[int], *, arch: 
 
 
 def measure(
-    shape: tuple[int, int], sparsity: float, batches: Sequence[int], variants: Sequence[Variant], *, cap_s: float
+    shape: tuple[int, int],
+    sparsity: float,
+    batches: Sequence[int],
+    variants: Sequence[Variant],
+    *,
+    format_name: str,
+    cap_s: float,
 ) -> list[dict[str, Any]]:
     """Rows of one weight: for every N, each variant's median and whether its output was right."""
     import cupy
@@ -142,7 +152,6 @@ def measure(
     from flashllm.bench.check import error_over_bound, make_reference, sample_rows
     from flashllm.bench.systems import rotation
     from flashllm.device import device_facts
-    from flashllm.formats.tiled_csl import TiledCSL
 
     facts = device_facts()
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -152,7 +161,7 @@ def measure(
         dense = data.random_matrix(*shape, density=1 - sparsity, std=shape[1] ** -0.5, device=True)
         sampled = sample_rows(shape[0], _CHECKED_ROWS, 0)
         dense64 = dense[cupy.asarray(sampled)].get().astype(np.float64)
-        w = TiledCSL.from_dense(dense)
+        w = weight_class(format_name).from_dense(dense)
         del dense
         weights = rotation(w, timing.rotation_copies(w.nbytes, facts.l2_bytes, "cold"))
         for n, plans in build(variants, w, batches, arch=facts.arch, sm_count=facts.sm_count).items():
@@ -166,7 +175,8 @@ def measure(
                 system.y.fill(float("nan"))
                 system.launch(0, stream)
                 error = error_over_bound(system.y.get().astype(np.float64), reference)
-                case = {"variant": name, "M": shape[0], "K": shape[1], "N": n, "sparsity": sparsity}
+                case = {"variant": name, "format": format_name, "M": shape[0], "K": shape[1], "N": n}
+                case["sparsity"] = sparsity
                 rows.append({**case, "median_us": round(timed.median_us, 3), "right": bool(error <= 1.0)})
     return rows
 
@@ -187,14 +197,28 @@ def line(rows: Sequence[dict[str, Any]]) -> str:
 @click.option("--shape", "shapes", multiple=True, required=True, metavar="MxK,...", help="Weight shapes.")
 @click.option("--n", "batches", default="8,16,32,64", show_default=True, metavar="N,...", help="Batch sizes.")
 @click.option("--sparsity", default="0.7,0.8,0.9", show_default=True, metavar="S,...", help="Fractions of zeros.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(list(FORMATS)),
+    default=DEFAULT_FORMAT,
+    show_default=True,
+    help="Whose kernel.",
+)
 @click.option("--variant", "texts", multiple=True, default=("base",), metavar="NAME[:KEY=VALUE,...]", help="See above.")
 @click.option("--time-cap", default=0.08, show_default=True, help="GPU seconds per variant and case.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows as JSON.")
 def main(
-    shapes: tuple[str, ...], batches: str, sparsity: str, texts: tuple[str, ...], time_cap: float, out: Path | None
+    shapes: tuple[str, ...],
+    batches: str,
+    sparsity: str,
+    format_name: str,
+    texts: tuple[str, ...],
+    time_cap: float,
+    out: Path | None,
 ) -> None:
-    """Time variants of the Tiled-CSL kernel side by side on this GPU."""
-    variants = [parse_variant(text) for text in texts]
+    """Time variants of a kernel side by side on this GPU."""
+    variants = [parse_variant(text, format_name) for text in texts]
     if len({variant.name for variant in variants}) < len(variants):
         raise BadUsage("--variant: expected a name of its own for each")
     rows: list[dict[str, Any]] = []
@@ -202,7 +226,7 @@ def main(
         backends.select("cuda")
         cases = [(shape, s) for shape in parse_shapes(shapes) for s in parse_sparsities(sparsity)]
         for shape, s in cases:
-            new = measure(shape, s, parse_batches(batches), variants, cap_s=time_cap)
+            new = measure(shape, s, parse_batches(batches), variants, format_name=format_name, cap_s=time_cap)
             for n in dict.fromkeys(row["N"] for row in new):
                 click.echo(line([row for row in new if row["N"] == n]))
             rows += new

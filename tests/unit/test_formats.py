@@ -94,7 +94,14 @@ def test_weights_are_what_the_base_class_says(name: str, tmp_path: Path) -> None
         np.testing.assert_array_equal(made.load(tmp_path / "w").to_dense(), a)
         with pytest.raises(FrozenInstanceError):
             w.nnz = 3  # type: ignore[misc]
-    assert w.nbytes <= 1.5 * made.estimated_bytes(a.shape, w.density) + 4096
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.6])
+def test_bytes_are_estimated(name: str, density: float) -> None:
+    a = weight("uniform", (1024, 1280), density, "fp16")
+    made = registry.weight_class(name)
+    assert 0.8 < made.from_dense(a).nbytes / made.estimated_bytes(a.shape, density) < 1.02
 
 
 @pytest.mark.parametrize("name", FORMATS)

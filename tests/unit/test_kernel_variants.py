@@ -45,7 +45,8 @@ def test_variants_change_the_default_plan(script: ModuleType, weight: TiledCSL) 
         ("a:blocks", "expected KEY=VALUE, got 'blocks'"),
         ("a:blocks=many", "blocks: expected a number"),
         ("a:kSlices=1", "kSlices follows from the case and the choice"),
-        ("a:color=3", "expected slices, vectors, .* or a template parameter, got 'color'"),
+        ("a:kN=8", "kN follows from the case and the choice"),
+        ("a:color=3", "expected vectors, slices, .* or a template parameter, got 'color'"),
     ],
 )
 def test_what_makes_no_variant_is_named(script: ModuleType, text: str, message: str) -> None:

@@ -107,8 +107,8 @@ class Case:
 
 
 def short_label(spec: KernelSpec) -> str:
-    """The label without what other columns say or what follows from the rest: ``tiled_csl kN=8 kSlices=2 ...``."""
-    shown = [f"{name}={text}" for name, text in spec.template if name not in ("T", "kPrefetch") and text != "true"]
+    """The label without the dtype and the flags that are set: ``tiled_csl kN=8 kSlices=2 ...``."""
+    shown = [f"{name}={text}" for name, text in spec.template if name != "T" and text != "true"]
     return " ".join((spec.name, *shown))
 
 

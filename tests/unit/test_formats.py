@@ -177,7 +177,7 @@ def test_plans_are_of_one_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert made.reason == f"auto: {w.nnz} coordinates, 1 times"
     with pytest.raises(ArgumentError, match=r"choice: expected one of the kernel for tiled-csl, .*got coordinates"):
         plan(other, 5, device=H100, choice=made.choice)
-    with pytest.raises(ArgumentError, match=r"plan: expected a plan for tiled-csl, .*, got one for coordinates"):
+    with pytest.raises(ArgumentError, match=r"plan: expected .* tiled-csl of fp16, N = 5, got .* coordinates of fp16"):
         product._checked_plan(made, other, 5)
 
 

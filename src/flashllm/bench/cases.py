@@ -77,7 +77,7 @@ def parse_sparsities(text: str) -> tuple[float, ...]:
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
-    """``"tiled-csl,bitmap"`` -> ``("tiled-csl", "bitmap")``: registered formats, in order and without repeats."""
+    """``"tiled-csl"`` -> ``("tiled-csl",)``: registered formats, comma-separated, in order and without repeats."""
     names = tuple(dict.fromkeys(split_list(text)))
     for name in names:
         entry(name)

@@ -7,7 +7,7 @@ the members. ``flashllm.registry`` finds the module for a weight. One launch com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from flashllm.jit.spec import KernelSpec
@@ -92,7 +92,7 @@ class Kernel(Protocol):
     def typical(self, arch: str) -> Sequence[KernelChoice]:
         """The instances that the heuristic takes most on ``arch``, for every width, dtype and alignment."""
 
-    def ablation(self, choice: Any) -> dict[str, KernelChoice]:
+    def ablation(self, choice: Any) -> Mapping[str, KernelChoice]:
         """Variants of ``choice`` that lack one idea each, by name; empty where no such instances exist."""
 
     def specs(self) -> Sequence[KernelSpec]:

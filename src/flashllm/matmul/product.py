@@ -151,8 +151,8 @@ def _checked_plan(given: Plan, w: SparseWeight, n: int) -> Plan:
     if given.format != w.format or given.shape != w.shape or given.dtype != w.dtype or given.n != n:
         raise ArgumentError(
             "plan",
-            expected=f"a plan for {w.format}, shape {w.shape}, {w.dtype}, N = {n}",
-            got=f"one for {given.format}, shape {given.shape}, {given.dtype}, N = {given.n}",
+            expected=f"a plan for shape {w.shape}, {w.format} of {w.dtype}, N = {n}",
+            got=f"one for shape {given.shape}, {given.format} of {given.dtype}, N = {given.n}",
         )
     return given
 

@@ -10,10 +10,13 @@
 // The result is the same to the byte as that of src/flashllm/formats/tiled_csl_encode.py, and does not depend on timing:
 // every word has its own place.
 #include "flashllm/portable.cuh"
+#include "flashllm/source.cuh"
 #include "flashllm/tiled_csl.cuh"
 
 namespace flashllm {
 namespace csl_encode {
+
+using source::Rounding;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / csl::kLanes;
@@ -21,81 +24,6 @@ constexpr int kWarpRows = csl::kTileM / kWarps;            // rows of the tile t
 constexpr int kWarpElements = kWarpRows * 2;               // elements of one bank in those rows
 constexpr int kBankElements = csl::kTileM * 2;             // elements of one bank in the tile
 constexpr unsigned kFullWarp = 0xffffffffu;
-
-// What rounding to 16 bits did to the nonzero elements of the source; mirrors RoundingReport.
-enum RoundingField { kTotal, kChanged, kBecameZero, kBecameInfinite, kRoundingFields };
-struct Rounding {
-  int field[kRoundingFields] = {};
-  FLASHLLM_DEVICE void add(unsigned source, unsigned infinity, unsigned short bits, bool exact, bool source_finite) {
-    const unsigned magnitude = bits & 0x7fffu;
-    field[kTotal] += (source & 0x7fffffffu) != 0;
-    field[kChanged] += !exact;
-    field[kBecameZero] += !exact && magnitude == 0;
-    field[kBecameInfinite] += source_finite && magnitude == infinity;
-  }
-};
-
-// A source says how an element is read and how it becomes a 16-bit pattern. 16-bit sources pass every bit; float32 is
-// rounded to nearest, ties to even, and a NaN becomes the quiet NaN of the same sign.
-struct Bits16 {
-  using Element = unsigned short;
-  using Pair = unsigned;
-  static constexpr bool kRounds = false;
-  static FLASHLLM_DEVICE Element low(Pair pair) { return static_cast<Element>(pair); }
-  static FLASHLLM_DEVICE Element high(Pair pair) { return static_cast<Element>(pair >> 16); }
-  static FLASHLLM_DEVICE unsigned short convert(Element bits, Rounding&) { return bits; }
-};
-
-struct Float32 {
-  using Element = unsigned;
-  using Pair = uint2;
-  static constexpr bool kRounds = true;
-  static FLASHLLM_DEVICE Element low(Pair pair) { return pair.x; }
-  static FLASHLLM_DEVICE Element high(Pair pair) { return pair.y; }
-};
-
-struct Float32ToBf16 : Float32 {
-  static FLASHLLM_DEVICE unsigned short convert(Element f, Rounding& rounding) {
-    const unsigned magnitude = f & 0x7fffffffu;
-    const bool is_nan = magnitude > 0x7f800000u;
-    const unsigned rounded = is_nan ? (f >> 16 & 0x8000u) | 0x7fc0u : (f + 0x7fffu + (f >> 16 & 1u)) >> 16;
-    const bool exact = is_nan || (f & 0xffffu) == 0;
-    rounding.add(f, 0x7f80u, static_cast<unsigned short>(rounded), exact, magnitude < 0x7f800000u);
-    return static_cast<unsigned short>(rounded);
-  }
-};
-
-struct Float32ToFp16 : Float32 {
-  static FLASHLLM_DEVICE unsigned short convert(Element f, Rounding& rounding) {
-    const unsigned magnitude = f & 0x7fffffffu;
-    unsigned rounded;
-    bool exact;
-    if (magnitude > 0x7f800000u) {         // NaN
-      rounded = 0x7e00u;
-      exact = true;
-    } else if (magnitude >= 0x477ff000u) { // from 65520 on: the tie between 65504 and 65536, which is infinity, is even
-      rounded = 0x7c00u;
-      exact = magnitude == 0x7f800000u;
-    } else if (magnitude >= 0x38800000u) { // normal: 13 bits fall off, the exponent bias drops from 127 to 15
-      rounded = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
-      exact = (magnitude & 0x1fffu) == 0;
-    } else if (magnitude > 0x33000000u) {  // subnormal: a multiple of 2^-24
-      const unsigned significand = (magnitude & 0x7fffffu) | 0x800000u;
-      const unsigned shift = 126u - (magnitude >> 23);
-      const unsigned lost = significand & ((1u << shift) - 1u);
-      const unsigned half = 1u << (shift - 1u);
-      rounded = significand >> shift;
-      rounded += lost > half || (lost == half && (rounded & 1u));
-      exact = lost == 0;
-    } else {                               // up to 2^-25, the tie between 0 and 2^-24: zero is even
-      rounded = 0;
-      exact = magnitude == 0;
-    }
-    rounded |= f >> 16 & 0x8000u;
-    rounding.add(f, 0x7c00u, static_cast<unsigned short>(rounded), exact, magnitude < 0x7f800000u);
-    return static_cast<unsigned short>(rounded);
-  }
-};
 
 // Two neighbouring values of a row: columns c (low half) and c + 1 (high half), c even. Zeros outside the matrix.
 template <class Source>
@@ -286,9 +214,9 @@ __global__ void __launch_bounds__(csl_encode::kThreads, 2)
     tiled_csl_count(const typename Source::Element* a, long long M, long long K, long long ld, int tiles_k,
                     int pair_loads, int* counts, unsigned long long* rounding) {
   using namespace csl_encode;
-  __shared__ int sums[1 + kRoundingFields];
+  __shared__ int sums[1 + source::kRoundingFields];
   const int warp = threadIdx.x / csl::kLanes, lane = threadIdx.x % csl::kLanes;
-  if (threadIdx.x < 1 + kRoundingFields) sums[threadIdx.x] = 0;
+  if (threadIdx.x < 1 + source::kRoundingFields) sums[threadIdx.x] = 0;
   __syncthreads();
 
   const TileReader<Source> read(a, M, K, ld, tiles_k, pair_loads);
@@ -302,7 +230,7 @@ __global__ void __launch_bounds__(csl_encode::kThreads, 2)
   count = warp_sum(count);
   if (lane == 0) atomicAdd(&sums[0], count);
   if constexpr (Source::kRounds) {
-    for (int f = 0; f < kRoundingFields; ++f) {
+    for (int f = 0; f < source::kRoundingFields; ++f) {
       const int sum = warp_sum(effect.field[f]);
       if (lane == 0) atomicAdd(&sums[1 + f], sum);
     }
@@ -310,7 +238,7 @@ __global__ void __launch_bounds__(csl_encode::kThreads, 2)
   __syncthreads();
   if (threadIdx.x == 0) counts[blockIdx.x] = sums[0];
   if constexpr (Source::kRounds) {
-    if (threadIdx.x < kRoundingFields && sums[1 + threadIdx.x] != 0) {
+    if (threadIdx.x < source::kRoundingFields && sums[1 + threadIdx.x] != 0) {
       atomicAdd(&rounding[threadIdx.x], static_cast<unsigned long long>(sums[1 + threadIdx.x]));
     }
   }

@@ -99,6 +99,24 @@ FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
+// y[n, m] of every accumulator, in 2-byte stores: for kernels that write rarely and have no shared memory to turn the
+// fragments in. Columns from N on and rows from M on do not exist. Leaves the accumulators zero.
+template <typename S, typename T>
+FLASHLLM_DEVICE void store_fragments(Accumulators<S>& sum, T* y, int n0, int m0, int N, int M) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < S::kRowFragments; ++i)
+#pragma unroll
+        for (int j = 0; j < S::kColumnFragments; ++j)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const int n = n0 + j * 8 + (lane & 3) * 2 + (r & 1);
+                const int m = m0 + S::row(i) + (lane >> 2) + (r >> 1) * 8;
+                if (n < N && m < M) y[static_cast<long long>(n) * M + m] = round_to<T>(sum[i][j][r]);
+                sum[i][j][r] = 0.0f;
+            }
+}
+
 // y[n, m..m+3]; rows beyond M do not exist. 8-byte stores where M keeps them aligned.
 template <typename T>
 FLASHLLM_DEVICE void store_y(T* y, int n, int m, int M, const float4& value) {

@@ -25,6 +25,23 @@ FLASHLLM_DEVICE int opaque(int value) {
     return value;
 }
 
+// ---- bytes in registers ----------------------------------------------------------------------------------
+
+// sum + the products of the four bytes of a and b: one IDP.4A on the FMA pipe, so the integer ALU is not touched.
+FLASHLLM_DEVICE unsigned dot4(unsigned a, unsigned b, unsigned sum) {
+    unsigned result;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
+// Byte i of the result is byte (selector nibble i) of {low, high}. The upper half of the selector is ignored, which
+// __byte_perm would mask out with one more instruction; bit 3 of a nibble must be 0.
+FLASHLLM_DEVICE unsigned permute(unsigned low, unsigned high, unsigned selector) {
+    unsigned result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------
 
 // Stores the low 16 bits of `word` at base + kOffset + 2 * (its high 16 bits), or a zero there. The address is one
@@ -35,6 +52,26 @@ FLASHLLM_DEVICE void scatter_low_half(unsigned word, unsigned base) {
     asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(0x0200u), "r"(base));
     asm volatile("{ .reg .b16 low, high; mov.b32 {low, high}, %1; st.shared.b16 [%0 + %2], low; }"
                  :: "r"(address), "r"(kZero ? 0u : word), "n"(kOffset) : "memory");
+}
+
+// The halfword at `address`, zero-extended. Volatile: reads of a ring must stay between its wait and its refill.
+FLASHLLM_DEVICE unsigned load_shared_half(unsigned address) {
+    unsigned value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(value) : "r"(address));
+    return value;
+}
+
+FLASHLLM_DEVICE uint2 load_shared8(unsigned address) {
+    uint2 value;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+    return value;
+}
+
+FLASHLLM_DEVICE uint4 load_shared(unsigned address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(address) : "memory");
+    return value;
 }
 
 FLASHLLM_DEVICE void store_shared_zero16(unsigned address) {
@@ -99,20 +136,40 @@ FLASHLLM_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
 }
 
-// ---- transaction barriers and bulk copies (sm_90) ------------------------------------------------------------
+// ---- barriers in shared memory (sm_80), bulk copies (sm_90) -----------------------------------------------------
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // A barrier (8 bytes of shared memory) whose phase ends with its `arrivals` and when all announced bytes have come.
 FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
 }
 
 // After the last init, in the thread that did it, before the barrier that tells the others: bulk copies see it too.
 FLASHLLM_DEVICE void mbarrier_init_fence() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
+// Returns when the phase of this parity has ended: 0 for the first, 1 for the second, 0 for the third ...
+FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" :: "r"(address), "r"(parity) : "memory");
+#else
+    asm volatile("{ .reg .pred done;\n"
+                 "again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" :: "r"(address), "r"(parity) : "memory");
+#endif
+}
+
+// Arrives once this thread's asynchronous copies so far have landed.
+FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(address) : "memory");
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address) : "memory");
 }
@@ -120,13 +177,6 @@ FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
 // Announces `bytes` to come in this phase, and arrives.
 FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address), "r"(bytes) : "memory");
-}
-
-// Returns when the phase of this parity has ended: 0 for the first, 1 for the second, 0 for the third ...
-FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) {
-    asm volatile("{ .reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again; }" :: "r"(address), "r"(parity) : "memory");
 }
 
 // Global to shared memory, `bytes` (a multiple of 16) at 16-byte aligned addresses, by one instruction of one thread.
@@ -189,9 +239,15 @@ FLASHLLM_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.share
 // All four warps of a warpgroup call these. The accumulators belong to the hardware from `begin` to `wait`.
 FLASHLLM_DEVICE void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 FLASHLLM_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-FLASHLLM_DEVICE void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Returns when all groups but the last kPending are done.
+template <int kPending = 0>
+FLASHLLM_DEVICE void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kPending) : "memory");
+}
 
-// c[64 x kN] += a[64x16] b[16xkN]; c[j] is the fragment of columns 8j..8j+7, as of m16n8k16, per warp.
+// c[64 x kN] += a[64x16] b[16xkN]; c[j] is the fragment of columns 8j..8j+7, as of m16n8k16, per warp. a is an operand in
+// shared memory, or the fragment of m16n8k16 in registers: warp w has rows 16w..16w+15. Those registers, too, belong to
+// the hardware until the wait.
 #define FLASHLLM_C4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define FLASHLLM_WGMMA(kN, type, registers, a_low, b_low, ...)                                          \
     asm volatile("{ .reg .b64 a, b;\n"                                                                 \
@@ -200,26 +256,38 @@ FLASHLLM_DEVICE void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.alig
                  "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " " registers         \
                  ", a, b, 1, 1, 1, 0, 0; }"                                                             \
                  : __VA_ARGS__ : "r"(a), "r"(b))
-#define FLASHLLM_WGMMA_SHAPE(kN, registers, a_low, b_low, ...)                                          \
+#define FLASHLLM_WGMMA_REGISTERS(kN, type, registers, a0, a1, a2, a3, b_low, ...)                        \
+    asm volatile("{ .reg .b64 b;\n"                                                                    \
+                 "mov.b64 b, {%" #b_low ", " FLASHLLM_OPERAND_HIGH "};\n"                              \
+                 "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " " registers         \
+                 ", {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, 1, 1, 1, 0; }"                         \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b))
+#define FLASHLLM_WGMMA_SHAPE(kN, registers, n0, n1, n2, n3, n4, ...)                                     \
     template <typename T>                                                                               \
     FLASHLLM_DEVICE void warpgroup_mma(float (&c)[kN / 8][4], unsigned a, unsigned b) {                 \
-        if constexpr (is_half<T>) FLASHLLM_WGMMA(kN, "f16", registers, a_low, b_low, __VA_ARGS__);      \
-        else FLASHLLM_WGMMA(kN, "bf16", registers, a_low, b_low, __VA_ARGS__);                          \
+        if constexpr (is_half<T>) FLASHLLM_WGMMA(kN, "f16", registers, n0, n1, __VA_ARGS__);            \
+        else FLASHLLM_WGMMA(kN, "bf16", registers, n0, n1, __VA_ARGS__);                                \
+    }                                                                                                   \
+    template <typename T>                                                                               \
+    FLASHLLM_DEVICE void warpgroup_mma(float (&c)[kN / 8][4], const unsigned (&a)[4], unsigned b) {     \
+        if constexpr (is_half<T>) FLASHLLM_WGMMA_REGISTERS(kN, "f16", registers, n0, n1, n2, n3, n4, __VA_ARGS__); \
+        else FLASHLLM_WGMMA_REGISTERS(kN, "bf16", registers, n0, n1, n2, n3, n4, __VA_ARGS__);           \
     }
 template <typename T> inline constexpr bool is_half = false;
 template <> inline constexpr bool is_half<__half> = true;
 
-FLASHLLM_WGMMA_SHAPE(8, "{%0, %1, %2, %3}", 4, 5, FLASHLLM_C4(0))
-FLASHLLM_WGMMA_SHAPE(16, "{%0, %1, %2, %3, %4, %5, %6, %7}", 8, 9, FLASHLLM_C4(0), FLASHLLM_C4(1))
-FLASHLLM_WGMMA_SHAPE(32, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}", 16, 17,
+FLASHLLM_WGMMA_SHAPE(8, "{%0, %1, %2, %3}", 4, 5, 6, 7, 8, FLASHLLM_C4(0))
+FLASHLLM_WGMMA_SHAPE(16, "{%0, %1, %2, %3, %4, %5, %6, %7}", 8, 9, 10, 11, 12, FLASHLLM_C4(0), FLASHLLM_C4(1))
+FLASHLLM_WGMMA_SHAPE(32, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}", 16, 17, 18, 19, 20,
                      FLASHLLM_C4(0), FLASHLLM_C4(1), FLASHLLM_C4(2), FLASHLLM_C4(3))
 FLASHLLM_WGMMA_SHAPE(64,
                      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}", 32, 33,
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}", 32, 33, 34, 35, 36,
                      FLASHLLM_C4(0), FLASHLLM_C4(1), FLASHLLM_C4(2), FLASHLLM_C4(3), FLASHLLM_C4(4),
                      FLASHLLM_C4(5), FLASHLLM_C4(6), FLASHLLM_C4(7))
 #undef FLASHLLM_WGMMA_SHAPE
 #undef FLASHLLM_WGMMA
+#undef FLASHLLM_WGMMA_REGISTERS
 #undef FLASHLLM_OPERAND_HIGH
 #undef FLASHLLM_C4
 

@@ -36,13 +36,18 @@ struct XLoader {
 
     template <int kStage>
     FLASHLLM_DEVICE void load() {
+        load(kStage * S::kStageBytes);
+    }
+
+    // Loads the next stage to `offset` bytes from the first.
+    FLASHLLM_DEVICE void load(unsigned offset) {
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
             constexpr int kRows = kThreads / 8;  // rows of one turn
             const bool active = kChunks >= kThreads || threadIdx.x < kChunks;
             const bool inside = turn * kRows < n_left && column < K;
             const unsigned short* from = source + static_cast<long long>(turn * kRows) * K;
-            const unsigned to = target + kStage * S::kStageBytes + turn * kRows * kStageRowBytes;
+            const unsigned to = target + offset + turn * kRows * kStageRowBytes;
             if constexpr (kAligned) {
                 ptx::copy_async16(active, to, inside ? from : x, inside ? 16u : 0u);
             } else if (active) {

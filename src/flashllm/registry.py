@@ -37,6 +37,11 @@ FORMATS: dict[str, FormatEntry] = {
         kernel="flashllm.matmul.tiled_csl",
         encoder="flashllm.encode.tiled_csl",
     ),
+    "bitmap": FormatEntry(
+        weight="flashllm.formats.bitmap:Bitmap",
+        kernel="flashllm.matmul.bitmap",
+        encoder="flashllm.encode.bitmap",
+    ),
 }
 """Formats by name, as in ``SparseWeight.format``, files and result rows."""
 

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from flashllm import TiledCSL
 from flashllm.backends import emulator
 from flashllm.encode import tiled_csl as encoder
+from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.jit.spec import KernelSpec
 from products import NUMPY_DTYPE
 from tiled_csl_cases import PATTERNS, bits, pruned
 
 SPECS = {(spec.name, tuple(text for _, text in spec.template)): spec for spec in encoder.specs()}
-BITS16 = "flashllm::csl_encode::Bits16"
-ROUNDING = {"fp16": "flashllm::csl_encode::Float32ToFp16", "bf16": "flashllm::csl_encode::Float32ToBf16"}
 SHAPES = ((1, 1), (128, 64), (127, 65), (130, 131), (300, 203))
 
 

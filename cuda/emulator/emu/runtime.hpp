@@ -58,6 +58,14 @@ void write_global(const void* pointer, unsigned bytes);
 void prefetch_global(const void* pointer, unsigned bytes);
 
 unsigned shared_address(const void* pointer);
+void read_shared(void* value, unsigned address, unsigned bytes);
+template <typename T>
+T load_shared(unsigned address) {
+    T value;
+    read_shared(&value, address, sizeof(T));
+    return value;
+}
+void check_selector(unsigned selector);
 void scatter_shared(unsigned address, unsigned short value);
 void store_shared16(unsigned address, const uint4& value);
 
@@ -66,6 +74,7 @@ void copy_async_commit();
 void copy_async_wait(unsigned pending);
 
 void mbarrier_init(unsigned address, unsigned arrivals);
+void mbarrier_arrive_after_copies(unsigned address);
 void mbarrier_arrive(unsigned address);
 void mbarrier_expect(unsigned address, unsigned bytes);
 void mbarrier_wait(unsigned address, unsigned parity);
@@ -79,7 +88,8 @@ void mma_m16n8k16(Value type, float* c, const unsigned* a, unsigned b0, unsigned
 
 void fence_async_proxy();
 void wgmma_fence();
-void wgmma(Value type, float* c, unsigned columns, std::uint64_t a, std::uint64_t b);
+// registers: this lane's fragment of a, or null where descriptor a says where it lies.
+void wgmma(Value type, float* c, unsigned columns, const unsigned* registers, std::uint64_t a, std::uint64_t b);
 void wgmma_commit();
 void wgmma_wait(unsigned pending);
 

@@ -13,6 +13,18 @@ FLASHLLM_DEVICE unsigned shared_address(const void* pointer) { return emu::share
 
 FLASHLLM_DEVICE int opaque(int value) { return value; }
 
+// ---- bytes in registers ----------------------------------------------------------------------------------------
+
+FLASHLLM_DEVICE unsigned dot4(unsigned a, unsigned b, unsigned sum) {
+    for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xffu) * (b >> i & 0xffu);
+    return sum;
+}
+
+FLASHLLM_DEVICE unsigned permute(unsigned low, unsigned high, unsigned selector) {
+    emu::check_selector(selector);
+    return __byte_perm(low, high, selector);
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------------
 
 template <bool kZero, int kOffset>
@@ -20,6 +32,10 @@ FLASHLLM_DEVICE void scatter_low_half(unsigned word, unsigned base) {
     const unsigned address = (word & 0xffffu) * 0u + (word >> 16) * 2u + base;  // dp2a with weights 0 and 2
     emu::scatter_shared(address + kOffset, kZero ? 0 : static_cast<unsigned short>(word));
 }
+
+FLASHLLM_DEVICE unsigned load_shared_half(unsigned address) { return emu::load_shared<unsigned short>(address); }
+FLASHLLM_DEVICE uint2 load_shared8(unsigned address) { return emu::load_shared<uint2>(address); }
+FLASHLLM_DEVICE uint4 load_shared(unsigned address) { return emu::load_shared<uint4>(address); }
 
 FLASHLLM_DEVICE void store_shared_zero16(unsigned address) { emu::store_shared16(address, make_uint4(0, 0, 0, 0)); }
 
@@ -58,10 +74,11 @@ FLASHLLM_DEVICE void copy_async_wait() {
     emu::copy_async_wait(kPending);
 }
 
-// ---- transaction barriers and bulk copies (sm_90) --------------------------------------------------------------
+// ---- barriers in shared memory (sm_80), bulk copies (sm_90) ----------------------------------------------------
 
 FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) { emu::mbarrier_init(address, arrivals); }
 FLASHLLM_DEVICE void mbarrier_init_fence() {}
+FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) { emu::mbarrier_arrive_after_copies(address); }
 FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) { emu::mbarrier_arrive(address); }
 FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) { emu::mbarrier_expect(address, bytes); }
 FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) { emu::mbarrier_wait(address, parity); }
@@ -99,12 +116,21 @@ FLASHLLM_DEVICE unsigned operand(unsigned address) { return address >> 4 | 1u <<
 FLASHLLM_DEVICE void fence_async_proxy() { emu::fence_async_proxy(); }
 FLASHLLM_DEVICE void warpgroup_begin() { emu::wgmma_fence(); }
 FLASHLLM_DEVICE void warpgroup_commit() { emu::wgmma_commit(); }
-FLASHLLM_DEVICE void warpgroup_wait() { emu::wgmma_wait(0); }
+template <int kPending = 0>
+FLASHLLM_DEVICE void warpgroup_wait() {
+    emu::wgmma_wait(kPending);
+}
+
+inline constexpr std::uint64_t kOperandHigh = 0x40000040ull << 32;  // 128-byte swizzle, 1024 bytes between groups of rows
 
 template <typename T, int kFragments>
 FLASHLLM_DEVICE void warpgroup_mma(float (&c)[kFragments][4], unsigned a, unsigned b) {
-    constexpr std::uint64_t kHigh = 0x40000040ull << 32;  // 128-byte swizzle, 1024 bytes between groups of rows
-    emu::wgmma(value_type<T>, c[0], kFragments * 8, kHigh | a, kHigh | b);
+    emu::wgmma(value_type<T>, c[0], kFragments * 8, nullptr, kOperandHigh | a, kOperandHigh | b);
+}
+
+template <typename T, int kFragments>
+FLASHLLM_DEVICE void warpgroup_mma(float (&c)[kFragments][4], const unsigned (&a)[4], unsigned b) {
+    emu::wgmma(value_type<T>, c[0], kFragments * 8, a, 0, kOperandHigh | b);
 }
 
 }  // namespace flashllm::ptx

@@ -82,6 +82,25 @@ void mbarrier_init(unsigned address, unsigned arrivals) {
 
 void mbarrier_arrive(unsigned address) { arrive(current(), find("mbarrier.arrive", address), address); }
 
+// The copies since the thread's last group become the barrier's: it has their bytes to wait for. Those of earlier groups
+// are left to their waits.
+void mbarrier_arrive_after_copies(unsigned address) {
+    Thread& thread = current();
+    TransactionBarrier& barrier = find("cp.async.mbarrier.arrive", address);
+    CopyQueue& queue = *thread.copies;
+    const std::size_t first = queue.group_ends.empty() ? 0 : queue.group_ends.back();
+    for (std::size_t i = first; i < queue.copies.size(); ++i) {
+        const AsyncCopy& copy = queue.copies[i];
+        if (copy.source == nullptr) continue;  // performed at once
+        if (copy.bytes != 16) fail("cp.async.mbarrier.arrive: after a copy of %u bytes, expected 16", copy.bytes);
+        barrier.bytes_left += copy.bytes;
+        barrier.copies.push_back(BulkCopy{copy.address, copy.bytes, copy.source});
+    }
+    queue.copies.resize(first);
+    arrive(thread, barrier, address);
+    if (waited_for(barrier)) perform_all(*thread.owner, barrier);
+}
+
 void mbarrier_expect(unsigned address, unsigned bytes) {
     TransactionBarrier& barrier = find("mbarrier.arrive.expect_tx", address);
     barrier.bytes_left += bytes;

@@ -29,6 +29,7 @@ struct Accumulator {
 struct Instruction {
     Value type;
     unsigned columns;
+    bool a_in_registers;  // read at the issue alone: which registers the compiler takes is its own affair
     std::uint64_t a, b;
     unsigned accumulator;  // index in WgmmaQueue::accumulators
     std::unique_ptr<Operands> at_issue;
@@ -38,6 +39,7 @@ struct WgmmaArgument {
     Value type;
     float* c;
     unsigned columns;
+    const unsigned* registers;
     std::uint64_t a, b;
 };
 
@@ -102,8 +104,18 @@ void check_published(Warp& warp, const char* name, std::uint64_t descriptor, uns
 }
 
 void read_operands(Warp& warp, const Instruction& instruction, Operands& to) {
-    read_rows(warp, "a", instruction.a, warp.index % 4 * kRows, kRows, to.a);
+    if (!instruction.a_in_registers) read_rows(warp, "a", instruction.a, warp.index % 4 * kRows, kRows, to.a);
     read_rows(warp, "b", instruction.b, 0, instruction.columns, to.b);
+}
+
+// Register r of lane 4 g + t: row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next, as of m16n8k16.
+void read_registers(Warp& warp, Operands& to) {
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        const unsigned* registers = static_cast<WgmmaArgument*>(warp.argument[lane])->registers;
+        for (unsigned r = 0; r < 4; ++r) {
+            std::memcpy(&to.a[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8], registers + r, 4);
+        }
+    }
 }
 
 // Lane 4 g + t holds, of 8 columns j, rows g and g + 8, columns 8 j + 2 t and the next.
@@ -162,7 +174,8 @@ void perform_wgmma(Warp& warp, unsigned) {
     auto& call = *static_cast<WgmmaArgument*>(warp.argument[0]);
     for (unsigned lane = 1; lane < 32; ++lane) {
         auto& other = *static_cast<WgmmaArgument*>(warp.argument[lane]);
-        if (other.a != call.a || other.b != call.b || other.columns != call.columns) {
+        if (other.a != call.a || other.b != call.b || other.columns != call.columns ||
+            (other.registers == nullptr) != (call.registers == nullptr)) {
             fail("wgmma.mma_async: lanes 0 and %u give different descriptors or shapes", lane);
         }
     }
@@ -170,12 +183,15 @@ void perform_wgmma(Warp& warp, unsigned) {
         fail("wgmma.mma_async: no shape m64n%uk16", call.columns);
     }
     if (warp.block->warp_count % 4 != 0) fail("wgmma.mma_async: the block is not made of whole warpgroups");
-    Instruction instruction{call.type, call.columns, call.a, call.b, find_accumulator(warp, call.columns), nullptr};
-    check_published(warp, "a", call.a, warp.index % 4 * kRows, kRows);
+    const bool in_registers = call.registers != nullptr;
+    Instruction instruction{call.type, call.columns, in_registers, call.a, call.b, find_accumulator(warp, call.columns),
+                            nullptr};
+    if (!in_registers) check_published(warp, "a", call.a, warp.index % 4 * kRows, kRows);
     check_published(warp, "b", call.b, 0, call.columns);
     if (queue.spare.empty()) queue.spare.push_back(std::make_unique<Operands>());
     instruction.at_issue = std::move(queue.spare.back());
     queue.spare.pop_back();
+    if (in_registers) read_registers(warp, *instruction.at_issue);
     read_operands(warp, instruction, *instruction.at_issue);
     ++queue.accumulators[instruction.accumulator]->in_flight;
     queue.instructions.push_back(std::move(instruction));
@@ -187,8 +203,9 @@ void retire(Warp& warp, Instruction& instruction) {
     WgmmaQueue& queue = *warp.wgmma;
     static_assert(sizeof(Operands) < 16384, "fits a fiber's stack");
     Operands now;
-    read_operands(warp, instruction, now);
     const Operands& then = *instruction.at_issue;
+    if (instruction.a_in_registers) std::memcpy(now.a, then.a, sizeof now.a);
+    read_operands(warp, instruction, now);
     const bool same_a = std::memcmp(now.a, then.a, sizeof now.a) == 0;
     const bool same_b = std::memcmp(now.b, then.b, instruction.columns * sizeof now.b[0]) == 0;
     if (!same_a || !same_b) {
@@ -228,8 +245,8 @@ void wgmma_fence() {
     meet(Operation::wgmma_fence, ~0u, nullptr, [](Warp& warp, unsigned) { warp.wgmma->fenced = true; });
 }
 
-void wgmma(Value type, float* c, unsigned columns, std::uint64_t a, std::uint64_t b) {
-    WgmmaArgument mine{type, c, columns, a, b};
+void wgmma(Value type, float* c, unsigned columns, const unsigned* registers, std::uint64_t a, std::uint64_t b) {
+    WgmmaArgument mine{type, c, columns, registers, a, b};
     meet(Operation::wgmma, ~0u, &mine, perform_wgmma);
 }
 

@@ -16,6 +16,9 @@ COUNTER_ALIGNMENT = 128
 PIECE_ROWS = 128
 INDEX_LIMIT = 2**32 - 1  # the device multiplies costs by blocks in 32 bits
 PIECES_PER_BLOCK = 2  # a block has at most two unfinished rows of tiles: its first and its last
+_MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
+_MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
+_ALIGNED_ENOUGH = 0.965  # of the blocks that fit, to have none that spans two rows of tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +86,33 @@ class StreamK:
         counters = -(-counters // COUNTER_ALIGNMENT) * COUNTER_ALIGNMENT
         piece = self.n_block * PIECE_ROWS * 4
         return counters + self.column_blocks * self.blocks * PIECES_PER_BLOCK * piece
+
+
+def stream_k_for(
+    grid: tuple[int, int], *, n_block: int, column_blocks: int, blocks: int, row_cost: int, max_chain: int
+) -> StreamK:
+    """A split of ``grid``, tiles along M and along K, over about ``blocks`` blocks, all column blocks together.
+
+    A few less if then no block spans two rows of tiles; else the ends of rows are weighed with ``row_cost``, so that
+    the blocks that do span two are not the last to finish.
+    """
+    tiles_m, tiles_k = grid
+    tiles = tiles_m * tiles_k
+    worthwhile = tiles_m * max(1, tiles_k // _MIN_TILES_PER_PIECE)
+    blocks = max(1, min(worthwhile, blocks // column_blocks, INDEX_LIMIT // tiles))
+    weight = 0
+    aligned = blocks - blocks % tiles_m
+    if aligned >= _ALIGNED_ENOUGH * blocks:
+        blocks = aligned
+    elif tiles >= _MIN_TILES_PER_BLOCK * blocks:
+        weight = row_cost
+        blocks = min(blocks, INDEX_LIMIT // (tiles_m * (tiles_k + row_cost)))
+    return StreamK(
+        tiles_m=tiles_m,
+        tiles_k=tiles_k,
+        blocks=blocks,
+        n_block=n_block,
+        column_blocks=column_blocks,
+        row_cost=weight,
+        max_chain=max_chain,
+    )

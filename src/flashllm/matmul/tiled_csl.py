@@ -12,7 +12,7 @@ import numpy as np
 
 from flashllm.formats.tiled_csl import TILE_K, TILE_M, WORDS_PER_VECTOR
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
-from flashllm.matmul.stream_k import INDEX_LIMIT, StreamK
+from flashllm.matmul.stream_k import StreamK, stream_k_for
 
 if TYPE_CHECKING:
     from flashllm.formats.tiled_csl import TiledCSL
@@ -33,10 +33,7 @@ _CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 _SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
 # What writing the accumulators costs a block, in tiles, by n_block (measured).
 _ROW_COST = {8: 3, 16: 3, 32: 3, 64: 4}
-_MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
-_MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
 _MAX_BLOCKS_PER_SM = 64
-_ALIGNED_ENOUGH = 0.965  # of the blocks that fit, to have none that spans two rows of tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,30 +147,13 @@ def _choice(dtype: str, n_block: int, vectors: int, path: tuple[int, int], *, al
 
 
 def split_for(w: TiledCSL, n: int, choice: Choice, *, sm_count: int) -> StreamK:
-    """Blocks and workspace of ``choice``: about as many blocks as fit the device at once.
-
-    A few less if then no block spans two rows of tiles; else the ends of rows are weighed, so that the blocks that
-    do span two are not the last to finish.
-    """
-    tiles_m, tiles_k = w.tiles
-    column_blocks = -(-n // choice.n_block)
-    tiles = tiles_m * tiles_k
-    worthwhile = tiles_m * max(1, tiles_k // _MIN_TILES_PER_PIECE)
-    blocks = max(1, min(worthwhile, sm_count * choice.blocks_per_sm // column_blocks, INDEX_LIMIT // tiles))
-    row_cost = 0
-    aligned = blocks - blocks % tiles_m
-    if aligned >= _ALIGNED_ENOUGH * blocks:
-        blocks = aligned
-    elif tiles >= _MIN_TILES_PER_BLOCK * blocks:
-        row_cost = _ROW_COST[choice.n_block]
-        blocks = min(blocks, INDEX_LIMIT // (tiles_m * (tiles_k + row_cost)))
-    return StreamK(
-        tiles_m=tiles_m,
-        tiles_k=tiles_k,
-        blocks=blocks,
+    """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
+    return stream_k_for(
+        w.tiles,
         n_block=choice.n_block,
-        column_blocks=column_blocks,
-        row_cost=row_cost,
+        column_blocks=-(-n // choice.n_block),
+        blocks=sm_count * choice.blocks_per_sm,
+        row_cost=_ROW_COST[choice.n_block],
         max_chain=MAX_CHAIN_STEPS * max(choice.slices, 1) * K_STEP // TILE_K,
     )
 

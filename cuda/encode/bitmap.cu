@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// Encodes a dense matrix [M, K] on the device as masks and value streams, and decodes it; see cuda/flashllm/bitmap.cuh.
+//
+// Three launches: count the stored elements of every stream of every tile, walk the tiles to place the streams (the only
+// sequential part: one warp per part of the tiles), write masks and values. Bit-equal to
+// src/flashllm/formats/bitmap_encode.py.
+#include "flashllm/bitmap.cuh"
+#include "flashllm/portable.cuh"
+#include "flashllm/source.cuh"
+
+namespace flashllm {
+namespace bitmap {
+
+constexpr int kThreads = kParts * kLanes;
+constexpr int kStreams = 2 * kLanes;
+constexpr int kStreamBytes = kStreams * kParts;  // one byte per stream of a tile
+
+FLASHLLM_DEVICE bool is_stored(unsigned short bits) { return (bits & 0x7fffu) != 0; }
+
+// The elements of a lane in one tile, as pairs of an even and the odd column behind it: pair (s, i, h, b) in this order
+// is element 8 s + 4 i + 2 h + b of both streams.
+struct LaneElements {
+    int M, K, row, column;  // row and column of pair 0
+
+    FLASHLLM_DEVICE LaneElements(int M, int K) : M(M), K(K) {
+        const int tiles_k = (K + kTileK - 1) / kTileK, lane = threadIdx.x & 31, part = threadIdx.x >> 5;
+        row = static_cast<int>(blockIdx.x) / tiles_k * kTileM + part * 16 + (lane >> 2);
+        column = static_cast<int>(blockIdx.x) % tiles_k * kTileK + (lane & 3) * 2;
+    }
+    FLASHLLM_DEVICE int row_of(int pair) const { return row + (pair >> 2 & 1) * 64 + (pair & 1) * 8; }
+    FLASHLLM_DEVICE int column_of(int pair) const { return column + (pair >> 3) * 16 + (pair >> 1 & 1) * 8; }
+    FLASHLLM_DEVICE bool inside(int pair, int stream) const { return row_of(pair) < M && column_of(pair) + stream < K; }
+};
+
+// The pattern of one element, zero outside the matrix.
+template <typename Source>
+FLASHLLM_DEVICE unsigned short pattern(const typename Source::Element* a, long long pitch, const LaneElements& at, int pair,
+                                       int stream, source::Rounding& rounding) {
+    const bool inside = at.inside(pair, stream);
+    const long long index = inside ? at.row_of(pair) * pitch + at.column_of(pair) + stream : 0;
+    return inside ? Source::convert(a[index], rounding) : static_cast<unsigned short>(0);
+}
+
+// Stored elements of both streams of a lane as bits, in stream order.
+template <typename Source>
+FLASHLLM_DEVICE uint2 find_stored(const typename Source::Element* a, long long pitch, const LaneElements& at,
+                                  source::Rounding& rounding) {
+    uint2 stored = make_uint2(0, 0);
+#pragma unroll 4
+    for (int pair = 0; pair < kStreamElements; ++pair) {
+        if (is_stored(pattern<Source>(a, pitch, at, pair, 0, rounding))) stored.x |= 1u << pair;
+        if (is_stored(pattern<Source>(a, pitch, at, pair, 1, rounding))) stored.y |= 1u << pair;
+    }
+    return stored;
+}
+
+// Bit of a mask word for element `pair` (0..31) of the even stream; that of the odd stream is 8 higher. Word pair / 16.
+FLASHLLM_DEVICE int mask_bit(int pair) { return (pair & 1) * 16 + (pair >> 1 & 7); }
+
+// Index of a value, in halves: row `row` of the part's stream.
+FLASHLLM_DEVICE long long value_index(int row, int part, int lane, int stream) {
+    const long long chunk = row / kChunkRows, in_chunk = row % kChunkRows;
+    return ((chunk * kParts + part) * kChunkRows + in_chunk) * kStreams + lane * 2 + stream;
+}
+
+FLASHLLM_DEVICE void add_warp_sum(int value, unsigned long long* total) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+    if ((threadIdx.x & 31) == 0 && value > 0) atomicAdd(total, static_cast<unsigned long long>(value));
+}
+
+}  // namespace bitmap
+
+// Grid: tiles. a [M, K], `pitch` elements from row to row. counts [tiles][4][64]: stored elements of every stream;
+// totals[5]: added to, nnz and what rounding did.
+template <typename Source>
+__global__ void __launch_bounds__(bitmap::kThreads)
+bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, unsigned char* __restrict__ counts,
+             unsigned long long* __restrict__ totals, int M, int K) {
+    source::Rounding rounding;
+    const uint2 stored = bitmap::find_stored<Source>(a, pitch, bitmap::LaneElements(M, K), rounding);
+    const int even = __popc(stored.x), odd = __popc(stored.y);
+    unsigned char* target = counts + (static_cast<long long>(blockIdx.x) * bitmap::kThreads + threadIdx.x) * 2;
+    target[0] = static_cast<unsigned char>(even), target[1] = static_cast<unsigned char>(odd);
+    bitmap::add_warp_sum(even + odd, totals);
+    if constexpr (Source::kRounds) {
+        for (int i = 0; i < source::kRoundingFields; ++i) bitmap::add_warp_sum(rounding.field[i], totals + 1 + i);
+    }
+}
+
+// One block. In place of the counts, the lag of every stream behind the front when the tile begins; fronts [tiles + 1].
+__global__ void __launch_bounds__(bitmap::kThreads)
+bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int tiles) {
+    constexpr int kBatch = 8;  // tiles loaded ahead: the walk itself is one chain of dependent steps
+    __shared__ int longest[2][bitmap::kParts];
+    const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
+    unsigned short* const streams = reinterpret_cast<unsigned short*>(counts) + threadIdx.x;
+    const auto at = [&](int tile) { return static_cast<long long>(tile) * bitmap::kThreads; };
+    int even = 0, odd = 0, front = 0;
+    unsigned batch[kBatch], next[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) next[i] = i < tiles ? streams[at(i)] : 0;
+    for (int tile = 0; tile < tiles; tile += kBatch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) batch[i] = next[i];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) next[i] = tile + kBatch + i < tiles ? streams[at(tile + kBatch + i)] : 0;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (tile + i >= tiles) break;
+            streams[at(tile + i)] = static_cast<unsigned short>((front - even) | (front - odd) << 8);
+            if (threadIdx.x == 0) fronts[tile + i] = front;
+            even += batch[i] & 0xff, odd += batch[i] >> 8;
+            int most = max(even, odd);
+#pragma unroll
+            for (int lanes = 16; lanes > 0; lanes /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, lanes));
+            if (lane == 0) longest[i & 1][part] = most;
+            __syncthreads();  // one per tile: the next one writes the other set
+#pragma unroll
+            for (int p = 0; p < bitmap::kParts; ++p) front = max(front, longest[i & 1][p]);
+            even = max(even, front - bitmap::kSlack), odd = max(odd, front - bitmap::kSlack);
+        }
+    }
+    if (threadIdx.x == 0) fronts[tiles] = front;
+}
+
+// Grid: tiles. lags and fronts as bitmap_place leaves them. Writes masks, values (which must be zero where no stream has
+// one) and every kLagTiles-th tile's lags.
+template <typename Source>
+__global__ void __launch_bounds__(bitmap::kThreads)
+bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, const unsigned char* __restrict__ lags,
+             const int* __restrict__ fronts, uint2* __restrict__ masks, unsigned short* __restrict__ values,
+             unsigned char* __restrict__ stored_lags, int M, int K) {
+    const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
+    const bitmap::LaneElements at(M, K);
+    source::Rounding rounding;  // counted before
+    const uint2 stored = bitmap::find_stored<Source>(a, pitch, at, rounding);
+    const long long tile = blockIdx.x;
+    const int front = fronts[tile], end = fronts[tile + 1];
+    const unsigned char* lag = lags + (tile * bitmap::kThreads + threadIdx.x) * 2;
+    if (tile % bitmap::kLagTiles == 0) {
+        unsigned char* target = stored_lags + (tile / bitmap::kLagTiles * bitmap::kThreads + threadIdx.x) * 2;
+        target[0] = lag[0], target[1] = lag[1];
+    }
+    uint2 mask = make_uint2(0, 0);
+#pragma unroll 1
+    for (int stream = 0; stream < 2; ++stream) {
+        unsigned bits = stream == 0 ? stored.x : stored.y;
+        int row = front - lag[stream];
+        // Zeros that let the stream catch up, at its first places without an element.
+        for (int missing = end - bitmap::kSlack - (row + __popc(bits)); missing > 0; --missing) bits |= bits + 1;
+#pragma unroll 1
+        for (int pair = 0; pair < bitmap::kStreamElements; ++pair) {
+            if ((bits >> pair & 1) == 0) continue;
+            const unsigned short value = bitmap::pattern<Source>(a, pitch, at, pair, stream, rounding);
+            values[bitmap::value_index(row, part, lane, stream)] = bitmap::is_stored(value) ? value : 0;
+            const unsigned bit = 1u << (bitmap::mask_bit(pair) + stream * 8);
+            if (pair < 16) mask.x |= bit;
+            else mask.y |= bit;
+            ++row;
+        }
+    }
+    masks[tile * bitmap::kThreads + threadIdx.x] = mask;
+}
+
+// Grid: tiles. Dense [M, K] from masks, values, fronts and stored lags.
+__global__ void __launch_bounds__(bitmap::kThreads)
+bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict__ values, const int* __restrict__ fronts,
+              const unsigned char* __restrict__ stored_lags, unsigned short* __restrict__ w, int M, int K) {
+    const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
+    const bitmap::LaneElements at(M, K);
+    const long long tile = blockIdx.x, first = tile / bitmap::kLagTiles * bitmap::kLagTiles;
+    const unsigned char* lag = stored_lags + (tile / bitmap::kLagTiles * bitmap::kThreads + threadIdx.x) * 2;
+    int rows[2];
+    for (int stream = 0; stream < 2; ++stream) rows[stream] = fronts[first] - lag[stream];
+    for (long long before = first; before < tile; ++before) {
+        const uint2 mask = masks[before * bitmap::kThreads + threadIdx.x];
+        rows[0] += __popc(mask.x & bitmap::kEvenBits) + __popc(mask.y & bitmap::kEvenBits);
+        rows[1] += __popc(mask.x & bitmap::kOddBits) + __popc(mask.y & bitmap::kOddBits);
+    }
+    const uint2 mask = masks[tile * bitmap::kThreads + threadIdx.x];
+    for (int pair = 0; pair < bitmap::kStreamElements; ++pair) {
+        for (int stream = 0; stream < 2; ++stream) {
+            const unsigned word = pair < 16 ? mask.x : mask.y;
+            unsigned short value = 0;
+            if ((word >> (bitmap::mask_bit(pair) + stream * 8) & 1) != 0) {
+                value = values[bitmap::value_index(rows[stream]++, part, lane, stream)];
+            }
+            if (at.inside(pair, stream)) {
+                w[static_cast<long long>(at.row_of(pair)) * K + at.column_of(pair) + stream] = value;
+            }
+        }
+    }
+}
+
+}  // namespace flashllm

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense <-> bitmap on the current CUDA device: host side of cuda/encode/bitmap.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashllm.backends.cuda import launch
+from flashllm.device import memory_errors
+from flashllm.encode.source import (
+    SOURCES,
+    check_dense_output,
+    check_on_device,
+    layout_of,
+    send_report,
+    source_of,
+)
+from flashllm.errors import ArgumentError
+from flashllm.formats.base import ReportCallback
+from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, LAG_TILES, LANES, MAX_ROWS, PARTS, STREAMS, tile_grid
+from flashllm.formats.bits import numpy_dtype
+from flashllm.jit.spec import KernelSpec
+
+_THREADS = PARTS * LANES
+_TOTALS = 5  # nnz, and the four fields of the rounding report
+
+
+def _spec(name: str, *source: str) -> KernelSpec:
+    return KernelSpec(
+        name=f"bitmap_{name}",
+        source="encode/bitmap.cu",
+        function=f"flashllm::bitmap_{name}",
+        template=tuple(("Source", text) for text in source),
+        threads=_THREADS,
+    )
+
+
+def specs() -> list[KernelSpec]:
+    """Every kernel this module can launch."""
+    by_source = [_spec(name, source) for name in ("count", "write") for source in SOURCES]
+    return [*by_source, _spec("place"), _spec("decode")]
+
+
+def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = None) -> Bitmap:
+    """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
+
+    ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
+    ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
+    else fp16. ``report`` receives what the rounding did. Memory beside the result: 256 bytes per tile of 8192
+    elements. Waits for the device once, to learn the size of the result. Raises ``ArgumentError``.
+    """
+    import cupy
+
+    source, kind = source_of(a, dtype)
+    shape, pitch = layout_of(a)
+    check_on_device(a, "a")
+    tiles_m, tiles_k = tile_grid(shape)
+    tiles = tiles_m * tiles_k
+    size = (np.int32(shape[0]), np.int32(shape[1]))
+
+    lags = cupy.empty((tiles, PARTS, STREAMS), np.uint8)
+    totals = cupy.zeros(_TOTALS, np.uint64)
+    fronts = cupy.empty(tiles + 1, np.int32)
+    launch(_spec("count", source), (tiles,), (a, np.int64(pitch), lags, totals, *size))
+    launch(_spec("place"), (1,), (lags, fronts, np.int32(tiles)))
+    rows, nnz = int(fronts[-1]), int(totals[0])
+    if not 0 <= rows <= MAX_ROWS:
+        raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=f"{rows % 2**32}")
+    chunks = rows // CHUNK_ROWS + 1
+    with memory_errors("encoded weight", 2 * chunks * PARTS * CHUNK_ROWS * STREAMS + tiles * _THREADS * 8):
+        values = cupy.zeros((chunks, PARTS, CHUNK_ROWS, LANES, 2), np.uint16)
+        masks = cupy.empty((tiles, PARTS, LANES, 2), np.uint32)
+        stored_lags = cupy.empty((-(-tiles // LAG_TILES), PARTS, STREAMS), np.uint8)
+    written = (lags, fronts, masks, values, stored_lags)
+    launch(_spec("write", source), (tiles,), (a, np.int64(pitch), *written, *size))
+    send_report(report, source, nnz, totals[1:])
+    return Bitmap(shape=shape, dtype=kind, nnz=nnz, masks=masks, values=values, fronts=fronts, lags=stored_lags)
+
+
+def decode(w: Bitmap, *, out: Any = None) -> Any:
+    """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
+
+    ``out``, a C-contiguous CuPy array of that shape and type, is written when given; then nothing is allocated.
+    """
+    import cupy
+
+    if not w.is_device:
+        raise ArgumentError("w", expected="a weight on a device (see to_device)", got="a weight on the host")
+    check_on_device(w.masks, "w")
+    rows, columns = w.shape
+    if out is None:
+        with memory_errors("decoded weight", rows * columns * 2):
+            out = cupy.empty(w.shape, numpy_dtype(w.dtype))
+    else:
+        check_dense_output(out, w.shape, w.dtype)
+    tiles_m, tiles_k = w.tiles
+    buffers = (w.masks, w.values, w.fronts, w.lags)
+    launch(_spec("decode"), (tiles_m * tiles_k,), (*buffers, out, np.int32(rows), np.int32(columns)))
+    return out

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bitmap: one bit per element, and the stored values in the order in which warps need them; docs/formats/bitmap.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from flashllm.formats.base import DType, ReportCallback
+from flashllm.formats.bitmap_check import check_buffers, check_content, check_fields
+from flashllm.formats.bitmap_encode import (
+    PARTS,
+    STREAMS,
+    TILE_M,
+    EncodedBitmap,
+    encode_strips,
+    from_stream_order,
+    read_streams,
+    stream_counts,
+    tile_grid,
+)
+from flashllm.formats.bits import MAGNITUDE, RoundingTally, check_dtype, numpy_dtype, widen
+from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
+from flashllm.formats.weight import SparseWeight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MASK_BYTES = 0.131  # per element: 1 bit, and the fronts and lags of the tiles
+_SMALL = 1 << 15  # rows of values that are not full at the end, bytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bitmap(SparseWeight):
+    """A sparse weight W [M, K] as masks and value streams.
+
+    ``masks`` is uint32 [tiles, 4, 32, 2], two words for each lane of the four warps that share a tile of 128 x 64;
+    ``values`` uint16 [chunks, 4, 16, 32, 2], 16 rows of values of all lanes together; ``fronts`` int32 [tiles + 1] the
+    value row that the longest stream has reached when a tile begins; ``lags`` uint8 [ceil(tiles / 8), 4, 64] how many
+    rows each stream is behind that at every eighth tile. ``nnz`` does not count the zeros that keep lags small.
+    """
+
+    FORMAT: ClassVar[str] = "bitmap"
+    BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags")
+
+    masks: Any = field(repr=False)
+    values: Any = field(repr=False)
+    fronts: Any = field(repr=False)
+    lags: Any = field(repr=False)
+
+    @classmethod
+    def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
+        """``FormatError`` unless fields, types and lengths are legal."""
+        check_fields(**fields, path=path)
+        check_buffers(shape=tuple(fields["shape"]), **arrays, path=path)
+
+    def check_content(self, *, path: str | None) -> None:
+        """``FormatError`` at the first breach of what a kernel relies on, or when values and ``nnz`` do not agree."""
+        check_content(shape=self.shape, nnz=self.nnz, **self.arrays(), path=path)
+
+    @classmethod
+    def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
+        """A bit per element and 2 bytes per stored one, with the zeros that random streams need."""
+        elements = shape[0] * shape[1]
+        padding = 1.01 + 0.03 / max(density, 1e-3) ** 0.5  # measured at densities from 0.05 to 0.6
+        return int(elements * (_MASK_BYTES + 2 * density * padding)) + _SMALL
+
+    @classmethod
+    def from_dense(cls, a: Any, *, dtype: str | None = None, report: ReportCallback | None = None) -> Bitmap:
+        """Encode a dense matrix [M, K].
+
+        ``a`` is a NumPy array of float16, bfloat16 (ml_dtypes), float32 or float64, or a CuPy array of float16,
+        bfloat16, float32 or, with ``dtype="bf16"``, uint16 bit patterns; a CuPy array is encoded on its device.
+        ``dtype`` is ``"fp16"`` or ``"bf16"``; by default bf16 for bf16 input, else fp16. Other types are rounded to
+        nearest even; ``report`` is called once with the ``RoundingReport`` of that. Raises ``ArgumentError``.
+        """
+        if is_cupy(a):
+            from flashllm.encode import bitmap as device
+
+            return device.encode(a, dtype=dtype, report=report)
+        shape = check_dense(a)
+        kind = check_dtype(dtype) if dtype is not None else default_dtype(a)
+        tally = RoundingTally() if report is not None else None
+        return cls._from_encoded(encode_strips(dense_strips(a, kind, TILE_M, tally), shape), shape, kind, tally, report)
+
+    @classmethod
+    def from_scipy(cls, s: Any, *, dtype: str = "fp16", report: ReportCallback | None = None) -> Bitmap:
+        """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
+
+        Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as in
+        ``from_dense``. Raises ``ArgumentError`` for another type, ``FormatError`` for index arrays that are not sound.
+        """
+        kind = check_dtype(dtype)
+        csr = canonical_csr(s)
+        shape = (int(csr.shape[0]), int(csr.shape[1]))
+        tally = RoundingTally() if report is not None else None
+        encoded = encode_strips(scipy_strips(csr, kind, TILE_M, tally), shape)
+        return cls._from_encoded(encoded, shape, kind, tally, report)
+
+    @classmethod
+    def _from_encoded(
+        cls,
+        encoded: EncodedBitmap,
+        shape: tuple[int, int],
+        dtype: DType,
+        tally: RoundingTally | None,
+        report: ReportCallback | None,
+    ) -> Bitmap:
+        if report is not None and tally is not None:
+            report(tally.report())
+        return cls(
+            shape=shape,
+            dtype=dtype,
+            nnz=encoded.nnz,
+            masks=encoded.masks,
+            values=encoded.values,
+            fronts=encoded.fronts,
+            lags=encoded.lags,
+        )
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tiles along M and along K."""
+        return tile_grid(self.shape)
+
+    def to_dense(self) -> Any:
+        """Dense [M, K], float16 or ml_dtypes.bfloat16: a NumPy array, or a CuPy array for a device weight."""
+        if self.is_device:
+            from flashllm.encode import bitmap as device
+
+            return device.decode(self)
+        out = np.empty(self.shape, np.uint16)
+        for first, strip in self._strips():
+            out[first : first + TILE_M] = strip
+        return out.view(numpy_dtype(self.dtype))
+
+    def to_scipy(self) -> Any:
+        """``scipy.sparse.csr_array`` [M, K] of float32 with sorted indices; every value is exact."""
+        import scipy.sparse
+
+        counts, indices, data = [], [], []
+        for _, strip in self.to_host()._strips():
+            stored = (strip & MAGNITUDE) != 0
+            counts.append(np.count_nonzero(stored, axis=1))
+            indices.append(np.nonzero(stored)[1].astype(np.int32))
+            data.append(widen(strip[stored], self.dtype))
+        indptr = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
+        return scipy.sparse.csr_array((np.concatenate(data), np.concatenate(indices), indptr), shape=self.shape)
+
+    def _strips(self) -> Iterator[tuple[int, NDArray[np.uint16]]]:
+        """First row and patterns [up to 128, K] of each row of tiles (host buffers)."""
+        tiles_m, tiles_k = self.tiles
+        position = np.zeros((PARTS, STREAMS), np.int64)
+        for grid_row in range(tiles_m):
+            masks = self.masks[grid_row * tiles_k : (grid_row + 1) * tiles_k]
+            counts = stream_counts(masks)
+            starts = position + np.cumsum(counts, axis=0) - counts
+            position = position + counts.sum(axis=0)
+            block = from_stream_order(read_streams(masks, self.values, counts, starts))
+            first = grid_row * TILE_M
+            yield first, block[: self.shape[0] - first, : self.shape[1]]

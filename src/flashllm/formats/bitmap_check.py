@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bitmap: check of every invariant, in time linear in the number of tiles and values.
+
+A kernel follows masks, fronts and lags without looking, so data from outside must pass here first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashllm.errors import FormatError, brief
+from flashllm.formats.base import DTYPES, MAX_DIMENSION
+from flashllm.formats.bitmap_encode import (
+    CHUNK_ROWS,
+    LAG_TILES,
+    LANES,
+    PARTS,
+    SLACK,
+    STREAM_ELEMENTS,
+    STREAMS,
+    TILE_K,
+    TILE_M,
+    flag_counts,
+    stream_order,
+    tile_grid,
+    unpack_masks,
+    value_places,
+)
+from flashllm.formats.bits import MAGNITUDE
+
+_CHUNK_TILES = 1024  # tiles checked at once: 8 MiB of flags
+
+
+def check_fields(*, shape: Any, dtype: Any, nnz: Any, path: str | None = None) -> None:
+    """``FormatError`` unless the scalar fields have legal types and ranges."""
+
+    def bad(field: str, expected: str, got: Any) -> NoReturn:
+        raise FormatError(field=field, expected=expected, got=brief(got), path=path)
+
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(_is_int(d) for d in shape):
+        bad("shape", "two integers (M, K)", shape)
+    if not all(1 <= d <= MAX_DIMENSION for d in shape):
+        bad("shape", "M and K in 1..2^31-1", tuple(shape))
+    if dtype not in DTYPES:
+        bad("dtype", " or ".join(map(repr, DTYPES)), dtype)
+    if not _is_int(nnz) or not 0 <= nnz <= shape[0] * shape[1]:
+        bad("nnz", f"an integer in 0..{shape[0] * shape[1]}", nnz)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_buffers(
+    *, shape: tuple[int, int], masks: Any, values: Any, fronts: Any, lags: Any, path: str | None = None
+) -> None:
+    """``FormatError`` unless the buffers (NumPy or CuPy) have the types and shapes the matrix asks for."""
+    tiles_m, tiles_k = tile_grid(shape)
+    tiles = tiles_m * tiles_k
+    wanted: dict[str, tuple[Any, Any, tuple[int | None, ...]]] = {
+        "masks": (masks, np.uint32, (tiles, PARTS, LANES, 2)),
+        "values": (values, np.uint16, (None, PARTS, CHUNK_ROWS, LANES, 2)),
+        "fronts": (fronts, np.int32, (tiles + 1,)),
+        "lags": (lags, np.uint8, (-(-tiles // LAG_TILES), PARTS, STREAMS)),
+    }
+    for field, (array, dtype, dimensions) in wanted.items():
+        fits = array.ndim == len(dimensions) and all(
+            want in (None, size) for want, size in zip(dimensions, array.shape, strict=True)
+        )
+        if array.dtype != dtype or not fits or not array.flags.c_contiguous:
+            text = ", ".join("any" if size is None else str(size) for size in dimensions)
+            expected = f"a contiguous array of {np.dtype(dtype).name} [{text}] for {tiles_m} x {tiles_k} tiles"
+            raise FormatError(field=field, expected=expected, got=f"{array.dtype} {list(array.shape)}", path=path)
+
+
+def check_content(
+    *,
+    shape: tuple[int, int],
+    nnz: int,
+    masks: NDArray[np.uint32],
+    values: NDArray[np.uint16],
+    fronts: NDArray[np.int32],
+    lags: NDArray[np.uint8],
+    path: str | None = None,
+) -> None:
+    """``FormatError`` unless masks, fronts, lags, values and ``nnz`` agree.
+
+    Call ``check_fields`` and ``check_buffers`` first. An index counts the entries of a buffer from its beginning.
+    """
+    _check_fronts(fronts, len(values), path)
+    if np.any(values == 0x8000):
+        at = int(np.argmax(values == 0x8000))
+        raise FormatError(
+            field="values",
+            index=at,
+            expected="no -0.0: zeros are pruned and padding is 0x0000",
+            got="0x8000",
+            path=path,
+        )
+    position = np.zeros((PARTS, STREAMS), np.int64)
+    found = 0
+    for start in range(0, len(masks), _CHUNK_TILES):
+        tiles = np.arange(start, min(start + _CHUNK_TILES, len(masks)))
+        kept = unpack_masks(masks[tiles])
+        counts = flag_counts(kept)
+        starts = position + np.cumsum(counts, axis=0) - counts
+        position = position + counts.sum(axis=0)
+        _check_streams(tiles, starts, counts, fronts, lags, path)
+        stored = (values.reshape(-1)[value_places(counts, starts)] & MAGNITUDE) != 0
+        found += int(np.count_nonzero(stored))
+        _check_inside(shape, tiles, kept, stored, path)
+    if found != nnz:
+        raise FormatError(field="nnz", expected=f"{found}, the values that are not zero", got=str(nnz), path=path)
+    total = int(np.count_nonzero(values))
+    if total != found:
+        raise FormatError(
+            field="values", expected="zeros where no mask has a bit", got=f"{total - found} other values", path=path
+        )
+
+
+def _check_fronts(fronts: NDArray[np.int32], chunks: int, path: str | None) -> None:
+    def bad(index: int, expected: str) -> NoReturn:
+        raise FormatError(field="fronts", index=index, expected=expected, got=str(fronts[index]), path=path)
+
+    if fronts[0] != 0:
+        bad(0, "0")
+    steps = np.diff(fronts.astype(np.int64))
+    wrong = (steps < 0) | (steps > STREAM_ELEMENTS)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        bad(
+            at + 1,
+            f"{fronts[at]} to {int(fronts[at]) + STREAM_ELEMENTS}: a stream has {STREAM_ELEMENTS} elements in a tile",
+        )
+    if int(fronts[-1]) // CHUNK_ROWS + 1 != chunks:
+        raise FormatError(
+            field="values",
+            expected=f"{int(fronts[-1]) // CHUNK_ROWS + 1} chunks, a row beyond the last front {fronts[-1]}",
+            got=str(chunks),
+            path=path,
+        )
+
+
+def _check_streams(
+    tiles: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    fronts: NDArray[np.int32],
+    lags: NDArray[np.uint8],
+    path: str | None,
+) -> None:
+    """After each tile the longest stream is at the front and none more than the slack behind; stored lags say so."""
+    behind = fronts[tiles + 1].astype(np.int64)[:, None, None] - (starts + counts)
+    for wrong, expected in (
+        (behind.min(axis=(1, 2)) != 0, "the value row that the longest stream reaches by its masks"),
+        (behind.max(axis=(1, 2)) > SLACK, f"no stream more than {SLACK} rows behind"),
+    ):
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            got = f"{fronts[tiles[at] + 1]}, with streams {behind[at].min()} to {behind[at].max()} rows behind"
+            raise FormatError(field="fronts", index=int(tiles[at]) + 1, expected=expected, got=got, path=path)
+    stored = np.flatnonzero(tiles % LAG_TILES == 0)
+    lag = fronts[tiles[stored]].astype(np.int64)[:, None, None] - starts[stored]
+    wrong = lag != lags[tiles[stored] // LAG_TILES]
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        index = int(tiles[stored[0]]) // LAG_TILES * lag[0].size + at
+        expected, got = str(lag.reshape(-1)[at]), str(lags.reshape(-1)[index])
+        raise FormatError(field="lags", index=index, expected=expected, got=got, path=path)
+
+
+def _check_inside(
+    shape: tuple[int, int],
+    tiles: NDArray[np.int64],
+    kept: NDArray[np.bool_],
+    stored: NDArray[np.bool_],
+    path: str | None,
+) -> None:
+    """Values that are not zero lie inside the matrix; padding may lie anywhere in a tile."""
+    tiles_k = tile_grid(shape)[1]
+    rows, columns = shape[0] - tiles // tiles_k * TILE_M, shape[1] - tiles % tiles_k * TILE_K
+    if rows.min() >= TILE_M and columns.min() >= TILE_K:
+        return
+    place = stream_order(np.arange(TILE_M * TILE_K, dtype=np.uint16).reshape(TILE_M, TILE_K))[0]
+    tile, part, stream, element = np.nonzero(kept)
+    row, column = np.divmod(place[part, stream, element].astype(np.int64), TILE_K)
+    beyond = stored & ((row >= rows[tile]) | (column >= columns[tile]))
+    if beyond.any():
+        at = int(np.argmax(beyond))
+        lane = (int(tiles[tile[at]]) * PARTS + int(part[at])) * LANES + int(stream[at]) // 2
+        raise FormatError(
+            field="masks",
+            index=lane * 2 + int(element[at]) // (STREAM_ELEMENTS // 2),
+            expected=f"values inside {shape[0]} x {shape[1]}",
+            got=f"one at row {row[at]}, column {column[at]} of the tile",
+            path=path,
+        )

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bitmap encoder on the CPU: vectorised over a row of tiles; see docs/formats/bitmap.md.
+
+Mirrors cuda/flashllm/bitmap.cuh. Within a part of a tile (four parts, one per warp) the elements of a lane form two
+streams, one of even and one of odd columns, in the order in which a warp needs them as tensor-core fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashllm.errors import ArgumentError
+from flashllm.formats.bits import MAGNITUDE
+
+TILE_M = 128
+TILE_K = 64
+PARTS = 4
+LANES = 32
+STREAMS = 2 * LANES
+"""Streams of a part; number 2 * lane + (0 even, 1 odd columns)."""
+STREAM_ELEMENTS = TILE_M * TILE_K // PARTS // STREAMS
+"""Elements of one stream in one tile."""
+LAG_TILES = 8
+"""Tiles between the places where the lags of the streams are stored."""
+SLACK = 32
+"""Value rows that a stream may lag behind the longest."""
+CHUNK_ROWS = 16
+"""Value rows of all parts that lie together: what a block of the kernel copies at one time."""
+MAX_ROWS = 2**31 - 1
+"""Value rows of a matrix: their numbers are int32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBitmap:
+    """The buffers of a bitmap weight."""
+
+    masks: NDArray[np.uint32]
+    """[tiles, 4 parts, 32 lanes, 2 words]."""
+    values: NDArray[np.uint16]
+    """[chunks, 4 parts, 16 value rows, 32 lanes, 2]: patterns for even and odd columns.
+
+    At least one row follows the last front: a stream that is through may read its next value.
+    """
+    fronts: NDArray[np.int32]
+    """[tiles + 1]: value row behind the longest stream when a tile begins; last, at the end."""
+    lags: NDArray[np.uint8]
+    """[ceil(tiles / 8), 4 parts, 64 streams]: rows each stream is behind that, at every eighth tile."""
+    nnz: int
+
+
+def tile_grid(shape: tuple[int, int]) -> tuple[int, int]:
+    """Tiles along M and along K."""
+    return -(-shape[0] // TILE_M), -(-shape[1] // TILE_K)
+
+
+def stream_order(block: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """[tiles, 4, 64 streams, 32]: the elements of whole tiles ``block`` [128, tiles * 64] as streams."""
+    tiles = block.shape[1] // TILE_K
+    # row = 64 i + 16 part + 8 b + g, column = 16 s + 8 h + 2 t + parity; a stream runs over (s, i, h, b).
+    split = block.reshape(2, PARTS, 2, 8, tiles, 4, 2, 4, 2)
+    ordered = split.transpose(4, 1, 3, 7, 8, 5, 0, 6, 2)
+    return np.ascontiguousarray(ordered).reshape(tiles, PARTS, STREAMS, STREAM_ELEMENTS)
+
+
+def from_stream_order(streams: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """The inverse of :func:`stream_order`."""
+    tiles = streams.shape[0]
+    ordered = streams.reshape(tiles, PARTS, 8, 4, 2, 4, 2, 2, 2)
+    return np.ascontiguousarray(ordered.transpose(6, 1, 8, 2, 0, 5, 7, 3, 4)).reshape(TILE_M, tiles * TILE_K)
+
+
+def pack_masks(kept: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """Mask words [tiles, 4, 32, 2] of flags in stream order [tiles, 4, 64, 32]."""
+    tiles = kept.shape[0]
+    # [lane, parity, word, s % 2, i, h, b] -> bit 8 (2 b + parity) + 4 (s % 2) + 2 i + h of the word
+    flags = kept.reshape(tiles, PARTS, LANES, 2, 2, 8, 2)
+    bits = np.packbits(flags.transpose(0, 1, 2, 4, 6, 3, 5).reshape(-1, 8), axis=-1, bitorder="little")
+    return bits.reshape(-1).view("<u4").astype(np.uint32, copy=False).reshape(tiles, PARTS, LANES, 2)
+
+
+def unpack_masks(masks: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """The inverse of :func:`pack_masks`."""
+    tiles = masks.shape[0]
+    octets = np.ascontiguousarray(masks, "<u4").view(np.uint8)
+    flags = np.unpackbits(octets, bitorder="little").reshape(tiles, PARTS, LANES, 2, 2, 2, 8)
+    ordered = np.ascontiguousarray(flags.transpose(0, 1, 2, 5, 3, 6, 4)).view(np.bool_)
+    return ordered.reshape(tiles, PARTS, STREAMS, STREAM_ELEMENTS)
+
+
+def stream_counts(masks: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """[tiles, 4, 64]: values of each stream in each tile of ``masks`` [tiles, 4, 32, 2]."""
+    return flag_counts(unpack_masks(masks))
+
+
+def flag_counts(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """True flags of each stream of ``kept`` [tiles, 4, 64, 32]."""
+    # Bytes add up eight at a time: four words of eight flags leave every byte at most 4.
+    partial = kept.view(np.uint64).sum(axis=-1, dtype=np.uint64)
+    counts: NDArray[np.int64] = partial.view(np.uint8).reshape(*kept.shape[:3], 8).sum(axis=-1, dtype=np.int64)
+    return counts
+
+
+def value_places(counts: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index in the flat values of every value, stream by stream.
+
+    ``counts`` [tiles, 4, 64] values are in the streams, from the rows ``starts`` on.
+    """
+    runs = counts.ravel()
+    first = np.cumsum(runs) - runs
+    row = np.arange(int(runs.sum())) + np.repeat(starts.ravel() - first, runs)
+    place = np.tile(np.arange(PARTS)[:, None] * CHUNK_ROWS * STREAMS + np.arange(STREAMS), (len(counts), 1, 1)).ravel()
+    chunk = row // CHUNK_ROWS * ((PARTS - 1) * CHUNK_ROWS * STREAMS)
+    places: NDArray[np.int64] = chunk + row * STREAMS + np.repeat(place, runs)
+    return places
+
+
+def read_streams(
+    masks: NDArray[np.uint32], values: NDArray[np.uint16], counts: NDArray[np.int64], starts: NDArray[np.int64]
+) -> NDArray[np.uint16]:
+    """The elements of whole tiles as streams [tiles, 4, 64, 32], of which ``counts`` begin at the rows ``starts``."""
+    kept = unpack_masks(masks)
+    out = np.zeros(kept.shape, np.uint16)
+    out.reshape(-1)[np.flatnonzero(kept)] = values.reshape(-1)[value_places(counts, starts)]
+    return out
+
+
+def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) -> EncodedBitmap:
+    """Encode a matrix given as strips [rows, K] of 16-bit patterns, ``TILE_M`` rows each but the last."""
+    tiles_m, tiles_k = tile_grid(shape)
+    tiles = tiles_m * tiles_k
+    masks = np.empty((tiles, PARTS, LANES, 2), np.uint32)
+    fronts = np.zeros(tiles + 1, np.int64)
+    lags = np.zeros((-(-tiles // LAG_TILES), PARTS, STREAMS), np.uint8)
+    values = _Values()
+    position = np.zeros((PARTS, STREAMS), np.int64)
+    nnz = 0
+    for grid_row, strip in enumerate(strips):
+        first = grid_row * tiles_k
+        streams = stream_order(_whole_tiles(strip, tiles_k))
+        kept = (streams & MAGNITUDE) != 0
+        counts = flag_counts(kept)
+        nnz += int(counts.sum())
+        starts, padding, position = _advance(counts, position, fronts[first : first + tiles_k + 1])
+        counts += padding
+        _pad(kept, padding)
+        masks[first : first + tiles_k] = pack_masks(kept)
+        stored = np.arange(-first % LAG_TILES, tiles_k, LAG_TILES)
+        lags[(first + stored) // LAG_TILES] = fronts[first + stored][:, None, None] - starts[stored]
+        values.put(streams, kept, counts, starts, int(fronts[first + tiles_k]), done=(grid_row + 1) / tiles_m)
+    if int(fronts[-1]) > MAX_ROWS:
+        raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=str(int(fronts[-1])))
+    return EncodedBitmap(masks=masks, values=values.finish(), fronts=fronts.astype(np.int32), lags=lags, nnz=nnz)
+
+
+def _whole_tiles(strip: NDArray[np.uint16], tiles_k: int) -> NDArray[np.uint16]:
+    """[128, tiles_k * 64] patterns: ``strip`` itself, or a copy with zeros at the bottom and the right."""
+    if strip.shape == (TILE_M, tiles_k * TILE_K):
+        return strip
+    padded = np.zeros((TILE_M, tiles_k * TILE_K), np.uint16)
+    padded[: strip.shape[0], : strip.shape[1]] = strip
+    return padded
+
+
+def _advance(
+    counts: NDArray[np.int64], position: NDArray[np.int64], fronts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Where each stream stands before each tile, the zeros it must add in it, and where all stand at the end.
+
+    Fills ``fronts`` [tiles + 1] behind its first. A stream that would be more than ``SLACK`` rows behind the
+    longest after a tile catches up with zeros; there is room for them, as the longest gains at most what a tile holds.
+    """
+    starts = np.empty_like(counts)
+    padding = np.empty_like(counts)
+    for tile in range(counts.shape[0]):
+        starts[tile] = position
+        reached = position + counts[tile]
+        front = fronts[tile + 1] = reached.max()
+        position = np.maximum(reached, front - SLACK)
+        np.subtract(position, reached, out=padding[tile])
+    return starts, padding, position
+
+
+def _pad(kept: NDArray[np.bool_], padding: NDArray[np.int64]) -> None:
+    """Set the flags of the first ``padding`` zeros of every stream of every tile."""
+    where = np.nonzero(padding)
+    if where[0].size:
+        flags = kept[where]
+        rank = np.cumsum(~flags, axis=1)
+        kept[where] = flags | (rank <= padding[where][:, None])
+
+
+class _Values:
+    """Values [chunks, 4, 16, 64], which grow."""
+
+    def __init__(self) -> None:
+        self._chunks = np.zeros((0, PARTS, CHUNK_ROWS, STREAMS), np.uint16)
+        self._used = 1
+
+    def put(
+        self,
+        streams: NDArray[np.uint16],
+        kept: NDArray[np.bool_],
+        counts: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        end: int,
+        *,
+        done: float,
+    ) -> None:
+        """Store the kept elements of streams [tiles, 4, 64, 32] from the rows ``starts`` [tiles, 4, 64] on.
+
+        They end below row ``end``, and with them ``done`` of the matrix is stored: so much there will be.
+        """
+        self._used = end // CHUNK_ROWS + 1
+        if self._used > len(self._chunks):
+            size = max(self._used, min(int(self._used / done * 1.01) + 1, 2 * self._used))
+            grown = np.zeros((size, *self._chunks.shape[1:]), np.uint16)
+            grown[: len(self._chunks)] = self._chunks
+            self._chunks = grown
+        values = streams.reshape(-1)[np.flatnonzero(kept)]
+        values[(values & MAGNITUDE) == 0] = 0  # padding may sit on a -0.0
+        self._chunks.reshape(-1)[value_places(counts, starts)] = values
+
+    def finish(self) -> NDArray[np.uint16]:
+        """All chunks as [chunks, 4, 16, 32, 2]."""
+        return self._chunks[: self._used].reshape(self._used, PARTS, CHUNK_ROWS, LANES, 2)

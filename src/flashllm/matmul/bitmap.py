@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of ``cuda/spmm/bitmap.cu``: its instances, which one a product takes, and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, LANES, PARTS, TILE_K, TILE_M
+from flashllm.jit.spec import ALL_ARCHS, KernelSpec
+from flashllm.matmul.stream_k import StreamK, stream_k_for
+
+if TYPE_CHECKING:
+    from flashllm.formats.bitmap import Bitmap
+
+THREADS = PARTS * LANES
+K_STEP = 16  # columns of one tensor-core step
+MAX_CHAIN_STEPS = 384  # tensor-core accumulations in a row; bounds what their truncation adds up to
+N_BLOCKS = (8, 16, 32, 64)
+"""Columns of x one block computes; wider x takes several blocks of the last."""
+ROW_BYTES = 4 * LANES  # a value row of one part
+MIRROR_ROWS = 16  # rows that a ring holds twice
+RING_ROWS = 96
+"""Value rows that a block keeps in shared memory."""
+_CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
+_STAGES = {8: 4, 16: 4, 32: 3, 64: 2}  # as many as leave room for three blocks on an SM of Hopper
+_RESIDENT_BLOCKS = {"80": 2, "90a": 3, "100a": 3}
+# What writing the accumulators costs a block, in tiles: between 0 and 4 the time changes by less than 1 % (measured).
+_ROW_COST = 2
+_MAX_BLOCKS_PER_SM = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One instance of the kernel and how many blocks of it share the device."""
+
+    dtype: str
+    n_block: int
+    warpgroup: bool
+    """Multiply by wgmma instead of mma.sync."""
+    aligned: bool = True
+    """K is a multiple of 8, so rows of x start 16-byte aligned."""
+    resident_blocks: int = 3
+    """Blocks that share an SM: three leave a thread 168 registers, two 255."""
+    blocks_per_sm: int = 3
+    """Blocks launched per SM."""
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The compiled instance of this choice."""
+        return _spec(replace(self, blocks_per_sm=0))
+
+
+@cache
+def _spec(choice: Choice) -> KernelSpec:
+    def boolean(value: bool) -> str:
+        return "true" if value else "false"
+
+    stages = _STAGES[choice.n_block]
+    stage_bytes = choice.n_block * TILE_K * 2 + TILE_M * TILE_K // 8
+    ring_bytes = PARTS * (RING_ROWS + MIRROR_ROWS) * ROW_BYTES
+    if choice.warpgroup:
+        archs: tuple[str, ...] = ("90a",)
+    else:
+        archs = tuple(arch for arch in ALL_ARCHS if resident_blocks(arch, choice.n_block, warpgroup=False) == choice.resident_blocks)
+    return KernelSpec(
+        name="bitmap",
+        source="spmm/bitmap.cu",
+        function="flashllm::spmm_bitmap",
+        template=(
+            ("T", _CXX_TYPE[choice.dtype]),
+            ("kN", str(choice.n_block)),
+            ("kRing", str(RING_ROWS)),
+            ("kStages", str(stages)),
+            ("kMinBlocks", str(choice.resident_blocks)),
+            ("kWarpgroup", boolean(choice.warpgroup)),
+            ("kAligned", boolean(choice.aligned)),
+        ),
+        threads=THREADS,
+        shared_bytes=ring_bytes + stages * stage_bytes + RING_ROWS // CHUNK_ROWS * 8,
+        archs=archs,
+    )
+
+
+def resident_blocks(arch: str, n_block: int, *, warpgroup: bool) -> int:
+    """Blocks of 76 KB that an SM of ``arch`` holds: one where it has 100 KB, three where it has 228 KB and registers
+    for three (mma.sync and accumulators for 64 columns need more than 168 a thread).
+    """
+    most = _RESIDENT_BLOCKS.get(arch, 1)
+    return min(most, 2) if n_block == N_BLOCKS[-1] and not warpgroup else most
+
+
+def n_block_for(n: int) -> int:
+    """The narrowest column block that holds ``n`` columns, at most the widest."""
+    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
+
+
+def paths_for(n_block: int, arch: str) -> tuple[bool, ...]:
+    """Whether to multiply by wgmma, the preferred answer first: on Hopper it is ahead from 32 columns on (measured)."""
+    if arch != "90a":
+        return (False,)
+    return (True, False) if n_block == 32 else (True,) if n_block > 32 else (False, True)
+
+
+def default_choice(w: Bitmap, n: int, *, arch: str) -> Choice:
+    """What the heuristic takes for ``n`` columns of x on ``arch``."""
+    n_block = n_block_for(n)
+    return _choice(w.dtype, n_block, paths_for(n_block, arch)[0], arch, aligned=w.shape[1] % 8 == 0)
+
+
+def _choice(dtype: str, n_block: int, warpgroup: bool, arch: str, *, aligned: bool = True) -> Choice:
+    resident = resident_blocks(arch, n_block, warpgroup=warpgroup)
+    return Choice(
+        dtype=dtype,
+        n_block=n_block,
+        warpgroup=warpgroup,
+        aligned=aligned,
+        resident_blocks=resident,
+        blocks_per_sm=resident,
+    )
+
+
+def split_for(w: Bitmap, n: int, choice: Choice, *, sm_count: int) -> StreamK:
+    """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
+    return stream_k_for(
+        w.tiles,
+        n_block=choice.n_block,
+        column_blocks=-(-n // choice.n_block),
+        blocks=sm_count * choice.blocks_per_sm,
+        row_cost=_ROW_COST,
+        max_chain=MAX_CHAIN_STEPS * K_STEP // TILE_K,
+    )
+
+
+def reason(w: Bitmap, choice: Choice, split: StreamK, *, sm_count: int) -> str:
+    """One line on how the tiles are dealt and which path multiplies them."""
+    path = "wgmma" if choice.warpgroup else "mma.sync"
+    return (
+        f"{split.tiles_m}x{split.tiles_k} tiles over {split.blocks}x{split.column_blocks} blocks "
+        f"on {sm_count} SMs ({split.tiles / split.blocks:.1f} tiles each), {path}, N blocks of {choice.n_block}, "
+        f"{w.bytes_per_element:.3f} bytes per element"
+    )
+
+
+def arguments(w: Bitmap, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+    """The kernel's arguments in the order of its parameters; x is [N, K]."""
+    rows, columns = w.shape
+    numbers = (rows, x.shape[0], columns, split.row_cost)
+    return (x, w.masks, w.values, w.fronts, w.lags, out, workspace, *map(np.int32, numbers))
+
+
+def candidates(w: Bitmap, n: int, *, arch: str) -> Iterator[Choice]:
+    """Choices worth measuring for ``n`` columns of x, the heuristic's first; every one is a compiled spec."""
+    base = default_choice(w, n, arch=arch)
+    yield base
+    if not base.aligned:
+        return
+    for warpgroup in paths_for(base.n_block, arch):
+        for blocks_per_sm in (1, 2, 3, 4, 6):
+            choice = replace(base, warpgroup=warpgroup, blocks_per_sm=blocks_per_sm)
+            if choice != base:
+                yield choice
+
+
+def tune_key(w: Bitmap, n: int) -> str:
+    """Class of density, in tenths, and column blocks."""
+    columns = n_block_for(n)
+    return f"d{round(10 * w.density)} n{columns}x{-(-n // columns)}"
+
+
+def usable(choice: Choice) -> bool:
+    """Whether a choice that comes from a file may be launched."""
+    return choice.n_block in N_BLOCKS and choice.spec in specs() and 1 <= choice.blocks_per_sm <= _MAX_BLOCKS_PER_SM
+
+
+def ablation(choice: Choice) -> dict[str, Choice]:
+    """None is compiled."""
+    return {}
+
+
+@cache
+def instances() -> tuple[Choice, ...]:
+    """One choice for every instance that a plan or the tuner can ask for."""
+    choices = [
+        _choice(dtype, n_block, warpgroup, arch, aligned=aligned)
+        for arch in ALL_ARCHS
+        for n_block in N_BLOCKS
+        for warpgroup in paths_for(n_block, arch)
+        for dtype in _CXX_TYPE
+        for aligned in (True, False)
+    ]
+    return tuple({choice.spec: choice for choice in choices}.values())
+
+
+def typical(arch: str) -> tuple[Choice, ...]:
+    """The instances that the heuristic takes on ``arch``: for every width, type and alignment one."""
+    return tuple(
+        choice
+        for choice in instances()
+        if choice.spec.supports(arch) and choice.warpgroup == paths_for(choice.n_block, arch)[0]
+    )
+
+
+@cache
+def specs() -> tuple[KernelSpec, ...]:
+    """The compiled kernels of :func:`instances`."""
+    return tuple(choice.spec for choice in instances())

@@ -66,7 +66,8 @@ def _spec(choice: Choice) -> KernelSpec:
     if choice.warpgroup:
         archs: tuple[str, ...] = ("90a",)
     else:
-        archs = tuple(arch for arch in ALL_ARCHS if resident_blocks(arch, choice.n_block, warpgroup=False) == choice.resident_blocks)
+        blocks = choice.resident_blocks
+        archs = tuple(a for a in ALL_ARCHS if resident_blocks(a, choice.n_block, warpgroup=False) == blocks)
     return KernelSpec(
         name="bitmap",
         source="spmm/bitmap.cu",

@@ -21,6 +21,7 @@ namespace flashllm {
 constexpr int kThreads = bitmap::kParts * bitmap::kLanes;
 constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
 constexpr int kMirrorRows = 16;      // a pointer wraps once per mask word: 16 elements of a stream
+constexpr int kFirstRows = 48;       // value rows that a block asks for at once
 static_assert(bitmap::kStreamElements == 2 * kMirrorRows, "a mask word is half of a stream's elements");
 
 template <int kN_>
@@ -242,7 +243,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     if (threadIdx.x == 0) Ring::init(barriers);
     Ring ring(rings, barriers, max(first_front - bitmap::kSlack, 0), last_front + 1);
     __syncwarp();
-    if (threadIdx.x < 32) ring.refill(values, kRing);
+    // Not the whole ring: what the first tiles of all blocks need comes first (2 % at 90 % zeros).
+    if (threadIdx.x < 32) ring.refill(values, kFirstRows);
     int front = first_front - ring.origin;
 
     // Where this lane's streams stand: stored every kLagTiles tiles, from there on the masks are counted.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnsupportedDeviceError,
         VerificationError,
     )
+    from flashllm.formats.bitmap import Bitmap
     from flashllm.formats.tiled_csl import TiledCSL
     from flashllm.formats.weight import SparseWeight
     from flashllm.matmul import Plan, plan, spmm
@@ -40,6 +41,7 @@ _HOME = {
     "MissingDependencyError": "flashllm.errors",
     "UnsupportedDeviceError": "flashllm.errors",
     "VerificationError": "flashllm.errors",
+    "Bitmap": "flashllm.formats.bitmap",
     "SparseWeight": "flashllm.formats.weight",
     "TiledCSL": "flashllm.formats.tiled_csl",
     "Plan": "flashllm.matmul",
@@ -49,6 +51,7 @@ _HOME = {
 
 __all__ = [
     "ArgumentError",
+    "Bitmap",
     "CompileError",
     "DeviceMemoryError",
     "FlashLLMError",

@@ -13,16 +13,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def test_table_is_generated_from_the_committed_rows() -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/kernels/bitmap.md"])
+def test_table_is_generated_from_the_committed_rows(document: str) -> None:
     from flashllm.cli.table import command
 
-    files = sorted((REPOSITORY / "experiments" / "results").glob("*-h100-80gb-hbm3-opt-sweep.jsonl"))
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    pattern = r"<!-- results: `flashllm table experiments/results/(\S+)` -->\n(.*?)\n<!-- end of results -->"
+    block = re.search(pattern, text, re.DOTALL)
+    assert block is not None
+    files = sorted((REPOSITORY / "experiments" / "results").glob(block.group(1)))
     assert files
     result = CliRunner().invoke(command, [str(file) for file in files])
     assert result.exit_code == 0, result.output
-    block = re.search(r"<!-- results: .*? -->\n(.*?)\n<!-- end of results -->", README, re.DOTALL)
-    assert block is not None
-    assert block.group(1).strip() == result.output.strip()
+    assert block.group(2).strip() == result.output.strip()
 
 
 def test_every_committed_row_is_valid_and_passed() -> None:
@@ -35,7 +38,8 @@ def test_every_committed_row_is_valid_and_passed() -> None:
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p}" for p in (
-    "measurement.md", "reliability.md", "formats/tiled_csl.md", "kernels/tiled_csl.md"))])  # fmt: skip
+    "measurement.md", "reliability.md", "formats/tiled_csl.md", "kernels/tiled_csl.md", "formats/bitmap.md",
+    "kernels/bitmap.md"))])  # fmt: skip
 def test_links_lead_somewhere(document: str) -> None:
     path = REPOSITORY / document
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):

@@ -2,8 +2,7 @@
 // Encodes a dense matrix [M, K] on the device as masks and value streams, and decodes it; see cuda/flashllm/bitmap.cuh.
 //
 // Three launches: count the stored elements of every stream of every tile, walk the tiles to place the streams (the only
-// sequential part: one warp per part of the tiles), write masks and values. Bit-equal to
-// src/flashllm/formats/bitmap_encode.py.
+// sequential part: one block), write masks and values. The same bytes as from src/flashllm/formats/bitmap_encode.py.
 #include "flashllm/bitmap.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/source.cuh"
@@ -34,8 +33,8 @@ struct LaneElements {
 
 // The pattern of one element, zero outside the matrix.
 template <typename Source>
-FLASHLLM_DEVICE unsigned short pattern(const typename Source::Element* a, long long pitch, const LaneElements& at, int pair,
-                                       int stream, source::Rounding& rounding) {
+FLASHLLM_DEVICE unsigned short pattern(const typename Source::Element* a, long long pitch, const LaneElements& at,
+                                       int pair, int stream, source::Rounding& rounding) {
     const bool inside = at.inside(pair, stream);
     const long long index = inside ? at.row_of(pair) * pitch + at.column_of(pair) + stream : 0;
     return inside ? Source::convert(a[index], rounding) : static_cast<unsigned short>(0);
@@ -164,8 +163,9 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
 
 // Grid: tiles. Dense [M, K] from masks, values, fronts and stored lags.
 __global__ void __launch_bounds__(bitmap::kThreads)
-bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict__ values, const int* __restrict__ fronts,
-              const unsigned char* __restrict__ stored_lags, unsigned short* __restrict__ w, int M, int K) {
+bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict__ values,
+              const int* __restrict__ fronts, const unsigned char* __restrict__ stored_lags,
+              unsigned short* __restrict__ w, int M, int K) {
     const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
     const bitmap::LaneElements at(M, K);
     const long long tile = blockIdx.x, first = tile / bitmap::kLagTiles * bitmap::kLagTiles;

@@ -2,14 +2,14 @@
 // y[N, M] = x[N, K] @ W[M, K]^T with W as a bitmap and value streams: decoded straight into tensor-core fragments.
 //
 // The tiles of W are dealt to the blocks in contiguous runs (stream_k.cuh), and the values of a run are one contiguous
-// stream, which bulk copies (before sm_90: cp.async of one warp) bring into a ring in shared memory as far ahead as it has room. The four warps of a block take
-// the four parts of each tile. Per tile, a warp
+// stream, which bulk copies (before sm_90: cp.async of one warp) bring into a ring in shared memory as far ahead as it
+// has room. The four warps of a block take the four parts of each tile. Per tile, a warp
 //   waits    until the value rows of the tile have landed,
 //   decodes  its masks, 16 groups of four elements per lane, into A fragments (bitmap.cuh), and
 //   multiplies them by x on tensor cores,
 // while the first warp refills the ring where no stream needs the rows of the tile before any more. x and masks come by
-// cp.async into stages that the block shares: one barrier per tile. No element of W is written to shared memory again once
-// decoded, and nothing is counted, scanned or scattered.
+// cp.async into stages that the block shares: one barrier per tile. No element of W is written to shared memory again
+// once decoded, and nothing is counted, scanned or scattered.
 #include "flashllm/bitmap.cuh"
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
@@ -58,7 +58,8 @@ struct ValueRing {
     unsigned parity = 0;
 
     FLASHLLM_DEVICE ValueRing(unsigned rings, unsigned barriers, int first_row, int end_row)
-        : rings(rings), barriers(barriers), origin(first_row - first_row % bitmap::kChunkRows), stop(end_row - origin) {}
+        : rings(rings), barriers(barriers), origin(first_row - first_row % bitmap::kChunkRows),
+          stop(end_row - origin) {}
 
     // This warp's ring.
     FLASHLLM_DEVICE unsigned base() const { return rings + (threadIdx.x >> 5) * kBytes; }
@@ -87,7 +88,8 @@ struct ValueRing {
         if (lane == 0) ptx::mbarrier_expect(barrier, bitmap::kChunkBytes);
         __syncwarp();
         if (lane < bitmap::kParts) {
-            ptx::bulk_copy(target + lane * kBytes, chunk + lane * bitmap::kPartChunkBytes, bitmap::kPartChunkBytes, barrier);
+            ptx::bulk_copy(target + lane * kBytes, chunk + lane * bitmap::kPartChunkBytes, bitmap::kPartChunkBytes,
+                           barrier);
         }
     }
 #else
@@ -176,10 +178,11 @@ FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, unsigned& even, unsigne
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// The same k16 step on the warpgroup's tensor cores, which read x from shared memory: the four warps of the block at one
-// time. Starts its products and returns when those of the step before are done, so that two steps' fragments are alive.
+// The same k16 step on the warpgroup's tensor cores, which read x from shared memory: the four warps of the block at
+// one time. Starts its products and returns when those of the step before are done: two steps' fragments are alive.
 template <typename T, typename S, int kStep>
-FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask, unsigned stage_operand) {
+FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask,
+                                unsigned stage_operand) {
     unsigned a[2][4];
     constexpr int kGroup = kStep % 2 * 4;
     bitmap::decode_group<kGroup>(a[0][0], a[0][1], even, odd, mask);
@@ -210,8 +213,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const unsigned barriers = stages + kStages * kStageSize;
     const int lane = threadIdx.x & 31;
 
-    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK, row_cost,
-                           workspace);
+    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK,
+                           row_cost, workspace);
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
@@ -225,7 +228,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
         const unsigned chunk = threadIdx.x - (kThreads - kChunks);  // the last threads copy the masks
         const bool active = threadIdx.x >= kThreads - kChunks;
         const unsigned char* tile_masks = masks + static_cast<long long>(first + tile) * bitmap::kMaskBytes;
-        ptx::copy_async16(active, stages + stage * kStageSize + S::kStageBytes + chunk * 16, tile_masks + chunk * 16, 16);
+        const unsigned to = stages + stage * kStageSize + S::kStageBytes + chunk * 16;
+        ptx::copy_async16(active, to, active ? tile_masks + chunk * 16 : masks, 16);
     };
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
@@ -238,7 +242,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int stored_back = first % bitmap::kLagTiles;  // tiles since the lags were stored last
     const int first_front = __ldg(run_fronts), stored_front = __ldg(run_fronts - stored_back);
     const int last_front = __ldg(run_fronts + count);
-    int front_set = __ldg(run_fronts + min(lane + 1, count)), next_front_set = __ldg(run_fronts + min(lane + 33, count));
+    int front_set = __ldg(run_fronts + min(lane + 1, count));
+    int next_front_set = __ldg(run_fronts + min(lane + 33, count));
     const unsigned lag = __ldg(lags + (first / bitmap::kLagTiles) * kThreads + threadIdx.x);
     if (threadIdx.x == 0) Ring::init(barriers);
     Ring ring(rings, barriers, max(first_front - bitmap::kSlack, 0), last_front + 1);
@@ -252,8 +257,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     {
         int even_row = stored_front - ring.origin - static_cast<int>(lag & 0xff);
         int odd_row = stored_front - ring.origin - static_cast<int>(lag >> 8);
-        const uint2* before = reinterpret_cast<const uint2*>(masks) + static_cast<long long>(first - stored_back) * kThreads +
-                              threadIdx.x;
+        const uint2* before = reinterpret_cast<const uint2*>(masks) +
+                              static_cast<long long>(first - stored_back) * kThreads + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
             if (i >= stored_back) break;

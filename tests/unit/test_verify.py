@@ -13,17 +13,20 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
+from flashllm import registry
 from flashllm.backends import emulator, reference
 from flashllm.cli import verify as cli
 from flashllm.errors import ArgumentError
-from flashllm.formats.tiled_csl import TiledCSL
+from flashllm.formats.weight import SparseWeight
 from flashllm.jit.spec import ALL_ARCHS
-from flashllm.matmul import plan, tiled_csl
+from flashllm.matmul import plan
 from flashllm.verify import cases, products, run
 from flashllm.verify.operands import make_problem
 
 Spoil = Callable[[NDArray[Any]], None]
 REAL = reference.spmm
+QUICK = 20 * len(registry.FORMATS)
+"""Cases of ``--quick`` on the host, or of one width: two types, aligned or not, five products."""
 
 
 def _run(*arguments: str) -> Result:
@@ -153,16 +156,17 @@ def test_a_misbehaving_kernel_is_a_failed_case(monkeypatch: pytest.MonkeyPatch) 
     assert "block 3: warp 1 waits forever" in outcome.text
 
 
+@pytest.mark.parametrize("name", registry.FORMATS)
 @pytest.mark.parametrize("arch", ALL_ARCHS)
-def test_every_instance_of_an_architecture_is_covered(arch: str) -> None:
-    found = cases.build_cases(backend="cuda", archs=(arch,))
+def test_every_instance_of_an_architecture_is_covered(arch: str, name: str) -> None:
+    found = cases.build_cases(backend="cuda", archs=(arch,), formats=(name,))
     covered = {case.choice.spec for case in found if case.choice}
-    assert covered == {spec for spec in tiled_csl.specs() if spec.supports(arch)}
+    assert covered == {spec for spec in registry.kernel(name).specs() if spec.supports(arch)}
     for case in found:
         assert case.choice is not None
         assert (case.data.k % 8 == 0) == case.choice.aligned
         assert case.data.dtype == case.choice.dtype
-    quick = {case.choice for case in cases.build_cases(backend="cuda", archs=(arch,), quick=True)}
+    quick = {case.choice for case in cases.build_cases(backend="cuda", archs=(arch,), formats=(name,), quick=True)}
     assert len(quick) == 16  # 4 widths, 2 types, aligned or not
 
 
@@ -170,7 +174,8 @@ def test_every_instance_of_an_architecture_is_covered(arch: str) -> None:
 def test_one_block_has_a_row_of_several_chains(arch: str) -> None:
     device = emulator.emulated_device(arch, sm_count=1)
     found = [case for case in cases.build_cases(backend="emulator", archs=(arch,)) if case.sm_count == 1]
-    assert len(found) == sum(spec.supports(arch) for spec in tiled_csl.specs())
+    specs = [spec for name in registry.FORMATS for spec in registry.kernel(name).specs()]
+    assert len(found) == sum(spec.supports(arch) for spec in specs)
     for case in found:
         split = plan(make_problem(case.data).w, case.data.n, device=device, choice=case.choice).split
         assert split.blocks == 1
@@ -193,7 +198,7 @@ def test_command_passes_and_prints_a_table() -> None:
     result = _run("--backend", "reference", "--quick")
     assert result.exit_code == 0
     assert "NumPy reference only, no kernels" in result.stderr
-    assert "20 of 20 cases right" in result.stdout
+    assert f"{QUICK} of {QUICK} cases right" in result.stdout
     assert "skewed:0.7" in result.stdout
 
 
@@ -203,7 +208,7 @@ def test_command_fails_at_the_first_wrong_element(monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 1
     assert "WRONG numpy: 200x456 N=8 fp16 uniform 0.8 integers, tiled-csl: y[1, 3]: got 77, expected " in result.stderr
     assert "bound 0 (1 of 1,600 elements are wrong)" in result.stderr
-    assert "19 of 20 cases not run" in result.stderr
+    assert f"{QUICK - 1} of {QUICK} cases not run" in result.stderr
     assert "0 of 1 cases right" in result.stdout
 
 
@@ -225,7 +230,7 @@ def test_json_is_one_object_per_case(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--backend", "reference", "--kernel", "tiled"),
         ("--backend", "reference", "--arch", "90a"),
         ("--backend", "emulator", "--arch", "75"),
-        ("--backend", "emulator", "--kernel", "bitmap"),
+        ("--backend", "emulator", "--kernel", "no-such"),
         ("--seed", "-1"),
     ],
 )
@@ -239,14 +244,14 @@ def test_bad_usage_is_status_2(arguments: tuple[str, ...], monkeypatch: pytest.M
 def _pretend_gpu(monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
     fake_gpu.install(monkeypatch, **more)
     monkeypatch.setattr("flashllm.jit.compile.compile_many", lambda jobs, **_: [])
-    monkeypatch.setattr(TiledCSL, "to_device", lambda self: self)
+    monkeypatch.setattr(SparseWeight, "to_device", lambda self: self)
 
 
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_gpu(monkeypatch)
     result = _run("--quick", "--kernel", "kN=16,")
     assert result.exit_code == 0, result.output
-    assert "20 of 20 cases right, 4 kernels" in result.stdout
+    assert f"{QUICK} of {QUICK} cases right, {QUICK // 5} kernels" in result.stdout
     assert _run("--arch", "80").exit_code == 2
 
 

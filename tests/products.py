@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul import tiled_csl
-from tiled_csl_cases import NUMPY_DTYPE, mask
+from weight_cases import NUMPY_DTYPE, mask
 
 
 def integers(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> NDArray[Any]:

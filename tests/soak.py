@@ -16,7 +16,7 @@ import numpy as np
 
 from flashllm import backends, registry
 from products import assert_exact, exact, integers, weight
-from tiled_csl_cases import PATTERNS
+from weight_cases import PATTERNS
 
 
 def draw(number: int, largest: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.jit.spec import KernelSpec
 from products import NUMPY_DTYPE
-from tiled_csl_cases import PATTERNS, bits, pruned
+from weight_cases import PATTERNS, bits, pruned
 
 SPECS = {(spec.name, tuple(text for _, text in spec.template)): spec for spec in encoder.specs()}
 SHAPES = ((1, 1), (128, 64), (127, 65), (130, 131), (300, 203))

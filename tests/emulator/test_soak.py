@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import soak
 from flashllm.backends import emulator
-from tiled_csl_cases import PATTERNS
+from weight_cases import PATTERNS
 
 
 def test_cases_repeat_and_cover_the_ground() -> None:

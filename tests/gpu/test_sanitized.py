@@ -14,7 +14,7 @@ from flashllm.backends import cuda
 from flashllm.bench import bandwidth, data
 from flashllm.encode.tiled_csl import decode
 from products import assert_exact, exact, integers, weight
-from tiled_csl_cases import matrix, pruned
+from weight_cases import matrix, pruned
 
 pytestmark = pytest.mark.sanitize
 

@@ -17,7 +17,7 @@ from flashllm.bench.check import error_over_bound, make_reference
 from flashllm.device import device_facts
 from flashllm.matmul import tiled_csl
 from products import NUMPY_DTYPE, assert_exact, choice_of, exact, integers, weight
-from tiled_csl_cases import PATTERNS
+from weight_cases import PATTERNS
 
 N_VALUES = (1, 5, 7, 8, 12, 16, 17, 24, 32, 48, 64, 96, 100, 128, 200)
 SHAPES = ((1, 1), (7, 9), (127, 65), (128, 64), (129, 63), (130, 520), (256, 1000), (384, 2048), (1000, 777))

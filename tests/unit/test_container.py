@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import tiled_csl_cases as cases
+import weight_cases as cases
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.io.container import load_weight, load_weights, save_weights

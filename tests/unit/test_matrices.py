@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 from safetensors.numpy import save_file
 
-import tiled_csl_cases as cases
+import weight_cases as cases
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.io.matrices import read_matrix

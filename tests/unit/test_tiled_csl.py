@@ -11,7 +11,7 @@ import tiled_csl_reference as reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tiled_csl_cases as cases
+import weight_cases as cases
 from flashllm.errors import ArgumentError
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.formats.weight import SparseWeight

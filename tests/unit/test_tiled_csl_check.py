@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tiled_csl_cases as cases
+import weight_cases as cases
 from flashllm.errors import FormatError
 from flashllm.formats.tiled_csl import TiledCSL
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-import tiled_csl_cases as cases
+import weight_cases as cases
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bits import to_bits

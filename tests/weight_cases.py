@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices for the Tiled-CSL tests: every pattern at any shape and density."""
+"""Matrices for the tests of the formats: every pattern at any shape and density."""
 
 from __future__ import annotations
 

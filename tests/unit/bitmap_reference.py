@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bitmap written down a second time, element by element, from the comment of cuda/flashllm/bitmap.cuh alone.
+
+Slow and simple on purpose; imports nothing from the package, so that the encoders have something to be wrong against.
+What the comment leaves open: zeros that keep a lag small take the first places of a stream that have no value, and one
+value row at least follows the last front.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Stream = tuple[int, int, int]
+"""Part, lane, and 0 for even or 1 for odd columns."""
+STREAMS: list[Stream] = [(part, lane, odd) for part in range(4) for lane in range(32) for odd in range(2)]
+
+
+@dataclass
+class Encoded:
+    """The buffers, flat."""
+
+    masks: list[int]
+    values: list[int]
+    fronts: list[int]
+    lags: list[int]
+    nnz: int
+
+
+def place_of(part: int, lane: int, group: int, element: int) -> tuple[int, int]:
+    """Row and column in the tile of one of the four elements of a group."""
+    g, t = divmod(lane, 4)
+    i, half, step = group // 2 % 2, group % 2, group // 4
+    return 64 * i + 16 * part + g + 8 * (element // 2), 16 * step + 8 * half + 2 * t + element % 2
+
+
+def elements_of(stream: Stream) -> list[tuple[int, int]]:
+    """(group, element) of the 32 elements of a stream in one tile, in order."""
+    return [(group, 2 * upper + stream[2]) for group in range(16) for upper in range(2)]
+
+
+def encode(bits: NDArray[np.uint16]) -> Encoded:
+    """Masks, values, fronts and lags of a matrix of 16-bit patterns."""
+    rows, columns = bits.shape
+    masks: list[int] = []
+    lags: list[int] = []
+    fronts = [0]
+    nnz = 0
+    values: dict[Stream, list[int]] = {stream: [] for stream in STREAMS}
+    tiles = [(top, left) for top in range(0, rows, 128) for left in range(0, columns, 64)]
+    for number, (top, left) in enumerate(tiles):
+        tile = np.zeros((128, 64), np.uint16)
+        inside = bits[top : top + 128, left : left + 64]
+        tile[: inside.shape[0], : inside.shape[1]] = inside
+        if number % 8 == 0:
+            lags += [fronts[-1] - len(values[stream]) for stream in STREAMS]
+        found: dict[Stream, dict[tuple[int, int], int]] = {}
+        for stream in STREAMS:
+            at = {e: int(tile[place_of(stream[0], stream[1], *e)]) for e in elements_of(stream)}
+            found[stream] = {e: value for e, value in at.items() if value not in (0x0000, 0x8000)}
+            nnz += len(found[stream])
+        front = max(len(values[stream]) + len(found[stream]) for stream in STREAMS)
+        word = dict.fromkeys(((part, lane, half) for part in range(4) for lane in range(32) for half in range(2)), 0)
+        for stream in STREAMS:
+            part, lane, _ = stream
+            free = [e for e in elements_of(stream) if e not in found[stream]]
+            missing = max(0, front - 32 - len(values[stream]) - len(found[stream]))
+            found[stream] |= dict.fromkeys(free[:missing], 0)
+            for group, element in elements_of(stream):
+                if (group, element) in found[stream]:
+                    values[stream].append(found[stream][group, element])
+                    word[part, lane, group // 8] |= 1 << (8 * element + group % 8)
+        masks += word.values()
+        fronts.append(front)
+    return Encoded(masks, lay_out(values, fronts[-1]), fronts, lags, nnz)
+
+
+def lay_out(values: dict[Stream, list[int]], front: int) -> list[int]:
+    """The value rows, 16 of all parts at a time, and at least one behind the front."""
+    out: list[int] = []
+    for first in range(0, front + 1, 16):
+        for part in range(4):
+            for row in range(first, first + 16):
+                for lane in range(32):
+                    for odd in range(2):
+                        stream = values[part, lane, odd]
+                        out.append(stream[row] if row < len(stream) else 0)
+    return out
+
+
+def decode(masks: list[int], values: list[int], shape: tuple[int, int]) -> NDArray[np.uint16]:
+    """The matrix, from masks and values alone: fronts and lags say nothing that these do not."""
+    rows, columns = shape
+    tiles_k = -(-columns // 64)
+    out = np.zeros((-(-rows // 128) * 128, tiles_k * 64), np.uint16)
+    taken = dict.fromkeys(STREAMS, 0)
+    for number in range(len(masks) // 256):
+        top, left = number // tiles_k * 128, number % tiles_k * 64
+        for stream in STREAMS:
+            part, lane, odd = stream
+            for group, element in elements_of(stream):
+                if masks[((number * 4 + part) * 32 + lane) * 2 + group // 8] >> (8 * element + group % 8) & 1:
+                    row = taken[stream]
+                    value = values[((row // 16 * 4 + part) * 16 + row % 16) * 64 + 2 * lane + odd]
+                    down, right = place_of(part, lane, group, element)
+                    out[top + down, left + right] = value
+                    taken[stream] += 1
+    return out[:rows, :columns]

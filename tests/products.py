@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashllm import registry
+from flashllm.formats.weight import SparseWeight
 from flashllm.jit.spec import KernelSpec
-from flashllm.matmul import tiled_csl
 from weight_cases import NUMPY_DTYPE, mask
 
 
@@ -41,23 +42,22 @@ def assert_exact(got: NDArray[Any], want: NDArray[Any]) -> None:
     )
 
 
+def packed(name: str, w: NDArray[Any], **options: Any) -> SparseWeight:
+    """``w`` in format ``name``."""
+    return registry.weight_class(name).from_dense(w, **options)
+
+
 def arch_of(spec: KernelSpec) -> str:
-    """The architecture to emulate ``spec`` as: the tuned one, or the oldest."""
-    return "90a" if spec.supports("90a") else "80"
+    """The architecture to emulate ``spec`` as: the tuned one, or the oldest, or the newest."""
+    return next(arch for arch in ("90a", "80", "120a") if spec.supports(arch))
 
 
-def choice_of(spec: KernelSpec) -> tiled_csl.Choice:
-    """The choice that asks for ``spec``."""
-    fields = dict(spec.template)
-    choice = tiled_csl.Choice(
-        dtype="fp16" if fields["T"] == "__half" else "bf16",
-        n_block=int(fields["kN"]),
-        vectors=int(fields["kVectors"]),
-        slices=int(fields["kSlices"]),
-        aligned=fields["kAligned"] == "true",
-        overlap=fields["kOverlap"] == "true",
-        undo=fields["kUndo"] == "true",
-        resident_blocks=int(fields["kMinBlocks"]),
-    )
-    assert choice.spec == spec
-    return choice
+def choice_of(spec: KernelSpec) -> Any:
+    """The choice that asks for ``spec``, whatever its format."""
+    instances = (choice for name in registry.FORMATS for choice in registry.kernel(name).instances())
+    return next(choice for choice in instances if choice.spec == spec)
+
+
+def format_of(spec: KernelSpec) -> str:
+    """The format that ``spec`` multiplies."""
+    return next(name for name in registry.FORMATS if spec in registry.kernel(name).specs())

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import pytest
 
+from flashllm import registry
 from flashllm.backends import emulator
-from flashllm.matmul import tiled_csl
+from products import arch_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,7 +16,8 @@ def _compiler() -> None:
 
 @pytest.fixture(scope="session")
 def kernels() -> None:
-    """Every instance of the product kernel, compiled together: a third of the time of one by one."""
-    for arch in ("80", "90a"):
-        specs = [spec for spec in dict.fromkeys(tiled_csl.specs()) if spec.supports(arch)]
-        emulator.preload(specs, build=emulator.BuildOptions(arch=arch))
+    """Every instance of the product kernels, compiled together: a third of the time of one by one."""
+    specs = list(dict.fromkeys(spec for name in registry.FORMATS for spec in registry.kernel(name).specs()))
+    for arch in ("80", "90a", "120a"):
+        chosen = [spec for spec in specs if arch_of(spec) == arch or (arch == "80" and spec.supports("80"))]
+        emulator.preload(chosen, build=emulator.BuildOptions(arch=arch))

@@ -20,7 +20,7 @@ from flashllm import TiledCSL
 from flashllm.backends import emulator
 from flashllm.jit.sources import cuda_root
 from flashllm.matmul import tiled_csl
-from products import choice_of, exact, integers, weight
+from products import exact, integers, weight
 
 KERNEL, X_STAGE = "spmm/tiled_csl.cu", "flashllm/x_stage.cuh"
 EPILOGUE, STREAM_K = "flashllm/epilogue.cuh", "flashllm/stream_k.cuh"
@@ -148,9 +148,8 @@ def choice_for(arch: str) -> tiled_csl.Choice:
     path = (tiled_csl.WARPGROUP, 3) if arch == WGMMA else tiled_csl.paths_for(16, MMA)[0]
     base = next(
         c
-        for spec in tiled_csl.specs()
-        if (c := choice_of(spec))
-        and (c.slices, c.resident_blocks) == path
+        for c in tiled_csl.instances()
+        if (c.slices, c.resident_blocks) == path
         and (c.n_block, c.vectors, c.dtype) == (16, 2, "fp16")
         and c.aligned
         and c.overlap

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product kernel on the CPU: exact on integers, within the bound on random values, for every instance."""
+"""The product kernels on the CPU: exact on integers, within the bound on random values, for every instance."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashllm import TiledCSL
+from flashllm import registry
 from flashllm.backends import emulator
 from flashllm.bench.check import error_over_bound, make_reference
-from flashllm.matmul import tiled_csl
-from products import NUMPY_DTYPE, arch_of, assert_exact, choice_of, exact, integers, weight
+from products import NUMPY_DTYPE, arch_of, assert_exact, choice_of, exact, format_of, integers, packed, weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
-SPECS = tuple(dict.fromkeys(tiled_csl.specs()))
+SPECS = tuple(dict.fromkeys(spec for name in registry.FORMATS for spec in registry.kernel(name).specs()))
+every_format = pytest.mark.parametrize("name", registry.FORMATS)
 ODD_SHAPES = ((1, 1), (7, 9), (127, 65), (128, 64), (129, 63), (130, 520), (300, 457))
-# Nearly empty, what the registers hold, uneven, more than the registers hold, and whole tiles empty or nearly full.
+# Nearly empty, usual, uneven, more than the registers of the Tiled-CSL kernel hold, whole tiles empty or nearly full.
 MASKS = (("uniform", 0.02), ("uniform", 0.15), ("skewed", 0.3), ("full", 1.0), ("empty-tiles", 0.9), ("empty", 0.0))
 
 
@@ -28,90 +28,96 @@ def test_exact_for_every_instance(spec: Any) -> None:
     for seed, (pattern, density) in enumerate(MASKS):
         w = weight(pattern, shape, density, choice.dtype)
         x = integers(np.random.default_rng(3), (choice.n_block - seed % 3, shape[1]), choice.dtype)
-        got, counts = emulator.spmm(x, TiledCSL.from_dense(w), choice=choice, arch=arch_of(spec), seed=seed)
+        got, counts = emulator.spmm(x, packed(format_of(spec), w), choice=choice, arch=arch_of(spec), seed=seed)
         assert_exact(got, exact(x, w, choice.dtype))
         assert counts.multiply_adds == 256 * 512 * choice.n_block  # whole tiles, zeros and all
 
 
+@every_format
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-def test_exact_for_odd_shapes(shape: tuple[int, int], arch: str) -> None:
+def test_exact_for_odd_shapes(shape: tuple[int, int], arch: str, name: str) -> None:
     rng = np.random.default_rng(1)
     for seed, n in enumerate((1, 9, 16, 33, 65)):
         w = weight("uniform", shape, 0.25, "fp16")
         x = integers(rng, (n, shape[1]), "fp16")
-        got, _ = emulator.spmm(x, TiledCSL.from_dense(w), arch=arch, seed=seed)
+        got, _ = emulator.spmm(x, packed(name, w), arch=arch, seed=seed)
         assert_exact(got, exact(x, w, "fp16"))
 
 
+@every_format
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 12])
-def test_exact_for_every_split(blocks: int, arch: str) -> None:
+def test_exact_for_every_split(blocks: int, arch: str, name: str) -> None:
     """Rows of tiles that many blocks share, that two share, and blocks that span many rows."""
     rng = np.random.default_rng(4)
     for seed, (shape, n) in enumerate((((128, 64 * 13), 9), ((128 * 12, 64), 33), ((128 * 4, 64 * 5), 17))):
         w = weight("uniform", shape, 0.1, "bf16")
         x = integers(rng, (n, shape[1]), "bf16")
-        got, counts = emulator.spmm(x, TiledCSL.from_dense(w), arch=arch, seed=seed, blocks=blocks)
+        got, counts = emulator.spmm(x, packed(name, w), arch=arch, seed=seed, blocks=blocks)
         assert counts.blocks == blocks
         assert_exact(got, exact(x, w, "bf16"))
 
 
+@every_format
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize(("blocks", "row_cost"), [(2, 1), (3, 4), (5, 2), (7, 3)])
-def test_exact_where_ends_of_rows_are_weighed(blocks: int, row_cost: int, arch: str) -> None:
+def test_exact_where_ends_of_rows_are_weighed(blocks: int, row_cost: int, arch: str, name: str) -> None:
     rng = np.random.default_rng(14)
     for seed, n in enumerate((8, 17, 64)):
         w = weight("uniform", (128 * 3, 64 * 9), 0.1, "fp16")
         x = integers(rng, (n, 64 * 9), "fp16")
-        packed = TiledCSL.from_dense(w)
-        got, _ = emulator.spmm(x, packed, arch=arch, seed=seed, blocks=blocks, row_cost=row_cost)
+        got, _ = emulator.spmm(x, packed(name, w), arch=arch, seed=seed, blocks=blocks, row_cost=row_cost)
         assert_exact(got, exact(x, w, "fp16"))
 
 
+@every_format
 @pytest.mark.parametrize(("n", "arch"), [(9, "80"), (33, "90a")])
-def test_exact_for_several_chains(n: int, arch: str) -> None:
+def test_exact_for_several_chains(n: int, arch: str, name: str) -> None:
     """Rows so long that a block ends a chain of accumulations inside them, alone or with others."""
     rng = np.random.default_rng(12)
     shape = (256, 64 * 420)
     w = weight("uniform", shape, 0.01, "fp16")
-    packed = TiledCSL.from_dense(w)
+    sparse = packed(name, w)
     x = integers(rng, (n, shape[1]), "fp16")
     for blocks in (1, 3):
-        got, _ = emulator.spmm(x, packed, arch=arch, blocks=blocks, seed=blocks)
+        got, _ = emulator.spmm(x, sparse, arch=arch, blocks=blocks, seed=blocks)
         assert_exact(got, exact(x, w, "fp16"))
 
 
+@every_format
 @pytest.mark.parametrize("seed", range(24))
-def test_exact_for_random_schedules(seed: int) -> None:
+def test_exact_for_random_schedules(seed: int, name: str) -> None:
     """Blocks, warps and lanes in another order each time, and copies that end early or late."""
     rng = np.random.default_rng(seed)
     for arch, n, blocks in (("80", 12, 5), ("90a", 12, 7), ("90a", 40, 3)):
         w = weight("skewed", (384, 330), 0.3, "fp16", seed)
         x = integers(rng, (n, 330), "fp16")
-        got, _ = emulator.spmm(x, TiledCSL.from_dense(w), arch=arch, seed=1000 + seed, blocks=blocks)
+        got, _ = emulator.spmm(x, packed(name, w), arch=arch, seed=1000 + seed, blocks=blocks)
         assert_exact(got, exact(x, w, "fp16"))
         w = weight("full", (200, 328), 1.0, "fp16", seed)
         x = integers(rng, (n, 328), "fp16")
-        got, _ = emulator.spmm(x, TiledCSL.from_dense(w), arch=arch, seed=2000 + seed)
+        got, _ = emulator.spmm(x, packed(name, w), arch=arch, seed=2000 + seed)
         assert_exact(got, exact(x, w, "fp16"))
 
 
+@every_format
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("n", [8, 16, 32, 64])
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_random_values_stay_within_the_bound(arch: str, n: int, dtype: str) -> None:
+def test_random_values_stay_within_the_bound(arch: str, n: int, dtype: str, name: str) -> None:
     rng = np.random.default_rng(5)
     w = rng.standard_normal((256, 2048)).astype(NUMPY_DTYPE[dtype])
     w[rng.random(w.shape) >= 0.2] = 0
     x = rng.standard_normal((n, 2048)).astype(NUMPY_DTYPE[dtype])
-    got, _ = emulator.spmm(x, TiledCSL.from_dense(w), arch=arch, seed=n)
+    got, _ = emulator.spmm(x, packed(name, w), arch=arch, seed=n)
     reference = make_reference(x.astype(np.float64), w.astype(np.float64), np.arange(256), dtype)
     assert error_over_bound(got.astype(np.float64), reference) <= 1.0
 
 
+@every_format
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_nan_and_infinity_multiply_as_in_dense_arithmetic(arch: str) -> None:
+def test_nan_and_infinity_multiply_as_in_dense_arithmetic(arch: str, name: str) -> None:
     w = weight("uniform", (256, 128), 0.3, "fp16")
     w[3, 5], w[200, 100], w[10, 64] = np.nan, np.inf, -np.inf
     x = integers(np.random.default_rng(6), (40, 128), "fp16")
@@ -119,21 +125,23 @@ def test_nan_and_infinity_multiply_as_in_dense_arithmetic(arch: str) -> None:
     with np.errstate(invalid="ignore"):
         want = (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float16)
     for n in (8, 40):
-        got, _ = emulator.spmm(x[:n], TiledCSL.from_dense(w), arch=arch)
+        got, _ = emulator.spmm(x[:n], packed(name, w), arch=arch)
         np.testing.assert_array_equal(np.isnan(got), np.isnan(want[:n]))
         np.testing.assert_array_equal(got[~np.isnan(got)], want[:n][~np.isnan(want[:n])])
 
 
-def test_overflow_rounds_to_infinity() -> None:
+@every_format
+def test_overflow_rounds_to_infinity(name: str) -> None:
     w = np.full((128, 64), 60000, np.float16)
-    got, _ = emulator.spmm(np.ones((1, 64), np.float16), TiledCSL.from_dense(w))
+    got, _ = emulator.spmm(np.ones((1, 64), np.float16), packed(name, w))
     assert np.isposinf(got).all()
 
 
-def test_repeats_give_the_same_bits() -> None:
+@every_format
+def test_repeats_give_the_same_bits(name: str) -> None:
     rng = np.random.default_rng(7)
     w = rng.standard_normal((300, 1024)).astype(np.float16)
     w[rng.random(w.shape) >= 0.3] = 0
     x = rng.standard_normal((40, 1024)).astype(np.float16)
-    results = [emulator.spmm(x, TiledCSL.from_dense(w), seed=seed)[0].tobytes() for seed in range(6)]
+    results = [emulator.spmm(x, packed(name, w), seed=seed)[0].tobytes() for seed in range(6)]
     assert len(set(results)) == 1

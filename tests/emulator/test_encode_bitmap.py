@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bitmap encoder and decoder of the GPU on the CPU: the same bytes as NumPy's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashllm.backends import emulator
+from flashllm.encode import bitmap as encoder
+from flashllm.encode.source import BITS16, ROUNDING
+from flashllm.formats.base import RoundingReport
+from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import tile_grid
+from flashllm.jit.spec import KernelSpec
+from products import NUMPY_DTYPE
+from weight_cases import PATTERNS, bits, pruned
+
+SPECS = {(spec.name, tuple(text for _, text in spec.template)): spec for spec in encoder.specs()}
+SHAPES = ((1, 1), (128, 64), (127, 65), (130, 131), (300, 203), (9, 1000))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    emulator.preload(encoder.specs())
+
+
+def kernel(name: str, *template: str) -> KernelSpec:
+    return SPECS[f"bitmap_{name}", template]
+
+
+def encode(
+    a: NDArray[Any], dtype: str, *, shape: tuple[int, int] | None = None, seed: int = 0, sanitize: bool = False
+) -> tuple[Bitmap, NDArray[np.uint64]]:
+    """As flashllm.encode does on a GPU, and what the rounding did. ``shape``: of the matrix that ``a`` begins with."""
+    source = ROUNDING[dtype] if a.dtype == np.float32 else BITS16
+    rows, columns = shape or a.shape
+    tiles_m, tiles_k = tile_grid((rows, columns))
+    tiles = tiles_m * tiles_k
+    matrix, size = (a, np.int64(a.shape[1])), (np.int32(rows), np.int32(columns))
+    run: dict[str, Any] = {"seed": seed, "sanitize": sanitize}
+    lags, totals = np.full((tiles, 4, 64), 0xEE, np.uint8), np.zeros(5, np.uint64)
+    emulator.launch(kernel("count", source), (tiles,), (*matrix, lags, totals, *size), **run)
+    fronts = np.full(tiles + 1, -1, np.int32)
+    emulator.launch(kernel("place"), (1,), (lags, fronts, np.int32(tiles)), **run)
+    values = np.zeros((fronts[-1] // 16 + 1, 4, 16, 32, 2), np.uint16)
+    masks = np.full((tiles, 4, 32, 2), 0xDEADBEEF, np.uint32)
+    stored = np.full((-(-tiles // 8), 4, 64), 0xEE, np.uint8)
+    lags.flags.writeable = fronts.flags.writeable = False
+    emulator.launch(kernel("write", source), (tiles,), (*matrix, lags, fronts, masks, values, stored, *size), **run)
+    packed = Bitmap(
+        shape=(rows, columns),
+        dtype=dtype,
+        nnz=int(totals[0]),
+        masks=masks,
+        values=values,
+        fronts=fronts,
+        lags=stored,
+    )
+    return packed, totals[1:]
+
+
+def decode(w: Bitmap, seed: int = 0, *, sanitize: bool = False) -> NDArray[np.uint16]:
+    out = np.full(w.shape, 0x7E5A, np.uint16)
+    size = (np.int32(w.shape[0]), np.int32(w.shape[1]))
+    grid = (w.tiles[0] * w.tiles[1],)
+    buffers = (w.masks, w.values, w.fronts, w.lags)
+    emulator.launch(kernel("decode"), grid, (*buffers, out, *size), seed=seed, sanitize=sanitize)
+    return out
+
+
+def assert_same(got: Bitmap, want: Bitmap) -> None:
+    for name, array in want.arrays().items():
+        np.testing.assert_array_equal(getattr(got, name), array, err_msg=name)
+    assert got.metadata() == want.metadata()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_same_bytes_for_every_pattern(pattern: str) -> None:
+    for seed, (shape, density) in enumerate(zip(SHAPES, (1.0, 0.3, 0.02, 0.9, 0.2, 0.6), strict=True)):
+        patterns = bits(pattern, *shape, density, seed)
+        for dtype in ("fp16", "bf16"):
+            want = Bitmap.from_dense(patterns.view(NUMPY_DTYPE[dtype]))
+            got, _ = encode(patterns, dtype, seed=seed)
+            assert_same(got, want)
+        np.testing.assert_array_equal(decode(want, seed), pruned(patterns))
+
+
+@pytest.mark.parametrize("tiles", [*range(1, 18), 40])
+def test_same_bytes_for_any_number_of_tiles(tiles: int) -> None:
+    """The walk over the tiles takes eight at a time; lags of every eighth are stored."""
+    patterns = bits("skewed", 130, 64 * tiles - 3, 0.5, tiles)
+    want = Bitmap.from_dense(patterns.view(np.float16))
+    assert_same(encode(patterns, "fp16", seed=tiles)[0], want)
+    np.testing.assert_array_equal(decode(want, tiles), pruned(patterns))
+
+
+def test_zeros_that_let_streams_catch_up() -> None:
+    """All streams but one, at places that may hold -0.0."""
+    patterns = np.full((128, 64 * 11), 0x8000, np.uint16)
+    patterns[37, 1::8] = 0x3C00
+    want = Bitmap.from_dense(patterns.view(np.float16))
+    assert want.fronts[-1] == 88
+    for seed in range(4):
+        assert_same(encode(patterns, "fp16", seed=seed)[0], want)
+    np.testing.assert_array_equal(decode(want), pruned(patterns))
+
+
+def test_rows_of_a_wider_matrix() -> None:
+    """A pitch that is not the number of columns: what lies beside the matrix is neither read nor stored."""
+    whole = bits("uniform", 140, 210, 0.4, 5)
+    for shape in ((140, 200), (140, 64), (129, 1), (1, 130)):
+        part = np.ascontiguousarray(whole[: shape[0], : shape[1]])
+        assert_same(encode(whole, "fp16", shape=shape, seed=3)[0], Bitmap.from_dense(part.view(np.float16)))
+    floats = np.full((130, 70), np.nan, np.float32)
+    floats[:, :66] = whole[:130, :66] % 7
+    want = Bitmap.from_dense(floats[:, :66].astype(np.float16))
+    assert_same(encode(floats, "fp16", shape=(130, 66))[0], want)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_float32_is_rounded_as_on_the_host(dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    patterns = rng.integers(0, 1 << 32, (140, 130), dtype=np.uint64).astype(np.uint32)
+    edges = [0x33000000, 0x33000001, 0x38800000, 0x387FFFFF, 0x477FF000, 0x477FEFFF, 0x7F800000, 0xFF800001, 0x80000000]
+    patterns[: len(edges), 0] = edges
+    patterns[40:90][rng.random((50, 130)) < 0.7] = 0
+    near = rng.random(patterns.shape) < 0.5  # half of them within or near the range of fp16
+    patterns[near] = patterns[near] & 0x80FFFFFF | rng.integers(0x32, 0x49, near.sum(), dtype=np.uint32) << 24
+    a = patterns.view(np.float32)
+    reports: list[RoundingReport] = []
+    with np.errstate(all="ignore"):
+        want = Bitmap.from_dense(a, dtype=dtype, report=reports.append)
+    got, rounding = encode(a, dtype, seed=1)
+    assert_same(got, want)
+    report = reports[0]
+    assert rounding.tolist() == [report.total, report.changed, report.became_zero, report.became_infinite]

@@ -1,43 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes barriers, waits, bounds and clean-ups out of the kernel, one at a time: the emulator tests must notice.
+"""Takes barriers, waits, bounds and clean-ups out of the Tiled-CSL kernel, one at a time: the tests must notice.
 
-A mutation is a change of the source text, built from a copy of ``cuda/``, so that the kernel itself carries no trace
-of these tests. Memory fences between blocks are not here: blocks of the emulator see each other's writes at once.
+Memory fences between blocks are not here: blocks of the emulator see each other's writes at once.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+from mutations import (
+    EPILOGUE,
+    MMA,
+    STREAM_K,
+    WGMMA,
+    X_STAGE,
+    Mutation,
+    Outcomes,
+    Product,
+    build_of,
+    first_failure,
+    outcomes,
+)
 
-from flashllm import TiledCSL
 from flashllm.backends import emulator
-from flashllm.jit.sources import cuda_root
 from flashllm.matmul import tiled_csl
-from products import exact, integers, weight
 
-KERNEL, X_STAGE = "spmm/tiled_csl.cu", "flashllm/x_stage.cuh"
-EPILOGUE, STREAM_K = "flashllm/epilogue.cuh", "flashllm/stream_k.cuh"
-MMA, WGMMA = "80", "90a"
-SEEDS = 6
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """``old``, which ``file`` holds exactly once, becomes ``new``."""
-
-    name: str
-    file: str
-    old: str
-    new: str = ""
-    arch: str = MMA
-
+KERNEL = "spmm/tiled_csl.cu"
 
 MUTATIONS = (
     Mutation("x is not waited for", KERNEL, "ptx::copy_async_wait<kOverlap ? 1 : 0>();"),
@@ -132,17 +123,6 @@ MUTATIONS = (
 )
 
 
-def build_of(mutation: Mutation | None, arch: str, folder: Path) -> emulator.BuildOptions:
-    """Options that build the kernel with ``mutation`` from a copy of the device code in ``folder``."""
-    if mutation is not None:
-        shutil.copytree(cuda_root(), folder)
-        file = folder / mutation.file
-        text = file.read_text(encoding="utf-8")
-        assert text.count(mutation.old) == 1, f"{mutation.name}: the source no longer holds its text once"
-        file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-    return emulator.BuildOptions(arch=arch, source_root=folder if mutation else None)
-
-
 def choice_for(arch: str) -> tiled_csl.Choice:
     """16 columns; two vectors, so that tiles over 1024 words exceed the registers."""
     path = (tiled_csl.WARPGROUP, 3) if arch == WGMMA else tiled_csl.paths_for(16, MMA)[0]
@@ -158,12 +138,10 @@ def choice_for(arch: str) -> tiled_csl.Choice:
     return replace(base, blocks_per_sm=base.resident_blocks)
 
 
-def first_failure(build: emulator.BuildOptions) -> str | None:
-    """What goes wrong on the cases below, or ``None`` when nothing does."""
-    choice = choice_for(build.arch)
+def run(build: emulator.BuildOptions) -> str | None:
+    """The first failure on products that reach all that is mutated."""
     chain = 200 if build.arch == MMA else 100  # tiles: one more chain than fits one go
-    cases = (
-        # shape, N, pattern, density, blocks, row_cost
+    products: tuple[Product, ...] = (
         ((201, 456), 13, "uniform", 0.05, 3, 2),
         ((201, 456), 16, "skewed", 0.4, 5, 0),
         ((130, 520), 9, "empty-tiles", 0.5, 2, 0),
@@ -173,38 +151,20 @@ def first_failure(build: emulator.BuildOptions) -> str | None:
         ((128, 256), 12, "uniform", 0.3, 4, 0),
         ((128, 192), 12, "uniform", 0.3, 3, 0),
     )
-    for seed in range(SEEDS):
-        for shape, n, pattern, density, blocks, row_cost in cases:
-            w = weight(pattern, shape, density, "fp16", seed=seed)
-            x = integers(np.random.default_rng(seed), (n, shape[1]), "fp16")
-            try:
-                split = {"blocks": blocks, "row_cost": row_cost}
-                y, _ = emulator.spmm(x, TiledCSL.from_dense(w), choice=choice, seed=seed, build=build, **split)
-            except emulator.EmulationError as error:
-                return f"{shape} seed {seed}: {error}"
-            wrong = np.argwhere(y != exact(x, w, "fp16"))
-            if wrong.size:
-                return f"{shape} seed {seed}: {len(wrong)} wrong outputs, first {wrong[0].tolist()}"
-    return None
+    return first_failure("tiled-csl", choice_for(build.arch), products, build)
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[str | None]]]:
-    """The outcome of every mutation, two at a time."""
-    folder = tmp_path_factory.mktemp("mutations")
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            m.name: pool.submit(lambda m=m, i=i: first_failure(build_of(m, m.arch, folder / f"m{i}")))
-            for i, m in enumerate(MUTATIONS)
-        }
-        pool.shutdown(cancel_futures=True)
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+    with outcomes(MUTATIONS, run, tmp_path_factory.mktemp("mutations")) as found:
+        yield found
 
 
 @pytest.mark.parametrize("arch", [MMA, WGMMA])
 def test_the_kernel_itself_passes(arch: str, tmp_path: Path) -> None:
-    assert first_failure(build_of(None, arch, tmp_path)) is None
+    assert run(build_of(None, arch, tmp_path)) is None
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_mutation_is_caught(mutation: Mutation, failures: dict[str, Future[str | None]]) -> None:
+def test_mutation_is_caught(mutation: Mutation, failures: Outcomes) -> None:
     assert failures[mutation.name].result() is not None, f"nothing noticed: {mutation.name}"

@@ -95,6 +95,51 @@ __global__ void plain(const int* x, int* y, int count) {
     if (kMistake == 2) y[i] = x[i] + 0x7fffffff;
 }
 
+// y[i] = the bytes of {x[i], x[i] + 1} turned round. Mistake 1: a selector that would copy signs, in the half that counts.
+template <int kMistake>
+__global__ void turn(const int* x, int* y) {
+    const unsigned low = static_cast<unsigned>(x[threadIdx.x]);
+    // The upper half of the selector is ignored, whatever it holds.
+    y[threadIdx.x] = static_cast<int>(ptx::permute(low, low + 1, kMistake == 1 ? 0x0923u : 0xffff0123u)) +
+                     static_cast<int>(ptx::dot4(0x01000201u, 0xff000a03u, 7u));
+}
+
+// y = x, 4 chunks of 512 bytes: warp 0 copies 16 bytes per lane to a ring of 2 stages, all warps read them, warp 1
+// writes. Mistake 1: it arrives without its copies, 2: a lane does not arrive, 3: a lane arrives twice, 4: a copy of 8
+// bytes, 5: the last chunk is not waited for, 6: no barrier before a stage is filled again, 7: arrives before it copies.
+template <int kMistake>
+__global__ void relay(const uint4* x, uint4* y) {
+    constexpr unsigned kStages = 2, kChunks = 4, kBytes = 512;
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned full = ptx::shared_address(shared), stages = full + 128;
+    auto fill = [&](unsigned chunk) {
+        const unsigned bar = full + chunk % kStages * 8;
+        if (warp != 0) return;
+        if (kMistake == 7) ptx::mbarrier_arrive_after_copies(bar);
+        ptx::copy_async16(true, stages + chunk % kStages * kBytes + lane * 16, x + chunk * 32 + lane,
+                          kMistake == 4 && lane == 3 ? 8 : 16);
+        if (kMistake == 1) ptx::mbarrier_arrive(bar);
+        else if (kMistake != 7 && (kMistake != 2 || lane != 5)) ptx::mbarrier_arrive_after_copies(bar);
+        if (kMistake == 3 && lane == 9) ptx::mbarrier_arrive_after_copies(bar);
+    };
+    if (threadIdx.x == 0) {
+        for (unsigned i = 0; i < kStages; ++i) ptx::mbarrier_init(full + i * 8, 32);
+        ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    for (unsigned chunk = 0; chunk < kStages; ++chunk) fill(chunk);
+    for (unsigned chunk = 0; chunk < kChunks; ++chunk) {
+        const unsigned stage = chunk % kStages;
+        if (kMistake == 5 && chunk == kChunks - 1) break;
+        ptx::mbarrier_wait(full + stage * 8, chunk / kStages % 2);
+        const uint4 value = ptx::load_shared(stages + stage * kBytes + (lane ^ 1) * 16);
+        if (warp == 1) y[chunk * 32 + (lane ^ 1)] = value;
+        if (kMistake != 6) __syncthreads();
+        if (chunk + kStages < kChunks) fill(chunk + kStages);
+    }
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // y = x, 8 chunks of 512 bytes per warp through its own ring of 3 stages. Mistake 1: no wait, 2: waits for the other
 // parity, 3: a stage is refilled before all lanes have read it, 4: fewer bytes announced than copied, 5: more, 6: none
@@ -195,6 +240,33 @@ __global__ void multiply(const uint4* a, const uint4* b, float* y) {
     }
     if (kMistake == 4) ptx::warpgroup_wait();
     __syncthreads();
+}
+
+// The same product with a in registers, one step after another. Mistake 1: no proxy fence, 2: no wait before the result
+// is used, 3: not committed, 4: no wgmma.fence, 5: b is overwritten before the wait, 6: one warp leaves out a step, 7:
+// half of a warp gives an address instead.
+template <int kMistake>
+__global__ void multiply_registers(const unsigned* a, const uint4* b, float* y) {
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned base = ptx::shared_address(shared);
+    const unsigned i = threadIdx.x, lane = i % 32, warp = i / 32;
+    if (i < 64) ptx::store_shared(base + i / 8 * 128 + ((i % 8 ^ i / 8) << 4), b[i]);
+    if (kMistake != 1) ptx::fence_async_proxy();
+    __syncthreads();
+    const unsigned* row = a + (warp * 16 + lane / 4) * 32 + lane % 4;
+    float sum[1][4] = {};
+    for (unsigned step = 0; step < (kMistake == 6 && warp == 2 ? 3 : 4); ++step) {
+        unsigned fragment[4] = {row[step * 8], row[step * 8 + 8 * 32], row[step * 8 + 4], row[step * 8 + 8 * 32 + 4]};
+        if (kMistake != 4) ptx::warpgroup_begin();
+        if (kMistake == 7 && lane > 15) ptx::warpgroup_mma<__half>(sum, ptx::operand(base), ptx::operand(base));
+        else ptx::warpgroup_mma<__half>(sum, fragment, ptx::operand(base) + step * 2);
+        if (kMistake != 3) ptx::warpgroup_commit();
+        for (unsigned& value : fragment) value = 0x7e007e00u;  // the next step's registers are others
+    }
+    if (kMistake == 5 && i < 8) ptx::store_shared(base + i * 16, make_uint4(0, 0, 0, 0));
+    if (kMistake != 2) ptx::warpgroup_wait();
+    for (unsigned r = 0; r < 4; ++r) y[(warp * 16 + lane / 4 + r / 2 * 8) * 8 + lane % 4 * 2 + r % 2] = sum[0][r];
+    if (kMistake == 2) ptx::warpgroup_wait();
 }
 #endif
 

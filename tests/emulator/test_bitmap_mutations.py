@@ -78,7 +78,7 @@ MUTATIONS = (
     Mutation("barriers are used before they are there", KERNEL, "    __syncwarp();\n    // Not the", "    // Not the"),
     Mutation("arrivals do not wait for copies", KERNEL, "arrive_after_copies(barrier)", "arrive(barrier)"),
     Mutation("one lane arrives", KERNEL, "kArrivals = bitmap::kLanes;", "kArrivals = 1;"),
-    Mutation("bytes of one part are announced", KERNEL, "barrier, bitmap::kChunk", "barrier, bitmap::kPartChunk", WGMMA),
+    Mutation("too few bytes are announced", KERNEL, "barrier, bitmap::kChunk", "barrier, bitmap::kPartChunk", WGMMA),
     Mutation("a part is not copied", KERNEL, "if (lane < bitmap::kParts) {", "if (lane < bitmap::kParts - 1) {", WGMMA),
     Mutation("the stage is overwritten under wgmma", KERNEL, "ptx::warpgroup_wait();  // the", "// the", WGMMA),
     Mutation("no proxy fence", KERNEL, "if constexpr (kWarpgroup) ptx::fence_async_proxy();", "", WGMMA),

@@ -37,11 +37,15 @@ REACH = [spec("reach", mistake, 2048) for mistake in range(7)]
 RING = [spec("ring", mistake, 128 + 4 * 3 * 512) for mistake in range(11)]
 SHARE = [spec("share", mistake, 128 + 2 * 512) for mistake in range(4)]
 MULTIPLY = [spec("multiply", mistake, 72 * 128) for mistake in range(9)]
+TURN = [spec("turn", mistake, 0) for mistake in range(2)]
+RELAY = [spec("relay", mistake, 128 + 2 * 512) for mistake in range(8)]
+REGISTERS = [spec("multiply_registers", mistake, 8 * 128) for mistake in range(8)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    emulator.preload([*ROTATE, *COPY, *MEET, *REACH, *RING, *SHARE, *MULTIPLY], build=BUILD)
+    copies = [*COPY, *RING, *SHARE, *RELAY]
+    emulator.preload([*ROTATE, *MEET, *REACH, *TURN, *copies, *MULTIPLY, *REGISTERS], build=BUILD)
 
 
 def rotate(kernel: KernelSpec, seed: int) -> bool:
@@ -96,14 +100,31 @@ def multiply(kernel: KernelSpec, seed: int) -> bool:
     return bool((y == a.astype(np.float32) @ b.astype(np.float32).T).all())
 
 
+def turn(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(128, dtype=np.int32) << 24 | 0x010203, np.zeros(128, np.int32)
+    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
+    return bool((y == x.byteswap() + (1 * 3 + 2 * 10 + 255 + 7)).all())
+
+
 def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> bool:
     return all(run(kernel, seed) for seed in SEEDS)
 
 
 @pytest.mark.parametrize(
     ("run", "kernels"),
-    [(rotate, ROTATE), (copy, COPY), (meet, MEET), (reach, REACH), (ring, RING), (share, SHARE), (multiply, MULTIPLY)],
-    ids=["rotate", "copy", "meet", "reach", "ring", "share", "multiply"],
+    [
+        (rotate, ROTATE),
+        (copy, COPY),
+        (meet, MEET),
+        (reach, REACH),
+        (ring, RING),
+        (share, SHARE),
+        (multiply, MULTIPLY),
+        (turn, TURN),
+        (share, RELAY),
+        (multiply, REGISTERS),
+    ],
+    ids=lambda value: value[0].name if isinstance(value, list) else "",
 )
 def test_no_report_without_a_mistake(run: Callable[[KernelSpec, int], bool], kernels: list[KernelSpec]) -> None:
     assert right_in_every_order(run, kernels[0])
@@ -121,7 +142,16 @@ def test_asynchronous_copies_not_waited_for(mistake: int) -> None:
 
 @pytest.mark.parametrize(
     ("run", "kernel"),
-    [(ring, RING[2]), (ring, RING[3]), (ring, RING[10]), (share, SHARE[1]), (share, SHARE[3])],
+    [
+        (ring, RING[2]),
+        (ring, RING[3]),
+        (ring, RING[10]),
+        (share, SHARE[1]),
+        (share, SHARE[3]),
+        (share, RELAY[1]),
+        (share, RELAY[6]),
+        (share, RELAY[7]),
+    ],
     ids=lambda value: value.label if isinstance(value, KernelSpec) else "",
 )
 def test_rings_out_of_step(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> None:
@@ -169,6 +199,17 @@ def test_missing_wait_shows_in_every_order() -> None:
         (multiply, MULTIPLY[6], r"missing wgmma.fence"),
         (multiply, MULTIPLY[7], r"race: operand a of wgmma.mma_async changed|missing proxy fence"),
         (multiply, MULTIPLY[8], r"divergent warpgroup: warp 0 has issued 4 wgmma.mma_async, warp 2 3"),
+        (turn, TURN[1], r"prmt: selector 0x0923 has a sign bit, which is not modelled"),
+        (share, RELAY[2], r"deadlock: .* wait for 1 arrivals and 0 bytes at the mbarrier"),
+        (share, RELAY[3], r"more than its 32 arrivals|deadlock"),
+        (share, RELAY[4], r"cp.async.mbarrier.arrive: after a copy of 8 bytes, expected 16"),
+        (share, RELAY[5], r"the block ends with \d+ bulk copies not waited for"),
+        (multiply, REGISTERS[1], r"missing proxy fence: wgmma.mma_async reads operand b"),
+        (multiply, REGISTERS[3], r"ends with 4 wgmma.mma_async not waited for"),
+        (multiply, REGISTERS[4], r"missing wgmma.fence"),
+        (multiply, REGISTERS[5], r"race: operand b of wgmma.mma_async changed"),
+        (multiply, REGISTERS[6], r"divergent warpgroup: warp 0 has issued 4 wgmma.mma_async, warp 2 3"),
+        (multiply, REGISTERS[7], r"wgmma.mma_async: lanes 0 and 16 give different descriptors or shapes"),
     ],
     ids=lambda value: value.label if isinstance(value, KernelSpec) else "",
 )  # fmt: skip
@@ -182,8 +223,10 @@ def test_reports(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec, mes
 def test_accumulators_read_before_the_wait_are_nan() -> None:
     a, b = np.ones((64, 64), np.float16), np.ones((8, 64), np.float16)
     y: NDArray[Any] = np.zeros((64, 8), np.float32)
-    emulator.launch(MULTIPLY[4], (1,), (a, b, y), build=BUILD)
-    assert np.isnan(y).all()
+    for kernel in (MULTIPLY[4], REGISTERS[2]):
+        y[:] = 0
+        emulator.launch(kernel, (1,), (a, b, y), build=BUILD)
+        assert np.isnan(y).all()
 
 
 def test_shared_memory_that_nobody_wrote_is_poisoned() -> None:

@@ -13,29 +13,37 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_encode import assert_same, decode, encode
+import test_encode
+import test_encode_bitmap
 
-from flashllm import TiledCSL
+from flashllm import TiledCSL, registry
 from flashllm.backends import emulator
 from flashllm.backends.emulator import BuildOptions
+from flashllm.formats.bitmap import Bitmap
 from flashllm.jit.spec import KernelSpec
-from flashllm.matmul import tiled_csl
-from products import assert_exact, exact, integers, weight
+from products import assert_exact, exact, integers, packed, weight
 
 
 def products() -> None:
     """Odd shapes, dense and empty tiles, both tensor-core paths, shared rows of tiles, one block."""
-    cases = (("80", 9, (130, 200), "skewed"), ("90a", 33, (130, 200), "full"), ("90a", 5, (129, 77), "empty-tiles"))
+    cases = (
+        ("tiled-csl", "80", 9, (130, 200), "skewed"),
+        ("tiled-csl", "90a", 33, (130, 200), "full"),
+        ("tiled-csl", "90a", 5, (129, 77), "empty-tiles"),
+        ("bitmap", "80", 9, (130, 700), "skewed"),
+        ("bitmap", "90a", 33, (130, 200), "full"),
+        ("bitmap", "90a", 5, (129, 770), "empty-tiles"),
+    )
     jobs = []
-    for arch, n, shape, pattern in cases:
+    for name, arch, n, shape, pattern in cases:
         w = weight(pattern, shape, 0.4, "fp16")
-        packed = TiledCSL.from_dense(w)
-        choice = tiled_csl.default_choice(packed, n, arch=arch)
+        sparse = packed(name, w)
+        choice = registry.kernel(name).default_choice(sparse, n, arch=arch)
         emulator.preload([choice.spec], build=BuildOptions(arch=arch, sanitize=True))
-        jobs.append((arch, integers(np.random.default_rng(n), (n, shape[1]), "fp16"), w, packed))
-    for arch, x, w, packed in jobs:
+        jobs.append((arch, integers(np.random.default_rng(n), (n, shape[1]), "fp16"), w, sparse))
+    for arch, x, w, sparse in jobs:
         for seed, blocks in enumerate((1, 2, None)):
-            got, _ = emulator.spmm(x, packed, arch=arch, seed=seed, blocks=blocks, sanitize=True)
+            got, _ = emulator.spmm(x, sparse, arch=arch, seed=seed, blocks=blocks, sanitize=True)
             assert_exact(got, exact(x, w, "fp16"))
 
 
@@ -43,8 +51,12 @@ def encoders() -> None:
     a = weight("skewed", (130, 131), 0.4, "fp16").view(np.uint16)
     for order in ("bank", "row"):
         want = TiledCSL.from_dense(a.view(np.float16), order=order)
-        assert_same(encode(a, "fp16", order, sanitize=True)[0], want)
-        np.testing.assert_array_equal(decode(want, sanitize=True), a)
+        test_encode.assert_same(test_encode.encode(a, "fp16", order, sanitize=True)[0], want)
+        np.testing.assert_array_equal(test_encode.decode(want, sanitize=True), a)
+    a = weight("skewed", (130, 600), 0.4, "fp16").view(np.uint16)
+    bitmap = Bitmap.from_dense(a.view(np.float16))
+    test_encode_bitmap.assert_same(test_encode_bitmap.encode(a, "fp16", sanitize=True)[0], bitmap)
+    np.testing.assert_array_equal(test_encode_bitmap.decode(bitmap, sanitize=True), a)
 
 
 def plain(mistake: int) -> None:

@@ -62,9 +62,18 @@ def test_every_kernel_source_has_a_spec() -> None:
     assert all((root / source).is_file() and not Path(source).is_absolute() for source in used)
 
 
-@pytest.mark.parametrize("function", ["ring", "share"])
-def test_rings_of_bulk_copies_compile(function: str, tmp_path: Path) -> None:
-    """Wrappers that no kernel of the package uses yet, through the kernels that try the emulator."""
+@pytest.mark.parametrize(
+    ("function", "archs"),
+    [
+        ("ring", ("90a", "100a", "120a")),
+        ("share", ("90a", "100a", "120a")),
+        ("turn", ALL_ARCHS),
+        ("relay", ALL_ARCHS),
+        ("multiply_registers", ("90a",)),
+    ],
+)
+def test_kernels_that_try_the_emulator_compile(function: str, archs: tuple[str, ...], tmp_path: Path) -> None:
+    """What the emulator does for their instructions is what a compiler takes for them."""
     shutil.copytree(cuda_root(), tmp_path / "cuda")
     shutil.copy(BROKEN, tmp_path / "cuda")
     spec = KernelSpec(
@@ -73,7 +82,7 @@ def test_rings_of_bulk_copies_compile(function: str, tmp_path: Path) -> None:
         function=f"broken::{function}",
         template=(("kMistake", "0"),),
         threads=128,
-        archs=("90a", "100a", "120a"),
+        archs=archs,
     )
     jobs = [(spec, arch) for arch in spec.archs]
     for result in compile_many(jobs, source_root=tmp_path / "cuda", cache_dir=tmp_path / "kernels"):

@@ -105,8 +105,8 @@ __global__ void turn(const int* x, int* y) {
 }
 
 // y = x, 4 chunks of 512 bytes: warp 0 copies 16 bytes per lane to a ring of 2 stages, all warps read them, warp 1
-// writes. Mistake 1: it arrives without its copies, 2: a lane does not arrive, 3: a lane arrives twice, 4: a copy of 8
-// bytes, 5: the last chunk is not waited for, 6: no barrier before a stage is filled again, 7: arrives before it copies.
+// writes. Mistake 1: it arrives before it copies, 2: a lane does not arrive, 3: a lane arrives twice, 4: a copy of 8
+// bytes, 5: the last chunk is not waited for, 6: no barrier before a stage is filled again.
 template <int kMistake>
 __global__ void relay(const uint4* x, uint4* y) {
     constexpr unsigned kStages = 2, kChunks = 4, kBytes = 512;
@@ -116,11 +116,10 @@ __global__ void relay(const uint4* x, uint4* y) {
     auto fill = [&](unsigned chunk) {
         const unsigned bar = full + chunk % kStages * 8;
         if (warp != 0) return;
-        if (kMistake == 7) ptx::mbarrier_arrive_after_copies(bar);
+        if (kMistake == 1) ptx::mbarrier_arrive_after_copies(bar);
         ptx::copy_async16(true, stages + chunk % kStages * kBytes + lane * 16, x + chunk * 32 + lane,
                           kMistake == 4 && lane == 3 ? 8 : 16);
-        if (kMistake == 1) ptx::mbarrier_arrive(bar);
-        else if (kMistake != 7 && (kMistake != 2 || lane != 5)) ptx::mbarrier_arrive_after_copies(bar);
+        if (kMistake != 1 && (kMistake != 2 || lane != 5)) ptx::mbarrier_arrive_after_copies(bar);
         if (kMistake == 3 && lane == 9) ptx::mbarrier_arrive_after_copies(bar);
     };
     if (threadIdx.x == 0) {

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import test_bitmap_encode
 import test_encode
-import test_encode_bitmap
 
 from flashllm import TiledCSL, registry
 from flashllm.backends import emulator
@@ -55,8 +55,8 @@ def encoders() -> None:
         np.testing.assert_array_equal(test_encode.decode(want, sanitize=True), a)
     a = weight("skewed", (130, 600), 0.4, "fp16").view(np.uint16)
     bitmap = Bitmap.from_dense(a.view(np.float16))
-    test_encode_bitmap.assert_same(test_encode_bitmap.encode(a, "fp16", sanitize=True)[0], bitmap)
-    np.testing.assert_array_equal(test_encode_bitmap.decode(bitmap, sanitize=True), a)
+    test_bitmap_encode.assert_same(test_bitmap_encode.encode(a, "fp16", sanitize=True)[0], bitmap)
+    np.testing.assert_array_equal(test_bitmap_encode.decode(bitmap, sanitize=True), a)
 
 
 def plain(mistake: int) -> None:

@@ -38,7 +38,7 @@ RING = [spec("ring", mistake, 128 + 4 * 3 * 512) for mistake in range(11)]
 SHARE = [spec("share", mistake, 128 + 2 * 512) for mistake in range(4)]
 MULTIPLY = [spec("multiply", mistake, 72 * 128) for mistake in range(9)]
 TURN = [spec("turn", mistake, 0) for mistake in range(2)]
-RELAY = [spec("relay", mistake, 128 + 2 * 512) for mistake in range(8)]
+RELAY = [spec("relay", mistake, 128 + 2 * 512) for mistake in range(7)]
 REGISTERS = [spec("multiply_registers", mistake, 8 * 128) for mistake in range(8)]
 
 
@@ -150,7 +150,6 @@ def test_asynchronous_copies_not_waited_for(mistake: int) -> None:
         (share, SHARE[3]),
         (share, RELAY[1]),
         (share, RELAY[6]),
-        (share, RELAY[7]),
     ],
     ids=lambda value: value.label if isinstance(value, KernelSpec) else "",
 )

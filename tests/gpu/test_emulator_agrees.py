@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashllm import TiledCSL, plan, spmm
+from flashllm import plan, registry, spmm
 from flashllm.backends import emulator
 from flashllm.device import device_facts
-from flashllm.matmul import tiled_csl
-from products import choice_of, integers, weight
+from products import choice_of, format_of, integers, packed, weight
+
+SPECS = tuple(dict.fromkeys(spec for name in registry.FORMATS for spec in registry.kernel(name).specs()))
 
 
-@pytest.mark.parametrize("spec", tiled_csl.specs(), ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
 def test_equal_bits(cp: Any, spec: Any) -> None:
     arch = device_facts().arch
     if (reason := emulator.available()) is not None:
@@ -25,10 +26,10 @@ def test_equal_bits(cp: Any, spec: Any) -> None:
     choice = choice_of(spec)
     shape = (264, 520) if choice.aligned else (263, 519)
     for seed, (pattern, density) in enumerate((("uniform", 0.15), ("skewed", 0.4), ("empty-tiles", 0.9))):
-        packed = TiledCSL.from_dense(weight(pattern, shape, density, choice.dtype, seed=seed))
+        host = packed(format_of(spec), weight(pattern, shape, density, choice.dtype, seed=seed))
         x = integers(np.random.default_rng(seed), (choice.n_block, shape[1]), choice.dtype)
-        emulated, _ = emulator.spmm(x, packed, choice=choice, arch=arch, seed=seed)
-        device = packed.to_device()
+        emulated, _ = emulator.spmm(x, host, choice=choice, arch=arch, seed=seed)
+        device = host.to_device()
         bits = cp.asarray(x.view(np.uint16))
         operand = bits.view(np.float16) if choice.dtype == "fp16" else bits
         got = spmm(operand, device, plan=plan(device, len(x), choice=choice)).get()

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashllm import TiledCSL, plan, spmm
+from flashllm import TiledCSL, plan, registry, spmm
 from flashllm.backends import cuda
 from flashllm.bench import bandwidth, data
 from flashllm.encode.tiled_csl import decode
-from products import assert_exact, exact, integers, weight
+from flashllm.formats.bitmap import Bitmap
+from products import assert_exact, exact, integers, packed, weight
 from weight_cases import matrix, pruned
 
 pytestmark = pytest.mark.sanitize
@@ -35,36 +36,60 @@ SHAPES = (
 )
 
 
+@pytest.mark.parametrize("name", registry.FORMATS)
 @pytest.mark.parametrize("n", [5, 16, 32, 65])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products(cp: Any, shape: tuple[int, int], n: int) -> None:
-    """At a density that fits the registers, and at one that exceeds them."""
+def test_products(cp: Any, shape: tuple[int, int], n: int, name: str) -> None:
+    """At a density that fits the registers of the Tiled-CSL kernel, and at one that exceeds them."""
     x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")
     for density in (0.15, 0.6):
         w = weight("uniform", shape, density, "fp16", seed=n)
-        packed = TiledCSL.from_dense(w).to_device()
-        assert_exact(spmm(cp.asarray(x), packed).get(), exact(x, w, "fp16"))
+        sparse = packed(name, w).to_device()
+        assert_exact(spmm(cp.asarray(x), sparse).get(), exact(x, w, "fp16"))
 
 
+@pytest.mark.parametrize("name", registry.FORMATS)
 @pytest.mark.parametrize(("blocks", "row_cost"), [(2, 0), (7, 2), (11, 0)])
-def test_products_of_forced_splits(cp: Any, blocks: int, row_cost: int) -> None:
+def test_products_of_forced_splits(cp: Any, blocks: int, row_cost: int, name: str) -> None:
     """Rows of tiles shared by two blocks and by many, and rows that a block completes within its run."""
     for n in (8, 16, 64):
         w = weight("uniform", (640, 500), 0.2, "fp16", seed=n)
         x = integers(np.random.default_rng(n), (n, 500), "fp16")
-        packed = TiledCSL.from_dense(w).to_device()
-        chosen = plan(packed, n)
+        sparse = packed(name, w).to_device()
+        chosen = plan(sparse, n)
         chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=row_cost))
-        assert_exact(spmm(cp.asarray(x), packed, plan=chosen).get(), exact(x, w, "fp16"))
+        assert_exact(spmm(cp.asarray(x), sparse, plan=chosen).get(), exact(x, w, "fp16"))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encoder_and_decoder(cp: Any, shape: tuple[int, int]) -> None:
     for order in ("bank", "row"):
         a = matrix("uniform", *shape, 0.3, 1, "fp16")
-        packed = TiledCSL.from_dense(cp.asarray(a), order=order)
-        np.testing.assert_array_equal(packed.words.get(), TiledCSL.from_dense(a, order=order).words)
-        np.testing.assert_array_equal(decode(packed).get().view(np.uint16), pruned(a))
+        sparse = TiledCSL.from_dense(cp.asarray(a), order=order)
+        np.testing.assert_array_equal(sparse.words.get(), TiledCSL.from_dense(a, order=order).words)
+        np.testing.assert_array_equal(decode(sparse).get().view(np.uint16), pruned(a))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bitmap_encoder_and_decoder(cp: Any, shape: tuple[int, int]) -> None:
+    for density in (0.05, 0.6):
+        a = matrix("skewed", *shape, density, 1, "fp16")
+        sparse, want = Bitmap.from_dense(cp.asarray(a)), Bitmap.from_dense(a)
+        for name, array in want.arrays().items():
+            np.testing.assert_array_equal(getattr(sparse, name).get(), array)
+        np.testing.assert_array_equal(sparse.to_dense().get().view(np.uint16), pruned(a))
+
+
+@pytest.mark.parametrize("n", [8, 40])
+def test_products_while_the_ring_of_values_turns(cp: Any, n: int) -> None:
+    """Long runs at densities that keep the ring of the bitmap kernel full; runs that start amid stored lags."""
+    for pattern, shape, blocks in (("full", (128, 2560), 1), ("skewed", (256, 1536), 7), ("column", (130, 1216), 19)):
+        w = weight(pattern, shape, 0.5, "fp16", seed=n)
+        x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")
+        sparse = Bitmap.from_dense(w).to_device()
+        chosen = plan(sparse, n)
+        chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=0))
+        assert_exact(spmm(cp.asarray(x), sparse, plan=chosen).get(), exact(x, w, "fp16"))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

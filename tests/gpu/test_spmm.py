@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``spmm`` with Tiled-CSL on a GPU: exact on integers, within the bound on random values, safe at its edges."""
+"""``spmm`` on a GPU, with every format: exact on integers, within the bound on random values, safe at its edges."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashllm import ArgumentError, TiledCSL, plan, spmm
+from flashllm import ArgumentError, SparseWeight, TiledCSL, plan, registry, spmm
 from flashllm.bench.check import error_over_bound, make_reference
 from flashllm.device import device_facts
-from flashllm.matmul import tiled_csl
-from products import NUMPY_DTYPE, assert_exact, choice_of, exact, integers, weight
+from flashllm.matmul.kernel import KernelChoice
+from products import NUMPY_DTYPE, assert_exact, choice_of, exact, format_of, integers, packed, weight
 from weight_cases import PATTERNS
 
 N_VALUES = (1, 5, 7, 8, 12, 16, 17, 24, 32, 48, 64, 96, 100, 128, 200)
 SHAPES = ((1, 1), (7, 9), (127, 65), (128, 64), (129, 63), (130, 520), (256, 1000), (384, 2048), (1000, 777))
+every_format = pytest.mark.parametrize("name", registry.FORMATS)
+SPECS = tuple(dict.fromkeys(spec for name in registry.FORMATS for spec in registry.kernel(name).specs()))
+ENCODINGS = [(name, encoding) for name in registry.FORMATS for encoding in registry.weight_class(name).ENCODINGS]
 CANARY = 512
 """Elements of guard on each side of an output."""
 
@@ -39,14 +42,18 @@ class Fenced:
         return host[CANARY:-CANARY].reshape(self.bits.shape).view(NUMPY_DTYPE[dtype])
 
 
-def multiply(cp: Any, x: NDArray[Any], w: TiledCSL, choice: tiled_csl.Choice | None = None) -> NDArray[Any]:
+def multiply(
+    cp: Any, x: NDArray[Any], w: SparseWeight, choice: KernelChoice | None = None, **split: int
+) -> NDArray[Any]:
+    """The product, in a poisoned and fenced output; ``split`` replaces fields of the plan's split."""
     fenced = Fenced(cp, x.shape[0], w.shape[0])
     x_bits = cp.asarray(np.ascontiguousarray(x).view(np.uint16))
     out = fenced.bits.view(np.float16) if w.dtype == "fp16" else fenced.bits
     x_device = x_bits.view(np.float16) if w.dtype == "fp16" else x_bits
     chosen = plan(w, x.shape[0], choice=choice)
+    chosen = replace(chosen, split=replace(chosen.split, **split)) if split else chosen
     workspace = cp.zeros(max(chosen.workspace_bytes, 16), np.uint8)
-    counters = 4 * w.tiles[0] * chosen.grid[1] if chosen.workspace_bytes else 0
+    counters = chosen.split.counter_bytes
     for _ in range(2):  # the second call finds the counters as the first left them
         fenced.buffer[CANARY:-CANARY] = 0x7E5A
         spmm(x_device, w, out=out, workspace=workspace, plan=chosen)
@@ -54,39 +61,42 @@ def multiply(cp: Any, x: NDArray[Any], w: TiledCSL, choice: tiled_csl.Choice | N
     return fenced.read(w.dtype)
 
 
+@every_format
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("n", N_VALUES)
-def test_exact_for_every_n(cp: Any, n: int, dtype: str) -> None:
+def test_exact_for_every_n(cp: Any, n: int, dtype: str, name: str) -> None:
     rng = np.random.default_rng(n)
     for shape, density in (((300, 456), 0.2), ((129, 333), 0.3), ((512, 1024), 0.1)):
         w = weight("uniform", shape, density, dtype, seed=n)
         x = integers(rng, (n, shape[1]), dtype)
-        assert_exact(multiply(cp, x, TiledCSL.from_dense(w).to_device()), exact(x, w, dtype))
+        assert_exact(multiply(cp, x, packed(name, w).to_device()), exact(x, w, dtype))
 
 
+@every_format
 @pytest.mark.parametrize("shape", SHAPES)
-def test_exact_for_odd_shapes(cp: Any, shape: tuple[int, int]) -> None:
+def test_exact_for_odd_shapes(cp: Any, shape: tuple[int, int], name: str) -> None:
     rng = np.random.default_rng(1)
     for n in (1, 16, 33, 65):
         w = weight("uniform", shape, 0.25, "fp16")
         x = integers(rng, (n, shape[1]), "fp16")
-        assert_exact(multiply(cp, x, TiledCSL.from_dense(w).to_device()), exact(x, w, "fp16"))
+        assert_exact(multiply(cp, x, packed(name, w).to_device()), exact(x, w, "fp16"))
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("order", ["bank", "row"])
+@pytest.mark.parametrize(("name", "encoding"), ENCODINGS)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_exact_for_every_pattern(cp: Any, pattern: str, order: str) -> None:
+def test_exact_for_every_pattern(cp: Any, pattern: str, name: str, encoding: str) -> None:
+    options = registry.weight_class(name).ENCODINGS[encoding]
     rng = np.random.default_rng(2)
     for n, density in ((8, 0.1), (16, 0.3), (64, 0.5)):
         w = weight(pattern, (384, 456), density, "fp16", seed=n)
         x = integers(rng, (n, 456), "fp16")
-        assert_exact(multiply(cp, x, TiledCSL.from_dense(w, order=order).to_device()), exact(x, w, "fp16"))
+        assert_exact(multiply(cp, x, packed(name, w, **options).to_device()), exact(x, w, "fp16"))
 
 
-@pytest.mark.parametrize("spec", tiled_csl.specs(), ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
 def test_exact_for_every_instance(cp: Any, spec: Any) -> None:
-    """Each compiled instance, at densities below, at and above what its registers hold."""
+    """Each compiled instance, at densities below, at and above what the registers of the Tiled-CSL kernel hold."""
     facts = device_facts()
     if not spec.supports(facts.arch):
         pytest.skip(f"no path for {facts.arch} on this gpu")
@@ -96,128 +106,137 @@ def test_exact_for_every_instance(cp: Any, spec: Any) -> None:
     for pattern, density in masks:
         w = weight(pattern, shape, density, choice.dtype)
         x = integers(np.random.default_rng(3), (choice.n_block - 1, shape[1]), choice.dtype)
-        assert_exact(multiply(cp, x, TiledCSL.from_dense(w).to_device(), choice), exact(x, w, choice.dtype))
+        assert_exact(multiply(cp, x, packed(format_of(spec), w).to_device(), choice), exact(x, w, choice.dtype))
 
 
+@every_format
 @pytest.mark.parametrize("blocks_per_sm", [1, 2, 3, 6])
-def test_exact_for_every_split(cp: Any, blocks_per_sm: int) -> None:
+def test_exact_for_every_split(cp: Any, blocks_per_sm: int, name: str) -> None:
     """Rows of tiles shared by many blocks, by two, and blocks that span many rows."""
     rng = np.random.default_rng(4)
     for shape in ((128, 64 * 700), (128 * 90, 64), (128 * 30, 64 * 30), (128 * 200, 192)):
         w = weight("uniform", shape, 0.1, "fp16")
-        packed = TiledCSL.from_dense(w).to_device()
+        sparse = packed(name, w).to_device()
         x = integers(rng, (9, shape[1]), "fp16")
-        base = tiled_csl.default_choice(packed, 9, arch=device_facts().arch)
+        base = registry.kernel(name).default_choice(sparse, 9, arch=device_facts().arch)
         forced = replace(base, blocks_per_sm=blocks_per_sm)
-        assert_exact(multiply(cp, x, packed, forced), exact(x, w, "fp16"))
+        assert_exact(multiply(cp, x, sparse, forced), exact(x, w, "fp16"))
 
 
+@every_format
 @pytest.mark.parametrize("n", [8, 12, 32, 64])
-def test_exact_where_ends_of_rows_are_weighed(cp: Any, n: int) -> None:
+def test_exact_where_ends_of_rows_are_weighed(cp: Any, n: int, name: str) -> None:
     shape = (128 * 37, 64 * 120)  # long runs that no number of blocks cuts at the ends of rows
     w = weight("uniform", shape, 0.05, "fp16")
-    packed = TiledCSL.from_dense(w).to_device()
+    sparse = packed(name, w).to_device()
     x = integers(np.random.default_rng(14), (n, shape[1]), "fp16")
-    assert plan(packed, n).split.row_cost > 0
-    assert_exact(multiply(cp, x, packed), exact(x, w, "fp16"))
+    assert plan(sparse, n).split.row_cost > 0
+    assert_exact(multiply(cp, x, sparse), exact(x, w, "fp16"))
 
 
+@every_format
 @pytest.mark.parametrize("n", [9, 33, 64])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5])
-def test_exact_for_few_blocks(cp: Any, blocks: int, n: int) -> None:
+def test_exact_for_few_blocks(cp: Any, blocks: int, n: int, name: str) -> None:
     """Blocks that compute rows alone, in several chains of accumulation, before and between shared rows."""
     rng = np.random.default_rng(12)
     shape = (128 * 4, 64 * 410)
     w = weight("uniform", shape, 0.01, "fp16")
-    packed = TiledCSL.from_dense(w).to_device()
-    chosen = plan(packed, n)
+    sparse = packed(name, w).to_device()
+    chosen = plan(sparse, n)
     assert chosen.split.max_chain <= 410 // 2
     chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=0))
     x = integers(rng, (n, shape[1]), "fp16")
     workspace = cp.zeros(chosen.workspace_bytes, np.uint8)
-    out = spmm(cp.asarray(x), packed, workspace=workspace, plan=chosen)
+    out = spmm(cp.asarray(x), sparse, workspace=workspace, plan=chosen)
     assert_exact(out.get(), exact(x, w, "fp16"))
 
 
-def test_drift_of_long_sums_stays_within_the_bound(cp: Any) -> None:
+@every_format
+def test_drift_of_long_sums_stays_within_the_bound(cp: Any, name: str) -> None:
     """One block, the K of OPT-175B, few nonzeros: the longest chains, and the least slack in the bound."""
     rng = np.random.default_rng(13)
     w = rng.standard_normal((1024, 12288)).astype(np.float16)
     w[rng.random(w.shape) >= 0.1] = 0
-    packed = TiledCSL.from_dense(w).to_device()
+    sparse = packed(name, w).to_device()
     x = rng.standard_normal((64, w.shape[1])).astype(np.float16)
-    chosen = plan(packed, 64)
+    chosen = plan(sparse, 64)
     chosen = replace(chosen, split=replace(chosen.split, blocks=1, row_cost=0))
     workspace = cp.zeros(chosen.workspace_bytes, np.uint8)
-    got = spmm(cp.asarray(x), packed, workspace=workspace, plan=chosen).get()
+    got = spmm(cp.asarray(x), sparse, workspace=workspace, plan=chosen).get()
     reference = make_reference(x.astype(np.float64), w.astype(np.float64), np.arange(1024), "fp16")
     assert error_over_bound(got.astype(np.float64), reference) <= 1.0
 
 
+@every_format
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("n", [8, 16, 32, 64])
-def test_random_values_stay_within_the_bound(cp: Any, n: int, dtype: str) -> None:
+def test_random_values_stay_within_the_bound(cp: Any, n: int, dtype: str, name: str) -> None:
     rng = np.random.default_rng(5)
     w = rng.standard_normal((1024, 8192)).astype(NUMPY_DTYPE[dtype])
     w[rng.random(w.shape) >= 0.2] = 0
     x = rng.standard_normal((n, 8192)).astype(NUMPY_DTYPE[dtype])
-    got = multiply(cp, x, TiledCSL.from_dense(w).to_device())
+    got = multiply(cp, x, packed(name, w).to_device())
     reference = make_reference(x.astype(np.float64), w.astype(np.float64), np.arange(1024), dtype)
     assert error_over_bound(got.astype(np.float64), reference) <= 1.0
 
 
-def test_overflow_rounds_to_infinity(cp: Any) -> None:
+@every_format
+def test_overflow_rounds_to_infinity(cp: Any, name: str) -> None:
     w = np.full((128, 64), 60000, np.float16)
     x = np.ones((1, 64), np.float16)
-    assert np.isposinf(multiply(cp, x, TiledCSL.from_dense(w).to_device())).all()
+    assert np.isposinf(multiply(cp, x, packed(name, w).to_device())).all()
 
 
-def test_nan_and_infinity_multiply_as_in_dense_arithmetic(cp: Any) -> None:
+@every_format
+def test_nan_and_infinity_multiply_as_in_dense_arithmetic(cp: Any, name: str) -> None:
     w = weight("uniform", (256, 128), 0.3, "fp16")
     w[3, 5], w[200, 100], w[10, 64] = np.nan, np.inf, -np.inf
     x = integers(np.random.default_rng(6), (8, 128), "fp16")
     x[2, 70] = np.inf  # meets pruned zeros in every row of W: NaN, as in a dense product
     with np.errstate(invalid="ignore"):
         want = (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float16)
-    got = multiply(cp, x, TiledCSL.from_dense(w).to_device())
+    got = multiply(cp, x, packed(name, w).to_device())
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     np.testing.assert_array_equal(got[~np.isnan(got)], want[~np.isnan(want)])
 
 
-def test_hundred_runs_and_two_streams_give_the_same_bits(cp: Any) -> None:
+@every_format
+def test_hundred_runs_and_two_streams_give_the_same_bits(cp: Any, name: str) -> None:
     rng = np.random.default_rng(7)
     w = rng.standard_normal((2048, 4096)).astype(np.float16)
     w[rng.random(w.shape) >= 0.3] = 0
-    packed = TiledCSL.from_dense(w).to_device()
+    sparse = packed(name, w).to_device()
     x = cp.asarray(rng.standard_normal((16, 4096)).astype(np.float16))
-    first = spmm(x, packed)
-    chosen = plan(packed, 16)
+    first = spmm(x, sparse)
+    chosen = plan(sparse, 16)
     streams = [cp.cuda.Stream(non_blocking=True) for _ in range(2)]
     workspaces = [cp.zeros(chosen.workspace_bytes, np.uint8) for _ in streams]
     outs = [cp.empty_like(first) for _ in range(100)]
     cp.cuda.Device().synchronize()
     for i, out in enumerate(outs):
-        spmm(x, packed, out=out, workspace=workspaces[i % 2], stream=streams[i % 2], plan=chosen)
+        spmm(x, sparse, out=out, workspace=workspaces[i % 2], stream=streams[i % 2], plan=chosen)
     cp.cuda.Device().synchronize()
     for out in outs:
         assert (out.view(np.uint16) == first.view(np.uint16)).all()
 
 
-def test_captures_in_a_graph_without_allocating(cp: Any) -> None:
+@every_format
+def test_captures_in_a_graph_without_allocating(cp: Any, name: str) -> None:
     w = weight("uniform", (512, 512), 0.2, "fp16")
-    packed = TiledCSL.from_dense(w).to_device()
+    sparse = packed(name, w).to_device()
     x_host = integers(np.random.default_rng(8), (16, 512), "fp16")
-    x, chosen = cp.asarray(x_host), plan(packed, 16)
+    x, chosen = cp.asarray(x_host), plan(sparse, 16)
     out = cp.zeros((16, 512), np.float16)
     workspace = cp.zeros(max(chosen.workspace_bytes, 16), np.uint8)
     stream = cp.cuda.Stream(non_blocking=True)
-    spmm(x, packed, out=out, workspace=workspace, plan=chosen)
+    spmm(x, sparse, out=out, workspace=workspace, plan=chosen)
     cp.cuda.Device().synchronize()
     pool = cp.get_default_memory_pool()
     before = pool.total_bytes(), pool.used_bytes()
     with stream:
         stream.begin_capture()
-        spmm(x, packed, out=out, workspace=workspace, stream=stream, plan=chosen)
+        spmm(x, sparse, out=out, workspace=workspace, stream=stream, plan=chosen)
         graph = stream.end_capture()
     assert (pool.total_bytes(), pool.used_bytes()) == before
     out.fill(cp.nan)
@@ -228,15 +247,17 @@ def test_captures_in_a_graph_without_allocating(cp: Any) -> None:
     assert_exact(out.get(), exact(x_host, w, "fp16"))
 
 
-def test_takes_dlpack_input(cp: Any) -> None:
+@every_format
+def test_takes_dlpack_input(cp: Any, name: str) -> None:
     torch = pytest.importorskip("torch")
     w = weight("uniform", (256, 320), 0.2, "fp16")
     x = integers(np.random.default_rng(9), (4, 320), "fp16")
-    got = spmm(torch.from_numpy(x).cuda(), TiledCSL.from_dense(w).to_device())
+    got = spmm(torch.from_numpy(x).cuda(), packed(name, w).to_device())
     assert_exact(got.get(), exact(x, w, "fp16"))
 
 
-def test_more_than_2_to_the_31_elements(cp: Any) -> None:
+@every_format
+def test_more_than_2_to_the_31_elements(cp: Any, name: str) -> None:
     rows, columns = 65536, 33024
     assert rows * columns > 2**31
     if cp.cuda.runtime.memGetInfo()[0] < 8 << 30:
@@ -247,9 +268,9 @@ def test_more_than_2_to_the_31_elements(cp: Any) -> None:
     c = cp.asarray(rng.integers(0, columns, 200_000))
     dense[r, c] = 1
     dense[rows - 1, columns - 1] = 2
-    packed = TiledCSL.from_dense(dense)
+    sparse = packed(name, dense)
     x = cp.asarray(rng.integers(-4, 5, (8, columns)).astype(np.float16))
-    got = spmm(x, packed)
+    got = spmm(x, sparse)
     for first in range(0, rows, 8192):
         part = dense[first : first + 8192].astype(np.float32) @ x.astype(np.float32).T
         assert (got[:, first : first + 8192] == part.T.astype(np.float16)).all()
@@ -290,11 +311,12 @@ def test_bf16_arrays_and_their_bits_agree(cp: Any) -> None:
     assert_exact(bits.get().view(ml_dtypes.bfloat16), exact(x, w.to_host().to_dense(), "bf16"))
 
 
-def test_tune_stores_what_plan_then_takes(cp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_format
+def test_tune_stores_what_plan_then_takes(cp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from flashllm.matmul.tune import tune
 
     monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path))
-    w = TiledCSL.from_dense(weight("uniform", (512, 1024), 0.1, "fp16")).to_device()
+    w = packed(name, weight("uniform", (512, 1024), 0.1, "fp16")).to_device()
     assert plan(w, 16).source == "auto"
     (result,) = tune(w, [16])
     assert result.measured > 1

@@ -75,6 +75,14 @@ def test_verify_one_kernel(no_gpu: None) -> None:
     assert "the GPU's kernels emulated on this CPU" in result.stderr
 
 
+def test_bench_of_another_format(no_gpu: None) -> None:
+    result = _run(bench.command, *CASE, "--format", "bitmap", "--json")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["format"], row["check"]) for row in rows] == [("bitmap", "pass")] * 4
+    assert all(row["kernel"].startswith("bitmap<T=__half") for row in rows)
+
+
 def test_verify_names_the_first_wrong_element(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = emulator.spmm
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import weight_cases as cases
+from flashllm import registry
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.io.container import load_weight, load_weights, save_weights
@@ -264,11 +265,14 @@ def test_malformed_bytes(tmp_path: Path, name: str) -> None:
     assert error.value.field == field
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.mark.parametrize("name", registry.FORMATS)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_damaged_bytes_give_format_errors_only(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_bytes_give_format_errors_only(
+    name: str, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "w"
-    TiledCSL.from_dense(cases.matrix("uniform", 20, 20, 0.3, 1, "fp16")).save(path)
+    registry.weight_class(name).from_dense(cases.matrix("uniform", 20, 20, 0.3, 1, "fp16")).save(path)
     raw = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))

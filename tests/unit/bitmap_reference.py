@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bitmap written down a second time, element by element, from the comment of cuda/flashllm/bitmap.cuh alone.
+"""Bitmap written down a second time, element by element, as docs/formats/bitmap.md and the header describe it.
 
 Slow and simple on purpose; imports nothing from the package, so that the encoders have something to be wrong against.
-What the comment leaves open: zeros that keep a lag small take the first places of a stream that have no value, and one
-value row at least follows the last front.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.errors import FormatError, brief
-from flashllm.formats.base import DTYPES, MAX_DIMENSION
+from flashllm.errors import FormatError
 from flashllm.formats.bitmap_encode import (
     CHUNK_ROWS,
     LAG_TILES,
@@ -30,28 +29,15 @@ from flashllm.formats.bitmap_encode import (
     value_places,
 )
 from flashllm.formats.bits import MAGNITUDE
+from flashllm.formats.check import check_nnz, check_shape_and_type
 
 _CHUNK_TILES = 1024  # tiles checked at once: 8 MiB of flags
 
 
 def check_fields(*, shape: Any, dtype: Any, nnz: Any, path: str | None = None) -> None:
     """``FormatError`` unless the scalar fields have legal types and ranges."""
-
-    def bad(field: str, expected: str, got: Any) -> NoReturn:
-        raise FormatError(field=field, expected=expected, got=brief(got), path=path)
-
-    if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(_is_int(d) for d in shape):
-        bad("shape", "two integers (M, K)", shape)
-    if not all(1 <= d <= MAX_DIMENSION for d in shape):
-        bad("shape", "M and K in 1..2^31-1", tuple(shape))
-    if dtype not in DTYPES:
-        bad("dtype", " or ".join(map(repr, DTYPES)), dtype)
-    if not _is_int(nnz) or not 0 <= nnz <= shape[0] * shape[1]:
-        bad("nnz", f"an integer in 0..{shape[0] * shape[1]}", nnz)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    check_shape_and_type(shape=shape, dtype=dtype, path=path)
+    check_nnz(nnz, shape=shape, path=path)
 
 
 def check_buffers(

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.errors import FormatError, brief
-from flashllm.formats.base import DTYPES, MAX_DIMENSION
+from flashllm.errors import FormatError
 from flashllm.formats.bits import MAGNITUDE
+from flashllm.formats.check import check_nnz, check_shape_and_type, is_int, refuse
 from flashllm.formats.tiled_csl_encode import (
     ORDERS,
     TILE_ELEMENTS,
@@ -29,26 +29,12 @@ _CHUNK_TILES = 256  # tiles checked at once: a table of 8 MiB of last writers
 
 def check_fields(*, shape: Any, dtype: Any, nnz: Any, order: Any, max_tile_words: Any, path: str | None = None) -> None:
     """``FormatError`` unless the scalar fields have legal types and ranges."""
-
-    def bad(field: str, expected: str, got: Any) -> NoReturn:
-        raise FormatError(field=field, expected=expected, got=brief(got), path=path)
-
-    if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(_is_int(d) for d in shape):
-        bad("shape", "two integers (M, K)", shape)
-    if not all(1 <= d <= MAX_DIMENSION for d in shape):
-        bad("shape", "M and K in 1..2^31-1", tuple(shape))
-    if dtype not in DTYPES:
-        bad("dtype", " or ".join(map(repr, DTYPES)), dtype)
+    check_shape_and_type(shape=shape, dtype=dtype, path=path)
     if order not in ORDERS:
-        bad("order", " or ".join(map(repr, ORDERS)), order)
-    if not _is_int(nnz) or not 0 <= nnz <= shape[0] * shape[1]:
-        bad("nnz", f"an integer in 0..{shape[0] * shape[1]}", nnz)
-    if not _is_int(max_tile_words) or not 0 <= max_tile_words <= TILE_ELEMENTS or max_tile_words % WORDS_PER_VECTOR:
-        bad("max_tile_words", f"a multiple of {WORDS_PER_VECTOR} in 0..{TILE_ELEMENTS}", max_tile_words)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        refuse("order", " or ".join(map(repr, ORDERS)), order, path)
+    check_nnz(nnz, shape=shape, path=path)
+    if not is_int(max_tile_words) or not 0 <= max_tile_words <= TILE_ELEMENTS or max_tile_words % WORDS_PER_VECTOR:
+        refuse("max_tile_words", f"a multiple of {WORDS_PER_VECTOR} in 0..{TILE_ELEMENTS}", max_tile_words, path)
 
 
 def check_buffers(*, shape: tuple[int, int], words: Any, tile_offsets: Any, path: str | None = None) -> None:

@@ -13,25 +13,28 @@ import numpy as np
 from flashllm.formats.bitmap_encode import CHUNK_ROWS, LANES, PARTS, TILE_K, TILE_M
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.stream_k import StreamK, stream_k_for
+from flashllm.matmul.tensor_cores import (
+    CXX_TYPE,
+    K_STEP,
+    MAX_BLOCKS_PER_SM,
+    MAX_CHAIN_STEPS,
+    N_BLOCKS,
+    cxx_bool,
+    n_block_for,
+)
 
 if TYPE_CHECKING:
     from flashllm.formats.bitmap import Bitmap
 
 THREADS = PARTS * LANES
-K_STEP = 16  # columns of one tensor-core step
-MAX_CHAIN_STEPS = 384  # tensor-core accumulations in a row; bounds what their truncation adds up to
-N_BLOCKS = (8, 16, 32, 64)
-"""Columns of x one block computes; wider x takes several blocks of the last."""
 ROW_BYTES = 4 * LANES  # a value row of one part
 MIRROR_ROWS = 16  # rows that a ring holds twice
 RING_ROWS = 96
 """Value rows that a block keeps in shared memory."""
-_CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 _STAGES = {8: 4, 16: 4, 32: 3, 64: 2}  # as many as leave room for three blocks on an SM of Hopper
 _RESIDENT_BLOCKS = {"80": 2, "90a": 3, "100a": 3}
 # What writing the accumulators costs a block, in tiles: between 0 and 4 the time changes by less than 1 % (measured).
 _ROW_COST = 2
-_MAX_BLOCKS_PER_SM = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,6 @@ class Choice:
 
 @cache
 def _spec(choice: Choice) -> KernelSpec:
-    def boolean(value: bool) -> str:
-        return "true" if value else "false"
-
     stages = _STAGES[choice.n_block]
     stage_bytes = choice.n_block * TILE_K * 2 + TILE_M * TILE_K // 8
     ring_bytes = PARTS * (RING_ROWS + MIRROR_ROWS) * ROW_BYTES
@@ -73,13 +73,13 @@ def _spec(choice: Choice) -> KernelSpec:
         source="spmm/bitmap.cu",
         function="flashllm::spmm_bitmap",
         template=(
-            ("T", _CXX_TYPE[choice.dtype]),
+            ("T", CXX_TYPE[choice.dtype]),
             ("kN", str(choice.n_block)),
             ("kRing", str(RING_ROWS)),
             ("kStages", str(stages)),
             ("kMinBlocks", str(choice.resident_blocks)),
-            ("kWarpgroup", boolean(choice.warpgroup)),
-            ("kAligned", boolean(choice.aligned)),
+            ("kWarpgroup", cxx_bool(choice.warpgroup)),
+            ("kAligned", cxx_bool(choice.aligned)),
         ),
         threads=THREADS,
         shared_bytes=ring_bytes + stages * stage_bytes + RING_ROWS // CHUNK_ROWS * 8,
@@ -93,11 +93,6 @@ def resident_blocks(arch: str, n_block: int, *, warpgroup: bool) -> int:
     """
     most = _RESIDENT_BLOCKS.get(arch, 1)
     return min(most, 2) if n_block == N_BLOCKS[-1] and not warpgroup else most
-
-
-def n_block_for(n: int) -> int:
-    """The narrowest column block that holds ``n`` columns, at most the widest."""
-    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
 
 
 def paths_for(n_block: int, arch: str) -> tuple[bool, ...]:
@@ -175,7 +170,7 @@ def tune_key(w: Bitmap, n: int) -> str:
 
 def usable(choice: Choice) -> bool:
     """Whether a choice that comes from a file may be launched."""
-    return choice.n_block in N_BLOCKS and choice.spec in specs() and 1 <= choice.blocks_per_sm <= _MAX_BLOCKS_PER_SM
+    return choice.n_block in N_BLOCKS and choice.spec in specs() and 1 <= choice.blocks_per_sm <= MAX_BLOCKS_PER_SM
 
 
 def ablation(choice: Choice) -> dict[str, Choice]:
@@ -191,7 +186,7 @@ def instances() -> tuple[Choice, ...]:
         for arch in ALL_ARCHS
         for n_block in N_BLOCKS
         for warpgroup in paths_for(n_block, arch)
-        for dtype in _CXX_TYPE
+        for dtype in CXX_TYPE
         for aligned in (True, False)
     ]
     return tuple({choice.spec: choice for choice in choices}.values())

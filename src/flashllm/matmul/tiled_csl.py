@@ -13,27 +13,30 @@ import numpy as np
 from flashllm.formats.tiled_csl import TILE_K, TILE_M, WORDS_PER_VECTOR
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.stream_k import StreamK, stream_k_for
+from flashllm.matmul.tensor_cores import (
+    CXX_TYPE,
+    K_STEP,
+    MAX_BLOCKS_PER_SM,
+    MAX_CHAIN_STEPS,
+    N_BLOCKS,
+    cxx_bool,
+    n_block_for,
+)
 
 if TYPE_CHECKING:
     from flashllm.formats.tiled_csl import TiledCSL
 
 THREADS = 128
-K_STEP = 16  # columns of one tensor-core step
-MAX_CHAIN_STEPS = 384  # tensor-core accumulations in a row; bounds what their truncation adds up to
 IMAGES = 3  # tile images, and x stages, in shared memory
-N_BLOCKS = (8, 16, 32, 64)
-"""Columns of x one block computes; wider x takes several blocks of the last."""
 VECTORS = (2, 4, 5)
 """Words a thread holds of one tile, in vectors of 4: tiles of up to 1024, 2048 and 2560 words at full speed."""
 WARPGROUP = 0
 """Value of ``slices`` that selects wgmma."""
 X_ALIGNMENT = 16
-_CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 # K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
 _SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
 # What writing the accumulators costs a block, in tiles, by n_block (measured).
 _ROW_COST = {8: 3, 16: 3, 32: 3, 64: 4}
-_MAX_BLOCKS_PER_SM = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,33 +72,25 @@ class Choice:
 
 @cache
 def _spec(choice: Choice) -> KernelSpec:
-    def boolean(value: bool) -> str:
-        return "true" if value else "false"
-
     return KernelSpec(
         name="tiled_csl",
         source="spmm/tiled_csl.cu",
         function="flashllm::spmm_tiled_csl",
         template=(
-            ("T", _CXX_TYPE[choice.dtype]),
+            ("T", CXX_TYPE[choice.dtype]),
             ("kN", str(choice.n_block)),
             ("kSlices", str(choice.slices)),
             ("kVectors", str(choice.vectors)),
             ("kPrefetch", str(choice.prefetch_kib)),
             ("kMinBlocks", str(choice.resident_blocks)),
-            ("kAligned", boolean(choice.aligned)),
-            ("kOverlap", boolean(choice.overlap)),
-            ("kUndo", boolean(choice.undo)),
+            ("kAligned", cxx_bool(choice.aligned)),
+            ("kOverlap", cxx_bool(choice.overlap)),
+            ("kUndo", cxx_bool(choice.undo)),
         ),
         threads=THREADS,
         shared_bytes=IMAGES * (TILE_M * TILE_K * 2 + choice.n_block * TILE_K * 2),
         archs=("90a",) if choice.resident_blocks == 3 else tuple(arch for arch in ALL_ARCHS if arch != "90a"),
     )
-
-
-def n_block_for(n: int) -> int:
-    """The narrowest column block that holds ``n`` columns, at most the widest."""
-    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
 
 
 def paths_for(n_block: int, arch: str) -> tuple[tuple[int, int], ...]:
@@ -198,7 +193,7 @@ def tune_key(w: TiledCSL, n: int) -> str:
 
 def usable(choice: Choice) -> bool:
     """Whether a choice that comes from a file may be launched."""
-    return choice.spec in specs() and 1 <= choice.blocks_per_sm <= _MAX_BLOCKS_PER_SM
+    return choice.spec in specs() and 1 <= choice.blocks_per_sm <= MAX_BLOCKS_PER_SM
 
 
 def ablation(choice: Choice) -> dict[str, Choice]:
@@ -219,7 +214,7 @@ def instances() -> tuple[Choice, ...]:
     for arch in ("80", "90a"):
         for n_block in N_BLOCKS:
             for path in paths_for(n_block, arch):
-                for dtype in _CXX_TYPE:
+                for dtype in CXX_TYPE:
                     choices += [_choice(dtype, n_block, vectors, path) for vectors in VECTORS]
                     choices.append(_choice(dtype, n_block, VECTORS[1], path, aligned=False))
         for vectors in VECTORS:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the fields that every weight has."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from flashllm.errors import FormatError, brief
+from flashllm.formats.base import DTYPES, MAX_DIMENSION
+
+
+def refuse(field: str, expected: str, got: Any, path: str | None) -> NoReturn:
+    """Raise ``FormatError`` for a field that holds ``got``; ``path`` is for the message."""
+    raise FormatError(field=field, expected=expected, got=brief(got), path=path)
+
+
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is an integer; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_shape_and_type(*, shape: Any, dtype: Any, path: str | None) -> None:
+    """``FormatError`` unless ``shape`` is (M, K) in range, a tuple or a list, and ``dtype`` a value type."""
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(is_int(d) for d in shape):
+        refuse("shape", "two integers (M, K)", shape, path)
+    if not all(1 <= d <= MAX_DIMENSION for d in shape):
+        refuse("shape", "M and K in 1..2^31-1", tuple(shape), path)
+    if dtype not in DTYPES:
+        refuse("dtype", " or ".join(map(repr, DTYPES)), dtype, path)
+
+
+def check_nnz(nnz: Any, *, shape: tuple[int, int] | list[int], path: str | None) -> None:
+    """``FormatError`` unless ``nnz`` elements fit a matrix of ``shape``."""
+    if not is_int(nnz) or not 0 <= nnz <= shape[0] * shape[1]:
+        refuse("nnz", f"an integer in 0..{shape[0] * shape[1]}", nnz, path)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels share: columns of x per block, tensor-core steps, C++ names of the value types."""
+
+from __future__ import annotations
+
+K_STEP = 16
+"""Columns of one tensor-core step."""
+MAX_CHAIN_STEPS = 384
+"""Tensor-core accumulations in a row; bounds what their truncation adds up to."""
+N_BLOCKS = (8, 16, 32, 64)
+"""Columns of x one block computes; wider x takes several blocks of the last."""
+MAX_BLOCKS_PER_SM = 64
+"""More launched blocks per SM than this are refused when they come from a file."""
+CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
+"""Value types by dtype."""
+
+
+def n_block_for(n: int) -> int:
+    """The narrowest column block that holds ``n`` columns, at most the widest."""
+    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
+
+
+def cxx_bool(value: bool) -> str:
+    """``"true"`` or ``"false"``."""
+    return "true" if value else "false"

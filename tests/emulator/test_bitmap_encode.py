@@ -14,7 +14,7 @@ from flashllm.encode import bitmap as encoder
 from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import tile_grid
+from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 from products import NUMPY_DTYPE
 from weight_cases import PATTERNS, bits, pruned

@@ -20,7 +20,7 @@ from flashllm.errors import ArgumentError
 from flashllm.formats import bitmap_encode
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import LAG_TILES, SLACK, STREAM_ELEMENTS, stream_counts
+from flashllm.formats.bitmap_encode import LAG_TILES, SLACK, STREAM_ELEMENTS, flag_counts, unpack_masks
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
 
@@ -43,7 +43,7 @@ def assert_as_written(w: Bitmap, bits: np.ndarray) -> None:
 
 def check_streams(w: Bitmap) -> int:
     """Streams stand where fronts and lags say, and none falls back too far. Returns the zeros that were added."""
-    counts = stream_counts(w.masks)
+    counts = flag_counts(unpack_masks(w.masks))
     ends = np.cumsum(counts, axis=0)
     starts = ends - counts
     fronts = w.fronts.astype(np.int64)[:, None, None]
@@ -118,7 +118,7 @@ def test_one_stream_alone_makes_all_others_follow() -> None:
     assert (w.lags[1] == 32).sum() == 255
     assert w.lags[1, 0, 60] == 0
     # The ninth tile takes every other stream 4 rows further.
-    assert np.count_nonzero(stream_counts(w.masks)[8] == 4) == 256
+    assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[8] == 4) == 256
     assert not (w.values == 0x8000).any()
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(bits.view(np.float16)))
 

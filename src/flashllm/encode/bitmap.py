@@ -20,8 +20,9 @@ from flashllm.encode.source import (
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import ReportCallback
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import CHUNK_ROWS, LAG_TILES, LANES, MAX_ROWS, PARTS, STREAMS, tile_grid
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, LAG_TILES, LANES, MAX_ROWS, PARTS, STREAMS
 from flashllm.formats.bits import numpy_dtype
+from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 
 _THREADS = PARTS * LANES
@@ -66,7 +67,7 @@ def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = 
     fronts = cupy.empty(tiles + 1, np.int32)
     launch(_spec("count", source), (tiles,), (a, np.int64(pitch), lags, totals, *size))
     launch(_spec("place"), (1,), (lags, fronts, np.int32(tiles)))
-    rows, nnz = int(fronts[-1]), int(totals[0])
+    rows, nnz = (int(v) for v in cupy.stack([fronts[-1].astype(np.int64), totals[0].astype(np.int64)]).get())
     if not 0 <= rows <= MAX_ROWS:
         raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=f"{rows % 2**32}")
     chunks = rows // CHUNK_ROWS + 1

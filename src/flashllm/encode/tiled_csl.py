@@ -21,7 +21,8 @@ from flashllm.errors import ArgumentError
 from flashllm.formats.base import ReportCallback
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.tiled_csl import TiledCSL, check_order
-from flashllm.formats.tiled_csl_encode import ORDERS, WORDS_PER_VECTOR, check_vectors, tile_grid
+from flashllm.formats.tiled_csl_encode import ORDERS, WORDS_PER_VECTOR, check_vectors
+from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 
 _SOURCE = "encode/tiled_csl.cu"

@@ -14,16 +14,16 @@ from flashllm.formats.bitmap_check import check_buffers, check_content, check_fi
 from flashllm.formats.bitmap_encode import (
     PARTS,
     STREAMS,
-    TILE_M,
     EncodedBitmap,
     encode_strips,
+    flag_counts,
     from_stream_order,
     read_streams,
-    stream_counts,
-    tile_grid,
+    unpack_masks,
 )
 from flashllm.formats.bits import MAGNITUDE, RoundingTally, check_dtype, numpy_dtype, widen
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
+from flashllm.formats.tiles import TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
 
 if TYPE_CHECKING:
@@ -155,10 +155,10 @@ class Bitmap(SparseWeight):
         tiles_m, tiles_k = self.tiles
         position = np.zeros((PARTS, STREAMS), np.int64)
         for grid_row in range(tiles_m):
-            masks = self.masks[grid_row * tiles_k : (grid_row + 1) * tiles_k]
-            counts = stream_counts(masks)
+            kept = unpack_masks(self.masks[grid_row * tiles_k : (grid_row + 1) * tiles_k])
+            counts = flag_counts(kept)
             starts = position + np.cumsum(counts, axis=0) - counts
             position = position + counts.sum(axis=0)
-            block = from_stream_order(read_streams(masks, self.values, counts, starts))
+            block = from_stream_order(read_streams(kept, self.values, counts, starts))
             first = grid_row * TILE_M
             yield first, block[: self.shape[0] - first, : self.shape[1]]

@@ -20,16 +20,14 @@ from flashllm.formats.bitmap_encode import (
     SLACK,
     STREAM_ELEMENTS,
     STREAMS,
-    TILE_K,
-    TILE_M,
     flag_counts,
     stream_order,
-    tile_grid,
     unpack_masks,
     value_places,
 )
 from flashllm.formats.bits import MAGNITUDE
 from flashllm.formats.check import check_nnz, check_shape_and_type
+from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 
 _CHUNK_TILES = 1024  # tiles checked at once: 8 MiB of flags
 

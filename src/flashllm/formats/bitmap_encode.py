@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
+from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid, whole_tiles
 
-TILE_M = 128
-TILE_K = 64
 PARTS = 4
 LANES = 32
 STREAMS = 2 * LANES
@@ -50,11 +49,6 @@ class EncodedBitmap:
     lags: NDArray[np.uint8]
     """[ceil(tiles / 8), 4 parts, 64 streams]: rows each stream is behind that, at every eighth tile."""
     nnz: int
-
-
-def tile_grid(shape: tuple[int, int]) -> tuple[int, int]:
-    """Tiles along M and along K."""
-    return -(-shape[0] // TILE_M), -(-shape[1] // TILE_K)
 
 
 def stream_order(block: NDArray[np.uint16]) -> NDArray[np.uint16]:
@@ -91,11 +85,6 @@ def unpack_masks(masks: NDArray[np.uint32]) -> NDArray[np.bool_]:
     return ordered.reshape(tiles, PARTS, STREAMS, STREAM_ELEMENTS)
 
 
-def stream_counts(masks: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """[tiles, 4, 64]: values of each stream in each tile of ``masks`` [tiles, 4, 32, 2]."""
-    return flag_counts(unpack_masks(masks))
-
-
 def flag_counts(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
     """True flags of each stream of ``kept`` [tiles, 4, 64, 32]."""
     # Bytes add up eight at a time: four words of eight flags leave every byte at most 4.
@@ -119,10 +108,9 @@ def value_places(counts: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArra
 
 
 def read_streams(
-    masks: NDArray[np.uint32], values: NDArray[np.uint16], counts: NDArray[np.int64], starts: NDArray[np.int64]
+    kept: NDArray[np.bool_], values: NDArray[np.uint16], counts: NDArray[np.int64], starts: NDArray[np.int64]
 ) -> NDArray[np.uint16]:
-    """The elements of whole tiles as streams [tiles, 4, 64, 32], of which ``counts`` begin at the rows ``starts``."""
-    kept = unpack_masks(masks)
+    """The elements of whole tiles as streams [tiles, 4, 64, 32]: those ``kept``, from the rows ``starts`` on."""
     out = np.zeros(kept.shape, np.uint16)
     out.reshape(-1)[np.flatnonzero(kept)] = values.reshape(-1)[value_places(counts, starts)]
     return out
@@ -140,7 +128,7 @@ def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) 
     nnz = 0
     for grid_row, strip in enumerate(strips):
         first = grid_row * tiles_k
-        streams = stream_order(_whole_tiles(strip, tiles_k))
+        streams = stream_order(whole_tiles(strip, tiles_k))
         kept = (streams & MAGNITUDE) != 0
         counts = flag_counts(kept)
         nnz += int(counts.sum())
@@ -154,15 +142,6 @@ def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) 
     if int(fronts[-1]) > MAX_ROWS:
         raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=str(int(fronts[-1])))
     return EncodedBitmap(masks=masks, values=values.finish(), fronts=fronts.astype(np.int32), lags=lags, nnz=nnz)
-
-
-def _whole_tiles(strip: NDArray[np.uint16], tiles_k: int) -> NDArray[np.uint16]:
-    """[128, tiles_k * 64] patterns: ``strip`` itself, or a copy with zeros at the bottom and the right."""
-    if strip.shape == (TILE_M, tiles_k * TILE_K):
-        return strip
-    padded = np.zeros((TILE_M, tiles_k * TILE_K), np.uint16)
-    padded[: strip.shape[0], : strip.shape[1]] = strip
-    return padded
 
 
 def _advance(

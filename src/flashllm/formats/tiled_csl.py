@@ -23,15 +23,13 @@ from flashllm.formats.sources import (
 from flashllm.formats.tiled_csl_check import check_buffers, check_content, check_fields
 from flashllm.formats.tiled_csl_encode import (
     ORDERS,
-    TILE_K,
-    TILE_M,
     WORDS_PER_VECTOR,
     EncodedTiles,
     Order,
     encode_strips,
     rows_and_columns,
-    tile_grid,
 )
+from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
 
 if TYPE_CHECKING:

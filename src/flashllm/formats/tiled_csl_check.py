@@ -17,12 +17,10 @@ from flashllm.formats.check import check_nnz, check_shape_and_type, is_int, refu
 from flashllm.formats.tiled_csl_encode import (
     ORDERS,
     TILE_ELEMENTS,
-    TILE_K,
-    TILE_M,
     WORDS_PER_VECTOR,
     rows_and_columns,
-    tile_grid,
 )
+from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 
 _CHUNK_TILES = 256  # tiles checked at once: a table of 8 MiB of last writers
 

@@ -19,11 +19,8 @@ from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
+from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid, whole_tiles
 
-TILE_M = 128
-"""Rows of a tile."""
-TILE_K = 64
-"""Columns of a tile."""
 TILE_ELEMENTS = TILE_M * TILE_K
 WORDS_PER_VECTOR = 4
 """Words in one 16-byte load; a tile's word count is a multiple of it, and tile offsets count in it."""
@@ -51,11 +48,6 @@ class EncodedTiles:
     max_tile_words: int
 
 
-def tile_grid(shape: tuple[int, int]) -> tuple[int, int]:
-    """Tiles along M and along K."""
-    return -(-shape[0] // TILE_M), -(-shape[1] // TILE_K)
-
-
 def location(row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
     """Location in 0..8191 of row 0..127 and column 0..63 of a tile."""
     return row * TILE_K + (column ^ ((row & 7) * 8))
@@ -81,7 +73,7 @@ def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int], 
     for strip in strips:
         for start in range(0, tiles_k, _CHUNK_TILES):
             stop = min(start + _CHUNK_TILES, tiles_k)
-            block = _whole_tiles(strip[:, start * TILE_K : min(stop * TILE_K, shape[1])], stop - start)
+            block = whole_tiles(strip[:, start * TILE_K : min(stop * TILE_K, shape[1])], stop - start)
             words, counts = (_encode_bank if order == "bank" else _encode_row)(block)
             vectors = -(-counts // WORDS_PER_VECTOR)
             offsets[tile + 1 : tile + 1 + len(vectors)] = vectors
@@ -124,15 +116,6 @@ class _WordSink:
     def finish(self) -> NDArray[np.uint32]:
         self._words.resize(self._used, refcheck=False)
         return self._words
-
-
-def _whole_tiles(block: NDArray[np.uint16], tiles: int) -> NDArray[np.uint16]:
-    """[128, tiles * 64] patterns: ``block`` itself, or a copy with zeros at the bottom and the right."""
-    if block.shape == (TILE_M, tiles * TILE_K):
-        return block
-    padded = np.zeros((TILE_M, tiles * TILE_K), np.uint16)
-    padded[: block.shape[0], : block.shape[1]] = block
-    return padded
 
 
 def _bank_table() -> NDArray[np.uint32]:

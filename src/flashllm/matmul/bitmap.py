@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashllm.formats.bitmap_encode import CHUNK_ROWS, LANES, PARTS, TILE_K, TILE_M
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, LANES, PARTS
+from flashllm.formats.tiles import TILE_K, TILE_M
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.stream_k import StreamK, stream_k_for
 from flashllm.matmul.tensor_cores import (
@@ -135,11 +136,8 @@ def split_for(w: Bitmap, n: int, choice: Choice, *, sm_count: int) -> StreamK:
 def reason(w: Bitmap, choice: Choice, split: StreamK, *, sm_count: int) -> str:
     """One line on how the tiles are dealt and which path multiplies them."""
     path = "wgmma" if choice.warpgroup else "mma.sync"
-    return (
-        f"{split.tiles_m}x{split.tiles_k} tiles over {split.blocks}x{split.column_blocks} blocks "
-        f"on {sm_count} SMs ({split.tiles / split.blocks:.1f} tiles each), {path}, N blocks of {choice.n_block}, "
-        f"{w.bytes_per_element:.3f} bytes per element"
-    )
+    n_blocks = f"N blocks of {choice.n_block}"
+    return f"{split.describe(sm_count)}, {path}, {n_blocks}, {w.bytes_per_element:.3f} bytes per element"
 
 
 def arguments(w: Bitmap, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:

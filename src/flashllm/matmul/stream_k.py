@@ -53,6 +53,13 @@ class StreamK:
         """Tiles in all, ends of rows included."""
         return self.tiles_m * (self.tiles_k + self.row_cost)
 
+    def describe(self, sm_count: int) -> str:
+        """How the tiles are dealt on ``sm_count`` multiprocessors, for people."""
+        return (
+            f"{self.tiles_m}x{self.tiles_k} tiles over {self.blocks}x{self.column_blocks} blocks "
+            f"on {sm_count} SMs ({self.tiles / self.blocks:.1f} tiles each)"
+        )
+
     def first_tile(self, block: int) -> int:
         """First tile of ``block``; of ``block + 1``, one past its last."""
         row, column = divmod(self.cost * block // self.blocks, self.tiles_k + self.row_cost)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashllm.formats.tiled_csl import TILE_K, TILE_M, WORDS_PER_VECTOR
+from flashllm.formats.tiled_csl import WORDS_PER_VECTOR
+from flashllm.formats.tiles import TILE_K, TILE_M
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.stream_k import StreamK, stream_k_for
 from flashllm.matmul.tensor_cores import (
@@ -157,9 +158,8 @@ def reason(w: TiledCSL, choice: Choice, split: StreamK, *, sm_count: int) -> str
     """One line on how the tiles are dealt and which path multiplies them."""
     path = "wgmma" if choice.slices == WARPGROUP else f"mma.sync, {choice.slices} K slices"
     return (
-        f"{split.tiles_m}x{split.tiles_k} tiles over {split.blocks}x{split.column_blocks} blocks "
-        f"on {sm_count} SMs ({split.tiles / split.blocks:.1f} tiles each), {path}, N blocks of "
-        f"{choice.n_block}, {choice.vectors} vectors per thread for at most {w.max_tile_words} words per tile"
+        f"{split.describe(sm_count)}, {path}, N blocks of {choice.n_block}, "
+        f"{choice.vectors} vectors per thread for at most {w.max_tile_words} words per tile"
     )
 
 

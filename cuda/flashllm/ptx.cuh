@@ -169,11 +169,11 @@ FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(address) : "memory");
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address) : "memory");
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" :: "r"(address) : "memory");
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // Announces `bytes` to come in this phase, and arrives.
 FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address), "r"(bytes) : "memory");

@@ -26,8 +26,12 @@ struct XLoader {
     int K, column, n_left;         // n_left: rows from this thread's first row on
 
     FLASHLLM_DEVICE XLoader(const unsigned short* x_, int n0, int N, int K_, int tile_k, unsigned stages)
+        : XLoader(x_, n0, N, K_, tile_k, stages, threadIdx.x) {}
+
+    // For threads whose numbers do not begin at 0.
+    FLASHLLM_DEVICE XLoader(const unsigned short* x_, int n0, int N, int K_, int tile_k, unsigned stages, int thread)
         : x(x_), K(K_) {
-        const int n = threadIdx.x >> 3, chunk = threadIdx.x & 7;
+        const int n = thread >> 3, chunk = thread & 7;
         n_left = N - n0 - n;
         column = tile_k * kStageK + chunk * 8;
         source = x + static_cast<long long>(n0 + n) * K + column;
@@ -47,7 +51,8 @@ struct XLoader {
             const bool active = kChunks >= kThreads || threadIdx.x < kChunks;
             const bool inside = turn * kRows < n_left && column < K;
             const unsigned short* from = source + static_cast<long long>(turn * kRows) * K;
-            const unsigned to = target + offset + turn * kRows * kStageRowBytes;
+            constexpr int kOtherSwizzle = kRows % 8;  // fewer rows than the swizzle has: every other turn changes it
+            const unsigned to = (target ^ (turn * kOtherSwizzle % 8 << 4)) + offset + turn * kRows * kStageRowBytes;
             if constexpr (kAligned) {
                 ptx::copy_async16(active, to, inside ? from : x, inside ? 16u : 0u);
             } else if (active) {

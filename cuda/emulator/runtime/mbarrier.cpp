@@ -41,6 +41,7 @@ void arrive(Thread& thread, TransactionBarrier& barrier, unsigned address) {
              barrier.arrivals);
     }
     --barrier.arrivals_left;
+    thread.released = ++thread.epoch;
     complete_if_done(*thread.owner, barrier);
 }
 
@@ -92,7 +93,13 @@ void mbarrier_arrive_after_copies(unsigned address) {
     for (std::size_t i = first; i < queue.copies.size(); ++i) {
         const AsyncCopy& copy = queue.copies[i];
         if (copy.source == nullptr) continue;  // performed at once
-        if (copy.bytes != 16) fail("cp.async.mbarrier.arrive: after a copy of %u bytes, expected 16", copy.bytes);
+        if (copy.bytes != 16) {  // the rest of the 16 bytes is zeros: done at once, as the hardware may
+            unsigned char* target = shared_pointer(*thread.owner, copy.address);
+            std::memset(target, 0, 16);
+            std::memcpy(target, copy.source, copy.bytes);
+            mark_written(thread, copy.address, 16);
+            continue;
+        }
         barrier.bytes_left += copy.bytes;
         barrier.copies.push_back(BulkCopy{copy.address, copy.bytes, copy.source});
     }

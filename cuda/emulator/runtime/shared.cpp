@@ -188,6 +188,14 @@ void copy_async_wait(unsigned pending) {
     for (unsigned& group_end : queue.group_ends) group_end -= end;
 }
 
-void fence_async_proxy() { ++current().epoch; }
+void fence_async_proxy() {
+    Thread& thread = current();
+    ++thread.epoch;
+    Block& block = *thread.owner;
+    for (unsigned id = 0; id < block.warp_count * 32; ++id) {
+        Thread& other = block.thread(id);
+        if (other.released > other.published) other.published = other.released;
+    }
+}
 
 }  // namespace emu

@@ -44,8 +44,9 @@ struct Thread : ThreadView {
     Warp* warp = nullptr;
     unsigned id = 0, lane = 0;
     // Ordinary stores to shared memory become visible to the asynchronous proxy (wgmma) in two steps: the writer's
-    // fence ends an epoch, the next barrier publishes all ended epochs.
-    unsigned epoch = 1, published = 1;
+    // fence ends an epoch, the next barrier publishes all ended epochs. Or the writer arrives at an mbarrier, which
+    // releases what it wrote, and a fence of the reader publishes what has been released.
+    unsigned epoch = 1, published = 1, released = 1;
     CopyQueue* copies = nullptr;
 };
 

@@ -182,7 +182,7 @@ void perform_wgmma(Warp& warp, unsigned) {
     if (call.columns == 0 || call.columns > kMaxColumns || call.columns % 8 != 0) {
         fail("wgmma.mma_async: no shape m64n%uk16", call.columns);
     }
-    if (warp.block->warp_count % 4 != 0) fail("wgmma.mma_async: the block is not made of whole warpgroups");
+    if (warp.index / 4 * 4 + 4 > warp.block->warp_count) fail("wgmma.mma_async: by a warp without a whole warpgroup");
     const bool in_registers = call.registers != nullptr;
     Instruction instruction{call.type, call.columns, in_registers, call.a, call.b, find_accumulator(warp, call.columns),
                             nullptr};

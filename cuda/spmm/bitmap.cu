@@ -15,14 +15,13 @@
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
 #include "flashllm/stream_k.cuh"
+#include "flashllm/value_ring.cuh"
 #include "flashllm/x_stage.cuh"
 
 namespace flashllm {
 
 constexpr int kThreads = (bitmap::kParts + 1) * bitmap::kLanes;  // the last warp brings what the others multiply
 constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
-constexpr int kMirrorRows = 16;      // a pointer wraps once per mask word: 16 elements of a stream
-static_assert(bitmap::kStreamElements == 2 * kMirrorRows, "a mask word is half of a stream's elements");
 
 template <int kN_>
 struct BitmapShape {
@@ -40,27 +39,20 @@ struct BitmapShape {
     FLASHLLM_DEVICE static int slice() { return 0; }
 };
 
-// Shared memory of a block: for each part a ring of value rows, stages of x and masks, a pair of barriers for each stage.
-// Rows are numbered from the run's first; row r of a part lies at place r % kRing, and rows at the first places once more
-// behind the last, so that a pointer may run kMirrorRows over the end before it wraps.
+// Shared memory of a block: rings of value rows, stages of x and masks, barriers.
 template <int kN, int kRing, int kStages>
 struct Layout {
-    static constexpr unsigned kRingBytes = (kRing + kMirrorRows) * bitmap::kRowBytes;  // of one part
+    using Ring = ValueRing<kRing>;
+    using Feed = Feeder<kRing, kStages>;
     static constexpr unsigned kXBytes = kN * kStageRowBytes;
     static constexpr unsigned kStageBytes = kXBytes + bitmap::kMaskBytes;
-    static constexpr unsigned kStagesAt = bitmap::kParts * kRingBytes;
-    static constexpr unsigned kBarriersAt = kStagesAt + kStages * kStageBytes;
-    static_assert(kRing % bitmap::kChunkRows == 0 && kMirrorRows == bitmap::kChunkRows, "mirrored is the first chunk");
-    static_assert(kRing > bitmap::kSlack + bitmap::kStreamElements,
-                  "or a full tile of a stream could wait for rows that wait for the slowest stream");
+    static constexpr unsigned kBarriersAt = Ring::kBytes + kStages * kStageBytes;
 
     unsigned base;  // shared address
 
-    FLASHLLM_DEVICE unsigned ring(int part) const { return base + part * kRingBytes; }
-    FLASHLLM_DEVICE unsigned x(int stage) const { return base + kStagesAt + stage * kStageBytes; }
+    FLASHLLM_DEVICE unsigned x(int stage) const { return base + Ring::kBytes + stage * kStageBytes; }
     FLASHLLM_DEVICE unsigned masks(int stage) const { return x(stage) + kXBytes; }
-    FLASHLLM_DEVICE unsigned full(int stage) const { return base + kBarriersAt + stage * 16; }
-    FLASHLLM_DEVICE unsigned empty(int stage) const { return full(stage) + 8; }
+    FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
 };
 
 // Fragments of two k16 steps of x, from column 32 kWord of a stage on.
@@ -130,127 +122,37 @@ FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& 
 }
 #endif
 
-// A place in the cycle of stages: the stage, and the parity of the phase of its barriers.
-template <int kStages>
-struct Cycle {
-    int stage = 0;
-    unsigned parity = 0;
-    FLASHLLM_DEVICE void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-};
-
-// The warp that brings everything: for each tile x, masks and the value rows that no tile before needed, announced on one
-// barrier. It runs ahead until the stages are full, or the ring.
-template <typename S, int kRing, int kStages, bool kAligned>
-struct Producer {
-    using L = Layout<S::kN, kRing, kStages>;
+// The feeding warp's loop: x by cp.async, masks and value rows by its feeder.
+template <typename S, typename L, bool kAligned>
+struct Load {
     struct OneWarp : S {
         static constexpr int kBlockWarps = 1;
         static constexpr int kStageBytes = L::kStageBytes;
     };
-
-    L layout;
-    const unsigned char *masks, *values;
-    const int* fronts;  // of the run's first tile
-    int count, origin;
-    XLoader<OneWarp, kAligned> x;
-
-    // Lane l holds the front behind tile 32 i + l: of the last 32 tiles, of the present ones and the next.
-    int before_set = 0, front_set, next_set;
-
-    FLASHLLM_DEVICE int load_fronts(int tile) const {
-        return __ldg(fronts + min(tile + static_cast<int>(threadIdx.x & 31), count));
-    }
-
+    using Loader = XLoader<OneWarp, kAligned>;
 #if __CUDA_ARCH__ >= 900
-    static constexpr int kArrivals = bitmap::kLanes + 1;  // each lane's for x, and the first lane's for the bulk copies
-
-    // Announces the value rows first..end-1 and the masks of a tile on `barrier`, and copies them.
-    FLASHLLM_DEVICE void copy(int first, int end, const unsigned char* tile_masks, unsigned masks_at, unsigned barrier) const {
-        constexpr int kPieces = bitmap::kLanes / bitmap::kParts / 2;  // chunks of one round: a lane has one part of one
-        const int lane = threadIdx.x & 31, part = lane % bitmap::kParts;
-        const bool mirror = lane >= bitmap::kLanes / 2;  // the upper lanes write the first places once more
-        if (lane == 0) {
-            const int bytes = (end - first + rows_at_first_places(first, end)) * bitmap::kParts * bitmap::kRowBytes;
-            ptx::mbarrier_expect(barrier, bytes + bitmap::kMaskBytes);
-            ptx::bulk_copy(masks_at, tile_masks, bitmap::kMaskBytes, barrier);
-        }
-        __syncwarp();
-        for (int round = first / bitmap::kChunkRows; round * bitmap::kChunkRows < end; round += kPieces) {
-            const int chunk = round + lane / bitmap::kParts % kPieces;
-            const int from = max(first, chunk * bitmap::kChunkRows), to = min(end, (chunk + 1) * bitmap::kChunkRows);
-            const int place = (from - origin) % kRing;
-            if (from < to && (!mirror || place < kMirrorRows)) {
-                ptx::bulk_copy(layout.ring(part) + (place + (mirror ? kRing : 0)) * bitmap::kRowBytes, source(part, from),
-                               (to - from) * bitmap::kRowBytes, barrier);
-            }
-        }
-    }
-
-    // How many of the rows first..end-1, less than kRing of them, lie at the first places of the ring.
-    FLASHLLM_DEVICE int rows_at_first_places(int first, int end) const {
-        const int place = (first - origin) % kRing, over = place + (end - first) - kRing;  // rows that wrap to place 0
-        return max(min(kMirrorRows, place + (end - first)) - place, 0) + max(min(kMirrorRows, over), 0);
-    }
+    static constexpr unsigned kArrivals = L::Feed::kArrivals + bitmap::kLanes;  // every lane arrives for its part of x
 #else
-    static constexpr int kArrivals = kAligned ? bitmap::kLanes : 2 * bitmap::kLanes;
-
-    FLASHLLM_DEVICE void copy(int first, int end, const unsigned char* tile_masks, unsigned masks_at, unsigned barrier) const {
-        const int lane = threadIdx.x & 31;
-        for (int i = lane * 16; i < bitmap::kMaskBytes; i += bitmap::kLanes * 16) {
-            ptx::copy_async16(true, masks_at + i, tile_masks + i, 16);
-        }
-        for (int i = lane; i < (end - first) * bitmap::kParts * (bitmap::kRowBytes / 16); i += bitmap::kLanes) {
-            const int row = first + i / (bitmap::kParts * (bitmap::kRowBytes / 16));
-            const int part = i / (bitmap::kRowBytes / 16) % bitmap::kParts, bytes = i % (bitmap::kRowBytes / 16) * 16;
-            const int place = (row - origin) % kRing;
-            const unsigned target = layout.ring(part) + place * bitmap::kRowBytes + bytes;
-            ptx::copy_async16(true, target, source(part, row) + bytes, 16);
-            ptx::copy_async16(place < kMirrorRows, target + kRing * bitmap::kRowBytes, source(part, row) + bytes, 16);
-        }
-        ptx::mbarrier_arrive_after_copies(barrier);
-    }
+    static constexpr unsigned kArrivals = L::Feed::kArrivals + (kAligned ? 0 : bitmap::kLanes);
 #endif
 
-    FLASHLLM_DEVICE const unsigned char* source(int part, int row) const {
-        const long long chunk = static_cast<long long>(row / bitmap::kChunkRows) * bitmap::kParts + part;
-        return values + chunk * bitmap::kPartChunkBytes + row % bitmap::kChunkRows * bitmap::kRowBytes;
-    }
-
-    FLASHLLM_DEVICE void run(int first_front, int first_tile) {
-        front_set = load_fronts(1), next_set = load_fronts(33);
-        Cycle<kStages> filled, emptied;
-        int done = 0, done_front = first_front;  // tiles that all consumers have done with
-        // Value rows asked for. The first is one that a stream needs: a place is written again only when the row there has
-        // been used, and so has landed.
-        int rows = max(first_front - bitmap::kSlack, 0);
-        for (int tile = 0; tile < count; ++tile) {
-            // One row more than the tile has: a stream that is through reads its next value, unused.
-            const int need = __shfl_sync(0xffffffffu, front_set, tile & 31) + 1;
-            while (tile - done >= kStages || need - kRing > done_front - bitmap::kSlack) {
-                ptx::mbarrier_wait(layout.empty(emptied.stage), emptied.parity);
-                emptied.advance();
-                const bool current = done >> 5 == tile >> 5;
-                done_front = __shfl_sync(0xffffffffu, current ? front_set : before_set, done & 31);
-                ++done;
-            }
-            const unsigned barrier = layout.full(filled.stage);
-            x.load(filled.stage * L::kStageBytes);
+    FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
+        for (; feed.tile < feed.count; feed.advance()) {
+            const int need = feed.admit();
+            const int stage = feed.filled.stage;
+            x.load(stage * L::kStageBytes);
             if constexpr (!kAligned) {
 #if __CUDA_ARCH__ >= 900
                 ptx::fence_async_proxy();
 #endif
-                ptx::mbarrier_arrive(barrier);
+                ptx::mbarrier_arrive(feed.barrier());
             }
-            copy(rows, max(rows, need), masks + static_cast<long long>(first_tile + tile) * bitmap::kMaskBytes,
-                 layout.masks(filled.stage), barrier);
+            const Piece pieces[] = {{layout.masks(stage), masks + static_cast<long long>(feed.tile) * bitmap::kMaskBytes,
+                                     bitmap::kMaskBytes}};
+            feed.bring(pieces, need);
 #if __CUDA_ARCH__ >= 900
-            if constexpr (kAligned) ptx::mbarrier_arrive_after_copies(barrier);
+            if constexpr (kAligned) ptx::mbarrier_arrive_after_copies(feed.barrier());
 #endif
-            rows = max(rows, need);
-            filled.advance();
-            if ((tile & 31) == 31) before_set = front_set, front_set = next_set, next_set = load_fronts(tile + 34);
         }
     }
 };
@@ -264,67 +166,40 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost) {
     using S = BitmapShape<kN>;
-    using Load = Producer<S, kRing, kStages, kAligned>;
+    using L = Layout<kN, kRing, kStages>;
+    using Loads = Load<S, L, kAligned>;
     FLASHLLM_DYNAMIC_SHARED(shared);
-    const Layout<kN, kRing, kStages> layout{ptx::shared_address(shared)};
-    const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
-    const bool produces = part == bitmap::kParts;
+    const L layout{ptx::shared_address(shared)};
+    const StageBarriers barriers = layout.barriers();
+    const int lane = threadIdx.x & 31;
+    const bool feeds = threadIdx.x >= bitmap::kTileThreads;
 
-    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK, row_cost,
-                           workspace);
+    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK,
+                           row_cost, workspace);
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
     const int first_front = __ldg(fronts + first);
-    const int first_row = max(first_front - bitmap::kSlack, 0), origin = first_row - first_row % bitmap::kChunkRows;
+    const int origin = max(first_front - bitmap::kSlack, 0) / bitmap::kChunkRows * bitmap::kChunkRows;
+    const typename L::Ring ring{layout.base, origin};
 
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(layout.full(i), Load::kArrivals);
-            ptx::mbarrier_init(layout.empty(i), bitmap::kParts);
-        }
-        ptx::mbarrier_init_fence();
-    }
+    if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
     __syncthreads();
 
     Accumulators<S> sum = {};
-    if (produces) {
-        Load load{layout, masks, values, fronts + first, count, origin,
-                  XLoader<typename Load::OneWarp, kAligned>(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k,
-                                                            layout.x(0), lane)};
-        load.run(first_front, first);
+    if (feeds) {
+        Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_front),
+                   typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0), lane),
+                   masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
-        // Where this lane's streams stand: stored every kLagTiles tiles, from there on the masks are counted.
-        const unsigned ring = layout.ring(part);
-        unsigned even, odd;
-        {
-            const int stored_back = first % bitmap::kLagTiles;  // tiles since the lags were stored last
-            const unsigned lag = __ldg(lags + first / bitmap::kLagTiles * bitmap::kTileThreads + threadIdx.x);
-            const int stored_front = __ldg(fronts + first - stored_back);
-            int even_row = stored_front - origin - static_cast<int>(lag & 0xff);
-            int odd_row = stored_front - origin - static_cast<int>(lag >> 8);
-            const uint2* before = reinterpret_cast<const uint2*>(masks) +
-                                  static_cast<long long>(first - stored_back) * bitmap::kTileThreads + threadIdx.x;
-#pragma unroll
-            for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
-                if (i >= stored_back) break;
-                const uint2 mask = __ldg(before + i * bitmap::kTileThreads);
-                even_row += __popc(mask.x & bitmap::kEvenBits) + __popc(mask.y & bitmap::kEvenBits);
-                odd_row += __popc(mask.x & bitmap::kOddBits) + __popc(mask.y & bitmap::kOddBits);
-            }
-            even = ring + lane * 4 + even_row * bitmap::kRowBytes;
-            odd = ring + lane * 4 + 2 + odd_row * bitmap::kRowBytes;
-        }
-        const unsigned ring_end = ring + kRing * bitmap::kRowBytes;
-        const auto wrap = [&] {
-            if (even >= ring_end) even -= kRing * bitmap::kRowBytes;
-            if (odd >= ring_end) odd -= kRing * bitmap::kRowBytes;
-        };
+        Streams<kRing> streams(ring, masks, fronts, lags, first);
+        unsigned& even = streams.even;
+        unsigned& odd = streams.odd;
         // All reads of a stage, and of value rows that only the tile and those before needed, are done.
         const auto release = [&](int stage) {
             __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(layout.empty(stage));
+            if (lane == 0) ptx::mbarrier_arrive(barriers.empty(stage));
         };
 
         int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
@@ -332,23 +207,23 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
         Cycle<kStages> cycle;
         int tile = 0;
         while (true) {
-            ptx::mbarrier_wait(layout.full(cycle.stage), cycle.parity);
+            ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
             const unsigned x_stage = layout.x(cycle.stage);
             const uint2 mask = ptx::load_shared8(layout.masks(cycle.stage) + threadIdx.x * 8);
-            wrap();
+            streams.wrap();
             if constexpr (kWarpgroup) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
                 ptx::fence_async_proxy();  // x came by ordinary copies
                 start_step<T, S, 0>(sum, even, odd, mask.x, ptx::operand(x_stage));
                 start_step<T, S, 1>(sum, even, odd, mask.x, ptx::operand(x_stage));
-                wrap();
+                streams.wrap();
                 start_step<T, S, 2>(sum, even, odd, mask.y, ptx::operand(x_stage));
                 start_step<T, S, 3>(sum, even, odd, mask.y, ptx::operand(x_stage));
                 ptx::warpgroup_wait();
 #endif
             } else {
                 multiply_word<T, S, 0>(sum, even, odd, mask.x, x_stage);
-                wrap();
+                streams.wrap();
                 multiply_word<T, S, 1>(sum, even, odd, mask.y, x_stage);
             }
             release(cycle.stage);
@@ -387,7 +262,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     if (threadIdx.x == 0) completes[0] = split.piece(block, first_m, blockIdx.y).arrive_last();
     if (threadIdx.x == 32) completes[1] = last_m != first_m && split.piece(block, last_m, blockIdx.y).arrive_last();
     __syncthreads();
-    if (produces) return;
+    if (feeds) return;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         if (!completes[i]) continue;

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// Value rows of a bitmap on their way from device memory to the warps that decode them (docs/formats/bitmap.md).
+//
+// Shared memory of a block has a ring of value rows for each of the four parts of a tile, and stages of what else a tile
+// needs. One warp, the feeder, brings both, announced on one barrier per tile, as far ahead as there is room. The four
+// other warps decode; each releases a tile when it has read all that the tile needs, and with it the rows that no stream
+// needs any more. The warps of a block meet nowhere else while they walk their run of tiles.
+#pragma once
+
+#include "flashllm/bitmap.cuh"
+#include "flashllm/portable.cuh"
+#include "flashllm/ptx.cuh"
+
+namespace flashllm {
+
+constexpr int kMirrorRows = 16;  // a pointer wraps once per mask word: 16 elements of a stream
+static_assert(bitmap::kStreamElements == 2 * kMirrorRows, "a mask word is half of a stream's elements");
+
+// A place in the cycle of kStages stages, and the parity of the phase of its barriers.
+template <int kStages>
+struct Cycle {
+    int stage = 0;
+    unsigned parity = 0;
+    FLASHLLM_DEVICE void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// For each stage two barriers: `full`, all that a tile needs has come; `empty`, the four warps have released the tile.
+struct StageBarriers {
+    unsigned base;  // shared address
+    FLASHLLM_DEVICE unsigned full(int stage) const { return base + stage * 16; }
+    FLASHLLM_DEVICE unsigned empty(int stage) const { return full(stage) + 8; }
+
+    // By one thread; then a barrier of the block. The feeder arrives `arrivals` times for each tile.
+    FLASHLLM_DEVICE void init(int stages, unsigned arrivals) const {
+        for (int i = 0; i < stages; ++i) {
+            ptx::mbarrier_init(full(i), arrivals);
+            ptx::mbarrier_init(empty(i), bitmap::kParts);
+        }
+        ptx::mbarrier_init_fence();
+    }
+};
+
+// Rows are numbered as in the matrix. Row r of a part lies at place (r - origin) % kRing, and rows at the first places
+// once more behind the last, so that a pointer may run kMirrorRows over the end before it wraps.
+template <int kRing>
+struct ValueRing {
+    static constexpr unsigned kWrapBytes = kRing * bitmap::kRowBytes;
+    static constexpr unsigned kPartBytes = (kRing + kMirrorRows) * bitmap::kRowBytes;
+    static constexpr unsigned kBytes = bitmap::kParts * kPartBytes;
+    static_assert(kRing % bitmap::kChunkRows == 0 && kMirrorRows == bitmap::kChunkRows, "mirrored is the first chunk");
+    static_assert(kRing >= bitmap::kSlack + bitmap::kStreamElements + bitmap::kChunkRows,
+                  "or a full tile of a stream could wait for rows that wait for the slowest stream");
+
+    unsigned base;  // shared address
+    int origin;     // a row at which a chunk begins
+
+    FLASHLLM_DEVICE unsigned part(int part) const { return base + part * kPartBytes; }
+    FLASHLLM_DEVICE int place(int row) const { return (row - origin) % kRing; }
+};
+
+// The next values of the two streams of one lane, as shared addresses.
+template <int kRing>
+struct Streams {
+    unsigned even, odd, end;
+
+    // Where the streams stand before tile `first` is stored every kLagTiles tiles; from there on masks are counted.
+    FLASHLLM_DEVICE Streams(const ValueRing<kRing>& ring, const unsigned char* masks, const int* fronts,
+                            const unsigned short* lags, int first) {
+        const int lane = threadIdx.x & 31;
+        const int back = first % bitmap::kLagTiles;  // tiles since the lags were stored
+        const unsigned lag = __ldg(lags + first / bitmap::kLagTiles * bitmap::kTileThreads + threadIdx.x);
+        const int stored = __ldg(fronts + first - back) - ring.origin;
+        int even_row = stored - static_cast<int>(lag & 0xff), odd_row = stored - static_cast<int>(lag >> 8);
+        const uint2* before = reinterpret_cast<const uint2*>(masks) +
+                              static_cast<long long>(first - back) * bitmap::kTileThreads + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
+            if (i >= back) break;
+            const uint2 mask = __ldg(before + i * bitmap::kTileThreads);
+            even_row += __popc(mask.x & bitmap::kEvenBits) + __popc(mask.y & bitmap::kEvenBits);
+            odd_row += __popc(mask.x & bitmap::kOddBits) + __popc(mask.y & bitmap::kOddBits);
+        }
+        const unsigned begin = ring.part(threadIdx.x >> 5);
+        even = begin + lane * 4 + even_row * bitmap::kRowBytes;
+        odd = begin + lane * 4 + 2 + odd_row * bitmap::kRowBytes;
+        end = begin + ValueRing<kRing>::kWrapBytes;
+    }
+
+    // Before each mask word.
+    FLASHLLM_DEVICE void wrap() {
+        if (even >= end) even -= ValueRing<kRing>::kWrapBytes;
+        if (odd >= end) odd -= ValueRing<kRing>::kWrapBytes;
+    }
+};
+
+// Bytes that a tile needs besides value rows.
+struct Piece {
+    unsigned target;  // shared address
+    const unsigned char* source;
+    int bytes;  // a multiple of 16
+};
+
+// The feeder's side: its place in the run, and the copies. All lanes of one warp.
+template <int kRing, int kStages>
+struct Feeder {
+#if __CUDA_ARCH__ >= 900
+    static constexpr unsigned kArrivals = 1;  // at `full`, by bring()
+#else
+    static constexpr unsigned kArrivals = bitmap::kLanes;
+#endif
+
+    ValueRing<kRing> ring;
+    StageBarriers barriers;
+    const unsigned char* values;
+    const int* fronts;  // of the run's first tile
+    int count;          // tiles of the run
+
+    int tile = 0;  // to be brought
+    int done = 0;  // tiles that all warps have released
+    int done_front;
+    int rows;  // asked for, up to this one
+    Cycle<kStages> filled, emptied;
+    int before_set = 0, front_set, next_set;  // lane l: the front behind tile 32 i + l of the last 32 tiles, these, the next
+
+    FLASHLLM_DEVICE Feeder(const ValueRing<kRing>& ring, const StageBarriers& barriers, const unsigned char* values,
+                           const int* fronts, int count, int first_front)
+        : ring(ring), barriers(barriers), values(values), fronts(fronts), count(count), done_front(first_front),
+          // The first row is one that a stream needs: a place is written again only when its row has been used, so it
+          // has landed.
+          rows(max(first_front - bitmap::kSlack, 0)) {
+        front_set = load_fronts(1), next_set = load_fronts(33);
+    }
+
+    FLASHLLM_DEVICE int load_fronts(int behind) const {
+        return __ldg(fronts + min(behind + static_cast<int>(threadIdx.x & 31), count));
+    }
+
+    // Waits for room for the next tile, and returns the row up to which it needs value rows, in whole chunks: a copy of
+    // few rows takes as long as one of many. A stream that is through reads one more value, unused.
+    FLASHLLM_DEVICE int admit() {
+        const int front = __shfl_sync(0xffffffffu, front_set, tile & 31);
+        const int need = front < rows ? rows : (front / bitmap::kChunkRows + 1) * bitmap::kChunkRows;
+        while (tile - done >= kStages || need - kRing > done_front - bitmap::kSlack) wait_release();
+        return need;
+    }
+
+    // Waits until one more tile is released.
+    FLASHLLM_DEVICE void wait_release() {
+        ptx::mbarrier_wait(barriers.empty(emptied.stage), emptied.parity);
+        emptied.advance();
+        const bool current = done >> 5 == tile >> 5;
+        done_front = __shfl_sync(0xffffffffu, current ? front_set : before_set, done & 31);
+        ++done;
+    }
+
+    FLASHLLM_DEVICE unsigned barrier() const { return barriers.full(filled.stage); }
+
+    FLASHLLM_DEVICE void advance() {
+        filled.advance();
+        if ((tile & 31) == 31) before_set = front_set, front_set = next_set, next_set = load_fronts(tile + 34);
+        ++tile;
+    }
+
+    FLASHLLM_DEVICE const unsigned char* source(int part, int row) const {
+        const long long chunk = static_cast<long long>(row / bitmap::kChunkRows) * bitmap::kParts + part;
+        return values + chunk * bitmap::kPartChunkBytes + row % bitmap::kChunkRows * bitmap::kRowBytes;
+    }
+
+    // Copies the pieces and the value rows below `need` of the next tile, which arrive at its barrier.
+    template <int kPieces>
+    FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need) {
+        const int lane = threadIdx.x & 31;
+#if __CUDA_ARCH__ >= 900
+        if (lane == 0) {
+            int bytes = 0;
+#pragma unroll
+            for (int i = 0; i < kPieces; ++i) bytes += pieces[i].bytes;
+            for (int row = rows; row < need; row = next_chunk(row)) {
+                bytes += (next_chunk(row) - row) * (ring.place(row) < kMirrorRows ? 2 : 1) *
+                         (bitmap::kParts * bitmap::kRowBytes);
+            }
+            ptx::mbarrier_expect(barrier(), bytes);
+#pragma unroll
+            for (int i = 0; i < kPieces; ++i) {
+                ptx::bulk_copy(pieces[i].target, pieces[i].source, pieces[i].bytes, barrier());
+            }
+        }
+        __syncwarp();
+        const int part = lane % bitmap::kParts;
+        for (; rows < need; rows = next_chunk(rows)) {
+            const int place = ring.place(rows);
+            if (lane < bitmap::kParts || (lane < 2 * bitmap::kParts && place < kMirrorRows)) {
+                const int to = place + (lane < bitmap::kParts ? 0 : kRing);
+                ptx::bulk_copy(ring.part(part) + to * bitmap::kRowBytes, source(part, rows),
+                               (next_chunk(rows) - rows) * bitmap::kRowBytes, barrier());
+            }
+        }
+#else
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            for (int at = lane * 16; at < pieces[i].bytes; at += bitmap::kLanes * 16) {
+                ptx::copy_async16(true, pieces[i].target + at, pieces[i].source + at, 16);
+            }
+        }
+        constexpr int kRowCopies = bitmap::kRowBytes / 16;
+        for (int i = lane; i < (need - rows) * bitmap::kParts * kRowCopies; i += bitmap::kLanes) {
+            const int row = rows + i / (bitmap::kParts * kRowCopies), part = i / kRowCopies % bitmap::kParts;
+            const int place = ring.place(row), at = i % kRowCopies * 16;
+            const unsigned target = ring.part(part) + place * bitmap::kRowBytes + at;
+            ptx::copy_async16(true, target, source(part, row) + at, 16);
+            ptx::copy_async16(place < kMirrorRows, target + kRing * bitmap::kRowBytes, source(part, row) + at, 16);
+        }
+        rows = need;
+        ptx::mbarrier_arrive_after_copies(barrier());
+#endif
+    }
+
+    FLASHLLM_DEVICE static int next_chunk(int row) { return (row / bitmap::kChunkRows + 1) * bitmap::kChunkRows; }
+};
+
+}  // namespace flashllm

@@ -57,7 +57,6 @@ struct ValueRing {
     int origin;     // a row at which a chunk begins
 
     FLASHLLM_DEVICE unsigned part(int part) const { return base + part * kPartBytes; }
-    FLASHLLM_DEVICE int place(int row) const { return (row - origin) % kRing; }
 };
 
 // The next values of the two streams of one lane, as shared addresses.
@@ -95,27 +94,25 @@ struct Streams {
     }
 };
 
-// Bytes that a tile needs besides value rows.
-struct Piece {
-    unsigned target;  // shared address
-    const unsigned char* source;
-    int bytes;  // a multiple of 16
-};
-
 // The feeder's side: its place in the run, and the copies. All lanes of one warp.
+//
+// One warp does this for four, beside them, so each instruction counts: addresses move on by additions, and value rows
+// come in whole chunks, since a copy of few rows takes as long as one of many.
 template <int kRing, int kStages>
 struct Feeder {
+    static constexpr int kDepth = kStages;
 #if __CUDA_ARCH__ >= 900
-    static constexpr unsigned kArrivals = 1;  // at `full`, by bring()
+    static constexpr unsigned kArrivals = bitmap::kLanes + 1;  // at `full`: lanes when their copies have landed, and bulk copies
 #else
     static constexpr unsigned kArrivals = bitmap::kLanes;
 #endif
 
     ValueRing<kRing> ring;
     StageBarriers barriers;
-    const unsigned char* values;
-    const int* fronts;  // of the run's first tile
-    int count;          // tiles of the run
+    const unsigned char* chunk;  // the next to be copied
+    unsigned place = 0;          // where it goes, in bytes from the begin of a part's ring
+    const int* fronts;           // of the run's first tile
+    int count;                   // tiles of the run
 
     int tile = 0;  // to be brought
     int done = 0;  // tiles that all warps have released
@@ -126,10 +123,9 @@ struct Feeder {
 
     FLASHLLM_DEVICE Feeder(const ValueRing<kRing>& ring, const StageBarriers& barriers, const unsigned char* values,
                            const int* fronts, int count, int first_front)
-        : ring(ring), barriers(barriers), values(values), fronts(fronts), count(count), done_front(first_front),
-          // The first row is one that a stream needs: a place is written again only when its row has been used, so it
-          // has landed.
-          rows(max(first_front - bitmap::kSlack, 0)) {
+        : ring(ring), barriers(barriers),
+          chunk(values + static_cast<long long>(ring.origin / bitmap::kChunkRows) * bitmap::kChunkBytes), fronts(fronts),
+          count(count), done_front(first_front), rows(ring.origin) {
         front_set = load_fronts(1), next_set = load_fronts(33);
     }
 
@@ -137,13 +133,16 @@ struct Feeder {
         return __ldg(fronts + min(behind + static_cast<int>(threadIdx.x & 31), count));
     }
 
-    // Waits for room for the next tile, and returns the row up to which it needs value rows, in whole chunks: a copy of
-    // few rows takes as long as one of many. A stream that is through reads one more value, unused.
-    FLASHLLM_DEVICE int admit() {
+    // The row up to which the next tile needs value rows, in whole chunks. A stream that is through reads one more value,
+    // unused.
+    FLASHLLM_DEVICE int needed() const {
         const int front = __shfl_sync(0xffffffffu, front_set, tile & 31);
-        const int need = front < rows ? rows : (front / bitmap::kChunkRows + 1) * bitmap::kChunkRows;
-        while (tile - done >= kStages || need - kRing > done_front - bitmap::kSlack) wait_release();
-        return need;
+        return front < rows ? rows : (front / bitmap::kChunkRows + 1) * bitmap::kChunkRows;
+    }
+
+    // Whether there is room for the next tile, which needs the rows below `need`.
+    FLASHLLM_DEVICE bool has_room(int need) const {
+        return tile - done < kStages && need - kRing <= done_front - bitmap::kSlack;
     }
 
     // Waits until one more tile is released.
@@ -157,67 +156,76 @@ struct Feeder {
 
     FLASHLLM_DEVICE unsigned barrier() const { return barriers.full(filled.stage); }
 
+    // Copies the value rows below `need`, and arrives at the tile's barrier for them and for all that this lane has copied
+    // before.
+    FLASHLLM_DEVICE void bring(int need) {
+        const int lane = threadIdx.x & 31;
+#if __CUDA_ARCH__ >= 900
+        if (lane == 0) {
+            const unsigned chunks = (need - rows) / bitmap::kChunkRows;
+            const bool mirrors = place == 0 ? chunks != 0 : place + chunks * bitmap::kPartChunkBytes > ring.kWrapBytes;
+            ptx::mbarrier_expect(barrier(), (chunks + mirrors) * bitmap::kChunkBytes);
+        }
+#endif
+        for (; rows < need; rows += bitmap::kChunkRows) {
+            const unsigned target = ring.base + place;
+#if __CUDA_ARCH__ >= 900
+            if (lane == 0) {
+#pragma unroll
+                for (int part = 0; part < bitmap::kParts; ++part) copy_part(target, part);
+                if (place == 0) {
+#pragma unroll
+                    for (int part = 0; part < bitmap::kParts; ++part) copy_part(target + ring.kWrapBytes, part);
+                }
+            }
+#else
+#pragma unroll
+            for (int part = 0; part < bitmap::kParts; ++part) {
+#pragma unroll
+                for (int i = 0; i < bitmap::kPartChunkBytes; i += bitmap::kLanes * 16) {
+                    const unsigned char* const from = chunk + part * bitmap::kPartChunkBytes + i + lane * 16;
+                    const unsigned to = target + part * ring.kPartBytes + i + lane * 16;
+                    ptx::copy_async16(true, to, from, 16);
+                    ptx::copy_async16(place == 0, to + ring.kWrapBytes, from, 16);
+                }
+            }
+#endif
+            chunk += bitmap::kChunkBytes;
+            place += bitmap::kPartChunkBytes;
+            if (place == ring.kWrapBytes) place = 0;
+        }
+        ptx::mbarrier_arrive_after_copies(barrier());
+    }
+
+#if __CUDA_ARCH__ >= 900
+    FLASHLLM_DEVICE void copy_part(unsigned target, int part) const {
+        ptx::bulk_copy(target + part * ring.kPartBytes, chunk + part * bitmap::kPartChunkBytes, bitmap::kPartChunkBytes,
+                       barrier());
+    }
+#endif
+
     FLASHLLM_DEVICE void advance() {
         filled.advance();
         if ((tile & 31) == 31) before_set = front_set, front_set = next_set, next_set = load_fronts(tile + 34);
         ++tile;
     }
+};
 
-    FLASHLLM_DEVICE const unsigned char* source(int part, int row) const {
-        const long long chunk = static_cast<long long>(row / bitmap::kChunkRows) * bitmap::kParts + part;
-        return values + chunk * bitmap::kPartChunkBytes + row % bitmap::kChunkRows * bitmap::kRowBytes;
+// What a tile needs of one array besides value rows: kBytes, tile after tile. All lanes of the feeder.
+template <int kBytes>
+struct TileCopier {
+    static_assert(kBytes % (bitmap::kLanes * 16) == 0, "every lane copies as much");
+    const unsigned char* source;  // this lane's first 16 bytes of the next tile
+
+    FLASHLLM_DEVICE TileCopier(const unsigned char* array, int first)
+        : source(array + static_cast<long long>(first) * kBytes + (threadIdx.x & 31) * 16) {}
+
+    FLASHLLM_DEVICE void copy(unsigned target) {
+        target += (threadIdx.x & 31) * 16;
+#pragma unroll
+        for (int i = 0; i < kBytes; i += bitmap::kLanes * 16) ptx::copy_async16(true, target + i, source + i, 16);
+        source += kBytes;
     }
-
-    // Copies the pieces and the value rows below `need` of the next tile, which arrive at its barrier.
-    template <int kPieces>
-    FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need) {
-        const int lane = threadIdx.x & 31;
-#if __CUDA_ARCH__ >= 900
-        if (lane == 0) {
-            int bytes = 0;
-#pragma unroll
-            for (int i = 0; i < kPieces; ++i) bytes += pieces[i].bytes;
-            for (int row = rows; row < need; row = next_chunk(row)) {
-                bytes += (next_chunk(row) - row) * (ring.place(row) < kMirrorRows ? 2 : 1) *
-                         (bitmap::kParts * bitmap::kRowBytes);
-            }
-            ptx::mbarrier_expect(barrier(), bytes);
-#pragma unroll
-            for (int i = 0; i < kPieces; ++i) {
-                ptx::bulk_copy(pieces[i].target, pieces[i].source, pieces[i].bytes, barrier());
-            }
-        }
-        __syncwarp();
-        const int part = lane % bitmap::kParts;
-        for (; rows < need; rows = next_chunk(rows)) {
-            const int place = ring.place(rows);
-            if (lane < bitmap::kParts || (lane < 2 * bitmap::kParts && place < kMirrorRows)) {
-                const int to = place + (lane < bitmap::kParts ? 0 : kRing);
-                ptx::bulk_copy(ring.part(part) + to * bitmap::kRowBytes, source(part, rows),
-                               (next_chunk(rows) - rows) * bitmap::kRowBytes, barrier());
-            }
-        }
-#else
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            for (int at = lane * 16; at < pieces[i].bytes; at += bitmap::kLanes * 16) {
-                ptx::copy_async16(true, pieces[i].target + at, pieces[i].source + at, 16);
-            }
-        }
-        constexpr int kRowCopies = bitmap::kRowBytes / 16;
-        for (int i = lane; i < (need - rows) * bitmap::kParts * kRowCopies; i += bitmap::kLanes) {
-            const int row = rows + i / (bitmap::kParts * kRowCopies), part = i / kRowCopies % bitmap::kParts;
-            const int place = ring.place(row), at = i % kRowCopies * 16;
-            const unsigned target = ring.part(part) + place * bitmap::kRowBytes + at;
-            ptx::copy_async16(true, target, source(part, row) + at, 16);
-            ptx::copy_async16(place < kMirrorRows, target + kRing * bitmap::kRowBytes, source(part, row) + at, 16);
-        }
-        rows = need;
-        ptx::mbarrier_arrive_after_copies(barrier());
-#endif
-    }
-
-    FLASHLLM_DEVICE static int next_chunk(int row) { return (row / bitmap::kChunkRows + 1) * bitmap::kChunkRows; }
 };
 
 }  // namespace flashllm

@@ -130,29 +130,20 @@ struct Load {
         static constexpr int kStageBytes = L::kStageBytes;
     };
     using Loader = XLoader<OneWarp, kAligned>;
-#if __CUDA_ARCH__ >= 900
-    static constexpr unsigned kArrivals = L::Feed::kArrivals + bitmap::kLanes;  // every lane arrives for its part of x
-#else
-    static constexpr unsigned kArrivals = L::Feed::kArrivals + (kAligned ? 0 : bitmap::kLanes);
-#endif
+    static constexpr unsigned kArrivals = L::Feed::kArrivals;
 
-    FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
+    FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x,
+                                    TileCopier<bitmap::kMaskBytes> masks) {
         for (; feed.tile < feed.count; feed.advance()) {
-            const int need = feed.admit();
+            const int need = feed.needed();
+            while (!feed.has_room(need)) feed.wait_release();
             const int stage = feed.filled.stage;
             x.load(stage * L::kStageBytes);
-            if constexpr (!kAligned) {
 #if __CUDA_ARCH__ >= 900
-                ptx::fence_async_proxy();
+            if constexpr (!kAligned) ptx::fence_async_proxy();
 #endif
-                ptx::mbarrier_arrive(feed.barrier());
-            }
-            const Piece pieces[] = {{layout.masks(stage), masks + static_cast<long long>(feed.tile) * bitmap::kMaskBytes,
-                                     bitmap::kMaskBytes}};
-            feed.bring(pieces, need);
-#if __CUDA_ARCH__ >= 900
-            if constexpr (kAligned) ptx::mbarrier_arrive_after_copies(feed.barrier());
-#endif
+            masks.copy(layout.masks(stage));
+            feed.bring(need);
         }
     }
 };
@@ -191,7 +182,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     if (feeds) {
         Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_front),
                    typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0), lane),
-                   masks + static_cast<long long>(first) * bitmap::kMaskBytes);
+                   TileCopier<bitmap::kMaskBytes>(masks, first));
     } else {
         Streams<kRing> streams(ring, masks, fronts, lags, first);
         unsigned& even = streams.even;

@@ -61,6 +61,12 @@ FLASHLLM_DEVICE unsigned load_shared_half(unsigned address) {
     return value;
 }
 
+FLASHLLM_DEVICE unsigned load_shared4(unsigned address) {
+    unsigned value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
 FLASHLLM_DEVICE uint2 load_shared8(unsigned address) {
     uint2 value;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
@@ -81,6 +87,10 @@ FLASHLLM_DEVICE void store_shared_zero16(unsigned address) {
 FLASHLLM_DEVICE void store_shared(unsigned address, uint4 value) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "r"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+
+FLASHLLM_DEVICE void store_shared(unsigned address, unsigned value) {
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
 }
 
 // ---- global memory ---------------------------------------------------------------------------------------
@@ -190,6 +200,9 @@ FLASHLLM_DEVICE void bulk_copy(unsigned address, const void* pointer, unsigned b
 
 // ---- warp-level tensor cores (sm_80) -----------------------------------------------------------------------
 
+template <typename T> inline constexpr bool is_half = false;
+template <> inline constexpr bool is_half<__half> = true;
+
 // Four 8x8 matrices of 16-bit elements, one 16-byte row per lane address: exactly the A fragment of m16n8k16.
 FLASHLLM_DEVICE void load_matrix_x4(unsigned (&fragment)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -197,9 +210,31 @@ FLASHLLM_DEVICE void load_matrix_x4(unsigned (&fragment)[4], unsigned address) {
                  : "r"(address) : "memory");
 }
 
+// The same with each matrix transposed: lane 4 g + t gets rows 2 t and 2 t + 1 of column g.
+FLASHLLM_DEVICE void load_matrix_x4_transposed(unsigned (&fragment)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(address) : "memory");
+}
+
 FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(first), "=r"(second) : "r"(address) : "memory");
+}
+
+// The inverse of load_matrix_x4: lane l gives the 16-byte aligned address of row l % 8 of matrix l / 8. Every lane writes
+// parts of four rows, whoever gave their addresses: reads by other lanes need a barrier of the warp first.
+FLASHLLM_DEVICE void store_matrix_x4(unsigned address, const unsigned (&fragment)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3]) : "memory");
+#else
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+        const unsigned row = __shfl_sync(0xffffffffu, address, matrix * 8 + lane / 4);
+        store_shared(row + lane % 4 * 4, fragment[matrix]);
+    }
+#endif
 }
 
 // c[16x8] += a[16x16] b[16x8], fp32 accumulators; T names the type of a and b.
@@ -221,6 +256,25 @@ FLASHLLM_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const unsigned (
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c[16x8] += a[16x32] b[32x8] with two elements of a in every group of four along K: the "slots" of the group. a holds
+// the slots alone, as m16n8k16's fragment of 16 columns; b[j] rows 8 j + 2 t and the next of column g (lane 4 g + t).
+// Where the slots stand: lane 4 g + 2 kSelector + h gives groups 4 h to 4 h + 3 of row g in the low half of `metadata`,
+// of row g + 8 in the high half, 4 bits a group: the place of slot 0, and above it that of slot 1, which must be the
+// larger. The other lanes' metadata are ignored. "Ordered" is the variant that is fast on every architecture.
+template <typename T, int kSelector>
+FLASHLLM_DEVICE void mma_sp_m16n8k32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned metadata) {
+    static_assert(kSelector == 0 || kSelector == 1);
+#define FLASHLLM_MMA_SP(type)                                                                            \
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type ".f32 "              \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"            \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),        \
+          "r"(metadata), "n"(kSelector))
+    if constexpr (is_half<T>) FLASHLLM_MMA_SP("f16");
+    else FLASHLLM_MMA_SP("bf16");
+#undef FLASHLLM_MMA_SP
 }
 
 // ---- warpgroup-level tensor cores (sm_90a) ---------------------------------------------------------------------
@@ -273,8 +327,6 @@ FLASHLLM_DEVICE void warpgroup_wait() {
         if constexpr (is_half<T>) FLASHLLM_WGMMA_REGISTERS(kN, "f16", registers, n0, n1, n2, n3, n4, __VA_ARGS__); \
         else FLASHLLM_WGMMA_REGISTERS(kN, "bf16", registers, n0, n1, n2, n3, n4, __VA_ARGS__);           \
     }
-template <typename T> inline constexpr bool is_half = false;
-template <> inline constexpr bool is_half<__half> = true;
 
 FLASHLLM_WGMMA_SHAPE(8, "{%0, %1, %2, %3}", 4, 5, 6, 7, 8, FLASHLLM_C4(0))
 FLASHLLM_WGMMA_SHAPE(16, "{%0, %1, %2, %3, %4, %5, %6, %7}", 8, 9, 10, 11, 12, FLASHLLM_C4(0), FLASHLLM_C4(1))

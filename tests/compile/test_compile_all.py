@@ -15,7 +15,7 @@ from flashllm.jit.compile import CompileResult, compile_many
 from flashllm.jit.sources import cuda_root
 
 SPECS = registry.all_specs()
-BROKEN = Path(__file__).parent.parent / "emulator" / "broken.cu"
+EMULATED = Path(__file__).parent.parent / "emulator"
 
 
 @pytest.fixture(scope="session")
@@ -63,24 +63,36 @@ def test_every_kernel_source_has_a_spec() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "archs"),
+    ("source", "function", "template", "archs"),
     [
-        ("ring", ("90a", "100a", "120a")),
-        ("share", ("90a", "100a", "120a")),
-        ("turn", ALL_ARCHS),
-        ("relay", ALL_ARCHS),
-        ("multiply_registers", ("90a",)),
+        ("broken.cu", "ring", ("0",), ("90a", "100a", "120a")),
+        ("broken.cu", "share", ("0",), ("90a", "100a", "120a")),
+        ("broken.cu", "turn", ("0",), ALL_ARCHS),
+        ("broken.cu", "relay", ("0",), ALL_ARCHS),
+        ("broken.cu", "multiply_registers", ("0",), ("90a",)),
+        *(
+            ("fragments.cu", "multiply_sparse", (dtype, selector, "0"), ALL_ARCHS)
+            for dtype in ("__half", "__nv_bfloat16")
+            for selector in ("0", "1")
+        ),
+        ("fragments.cu", "transpose", ("0",), ALL_ARCHS),
+        ("fragments.cu", "store", ("0",), ALL_ARCHS),
+        ("fragments.cu", "words", ("0",), ALL_ARCHS),
+        ("fragments.cu", "publish", ("0",), ("90a",)),
     ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else value,
 )
-def test_kernels_that_try_the_emulator_compile(function: str, archs: tuple[str, ...], tmp_path: Path) -> None:
+def test_kernels_that_try_the_emulator_compile(
+    source: str, function: str, template: tuple[str, ...], archs: tuple[str, ...], tmp_path: Path
+) -> None:
     """What the emulator does for their instructions is what a compiler takes for them."""
     shutil.copytree(cuda_root(), tmp_path / "cuda")
-    shutil.copy(BROKEN, tmp_path / "cuda")
+    shutil.copy(EMULATED / source, tmp_path / "cuda")
     spec = KernelSpec(
         name=function,
-        source="broken.cu",
-        function=f"broken::{function}",
-        template=(("kMistake", "0"),),
+        source=source,
+        function=f"{Path(source).stem}::{function}",
+        template=tuple((f"argument{i}", value) for i, value in enumerate(template)),
         threads=128,
         archs=archs,
     )

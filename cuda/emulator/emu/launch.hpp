@@ -13,7 +13,7 @@ namespace emu {
 
 #define FLASHLLM_COUNTERS(X)                                                                              \
     X(blocks) X(barriers) X(switches)                                                                     \
-    X(mma_m16n8k16)                                                                                       \
+    X(mma_m16n8k16) X(mma_sp_m16n8k32)                                                                    \
     X(wgmma_m64n8k16) X(wgmma_m64n16k16) X(wgmma_m64n24k16) X(wgmma_m64n32k16) X(wgmma_m64n40k16)         \
     X(wgmma_m64n48k16) X(wgmma_m64n56k16) X(wgmma_m64n64k16) X(wgmma_m64n72k16) X(wgmma_m64n80k16)        \
     X(wgmma_m64n88k16) X(wgmma_m64n96k16) X(wgmma_m64n104k16) X(wgmma_m64n112k16) X(wgmma_m64n120k16)     \
@@ -24,8 +24,10 @@ namespace emu {
     X(global_read_bytes) X(global_write_bytes) X(prefetch_bytes) X(copy_async_bytes) X(copy_async_zeros)   \
     X(bulk_copy_bytes)                                                                                    \
     X(scatter_requests) X(scatter_wavefronts) X(scatter_ideal)                                            \
+    X(store4_requests) X(store4_wavefronts) X(store4_ideal)                                               \
     X(store16_requests) X(store16_wavefronts) X(store16_ideal)                                            \
-    X(ldmatrix_requests) X(ldmatrix_wavefronts) X(ldmatrix_ideal)
+    X(ldmatrix_requests) X(ldmatrix_wavefronts) X(ldmatrix_ideal)                                         \
+    X(stmatrix_requests) X(stmatrix_wavefronts) X(stmatrix_ideal)
 enum class Counter : unsigned {
 #define FLASHLLM_COUNTER(name) name,
     FLASHLLM_COUNTERS(FLASHLLM_COUNTER)

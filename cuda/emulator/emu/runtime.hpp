@@ -67,6 +67,7 @@ T load_shared(unsigned address) {
 }
 void check_selector(unsigned selector);
 void scatter_shared(unsigned address, unsigned short value);
+void store_shared4(unsigned address, unsigned value);
 void store_shared16(unsigned address, const uint4& value);
 
 void copy_async16(unsigned address, const void* pointer, unsigned bytes);
@@ -84,7 +85,9 @@ void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned m
 
 enum class Value : unsigned char { fp16, bf16 };
 void load_matrix(unsigned* fragment, unsigned matrices, unsigned address, bool transposed);
+void store_matrix_x4(unsigned address, const unsigned* fragment);
 void mma_m16n8k16(Value type, float* c, const unsigned* a, unsigned b0, unsigned b1);
+void mma_sp_m16n8k32(Value type, float* c, const unsigned* a, const unsigned* b, unsigned metadata, unsigned selector);
 
 void fence_async_proxy();
 void wgmma_fence();

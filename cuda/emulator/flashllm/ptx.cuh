@@ -34,12 +34,14 @@ FLASHLLM_DEVICE void scatter_low_half(unsigned word, unsigned base) {
 }
 
 FLASHLLM_DEVICE unsigned load_shared_half(unsigned address) { return emu::load_shared<unsigned short>(address); }
+FLASHLLM_DEVICE unsigned load_shared4(unsigned address) { return emu::load_shared<unsigned>(address); }
 FLASHLLM_DEVICE uint2 load_shared8(unsigned address) { return emu::load_shared<uint2>(address); }
 FLASHLLM_DEVICE uint4 load_shared(unsigned address) { return emu::load_shared<uint4>(address); }
 
 FLASHLLM_DEVICE void store_shared_zero16(unsigned address) { emu::store_shared16(address, make_uint4(0, 0, 0, 0)); }
 
 FLASHLLM_DEVICE void store_shared(unsigned address, uint4 value) { emu::store_shared16(address, value); }
+FLASHLLM_DEVICE void store_shared(unsigned address, unsigned value) { emu::store_shared4(address, value); }
 
 // ---- global memory ---------------------------------------------------------------------------------------------
 
@@ -92,10 +94,18 @@ FLASHLLM_DEVICE void load_matrix_x4(unsigned (&fragment)[4], unsigned address) {
     emu::load_matrix(fragment, 4, address, false);
 }
 
+FLASHLLM_DEVICE void load_matrix_x4_transposed(unsigned (&fragment)[4], unsigned address) {
+    emu::load_matrix(fragment, 4, address, true);
+}
+
 FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned address) {
     unsigned fragment[2];
     emu::load_matrix(fragment, 2, address, false);
     first = fragment[0], second = fragment[1];
+}
+
+FLASHLLM_DEVICE void store_matrix_x4(unsigned address, const unsigned (&fragment)[4]) {
+    emu::store_matrix_x4(address, fragment);
 }
 
 template <typename T> inline constexpr bool is_half = false;
@@ -107,6 +117,12 @@ inline constexpr emu::Value value_type = is_half<T> ? emu::Value::fp16 : emu::Va
 template <typename T>
 FLASHLLM_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     emu::mma_m16n8k16(value_type<T>, c, a, b0, b1);
+}
+
+template <typename T, int kSelector>
+FLASHLLM_DEVICE void mma_sp_m16n8k32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned metadata) {
+    static_assert(kSelector == 0 || kSelector == 1);
+    emu::mma_sp_m16n8k32(value_type<T>, c, a, b, metadata, kSelector);
 }
 
 // ---- warpgroup-level tensor cores (sm_90a) ---------------------------------------------------------------------

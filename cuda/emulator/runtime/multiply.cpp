@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of a tensor-core step: 16 exact products per output are added to it and the sum is cut off, not
-// rounded, to fp32, as the hardware does. (Its products lose a few low bits before the addition too; not modelled.)
+// The arithmetic of a tensor-core step: 16 exact products per output (also where a is sparse: those of its elements) are
+// added to it and the sum is cut off, not rounded, to fp32, as the hardware does. (Its products lose a few low bits
+// before the addition too; not modelled.)
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -37,32 +38,56 @@ Floats truncate(Doubles value) {
     return __builtin_convertvector((Doubles)((Longs)value & ~0x1fffffffll), Floats);
 }
 
+// b[8][kDepth], widened and transposed.
+template <unsigned kDepth>
+struct Columns {
+    alignas(32) double of[kDepth][8];
+
+    Columns(Value type, const std::uint16_t* b) {
+        double rows[8 * kDepth];
+        widen(type, b, 8 * kDepth, rows);
+        for (unsigned k = 0; k < kDepth; ++k) {
+            for (unsigned n = 0; n < 8; ++n) of[k][n] = rows[n * kDepth + k];
+        }
+    }
+};
+
+// c[8] += 16 products: element k of a with column place(k) of b.
+template <unsigned kDepth, typename Place>
+void add_row(float* c, const double* a, const Columns<kDepth>& b, Place place) {
+    for (unsigned half = 0; half < 8; half += 4) {
+        Floats narrow;
+        std::memcpy(&narrow, c + half, sizeof narrow);
+        Doubles even = __builtin_convertvector(narrow, Doubles), odd = {};
+        for (unsigned k = 0; k < 16; k += 2) {
+            even += a[k] * *reinterpret_cast<const Doubles*>(&b.of[place(k)][half]);
+            odd += a[k + 1] * *reinterpret_cast<const Doubles*>(&b.of[place(k + 1)][half]);
+        }
+        narrow = truncate(even + odd);
+        std::memcpy(c + half, &narrow, sizeof narrow);
+    }
+}
+
 }  // namespace
 
 void multiply_add(Value type, float* c, unsigned columns, const std::uint16_t* a, const std::uint16_t* b) {
-    double wide_a[16 * 16], rows_b[8 * 16];
+    double wide_a[16 * 16];
     widen(type, a, 16 * 16, wide_a);
     for (unsigned first = 0; first < columns; first += 8) {
-        widen(type, b + first * 16, 8 * 16, rows_b);
-        alignas(32) double columns_b[16][8];
-        for (unsigned k = 0; k < 16; ++k) {
-            for (unsigned n = 0; n < 8; ++n) columns_b[k][n] = rows_b[n * 16 + k];
+        const Columns<16> columns_b(type, b + first * 16);
+        for (unsigned m = 0; m < 16; ++m) {
+            add_row(c + m * columns + first, wide_a + m * 16, columns_b, [](unsigned k) { return k; });
         }
-        for (unsigned row = 0; row < 16; ++row) {
-            const double* row_a = wide_a + row * 16;
-            for (unsigned half = 0; half < 8; half += 4) {
-                float* place = c + row * columns + first + half;
-                Floats narrow;
-                std::memcpy(&narrow, place, sizeof narrow);
-                Doubles even = __builtin_convertvector(narrow, Doubles), odd = {};
-                for (unsigned k = 0; k < 16; k += 2) {
-                    even += row_a[k] * *reinterpret_cast<const Doubles*>(&columns_b[k][half]);
-                    odd += row_a[k + 1] * *reinterpret_cast<const Doubles*>(&columns_b[k + 1][half]);
-                }
-                narrow = truncate(even + odd);
-                std::memcpy(place, &narrow, sizeof narrow);
-            }
-        }
+    }
+}
+
+void multiply_add_sparse(Value type, float* c, const std::uint16_t* a, const std::uint16_t* b,
+                         const unsigned char (*place)[16]) {
+    double wide_a[16 * 16];
+    widen(type, a, 16 * 16, wide_a);
+    const Columns<32> columns_b(type, b);
+    for (unsigned m = 0; m < 16; ++m) {
+        add_row(c + m * 8, wide_a + m * 16, columns_b, [=](unsigned k) { return place[m][k]; });
     }
 }
 

@@ -15,8 +15,8 @@ namespace emu {
 namespace {
 
 const char* const kOperationNames[] = {"__syncwarp", "shuffle", "vote", "ldmatrix.x2", "ldmatrix.x4",
-                                       "mma.m16n8k16", "wgmma.fence", "wgmma.mma_async", "wgmma.commit_group",
-                                       "wgmma.wait_group"};
+                                       "ldmatrix.x4.trans", "stmatrix.x4", "mma.m16n8k16", "mma.sp.m16n8k32",
+                                       "wgmma.fence", "wgmma.mma_async", "wgmma.commit_group", "wgmma.wait_group"};
 
 // One in this many meetings, another warp gets its turn although this one could go on.
 constexpr unsigned kPreempt = 8;

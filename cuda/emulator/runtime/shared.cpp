@@ -87,8 +87,15 @@ void flush_logs(Warp& warp) {
             worker.add(Counter::scatter_wavefronts, wavefronts4(addresses, lanes));
         });
     }
-    if (warp.stores.longest != 0) {
-        drain_log(warp.stores, [&](const unsigned* addresses, unsigned lanes) {
+    if (warp.stores4.longest != 0) {
+        drain_log(warp.stores4, [&](const unsigned* addresses, unsigned lanes) {
+            worker.add(Counter::store4_requests);
+            worker.add(Counter::store4_ideal);
+            worker.add(Counter::store4_wavefronts, wavefronts4(addresses, lanes));
+        });
+    }
+    if (warp.stores16.longest != 0) {
+        drain_log(warp.stores16, [&](const unsigned* addresses, unsigned lanes) {
             worker.add(Counter::store16_requests);
             for (unsigned first = 0; first < lanes; first += 8) {  // a quarter of a warp at a time
                 worker.add(Counter::store16_ideal);
@@ -141,12 +148,20 @@ void scatter_shared(unsigned address, unsigned short value) {
     log_access(thread, thread.warp->scatters, address);
 }
 
+void store_shared4(unsigned address, unsigned value) {
+    Thread& thread = current();
+    check_shared(thread, "4-byte store", address, 4);
+    std::memcpy(shared_pointer(*thread.owner, address), &value, 4);
+    mark_written(thread, address, 4);
+    log_access(thread, thread.warp->stores4, address);
+}
+
 void store_shared16(unsigned address, const uint4& value) {
     Thread& thread = current();
     check_shared(thread, "16-byte store", address, 16);
     std::memcpy(shared_pointer(*thread.owner, address), &value, 16);
     mark_written(thread, address, 16);
-    log_access(thread, thread.warp->stores, address);
+    log_access(thread, thread.warp->stores16, address);
 }
 
 // ---- cp.async: performed when its group is waited for. With a seed, some copies are performed at once, as the

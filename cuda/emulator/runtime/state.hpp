@@ -52,7 +52,8 @@ struct Thread : ThreadView {
 
 // What the lanes of a meeting are doing: all must do the same.
 enum class Operation : unsigned char {
-    syncwarp, shuffle, vote, ldmatrix_x2, ldmatrix_x4, mma, wgmma_fence, wgmma, wgmma_commit, wgmma_wait
+    syncwarp, shuffle, vote, ldmatrix_x2, ldmatrix_x4, ldmatrix_x4_trans, stmatrix_x4, mma, mma_sp, wgmma_fence, wgmma,
+    wgmma_commit, wgmma_wait
 };
 const char* name_of(Operation operation);
 
@@ -83,7 +84,7 @@ struct Warp {
     unsigned meeting_count = 0;
     Meeting meetings[32];
     void* argument[32];                // what each lane brings to its meeting
-    AccessLog scatters, stores;
+    AccessLog scatters, stores4, stores16;
     std::unique_ptr<WgmmaQueue, WgmmaQueueDeleter> wgmma;
     unsigned wgmma_issued = 0;
 };
@@ -191,8 +192,12 @@ void reset_wgmma(Warp& warp);
 void check_warpgroups(Block& block);
 void check_wgmma_done(Warp& warp);
 
-// ---- multiply.cpp: c[16][columns] += a[16][16] b[columns][16], as tensor cores do
+// ---- multiply.cpp: as tensor cores do
 
+// c[16][columns] += a[16][16] b[columns][16]
 void multiply_add(Value type, float* c, unsigned columns, const std::uint16_t* a, const std::uint16_t* b);
+// c[16][8] += a[16][16] b[8][32], where element k of row m of a multiplies column place[m][k] of b
+void multiply_add_sparse(Value type, float* c, const std::uint16_t* a, const std::uint16_t* b,
+                         const unsigned char (*place)[16]);
 
 }  // namespace emu

@@ -86,31 +86,96 @@ void perform_load_matrix(Warp& warp, unsigned matrices) {
     }
 }
 
+struct StoreMatrixArgument {
+    unsigned address;
+    unsigned rows[4];  // of each matrix, the row that this lane has a part of
+};
+
+void perform_store_matrix(Warp& warp, unsigned) {
+    Worker& worker = *warp.block->worker;
+    worker.add(Counter::stmatrix_requests);
+    for (unsigned m = 0; m < 4; ++m) {
+        unsigned addresses[8];
+        for (unsigned row = 0; row < 8; ++row) {
+            addresses[row] = argument<StoreMatrixArgument>(warp, m * 8 + row).address;
+        }
+        worker.add(Counter::stmatrix_ideal);
+        worker.add(Counter::stmatrix_wavefronts, wavefronts16(addresses, 8));
+        for (unsigned lane = 0; lane < 32; ++lane) {
+            argument<StoreMatrixArgument>(warp, lane).rows[m] = addresses[lane / 4];
+        }
+    }
+}
+
 struct MmaArgument {
     Value type;
     float* c;
-    const unsigned* a;
-    unsigned b[2];
+    const unsigned *a, *b;
+    unsigned metadata, selector;  // of a sparse one
+};
+
+// The fragments of a warp: lane 4 g + t holds rows g and g + 8, columns 2 t.. and 2 t + 8.. of a; of b, column g.
+template <unsigned kDepth>
+struct Fragments {
+    std::uint16_t a[16][16], b[8][kDepth];
+    float c[16][8];
+
+    explicit Fragments(Warp& warp) {
+        for (unsigned lane = 0; lane < 32; ++lane) {
+            auto& mine = argument<MmaArgument>(warp, lane);
+            const unsigned g = lane / 4, t = lane % 4 * 2;
+            for (unsigned i = 0; i < 4; ++i) std::memcpy(&a[g + i % 2 * 8][t + i / 2 * 8], &mine.a[i], 4);
+            for (unsigned i = 0; i < kDepth / 8; ++i) std::memcpy(&b[g][t + i * 8], &mine.b[i], 4);
+            for (unsigned i = 0; i < 2; ++i) std::memcpy(&c[g + i * 8][t], &mine.c[i * 2], 8);
+        }
+    }
+
+    void give_back(Warp& warp) const {
+        for (unsigned lane = 0; lane < 32; ++lane) {
+            auto& mine = argument<MmaArgument>(warp, lane);
+            for (unsigned i = 0; i < 2; ++i) std::memcpy(&mine.c[i * 2], &c[lane / 4 + i * 8][lane % 4 * 2], 8);
+        }
+    }
 };
 
 void perform_mma(Warp& warp, unsigned) {
-    std::uint16_t a[16][16], b[8][16];
-    float c[16][8];
-    // Lane 4 g + t holds rows g and g + 8, columns 2 t.. and 2 t + 8.. of a; of b, column g.
-    for (unsigned lane = 0; lane < 32; ++lane) {
-        auto& mine = argument<MmaArgument>(warp, lane);
-        const unsigned g = lane / 4, t = lane % 4 * 2;
-        for (unsigned i = 0; i < 4; ++i) std::memcpy(&a[g + i % 2 * 8][t + i / 2 * 8], &mine.a[i], 4);
-        for (unsigned i = 0; i < 2; ++i) std::memcpy(&b[g][t + i * 8], &mine.b[i], 4);
-        for (unsigned i = 0; i < 2; ++i) std::memcpy(&c[g + i * 8][t], &mine.c[i * 2], 8);
-    }
-    const Value type = argument<MmaArgument>(warp, 0).type;
-    multiply_add(type, c[0], 8, a[0], b[0]);
-    for (unsigned lane = 0; lane < 32; ++lane) {
-        auto& mine = argument<MmaArgument>(warp, lane);
-        for (unsigned i = 0; i < 2; ++i) std::memcpy(&mine.c[i * 2], &c[lane / 4 + i * 8][lane % 4 * 2], 8);
-    }
+    Fragments<16> fragments(warp);
+    multiply_add(argument<MmaArgument>(warp, 0).type, fragments.c[0], 8, fragments.a[0], fragments.b[0]);
+    fragments.give_back(warp);
     warp.block->worker->add(Counter::mma_m16n8k16);
+}
+
+void perform_mma_sp(Warp& warp, unsigned) {
+    const auto& first = argument<MmaArgument>(warp, 0);
+    for (unsigned lane = 1; lane < 32; ++lane) {
+        const auto& other = argument<MmaArgument>(warp, lane);
+        if (other.type != first.type || other.selector != first.selector) {
+            fail("mma.sp: lanes 0 and %u give different types or selectors", lane);
+        }
+    }
+    unsigned char place[16][16];
+    for (unsigned row = 0; row < 16; ++row) {
+        for (unsigned slot = 0; slot < 16; ++slot) {
+            const unsigned group = slot / 2, supplier = row % 8 * 4 + first.selector * 2 + group / 4;
+            const unsigned bit = row / 8 * 16 + group % 4 * 4 + slot % 2 * 2;
+            place[row][slot] = static_cast<unsigned char>(
+                group * 4 + (argument<MmaArgument>(warp, supplier).metadata >> bit & 3u));
+        }
+    }
+    Fragments<32> fragments(warp);
+    multiply_add_sparse(first.type, fragments.c[0], fragments.a[0], fragments.b[0], place);
+    fragments.give_back(warp);
+    warp.block->worker->add(Counter::mma_sp_m16n8k32);
+}
+
+// Of a lane whose metadata counts; also where the values are zeros, since what a GPU does then is undefined too.
+void check_ordered(const Thread& thread, unsigned metadata) {
+    for (unsigned i = 0; i < 8; ++i) {
+        const unsigned low = metadata >> i * 4 & 3u, high = metadata >> (i * 4 + 2) & 3u;
+        if (low < high) continue;
+        fail("mma.sp::ordered_metadata: metadata 0x%08x places group %u of row %u at %u and %u, expected rising places",
+             metadata, thread.lane % 2 * 4 + i % 4, thread.lane / 4 + i / 4 * 8, low, high);
+    }
 }
 
 }  // namespace
@@ -139,15 +204,37 @@ void load_matrix(unsigned* fragment, unsigned matrices, unsigned address, bool t
     if (thread.lane < matrices * 8) check_shared(thread, "ldmatrix", address, 16);
     MatrixArgument mine{fragment, address, transposed};
     if (matrices == 4) {
-        meet(Operation::ldmatrix_x4, ~0u, &mine, [](Warp& warp, unsigned) { perform_load_matrix(warp, 4); });
+        const Operation operation = transposed ? Operation::ldmatrix_x4_trans : Operation::ldmatrix_x4;
+        meet(operation, ~0u, &mine, [](Warp& warp, unsigned) { perform_load_matrix(warp, 4); });
     } else {
         meet(Operation::ldmatrix_x2, ~0u, &mine, [](Warp& warp, unsigned) { perform_load_matrix(warp, 2); });
     }
 }
 
+// Each lane writes its own part after the meeting, so that a read by another without a barrier comes too early.
+void store_matrix_x4(unsigned address, const unsigned* fragment) {
+    Thread& thread = current();
+    check_shared(thread, "stmatrix", address, 16);
+    StoreMatrixArgument mine{address, {}};
+    meet(Operation::stmatrix_x4, ~0u, &mine, perform_store_matrix);
+    for (unsigned m = 0; m < 4; ++m) {
+        const unsigned part = mine.rows[m] + thread.lane % 4 * 4;
+        std::memcpy(shared_pointer(*thread.owner, part), &fragment[m], 4);
+        mark_written(thread, part, 4);
+    }
+}
+
 void mma_m16n8k16(Value type, float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    MmaArgument mine{type, c, a, {b0, b1}};
+    const unsigned b[2] = {b0, b1};
+    MmaArgument mine{type, c, a, b, 0, 0};
     meet(Operation::mma, ~0u, &mine, perform_mma);
+}
+
+void mma_sp_m16n8k32(Value type, float* c, const unsigned* a, const unsigned* b, unsigned metadata, unsigned selector) {
+    const Thread& thread = current();
+    if (thread.lane % 4 / 2 == selector) check_ordered(thread, metadata);
+    MmaArgument mine{type, c, a, b, metadata, selector};
+    meet(Operation::mma_sp, ~0u, &mine, perform_mma_sp);
 }
 
 }  // namespace emu

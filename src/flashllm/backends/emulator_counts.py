@@ -32,7 +32,7 @@ class Counts:
     switches: int
     """Changes from one emulated thread to another."""
     mma: Mapping[str, int]
-    """Tensor-core instructions by shape: warp-wide m16n8k16, warpgroup-wide m64nNk16."""
+    """Tensor-core instructions by shape: warp-wide m16n8k16 and sp.m16n8k32 (sparse), warpgroup-wide m64nNk16."""
     global_read_bytes: int
     global_write_bytes: int
     prefetch_bytes: int
@@ -44,13 +44,16 @@ class Counts:
     """Read by bulk copies (also in ``global_read_bytes``)."""
     scatter: SharedAccess
     """2-byte stores. The n-th store of each lane between two meetings of the warp counts as one instruction."""
+    store4: SharedAccess
+    """4-byte stores, told apart as the 2-byte ones."""
     store16: SharedAccess
     """16-byte stores, a quarter of a warp at a time."""
     ldmatrix: SharedAccess
+    stmatrix: SharedAccess
 
     @property
     def multiply_adds(self) -> int:
-        """Of all tensor-core instructions."""
+        """Of all tensor-core instructions; a sparse one performs half of its shape's."""
         sizes = {shape: _volume(shape) for shape in self.mma}
         return sum(count * sizes[shape] for shape, count in self.mma.items())
 
@@ -66,10 +69,12 @@ class Counts:
             )
 
         return cls(
-            mma={key.split("_")[1]: n for key, n in values.items() if key.startswith(("mma_", "wgmma_")) and n},
+            mma={_shape(key): n for key, n in values.items() if key.startswith(("mma_", "wgmma_")) and n},
             scatter=access("scatter"),
+            store4=access("store4"),
             store16=access("store16"),
             ldmatrix=access("ldmatrix"),
+            stmatrix=access("stmatrix"),
             **{key: values[key] for key in _PLAIN},
         )
 
@@ -87,7 +92,11 @@ _PLAIN = (
 )
 
 
+def _shape(counter: str) -> str:
+    return counter.split("_", 1)[1].replace("_", ".")
+
+
 def _volume(shape: str) -> int:
-    m, rest = shape[1:].split("n")
+    m, rest = shape.removeprefix("sp.")[1:].split("n")
     n, k = rest.split("k")
-    return int(m) * int(n) * int(k)
+    return int(m) * int(n) * int(k) // (2 if shape.startswith("sp.") else 1)

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // x on its way to tensor cores that gather its columns: windows of K in shared memory, one column of x after another.
 //
-// A window is up to 256 columns of x [N, K]. In shared memory a column is the N values that ldmatrix (transposed) takes
+// A window is up to 256 columns of x [N, K]. In shared memory a column is its N values, which ldmatrix (transposed) takes
 // as rows of 8, so that a lane may name any column as the k it wants. Columns are an odd number of 16-byte units apart:
 // eight columns of eight residues mod 8 lie in different banks.
+//
+// The four warps of a block write a window together, 64 columns each: a warp copies its columns, rows of x, to a place of
+// its own by cp.async, and from there transposed to the window, one window ahead of the products. Barriers count the
+// warps that have written a window, and those that have done with it.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -11,106 +15,116 @@
 
 namespace flashllm {
 
-constexpr int kWindowColumns = 256;  // room of a window: any byte names a column
-
-template <int kN>
-struct XWindow {
+// kWindows: places for windows. kAligned: K is a multiple of 8 and x 16-byte aligned.
+template <int kN, int kWindows, bool kAligned>
+struct XWindows {
+    static constexpr int kWarps = 4;
+    static constexpr int kWarpColumns = 64;
     static constexpr int kColumnBytes = (kN / 8 | 1) * 16;
-    static constexpr int kBytes = kWindowColumns * kColumnBytes;
+    static constexpr unsigned kWindowBytes = kWarps * kWarpColumns * kColumnBytes;
+    static constexpr int kRowBytes = kWarpColumns * 2;  // 128 of a warp's place: all 32 banks; chunks are swizzled
+    static constexpr int kRows = 4;                     // that one turn of the warp's 16-byte chunks takes
+    static constexpr unsigned kPlacesBytes = kWarps * kN * kRowBytes;
+    static constexpr unsigned kBytes = kWindows * kWindowBytes + kPlacesBytes;
+    static constexpr unsigned kBarrierBytes = kWindows * 16 + kWarps * 8;
+    static_assert(kN % (2 * kRows) == 0, "the swizzle has two forms");
     static_assert(kColumnBytes < 256, "an address is base + column * kColumnBytes by one 8-bit multiply-add");
-};
-
-// One warp brings windows: kUnits units of 64 columns of all rows of x at a time by cp.async, to where it writes them
-// transposed from when they have landed. Rows beyond N and columns beyond K or beyond the window's become zeros.
-template <int kN, int kUnits, bool kAligned>
-struct XWindowLoader {
-    static constexpr int kUnitColumns = 64;
-    static constexpr int kUnitRowBytes = kUnitColumns * 2;  // 128: one row is all 32 banks; chunks are swizzled
-    static constexpr int kUnitBytes = kN * kUnitRowBytes;
-    static constexpr int kWindowUnits = kWindowColumns / kUnitColumns;
-    static constexpr int kRounds = kWindowUnits / kUnits;  // of a window
-    static constexpr int kRows = 4;  // of a unit that one turn of the warp's 16-byte chunks takes
-    static_assert(kWindowUnits % kUnits == 0 && kN % (2 * kRows) == 0, "whole rounds, and the swizzle has two forms");
 
     const unsigned short* x;       // a valid address
-    const unsigned short* source;  // this lane's first chunk of the next round
-    unsigned units;                // shared address
+    const unsigned short* source;  // this lane's first chunk of the next window
+    unsigned base, barriers;       // shared addresses: of the windows; of full and empty of each, landed of each warp
     int K, window_columns, n_left;
-    int within, column;  // of that chunk, in its window and in x
-    int round = 0;       // the next one asked for, of its window
+    int column;                    // of the lane's chunk
+    int windows, written = 0;      // of the run
+    int place = 0, next_place = 0;  // of the window in use, of the one to be written next
+    unsigned parity = 0, next_parity = 0, landed_parity = 0;
 
-    FLASHLLM_DEVICE XWindowLoader(const unsigned short* x_, int n0, int N, int K_, int window_columns_, int window,
-                                  unsigned units_)
-        : x(x_), units(units_), K(K_), window_columns(window_columns_) {
+    // `window`: of the run's first tile; `windows_`: of the run. Then a barrier of the block.
+    FLASHLLM_DEVICE XWindows(const unsigned short* x_, int n0, int N, int K_, int window_columns_, int window,
+                             int windows_, unsigned base_, unsigned barriers_)
+        : x(x_), base(base_), barriers(barriers_), K(K_), window_columns(window_columns_), windows(windows_) {
         const int lane = threadIdx.x & 31, n = lane >> 3;
         n_left = N - n0 - n;
-        within = (lane & 7) * 8;
-        column = window * window_columns + within;
+        column = window * window_columns + within();
         source = x + static_cast<long long>(n0 + n) * K + column;
-        ask();
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < kWindows; ++i) {
+                ptx::mbarrier_init(full(i), kWarps);
+                ptx::mbarrier_init(empty(i), kWarps);
+            }
+            for (int i = 0; i < kWarps; ++i) ptx::mbarrier_init(barriers + kWindows * 16 + i * 8, 32);
+            ptx::mbarrier_init_fence();
+        }
     }
 
-    // Asks for the next round of units.
+    FLASHLLM_DEVICE unsigned full(int i) const { return barriers + i * 16; }
+    FLASHLLM_DEVICE unsigned empty(int i) const { return full(i) + 8; }
+    FLASHLLM_DEVICE unsigned landed() const { return barriers + kWindows * 16 + (threadIdx.x >> 5) * 8; }
+    FLASHLLM_DEVICE int within() const { return threadIdx.x / 32 * kWarpColumns + (threadIdx.x & 7) * 8; }
+    FLASHLLM_DEVICE unsigned warp_place() const { return base + kWindows * kWindowBytes + (threadIdx.x >> 5) * (kN * kRowBytes); }
+
+    // Asks for this warp's columns of the next window. Rows beyond N and columns beyond K or the window become zeros.
     FLASHLLM_DEVICE void ask() {
         const int lane = threadIdx.x & 31;
+        const bool inside = within() < window_columns && column < K;
         const unsigned short* from = source;
 #pragma unroll
         for (int turn = 0; turn < kN / kRows; ++turn, from += static_cast<long long>(kRows) * K) {
             const unsigned chunk = (lane & 7) ^ (lane >> 3 | (turn & 1) * kRows);
-            const unsigned target = units + (turn * kRows + (lane >> 3)) * kUnitRowBytes + chunk * 16;
+            const unsigned to = warp_place() + (turn * kRows + (lane >> 3)) * kRowBytes + chunk * 16;
+            const bool real = inside && turn * kRows < n_left;
+            if constexpr (kAligned) {
+                ptx::copy_async16(true, to, real ? from : x, real ? 16u : 0u);
+            } else {
+                // K is no multiple of 8: rows start at any 2-byte address, so 16-byte copies are out.
+                unsigned pair[4];
 #pragma unroll
-            for (int unit = 0; unit < kUnits; ++unit) {
-                const int over = unit * kUnitColumns;
-                const bool real = turn * kRows < n_left && within + over < window_columns && column + over < K;
-                if constexpr (kAligned) {
-                    ptx::copy_async16(true, target + unit * kUnitBytes, real ? from + over : x, real ? 16u : 0u);
-                } else {
-                    // K is no multiple of 8: rows start at any 2-byte address, so 16-byte copies are out.
-                    unsigned pair[4];
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const unsigned low = real && column + over + 2 * j < K ? from[over + 2 * j] : 0u;
-                        const unsigned high = real && column + over + 2 * j + 1 < K ? from[over + 2 * j + 1] : 0u;
-                        pair[j] = low | high << 16;
-                    }
-                    ptx::store_shared(target + unit * kUnitBytes, make_uint4(pair[0], pair[1], pair[2], pair[3]));
+                for (int j = 0; j < 4; ++j) {
+                    const unsigned low = real && column + 2 * j < K ? from[2 * j] : 0u;
+                    const unsigned high = real && column + 2 * j + 1 < K ? from[2 * j + 1] : 0u;
+                    pair[j] = low | high << 16;
                 }
+                ptx::store_shared(to, make_uint4(pair[0], pair[1], pair[2], pair[3]));
             }
         }
-        ptx::copy_async_commit();
-        const bool last = ++round == kRounds;
-        if (last) round = 0;
-        // On to the next round, window or, with column 0, row of tiles.
-        const int step = last ? window_columns - (kRounds - 1) * kUnits * kUnitColumns : kUnits * kUnitColumns;
-        source += step, column += step;
-        within = last ? (lane & 7) * 8 : within + step;
-        if (last && column - within >= K) source -= column - within, column = within;
+        ptx::mbarrier_arrive_after_copies(landed());
+        source += window_columns, column += window_columns;
+        if (column - within() >= K) source -= column - within(), column = within();  // the next row of tiles
     }
 
-    // Writes the next window to `target`, and asks for what follows. The lanes' stores are done on return.
-    FLASHLLM_DEVICE void write(unsigned target) {
+    // Writes this warp's columns of the next window, and asks for those of the one after.
+    FLASHLLM_DEVICE void write() {
         const int lane = threadIdx.x & 31, row = lane & 7, matrix = lane >> 3;
-        target += lane * XWindow<kN>::kColumnBytes;
-#pragma unroll 1
-        for (int i = 0; i < kRounds; ++i) {
-            ptx::copy_async_wait<0>();
-            __syncwarp();
+        ptx::mbarrier_wait(landed(), landed_parity);
+        landed_parity ^= 1;
+        if (written >= kWindows) ptx::mbarrier_wait(empty(next_place), next_parity ^ 1);
+        const unsigned to = base + next_place * kWindowBytes + (threadIdx.x / 32 * kWarpColumns + lane) * kColumnBytes;
 #pragma unroll
-            for (int half = 0; half < 2 * kUnits; ++half) {  // of a unit: 32 columns
-                const unsigned from = units + half / 2 * kUnitBytes + row * kUnitRowBytes +
-                                      (((half % 2 * 4 + matrix) ^ row) << 4);
-                unsigned block[kN / 8][4];  // all loads before the first store: one latency, not kN / 8
+        for (int half = 0; half < 2; ++half) {
+            const unsigned from = warp_place() + row * kRowBytes + (((half * 4 + matrix) ^ row) << 4);
+            unsigned block[kN / 8][4];  // all loads before the first store: one latency, not kN / 8
 #pragma unroll
-                for (int n = 0; n < kN / 8; ++n) ptx::load_matrix_x4_transposed(block[n], from + n * 8 * kUnitRowBytes);
+            for (int n = 0; n < kN / 8; ++n) ptx::load_matrix_x4_transposed(block[n], from + n * 8 * kRowBytes);
 #pragma unroll
-                for (int n = 0; n < kN / 8; ++n) {
-                    ptx::store_matrix_x4(target + half * 32 * XWindow<kN>::kColumnBytes + n * 16, block[n]);
-                }
-            }
-            target += kUnits * kUnitColumns * XWindow<kN>::kColumnBytes;
-            __syncwarp();  // all have read the units before they are written again
-            ask();
+            for (int n = 0; n < kN / 8; ++n) ptx::store_matrix_x4(to + half * 32 * kColumnBytes + n * 16, block[n]);
         }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(full(next_place));
+        if (++next_place == kWindows) next_place = 0, next_parity ^= 1;
+        if (++written < windows) ask();
+    }
+
+    // Waits until the window in use is there for all; its shared address.
+    FLASHLLM_DEVICE unsigned enter() const {
+        ptx::mbarrier_wait(full(place), parity);
+        return base + place * kWindowBytes;
+    }
+
+    // This warp has done with it.
+    FLASHLLM_DEVICE void leave() {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(empty(place));
+        if (++place == kWindows) place = 0, parity ^= 1;
     }
 };
 

@@ -94,6 +94,13 @@ struct Streams {
     }
 };
 
+// Bytes that a tile needs besides value rows.
+struct Piece {
+    unsigned target;  // shared address
+    const unsigned char* source;
+    int bytes;  // a multiple of 16
+};
+
 // The feeder's side: its place in the run, and the copies. All lanes of one warp.
 //
 // One warp does this for four, beside them, so each instruction counts: addresses move on by additions, and value rows
@@ -102,7 +109,7 @@ template <int kRing, int kStages>
 struct Feeder {
     static constexpr int kDepth = kStages;
 #if __CUDA_ARCH__ >= 900
-    static constexpr unsigned kArrivals = bitmap::kLanes + 1;  // at `full`: lanes when their copies have landed, and bulk copies
+    static constexpr unsigned kArrivals = 1;  // at `full`, by bring()
 #else
     static constexpr unsigned kArrivals = bitmap::kLanes;
 #endif
@@ -156,75 +163,77 @@ struct Feeder {
 
     FLASHLLM_DEVICE unsigned barrier() const { return barriers.full(filled.stage); }
 
-    // Copies the value rows below `need`, and arrives at the tile's barrier for them and for all that this lane has copied
-    // before.
-    FLASHLLM_DEVICE void bring(int need) {
+    // Copies the pieces and the value rows below `need`, and arrives at the tile's barrier for them.
+    template <int kPieces>
+    FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need) {
         const int lane = threadIdx.x & 31;
 #if __CUDA_ARCH__ >= 900
+        // A lane makes one copy of a round: there is one copying instruction for all pieces and one for all rows, since
+        // what the feeder executes has to be fetched, beside what the other warps execute.
+        constexpr int kRoundChunks = bitmap::kLanes / bitmap::kParts / 2;
+        const int part = lane % bitmap::kParts, number = lane / bitmap::kParts % kRoundChunks;
+        const bool mirror = lane >= bitmap::kLanes / 2;  // the upper half writes the first places once more
         if (lane == 0) {
             const unsigned chunks = (need - rows) / bitmap::kChunkRows;
             const bool mirrors = place == 0 ? chunks != 0 : place + chunks * bitmap::kPartChunkBytes > ring.kWrapBytes;
-            ptx::mbarrier_expect(barrier(), (chunks + mirrors) * bitmap::kChunkBytes);
+            unsigned bytes = (chunks + mirrors) * bitmap::kChunkBytes;
+#pragma unroll
+            for (int i = 0; i < kPieces; ++i) bytes += pieces[i].bytes;
+            ptx::mbarrier_expect(barrier(), bytes);
         }
-#endif
-        for (; rows < need; rows += bitmap::kChunkRows) {
-            const unsigned target = ring.base + place;
-#if __CUDA_ARCH__ >= 900
-            if (lane == 0) {
+        __syncwarp();
+        Piece piece = pieces[0];
 #pragma unroll
-                for (int part = 0; part < bitmap::kParts; ++part) copy_part(target, part);
-                if (place == 0) {
-#pragma unroll
-                    for (int part = 0; part < bitmap::kParts; ++part) copy_part(target + ring.kWrapBytes, part);
-                }
+        for (int i = 1; i < kPieces; ++i) {
+            if (lane == i) piece = pieces[i];
+        }
+        if (lane < kPieces) ptx::bulk_copy(piece.target, piece.source, piece.bytes, barrier());
+#pragma unroll 1
+        while (rows < need) {
+            unsigned at = place + number * bitmap::kPartChunkBytes;
+            if (at >= ring.kWrapBytes) at -= ring.kWrapBytes;
+            if (rows + number * bitmap::kChunkRows < need && (!mirror || at == 0)) {
+                ptx::bulk_copy(ring.part(part) + (mirror ? ring.kWrapBytes : at),
+                               chunk + (number * bitmap::kParts + part) * bitmap::kPartChunkBytes,
+                               bitmap::kPartChunkBytes, barrier());
             }
+            const int chunks = min((need - rows) / bitmap::kChunkRows, kRoundChunks);
+            rows += chunks * bitmap::kChunkRows;
+            chunk += chunks * bitmap::kChunkBytes;
+            place += chunks * bitmap::kPartChunkBytes;
+            if (place >= ring.kWrapBytes) place -= ring.kWrapBytes;
+        }
 #else
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            for (int at = lane * 16; at < pieces[i].bytes; at += bitmap::kLanes * 16) {
+                ptx::copy_async16(true, pieces[i].target + at, pieces[i].source + at, 16);
+            }
+        }
+#pragma unroll 1
+        for (; rows < need; rows += bitmap::kChunkRows) {
 #pragma unroll
             for (int part = 0; part < bitmap::kParts; ++part) {
 #pragma unroll
                 for (int i = 0; i < bitmap::kPartChunkBytes; i += bitmap::kLanes * 16) {
                     const unsigned char* const from = chunk + part * bitmap::kPartChunkBytes + i + lane * 16;
-                    const unsigned to = target + part * ring.kPartBytes + i + lane * 16;
+                    const unsigned to = ring.part(part) + place + i + lane * 16;
                     ptx::copy_async16(true, to, from, 16);
                     ptx::copy_async16(place == 0, to + ring.kWrapBytes, from, 16);
                 }
             }
-#endif
             chunk += bitmap::kChunkBytes;
             place += bitmap::kPartChunkBytes;
             if (place == ring.kWrapBytes) place = 0;
         }
         ptx::mbarrier_arrive_after_copies(barrier());
-    }
-
-#if __CUDA_ARCH__ >= 900
-    FLASHLLM_DEVICE void copy_part(unsigned target, int part) const {
-        ptx::bulk_copy(target + part * ring.kPartBytes, chunk + part * bitmap::kPartChunkBytes, bitmap::kPartChunkBytes,
-                       barrier());
-    }
 #endif
+    }
 
     FLASHLLM_DEVICE void advance() {
         filled.advance();
         if ((tile & 31) == 31) before_set = front_set, front_set = next_set, next_set = load_fronts(tile + 34);
         ++tile;
-    }
-};
-
-// What a tile needs of one array besides value rows: kBytes, tile after tile. All lanes of the feeder.
-template <int kBytes>
-struct TileCopier {
-    static_assert(kBytes % (bitmap::kLanes * 16) == 0, "every lane copies as much");
-    const unsigned char* source;  // this lane's first 16 bytes of the next tile
-
-    FLASHLLM_DEVICE TileCopier(const unsigned char* array, int first)
-        : source(array + static_cast<long long>(first) * kBytes + (threadIdx.x & 31) * 16) {}
-
-    FLASHLLM_DEVICE void copy(unsigned target) {
-        target += (threadIdx.x & 31) * 16;
-#pragma unroll
-        for (int i = 0; i < kBytes; i += bitmap::kLanes * 16) ptx::copy_async16(true, target + i, source + i, 16);
-        source += kBytes;
     }
 };
 

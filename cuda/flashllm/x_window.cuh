@@ -47,14 +47,12 @@ struct XWindows {
         n_left = N - n0 - n;
         column = window * window_columns + within();
         source = x + static_cast<long long>(n0 + n) * K + column;
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < kWindows; ++i) {
-                ptx::mbarrier_init(full(i), kWarps);
-                ptx::mbarrier_init(empty(i), kWarps);
-            }
-            for (int i = 0; i < kWarps; ++i) ptx::mbarrier_init(barriers + kWindows * 16 + i * 8, 32);
-            ptx::mbarrier_init_fence();
-        }
+    }
+
+    // By one thread; then a barrier of the block.
+    FLASHLLM_DEVICE static void init(unsigned barriers) {
+        for (int i = 0; i < 2 * kWindows; ++i) ptx::mbarrier_init(barriers + i * 8, kWarps);
+        for (int i = 0; i < kWarps; ++i) ptx::mbarrier_init(barriers + (2 * kWindows + i) * 8, 32);
     }
 
     FLASHLLM_DEVICE unsigned full(int i) const { return barriers + i * 16; }

@@ -130,11 +130,10 @@ struct Load {
         static constexpr int kStageBytes = L::kStageBytes;
     };
     using Loader = XLoader<OneWarp, kAligned>;
-    static constexpr unsigned kArrivals = L::Feed::kArrivals;
+    static constexpr unsigned kArrivals = L::Feed::kArrivals + bitmap::kLanes;  // every lane arrives for its part of x
 
-    FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x,
-                                    TileCopier<bitmap::kMaskBytes> masks) {
-        for (; feed.tile < feed.count; feed.advance()) {
+    FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
+        for (; feed.tile < feed.count; feed.advance(), masks += bitmap::kMaskBytes) {
             const int need = feed.needed();
             while (!feed.has_room(need)) feed.wait_release();
             const int stage = feed.filled.stage;
@@ -142,8 +141,9 @@ struct Load {
 #if __CUDA_ARCH__ >= 900
             if constexpr (!kAligned) ptx::fence_async_proxy();
 #endif
-            masks.copy(layout.masks(stage));
-            feed.bring(need);
+            ptx::mbarrier_arrive_after_copies(feed.barrier());
+            const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
+            feed.bring(pieces, need);
         }
     }
 };
@@ -182,7 +182,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     if (feeds) {
         Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_front),
                    typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0), lane),
-                   TileCopier<bitmap::kMaskBytes>(masks, first));
+                   masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
         Streams<kRing> streams(ring, masks, fronts, lags, first);
         unsigned& even = streams.even;

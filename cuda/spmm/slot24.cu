@@ -15,12 +15,12 @@
 #include "flashllm/ptx.cuh"
 #include "flashllm/slot24.cuh"
 #include "flashllm/stream_k.cuh"
-#include "flashllm/part_ring.cuh"
+#include "flashllm/value_ring.cuh"
 #include "flashllm/x_window.cuh"
 
 namespace flashllm {
 
-constexpr int kThreads = bitmap::kTileThreads;
+constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp brings what the others multiply
 constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
 
 template <int kN_>
@@ -66,29 +66,40 @@ FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, unsigned& even, unsigne
     }
 }
 
-// What a thread needs of a tile, brought by cp.async of its own: masks, picks and columns of its lane.
-template <int kStages>
-struct LaneStages {
+// Shared memory of a block: rings of value rows, windows of x, stages of masks, picks and columns, barriers.
+template <int kRing, int kStages, typename Windows>
+struct Layout {
+    using Ring = ValueRing<kRing>;
+    using Feed = Feeder<kRing, kStages>;
     static constexpr unsigned kStageBytes = bitmap::kMaskBytes + slot24::kPickBytes + slot24::kColumnBytes;
+    static constexpr unsigned kWindowsAt = Ring::kBytes;
+    static constexpr unsigned kStagesAt = kWindowsAt + Windows::kBytes;
+    static constexpr unsigned kBarriersAt = kStagesAt + kStages * kStageBytes;
+
     unsigned base;  // shared address
-    const unsigned char *masks, *picks, *columns;  // of the next tile
-    int stage = 0;
 
-    FLASHLLM_DEVICE LaneStages(unsigned base_, const unsigned char* masks_, const unsigned char* picks_,
-                               const unsigned char* columns_, int first)
-        : base(base_ + threadIdx.x * 8), masks(masks_ + static_cast<long long>(first) * bitmap::kMaskBytes + threadIdx.x * 8),
-          picks(picks_ + static_cast<long long>(first) * slot24::kPickBytes + threadIdx.x * 8),
-          columns(columns_ + static_cast<long long>(first) * slot24::kColumnBytes + threadIdx.x * 4) {}
-
-    FLASHLLM_DEVICE void load() {
-        const unsigned to = base + stage * kStageBytes;
-        ptx::copy_async8(to, masks);
-        ptx::copy_async8(to + bitmap::kMaskBytes, picks);
-        ptx::copy_async4(to + bitmap::kMaskBytes + slot24::kPickBytes - threadIdx.x * 4, columns);
-        masks += bitmap::kMaskBytes, picks += slot24::kPickBytes, columns += slot24::kColumnBytes;
-        if (++stage == kStages) stage = 0;
-    }
+    FLASHLLM_DEVICE unsigned masks(int stage) const { return base + kStagesAt + stage * kStageBytes; }
+    FLASHLLM_DEVICE unsigned picks(int stage) const { return masks(stage) + bitmap::kMaskBytes; }
+    FLASHLLM_DEVICE unsigned columns(int stage) const { return picks(stage) + slot24::kPickBytes; }
+    FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
+    FLASHLLM_DEVICE unsigned window_barriers() const { return base + kBarriersAt + kStages * 16; }
 };
+
+// The feeding warp's loop.
+template <typename L>
+FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, const unsigned char* masks,
+                                const unsigned char* picks, const unsigned char* columns) {
+    for (; feed.tile < feed.count; feed.advance()) {
+        const int need = feed.needed();
+        while (!feed.has_room(need)) feed.wait_release();
+        const int stage = feed.filled.stage;
+        const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes},
+                                {layout.picks(stage), picks, slot24::kPickBytes},
+                                {layout.columns(stage), columns, slot24::kColumnBytes}};
+        feed.bring(pieces, need);
+        masks += bitmap::kMaskBytes, picks += slot24::kPickBytes, columns += slot24::kColumnBytes;
+    }
+}
 
 // Grid (G, ceil(N / kN)). workspace: see stream_k.cuh. masks ... columns: see docs/formats/slot24.md. window_columns: of x
 // in a window. kRing: value rows that the ring of a part holds. kStages: tiles for which masks, picks and columns have
@@ -100,14 +111,13 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int window_columns, int row_cost) {
     using S = Slot24Shape<kN>;
-    using Ring = PartRing<kRing>;
     using Windows = XWindows<kN, kWindows, kAligned>;
-    using Stages = LaneStages<kStages>;
+    using L = Layout<kRing, kStages, Windows>;
     FLASHLLM_DYNAMIC_SHARED(shared);
-    const unsigned rings = ptx::shared_address(shared);
-    const unsigned x_windows = rings + bitmap::kParts * Ring::kBytes;
-    const unsigned stages = x_windows + Windows::kBytes;
-    const unsigned barriers = stages + kStages * Stages::kStageBytes;
+    const L layout{ptx::shared_address(shared)};
+    const StageBarriers barriers = layout.barriers();
+    const int lane = threadIdx.x & 31;
+    const bool feeds = threadIdx.x >= bitmap::kTileThreads;
 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM,
                            (K + window_columns - 1) / window_columns * slot24::kWindowTiles, row_cost, workspace);
@@ -116,56 +126,54 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
 
-    const int windows = (first + count - 1) / slot24::kWindowTiles - first / slot24::kWindowTiles + 1;
-    Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
-                   windows, x_windows, barriers + bitmap::kParts * Ring::kBarrierBytes);
-    __syncthreads();
-    window.ask();
-    Stages lane_stages(stages, masks, picks, columns, first);
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-        if (i < count) lane_stages.load();
-        ptx::copy_async_commit();
-    }
     const int first_front = __ldg(fronts + first);
-    Ring ring(rings, barriers, values, max(first_front - bitmap::kSlack, 0), __ldg(fronts + first + count) + 1);
-    // Not the whole ring: what the first tiles of all blocks need comes first (2 % at 90 % zeros).
-    ring.refill(kFirstRows);
-    Fronts all_fronts(fronts + first, count);
-    int front = first_front - ring.origin;
-    Streams<kRing> streams(ring, masks, fronts, lags, first);
-    window.write();
+    const int origin = max(first_front - bitmap::kSlack, 0) / bitmap::kChunkRows * bitmap::kChunkRows;
+    const typename L::Ring ring{layout.base, origin};
+    if (threadIdx.x == 0) {
+        barriers.init(kStages, L::Feed::kArrivals);
+        Windows::init(layout.window_barriers());
+        ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
 
     Accumulators<S> sum = {};
+    if (feeds) {
+        feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_front),
+                   masks + static_cast<long long>(first) * bitmap::kMaskBytes,
+                   picks + static_cast<long long>(first) * slot24::kPickBytes,
+                   columns + static_cast<long long>(first) * slot24::kColumnBytes);
+    } else {
+    const int windows = (first + count - 1) / slot24::kWindowTiles - first / slot24::kWindowTiles + 1;
+    Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
+                   windows, layout.base + L::kWindowsAt, layout.window_barriers());
+    window.ask();
+    Streams<kRing> streams(ring, masks, fronts, lags, first);
+
     int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
     int chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
+    Cycle<kStages> cycle;
     int tile = 0;
     unsigned here = 0;  // the window in use
     while (true) {
+        // A window is written a tile ahead of its use, while the one before is in use; the first ones when they have come.
         const bool second = (first + tile) % slot24::kWindowTiles != 0;
-        if (!second || tile == 0) here = window.enter();
-        // The next window is written a tile ahead of its use; the first one at the end of its tile, until when it has come.
-        const bool more = second && tile + 1 < count;
-        if (kWindows > 1 && more && tile != 0) window.write();
-        ptx::copy_async_wait<kStages - 2>();
-        __syncwarp();  // all lanes have read what the refill overwrites
-        ring.refill(front - bitmap::kSlack + kRing);
-        const unsigned stage = stages + (tile % kStages) * Stages::kStageBytes;
-        if (tile + kStages - 1 < count) lane_stages.load();
-        ptx::copy_async_commit();  // committed even when empty: the wait counts groups
-        front = all_fronts.next() - ring.origin;
-        ring.wait(front + 1);  // one more than the tile has: a stream that is through reads its next value, unused
-        const uint2 mask = ptx::load_shared8(stage + threadIdx.x * 8);
-        const uint2 pick = ptx::load_shared8(stage + bitmap::kMaskBytes + threadIdx.x * 8);
-        const unsigned column = ptx::load_shared4(stage + bitmap::kMaskBytes + slot24::kPickBytes + threadIdx.x * 4);
+        const bool early = kWindows > 1 && second && tile + 1 < count, late = !second && (kWindows == 1 || tile == 1);
+        if (tile == 0 || early || late) window.write();
+        if (tile == 0 || !second) here = window.enter();
+        ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
+        const uint2 mask = ptx::load_shared8(layout.masks(cycle.stage) + threadIdx.x * 8);
+        const uint2 pick = ptx::load_shared8(layout.picks(cycle.stage) + threadIdx.x * 8);
+        const unsigned column = ptx::load_shared4(layout.columns(cycle.stage) + threadIdx.x * 4);
         streams.wrap();
         multiply_step<T, S, 0>(sum, streams.even, streams.odd, mask.x, pick.x, column, here);
         multiply_step<T, S, 1>(sum, streams.even, streams.odd, mask.x, pick.x, column, here);
         streams.wrap();
         multiply_step<T, S, 2>(sum, streams.even, streams.odd, mask.y, pick.y, column, here);
         multiply_step<T, S, 3>(sum, streams.even, streams.odd, mask.y, pick.y, column, here);
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(barriers.empty(cycle.stage));
+        cycle.advance();
         if (second) window.leave();
-        if (more && (kWindows == 1 || tile == 0)) window.write();
         if (++tile != chain_end) continue;
 
         // A chain ends: rare. Which row of tiles this is, is worked out here: the loop needs the registers more.
@@ -190,6 +198,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
         }
     }
 
+    }
     // The run shares its first and its last row of tiles, or one, or none, with other blocks: see tiled_csl.cu.
     const int block = ptx::opaque(blockIdx.x);
     const unsigned run_begin = split.first_tile(block);
@@ -199,6 +208,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     if (threadIdx.x == 0) completes[0] = split.piece(block, first_m, blockIdx.y).arrive_last();
     if (threadIdx.x == 32) completes[1] = last_m != first_m && split.piece(block, last_m, blockIdx.y).arrive_last();
     __syncthreads();
+    if (feeds) return;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         if (!completes[i]) continue;

@@ -7,20 +7,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from flashllm.formats.base import DType, ReportCallback
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.bits import RoundingTally, check_dtype
 from flashllm.formats.decoded import csr_of, dense_of
 from flashllm.formats.slot24_check import check_buffers, check_content, check_fields
 from flashllm.formats.slot24_encode import EncodedSlots, decode_strips, encode, slots_shape
-from flashllm.formats.slot24_pairs import check_window
+from flashllm.formats.slot24_pairs import PAIRS, check_window
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
 from flashllm.formats.tiles import TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
+
+_SLOT_BYTES = 0.317  # a bit for the mask, one for the pick, a sixteenth for the columns; fronts and lags of the tiles
+_DENSITIES = (0.17, 0.25, 0.29, 0.35)
+_WINDOWS = (256, 240, 176, 128)  # the largest in which the columns of large random matrices pair up, about
+_SMALL = 1 << 15  # rows of values that are not full at the end, bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,12 +62,22 @@ class Slot24(SparseWeight):
 
         Of the order of the pairs in a window nothing is checked: results do not depend on it.
         """
-        check_content(shape=self.shape, nnz=self.nnz, window=self.window, **self.arrays(), path=path)
+        check_content(
+            slots=self.slots,
+            shape=self.shape,
+            window=self.window,
+            picks=self.picks,
+            columns=self.columns,
+            path=path,
+        )
 
     @classmethod
     def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
-        """Bytes of random matrices, roughly."""
-        return int(shape[0] * shape[1] * (0.2 + 2.2 * density))
+        """Masks, picks and columns of as many windows as random matrices need, and 2 bytes per stored element."""
+        elements = shape[0] * shape[1]
+        window = float(np.interp(density, _DENSITIES, _WINDOWS))
+        padding = 1.015 + 0.033 / max(density, 1e-3) ** 0.5  # measured at densities from 0.05 to 0.95
+        return int(elements * (_SLOT_BYTES * PAIRS / window + 2 * density * padding)) + _SMALL
 
     @classmethod
     def from_dense(

@@ -28,10 +28,14 @@ from flashllm.formats.slot24_pairs import (
 from flashllm.formats.sources import Strips
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 
-STEPS = TILE_K * 2 // LANES
-"""Steps of a tile: each is 16 pairs, 32 columns, one instruction."""
+STEP_PAIRS = LANES // 2
+"""Pairs of a step: the slots that one instruction multiplies, a column of each pair for every lane."""
+STEPS = TILE_K // STEP_PAIRS
+"""Steps of a tile."""
 TILES = PAIRS // TILE_K
 """Tiles of slots in a window."""
+PART_OF_ROW = np.arange(TILE_M) // 16 % PARTS
+"""Part [128] of each row of a tile."""
 
 Columns = NDArray[np.uint8]
 """Window-relative columns of the pairs of a strip: [4 parts, windows, 128], lefts or rights."""
@@ -176,5 +180,5 @@ def decode_strips(
         place = unpack_columns(columns[here]) + first_column
         row, slot = np.nonzero(values)
         out = np.zeros((len(values), shape[1]), np.uint16)
-        out[row, place[row % (TILE_M // 2) // (TILE_M // 2 // PARTS), slot, side[row, slot]]] = values[row, slot]
+        out[row, place[PART_OF_ROW[row], slot, side[row, slot]]] = values[row, slot]
         yield out

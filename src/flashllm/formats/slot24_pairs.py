@@ -24,6 +24,8 @@ PAIRS = 128
 MIN_WINDOW, MAX_WINDOW = PAIRS, 2 * PAIRS
 RESIDUES = 8
 """Columns of a set have different numbers modulo this; the lower half of the residues are lefts."""
+SETS = 4
+"""Sets of a step, and pairs of a set."""
 WINDOWS = (256, 248, 240, 232, 224, 216, 208, 192, 176, 160, 144, 128)
 """Window sizes that are tried, in this order."""
 LEGAL_WINDOW = f"a multiple of {RESIDUES} in {MIN_WINDOW}..{MAX_WINDOW}"
@@ -45,12 +47,19 @@ def legal_window(window: object) -> bool:
 
 @cache
 def column_lists(window: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Window-relative columns [128] of the lefts and of the rights: real ones, then the copies of the dummies."""
-    real = np.arange(window)
-    dummies = window + np.repeat(np.arange(RESIDUES), (MAX_WINDOW - window) // RESIDUES)
-    columns = np.concatenate([real, dummies])
-    is_right = columns & _CLASSES != 0
-    return columns[~is_right].astype(np.uint8), columns[is_right].astype(np.uint8)
+    """Window-relative columns [128] of the lefts and of the rights: real ones, then the copies of the dummies.
+
+    Copies run through the residues to and fro: dummies take their partners by weight, and were one residue to get
+    the heavy ones, the streams of its slots would outrun all others.
+    """
+    real = np.arange(window).reshape(-1, 2, _CLASSES)
+    lefts = np.empty(((MAX_WINDOW - window) // RESIDUES, _CLASSES), np.int64)
+    lefts[0::2] = np.arange(_CLASSES)
+    lefts[1::2] = np.arange(_CLASSES)[::-1]
+    lefts += window
+    sides = (real[:, 0], lefts), (real[:, 1], lefts + _CLASSES)
+    left, right = (np.concatenate(side).ravel().astype(np.uint8) for side in sides)
+    return left, right
 
 
 def column_masks(stored: NDArray[np.bool_]) -> NDArray[np.uint32]:
@@ -134,19 +143,26 @@ def _augment(
     return True
 
 
-def arrange(partner: NDArray[np.int64], window: int) -> NDArray[np.int64]:
-    """Left list positions [problems, 128] in the order of the slots: 32 sets of columns with 8 different residues."""
+def arrange(problems: Problems, partner: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """Left list positions [problems, 128] in the order of the slots: 32 sets of columns with 8 different residues.
+
+    Heavy pairs come first. So the pairs of a set weigh about the same, and the streams of values that pass through
+    them go on at one speed; sets of odd steps are filled from the last, since a lane reads every other set.
+    """
     lefts, rights = column_lists(window)
     kind = (lefts % _CLASSES) * np.int64(_CLASSES) + rights[partner] % _CLASSES
-    by_kind = np.argsort(kind, axis=1, kind="stable")
+    weight = np.bitwise_count(problems[0] | np.take_along_axis(problems[1], partner, axis=1)).astype(np.int8)
+    by_kind = np.lexsort((-weight, kind), axis=1)
     counts = (kind[:, :, None] == np.arange(_CLASSES**2)).sum(axis=1)
     following = np.cumsum(counts, axis=1) - counts
     number = np.arange(len(partner))[:, None]
     kinds = np.arange(_CLASSES) * _CLASSES + _SIGMAS
-    out = np.empty((len(partner), PAIRS // _CLASSES, _CLASSES), np.int64)
-    for turn in range(out.shape[1]):
+    sets = np.arange(PAIRS // _CLASSES).reshape(-1, SETS)
+    sets[1::2] = sets[1::2, ::-1]
+    out = np.empty((len(partner), sets.size, _CLASSES), np.int64)
+    for place in sets.ravel():
         chosen = kinds[counts[:, kinds].min(axis=2).argmax(axis=1)]
-        out[:, turn] = by_kind[number, following[number, chosen]]
+        out[:, place] = by_kind[number, following[number, chosen]]
         following[number, chosen] += 1
         counts[number, chosen] -= 1
     return out.reshape(partner.shape)
@@ -157,10 +173,11 @@ def pair_up(masks: NDArray[np.uint32], window: int) -> tuple[NDArray[np.uint8], 
 
     For column masks [..., 4, K]; ``None`` when a window of some part cannot be paired up.
     """
-    partner = match(problems_of(masks, window))
+    problems = problems_of(masks, window)
+    partner = match(problems)
     if partner is None:
         return None
-    order = arrange(partner, window)
+    order = arrange(problems, partner, window)
     lefts, rights = column_lists(window)
     shape = (*masks.shape[:-1], -1, PAIRS)
     return lefts[order].reshape(shape), rights[np.take_along_axis(partner, order, axis=1)].reshape(shape)

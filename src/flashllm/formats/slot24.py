@@ -15,7 +15,7 @@ from flashllm.formats.bits import RoundingTally, check_dtype
 from flashllm.formats.decoded import csr_of, dense_of
 from flashllm.formats.slot24_check import check_buffers, check_content, check_fields
 from flashllm.formats.slot24_encode import EncodedSlots, decode_strips, encode, slots_shape
-from flashllm.formats.slot24_pairs import PAIRS, check_window
+from flashllm.formats.slot24_pairs import RESIDUES, check_window
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
 from flashllm.formats.tiles import TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
@@ -23,7 +23,7 @@ from flashllm.formats.weight import SparseWeight
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_SLOT_BYTES = 0.317  # a bit for the mask, one for the pick, a sixteenth for the columns; fronts and lags of the tiles
+_TILE_BYTES = 1024 + 1024 + 512 + 36  # masks, picks, columns; front and lags
 _DENSITIES = (0.17, 0.25, 0.29, 0.35)
 _WINDOWS = (256, 240, 176, 128)  # the largest in which the columns of large random matrices pair up, about
 _SMALL = 1 << 15  # rows of values that are not full at the end, bytes
@@ -74,10 +74,10 @@ class Slot24(SparseWeight):
     @classmethod
     def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
         """Masks, picks and columns of as many windows as random matrices need, and 2 bytes per stored element."""
-        elements = shape[0] * shape[1]
-        window = float(np.interp(density, _DENSITIES, _WINDOWS))
-        padding = 1.015 + 0.033 / max(density, 1e-3) ** 0.5  # measured at densities from 0.05 to 0.95
-        return int(elements * (_SLOT_BYTES * PAIRS / window + 2 * density * padding)) + _SMALL
+        window = int(np.interp(density, _DENSITIES, _WINDOWS)) // RESIDUES * RESIDUES
+        tiles_m, tiles_k = tile_grid(slots_shape(shape, window))
+        padding = 1.015 + 0.033 / max(density, 1e-3) ** 0.5  # measured at densities from 0.02 to 0.95
+        return int(tiles_m * tiles_k * _TILE_BYTES + shape[0] * shape[1] * 2 * density * padding) + _SMALL
 
     @classmethod
     def from_dense(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import bitmap_reference
 import numpy as np
@@ -211,3 +212,15 @@ def decode(
         column = columns[((tile * 4 + part) * 32 + 2 * q + side) * 4 + step]
         out[row, number * window + column] = slots[row, slot]
     return out
+
+
+def assert_as_written(w: Any, want: Encoded) -> None:
+    """The bytes of the weight ``w`` are those of the written format."""
+    assert w.window == want.window
+    assert w.columns.ravel().tolist() == want.columns
+    assert w.picks.ravel().tolist() == want.picks
+    assert w.masks.ravel().tolist() == want.bitmap.masks
+    assert w.values.ravel().tolist() == want.bitmap.values
+    assert w.fronts.tolist() == want.bitmap.fronts
+    assert w.lags.ravel().tolist() == want.bitmap.lags
+    assert w.nnz == want.bitmap.nnz

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def refuse(field: str, expected: str, got: Any, path: str | None) -> NoReturn:
     raise FormatError(field=field, expected=expected, got=brief(got), path=path)
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether ``value`` is an integer; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -42,7 +42,7 @@ Problems = tuple[NDArray[np.uint32], NDArray[np.uint32]]
 
 def legal_window(window: object) -> bool:
     """Whether ``window`` is a multiple of 8 in 128..256."""
-    return is_int(window) and isinstance(window, int) and MIN_WINDOW <= window <= MAX_WINDOW and window % RESIDUES == 0
+    return is_int(window) and MIN_WINDOW <= window <= MAX_WINDOW and window % RESIDUES == 0
 
 
 @cache

@@ -2,7 +2,7 @@
 """The slot24 encoder on the CPU, and the way back: a strip of 128 rows at a time; see docs/formats/slot24.md.
 
 Two columns of a window share a slot, a left and a right one, paired anew for each of the four parts of a strip. The
-slots are a matrix S [M, 128 per window], which is stored as a bitmap. Mirrors cuda/flashllm/slot24.cuh.
+slots are a matrix S [M, 128 per window], which is stored as a bitmap.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from flashllm.formats.bitmap_encode import (
     read_streams,
     unpack_masks,
 )
-from flashllm.formats.bits import MAGNITUDE, RoundingTally, check_dtype, numpy_dtype, widen
+from flashllm.formats.bits import RoundingTally, check_dtype
+from flashllm.formats.decoded import csr_of, dense_of
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
 from flashllm.formats.tiles import TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
@@ -132,26 +133,14 @@ class Bitmap(SparseWeight):
             from flashllm.encode import bitmap as device
 
             return device.decode(self)
-        out = np.empty(self.shape, np.uint16)
-        for first, strip in self._strips():
-            out[first : first + TILE_M] = strip
-        return out.view(numpy_dtype(self.dtype))
+        return dense_of(self.strips(), self.shape, self.dtype)
 
     def to_scipy(self) -> Any:
         """``scipy.sparse.csr_array`` [M, K] of float32 with sorted indices; every value is exact."""
-        import scipy.sparse
+        return csr_of(self.to_host().strips(), self.shape, self.dtype)
 
-        counts, indices, data = [], [], []
-        for _, strip in self.to_host()._strips():
-            stored = (strip & MAGNITUDE) != 0
-            counts.append(np.count_nonzero(stored, axis=1))
-            indices.append(np.nonzero(stored)[1].astype(np.int32))
-            data.append(widen(strip[stored], self.dtype))
-        indptr = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
-        return scipy.sparse.csr_array((np.concatenate(data), np.concatenate(indices), indptr), shape=self.shape)
-
-    def _strips(self) -> Iterator[tuple[int, NDArray[np.uint16]]]:
-        """First row and patterns [up to 128, K] of each row of tiles (host buffers)."""
+    def strips(self) -> Iterator[NDArray[np.uint16]]:
+        """Patterns [up to 128, K] of each row of tiles (host buffers)."""
         tiles_m, tiles_k = self.tiles
         position = np.zeros((PARTS, STREAMS), np.int64)
         for grid_row in range(tiles_m):
@@ -160,5 +149,4 @@ class Bitmap(SparseWeight):
             starts = position + np.cumsum(counts, axis=0) - counts
             position = position + counts.sum(axis=0)
             block = from_stream_order(read_streams(kept, self.values, counts, starts))
-            first = grid_row * TILE_M
-            yield first, block[: self.shape[0] - first, : self.shape[1]]
+            yield block[: self.shape[0] - grid_row * TILE_M, : self.shape[1]]

@@ -26,7 +26,7 @@ from flashllm.formats.bitmap_encode import (
     value_places,
 )
 from flashllm.formats.bits import MAGNITUDE
-from flashllm.formats.check import check_nnz, check_shape_and_type
+from flashllm.formats.check import check_array, check_nnz, check_shape_and_type
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 
 _CHUNK_TILES = 1024  # tiles checked at once: 8 MiB of flags
@@ -51,13 +51,7 @@ def check_buffers(
         "lags": (lags, np.uint8, (-(-tiles // LAG_TILES), PARTS, STREAMS)),
     }
     for field, (array, dtype, dimensions) in wanted.items():
-        fits = array.ndim == len(dimensions) and all(
-            want in (None, size) for want, size in zip(dimensions, array.shape, strict=True)
-        )
-        if array.dtype != dtype or not fits or not array.flags.c_contiguous:
-            text = ", ".join("any" if size is None else str(size) for size in dimensions)
-            expected = f"a contiguous array of {np.dtype(dtype).name} [{text}] for {tiles_m} x {tiles_k} tiles"
-            raise FormatError(field=field, expected=expected, got=f"{array.dtype} {list(array.shape)}", path=path)
+        check_array(field, array, dtype, dimensions, reason=f"{tiles_m} x {tiles_k} tiles", path=path)
 
 
 def check_content(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
+
+import numpy as np
 
 from flashllm.errors import FormatError, brief
 from flashllm.formats.base import DTYPES, MAX_DIMENSION
@@ -14,7 +16,7 @@ def refuse(field: str, expected: str, got: Any, path: str | None) -> NoReturn:
     raise FormatError(field=field, expected=expected, got=brief(got), path=path)
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether ``value`` is an integer; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -33,3 +35,16 @@ def check_nnz(nnz: Any, *, shape: tuple[int, int] | list[int], path: str | None)
     """``FormatError`` unless ``nnz`` elements fit a matrix of ``shape``."""
     if not is_int(nnz) or not 0 <= nnz <= shape[0] * shape[1]:
         refuse("nnz", f"an integer in 0..{shape[0] * shape[1]}", nnz, path)
+
+
+def check_array(
+    field: str, array: Any, dtype: Any, dimensions: tuple[int | None, ...], *, reason: str, path: str | None
+) -> None:
+    """``FormatError`` unless ``array`` (NumPy or CuPy) is contiguous and has this type and shape; ``None`` is any."""
+    fits = array.ndim == len(dimensions) and all(
+        want in (None, size) for want, size in zip(dimensions, array.shape, strict=True)
+    )
+    if array.dtype != dtype or not fits or not array.flags.c_contiguous:
+        text = ", ".join("any" if size is None else str(size) for size in dimensions)
+        expected = f"a contiguous array of {np.dtype(dtype).name} [{text}] for {reason}"
+        raise FormatError(field=field, expected=expected, got=f"{array.dtype} {list(array.shape)}", path=path)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slot24: pairs of columns that share the slots of 2:4 sparse tensor cores, as a bitmap; docs/formats/slot24.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from flashllm.formats.base import DType, ReportCallback
+from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bits import RoundingTally, check_dtype
+from flashllm.formats.decoded import csr_of, dense_of
+from flashllm.formats.slot24_check import check_buffers, check_content, check_fields
+from flashllm.formats.slot24_encode import EncodedSlots, decode_strips, encode, slots_shape
+from flashllm.formats.slot24_pairs import RESIDUES, check_window
+from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
+from flashllm.formats.tiles import TILE_M, tile_grid
+from flashllm.formats.weight import SparseWeight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_TILE_BYTES = 1024 + 1024 + 512 + 36  # masks, picks, columns; front and lags
+_DENSITIES = (0.17, 0.25, 0.29, 0.35)
+_WINDOWS = (256, 240, 176, 128)  # the largest in which the columns of large random matrices pair up, about
+_SMALL = 1 << 15  # rows of values that are not full at the end, bytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slot24(SparseWeight):
+    """A sparse weight W [M, K] as a matrix of slots, each of which holds a value of one of two columns.
+
+    ``window`` columns of W go into 128 slots, in pairs that each of the four parts of 128 rows has for itself.
+    ``masks``, ``values``, ``fronts`` and ``lags`` are those of the ``Bitmap`` of the slots [M, 128 * windows].
+    ``picks`` is uint32 [tiles, 4, 32, 2]: a bit for each slot, 1 where its value is the right column's. ``columns`` is
+    uint8 [tiles, 4, 32, 4]: for each lane and step of a tile, the column in the window.
+    """
+
+    FORMAT: ClassVar[str] = "slot24"
+    BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags", "picks", "columns")
+    ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "window-128": {"window": 128}}
+
+    window: int
+    masks: Any = field(repr=False)
+    values: Any = field(repr=False)
+    fronts: Any = field(repr=False)
+    lags: Any = field(repr=False)
+    picks: Any = field(repr=False)
+    columns: Any = field(repr=False)
+
+    @classmethod
+    def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
+        """``FormatError`` unless fields, types and lengths are legal."""
+        check_fields(**fields, path=path)
+        check_buffers(shape=tuple(fields["shape"]), window=fields["window"], **arrays, path=path)
+
+    def check_content(self, *, path: str | None) -> None:
+        """``FormatError`` at the first breach of what a kernel relies on, or when values and ``nnz`` do not agree.
+
+        Of the order of the pairs in a window nothing is checked: results do not depend on it.
+        """
+        check_content(
+            slots=self.slots,
+            shape=self.shape,
+            window=self.window,
+            picks=self.picks,
+            columns=self.columns,
+            path=path,
+        )
+
+    @classmethod
+    def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
+        """Masks, picks and columns of as many windows as random matrices need, and 2 bytes per stored element."""
+        window = int(np.interp(density, _DENSITIES, _WINDOWS)) // RESIDUES * RESIDUES
+        tiles_m, tiles_k = tile_grid(slots_shape(shape, window))
+        padding = 1.015 + 0.033 / max(density, 1e-3) ** 0.5  # measured at densities from 0.02 to 0.95
+        return int(tiles_m * tiles_k * _TILE_BYTES + shape[0] * shape[1] * 2 * density * padding) + _SMALL
+
+    @classmethod
+    def from_dense(
+        cls, a: Any, *, dtype: str | None = None, window: int | None = None, report: ReportCallback | None = None
+    ) -> Slot24:
+        """Encode a dense matrix [M, K].
+
+        ``a`` is a NumPy array of float16, bfloat16 (ml_dtypes), float32 or float64, or a CuPy array of float16,
+        bfloat16, float32 or, with ``dtype="bf16"``, uint16 bit patterns; a CuPy array is encoded on its device.
+        ``dtype`` is ``"fp16"`` or ``"bf16"``; by default bf16 for bf16 input, else fp16. Other types are rounded to
+        nearest even; ``report`` is called once with the ``RoundingReport`` of that. ``window`` is how many columns
+        share 128 slots, a multiple of 8 in 128..256; by default the largest of a list that the matrix allows. Raises
+        ``ArgumentError``, also for a window in which the columns do not pair up.
+        """
+        check_window(window)
+        if is_cupy(a):
+            from flashllm.encode import slot24 as device  # type: ignore[attr-defined]
+
+            return device.encode(a, dtype=dtype, window=window, report=report)  # type: ignore[no-any-return]
+        shape = check_dense(a)
+        kind = check_dtype(dtype) if dtype is not None else default_dtype(a)
+        tally = RoundingTally() if report is not None else None
+        encoded = encode(lambda counted: dense_strips(a, kind, TILE_M, counted), shape, window, tally)
+        return cls._from_encoded(encoded, shape, kind, tally, report)
+
+    @classmethod
+    def from_scipy(
+        cls, s: Any, *, dtype: str = "fp16", window: int | None = None, report: ReportCallback | None = None
+    ) -> Slot24:
+        """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
+
+        Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as in
+        ``from_dense``, whose ``window`` this takes too. Raises ``ArgumentError`` for another type, ``FormatError`` for
+        index arrays that are not sound.
+        """
+        check_window(window)
+        kind = check_dtype(dtype)
+        csr = canonical_csr(s)
+        shape = (int(csr.shape[0]), int(csr.shape[1]))
+        tally = RoundingTally() if report is not None else None
+        encoded = encode(lambda counted: scipy_strips(csr, kind, TILE_M, counted), shape, window, tally)
+        return cls._from_encoded(encoded, shape, kind, tally, report)
+
+    @classmethod
+    def _from_encoded(
+        cls,
+        encoded: EncodedSlots,
+        shape: tuple[int, int],
+        dtype: DType,
+        tally: RoundingTally | None,
+        report: ReportCallback | None,
+    ) -> Slot24:
+        if report is not None and tally is not None:
+            report(tally.report())
+        return cls(
+            shape=shape,
+            dtype=dtype,
+            nnz=encoded.bitmap.nnz,
+            window=encoded.window,
+            masks=encoded.bitmap.masks,
+            values=encoded.bitmap.values,
+            fronts=encoded.bitmap.fronts,
+            lags=encoded.bitmap.lags,
+            picks=encoded.picks,
+            columns=encoded.columns,
+        )
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tiles of slots along M and along K; a window has two."""
+        return tile_grid(slots_shape(self.shape, self.window))
+
+    @property
+    def slots(self) -> Bitmap:
+        """The matrix of slots [M, 128 * windows]; it shares the buffers."""
+        return Bitmap(
+            shape=slots_shape(self.shape, self.window),
+            dtype=self.dtype,
+            nnz=self.nnz,
+            **{name: getattr(self, name) for name in Bitmap.BUFFERS},
+        )
+
+    def to_dense(self) -> Any:
+        """Dense [M, K], float16 or ml_dtypes.bfloat16: a NumPy array, or a CuPy array for a device weight."""
+        if self.is_device:
+            from flashllm.encode import slot24 as device  # type: ignore[attr-defined]
+
+            return device.decode(self)
+        return dense_of(self.strips(), self.shape, self.dtype)
+
+    def to_scipy(self) -> Any:
+        """``scipy.sparse.csr_array`` [M, K] of float32 with sorted indices; every value is exact."""
+        return csr_of(self.to_host().strips(), self.shape, self.dtype)
+
+    def strips(self) -> Iterator[NDArray[np.uint16]]:
+        """Patterns [up to 128, K] of each row of tiles (host buffers)."""
+        return decode_strips(self.slots.strips(), self.picks, self.columns, self.shape, self.window)

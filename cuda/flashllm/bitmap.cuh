@@ -62,5 +62,14 @@ FLASHLLM_DEVICE void decode_group(unsigned& first, unsigned& second, unsigned& e
     second = ptx::permute(c, d, select >> 16);
 }
 
+// Decodes the fragments of a k16 step, 0 or 1 of a mask word, of both 16 rows of the part.
+template <int kStep>
+FLASHLLM_DEVICE void decode_step(unsigned (&a)[2][4], unsigned& even, unsigned& odd, unsigned mask) {
+    decode_group<kStep * 4>(a[0][0], a[0][1], even, odd, mask);
+    decode_group<kStep * 4 + 1>(a[0][2], a[0][3], even, odd, mask);
+    decode_group<kStep * 4 + 2>(a[1][0], a[1][1], even, odd, mask);
+    decode_group<kStep * 4 + 3>(a[1][2], a[1][3], even, odd, mask);
+}
+
 }  // namespace bitmap
 }  // namespace flashllm

@@ -139,15 +139,6 @@ FLASHLLM_DEVICE void copy_async16(bool active, unsigned address, const void* poi
                  :: "r"(address), "l"(pointer), "r"(bytes), "r"(static_cast<int>(active)) : "memory");
 }
 
-// 8 or 4 bytes, by way of the L1.
-FLASHLLM_DEVICE void copy_async8(unsigned address, const void* pointer) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(address), "l"(pointer) : "memory");
-}
-
-FLASHLLM_DEVICE void copy_async4(unsigned address, const void* pointer) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(address), "l"(pointer) : "memory");
-}
-
 FLASHLLM_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>

@@ -40,6 +40,13 @@ struct StageBarriers {
         }
         ptx::mbarrier_init_fence();
     }
+
+    // By a multiplying warp: all its lanes have read the stage, and the value rows that only its tile and those before
+    // needed.
+    FLASHLLM_DEVICE void release(int stage) const {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(empty(stage));
+    }
 };
 
 // Rows are numbered as in the matrix. Row r of a part lies at place (r - origin) % kRing, and rows at the first places
@@ -54,7 +61,11 @@ struct ValueRing {
                   "or a full tile of a stream could wait for rows that wait for the slowest stream");
 
     unsigned base;  // shared address
-    int origin;     // a row at which a chunk begins
+    int origin;     // the first row copied: a chunk begins there
+
+    // For tiles from one on before which the front is `first_front`.
+    FLASHLLM_DEVICE ValueRing(unsigned base, int first_front)
+        : base(base), origin(max(first_front - bitmap::kSlack, 0) / bitmap::kChunkRows * bitmap::kChunkRows) {}
 
     FLASHLLM_DEVICE unsigned part(int part) const { return base + part * kPartBytes; }
 };

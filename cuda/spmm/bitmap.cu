@@ -2,16 +2,16 @@
 // y[N, M] = x[N, K] @ W[M, K]^T with W as a bitmap and value streams: decoded straight into tensor-core fragments.
 //
 // The tiles of W are dealt to the blocks in contiguous runs (stream_k.cuh), and the values of a run are one contiguous
-// stream. Four warps of a block multiply, one for each part of a tile; the fifth brings them x, masks and value rows, bulk
-// copies and cp.async that end in one barrier per tile, as far ahead as the stages and the ring of value rows have room.
-// Per tile, a multiplying warp
-//   waits      for the tile's barrier,
+// stream. Four warps of a block multiply, one for each part of a tile; a fifth feeds them (value_ring.cuh). Per tile, a
+// multiplying warp
+//   waits      for the tile's barrier: x, masks and value rows are there,
 //   decodes    its masks, 16 groups of four elements per lane, into A fragments (bitmap.cuh),
 //   multiplies them by x on tensor cores, and
-//   releases   the stage, and with it the value rows that no stream needs any more.
-// The warps of a block meet nowhere else until its run ends. No element of W is written to shared memory once decoded, and
-// nothing is counted, scanned or scattered.
+//   releases   the tile, and with it the value rows that no stream needs any more.
+// The warps of a block meet nowhere else until its run ends. No element of W is written to shared memory once decoded,
+// and nothing is counted, scanned or scattered.
 #include "flashllm/bitmap.cuh"
+#include "flashllm/chains.cuh"
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
 #include "flashllm/stream_k.cuh"
@@ -20,7 +20,7 @@
 
 namespace flashllm {
 
-constexpr int kThreads = (bitmap::kParts + 1) * bitmap::kLanes;  // the last warp brings what the others multiply
+constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds
 constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
 
 template <int kN_>
@@ -79,19 +79,17 @@ FLASHLLM_DEVICE void load_x(unsigned (&b)[2][S::kColumnFragments][2], unsigned s
     }
 }
 
-// One k16 step: decodes the A fragments of both rows of fragments and multiplies.
+// One k16 step of a mask word: decodes the A fragments of both rows of fragments and multiplies.
 template <typename T, typename S, int kStep>
 FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask,
                                    const unsigned (&b)[S::kColumnFragments][2]) {
     unsigned a[2][4];
-    bitmap::decode_group<kStep * 4>(a[0][0], a[0][1], even, odd, mask);
-    bitmap::decode_group<kStep * 4 + 1>(a[0][2], a[0][3], even, odd, mask);
+    bitmap::decode_step<kStep>(a, even, odd, mask);
 #pragma unroll
-    for (int j = 0; j < S::kColumnFragments; ++j) ptx::mma_m16n8k16<T>(sum[0][j], a[0], b[j][0], b[j][1]);
-    bitmap::decode_group<kStep * 4 + 2>(a[1][0], a[1][1], even, odd, mask);
-    bitmap::decode_group<kStep * 4 + 3>(a[1][2], a[1][3], even, odd, mask);
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int j = 0; j < S::kColumnFragments; ++j) ptx::mma_m16n8k16<T>(sum[1][j], a[1], b[j][0], b[j][1]);
+        for (int j = 0; j < S::kColumnFragments; ++j) ptx::mma_m16n8k16<T>(sum[i][j], a[i], b[j][0], b[j][1]);
+    }
 }
 
 // Half a tile: one mask word per lane, 32 columns.
@@ -104,16 +102,13 @@ FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, unsigned& even, unsigne
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// The same k16 step on the warpgroup's tensor cores, which read x from shared memory: the four warps of the block at one
-// time. Starts its products and returns when those of the step before are done, so that two steps' fragments are alive.
+// A k16 step of a tile on the warpgroup's tensor cores, which read x from shared memory: the four warps at one time.
+// Starts its products and returns when those of the step before are done: two steps' fragments are alive.
 template <typename T, typename S, int kStep>
-FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask, unsigned stage_operand) {
+FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask,
+                                unsigned stage_operand) {
     unsigned a[2][4];
-    constexpr int kGroup = kStep % 2 * 4;
-    bitmap::decode_group<kGroup>(a[0][0], a[0][1], even, odd, mask);
-    bitmap::decode_group<kGroup + 1>(a[0][2], a[0][3], even, odd, mask);
-    bitmap::decode_group<kGroup + 2>(a[1][0], a[1][1], even, odd, mask);
-    bitmap::decode_group<kGroup + 3>(a[1][2], a[1][3], even, odd, mask);
+    bitmap::decode_step<kStep % 2>(a, even, odd, mask);
     ptx::warpgroup_begin();
 #pragma unroll
     for (int i = 0; i < 2; ++i) ptx::warpgroup_mma<T>(sum[i], a[i], stage_operand + kStep * 32 / 16);
@@ -148,9 +143,9 @@ struct Load {
     }
 };
 
-// Grid (G, ceil(N / kN)). workspace: see stream_k.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing: value
-// rows that the ring of a part holds. kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead of mma.sync.
-// kAligned: K is a multiple of 8 and x 16-byte aligned.
+// Grid (G, ceil(N / kN)). workspace: see stream_k.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing:
+// value rows that the ring of a part holds. kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead
+// of mma.sync. kAligned: K is a multiple of 8 and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
@@ -172,29 +167,20 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
     const int first_front = __ldg(fronts + first);
-    const int origin = max(first_front - bitmap::kSlack, 0) / bitmap::kChunkRows * bitmap::kChunkRows;
-    const typename L::Ring ring{layout.base, origin};
+    const typename L::Ring ring(layout.base, first_front);
 
     if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
     __syncthreads();
 
     Accumulators<S> sum = {};
+    Chains<S, T> chains(split, tile_k, count, y, n0, N, M);
     if (feeds) {
         Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_front),
-                   typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0), lane),
+                   typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0),
+                                          lane),
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
         Streams<kRing> streams(ring, masks, fronts, lags, first);
-        unsigned& even = streams.even;
-        unsigned& odd = streams.odd;
-        // All reads of a stage, and of value rows that only the tile and those before needed, are done.
-        const auto release = [&](int stage) {
-            __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(barriers.empty(stage));
-        };
-
-        int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
-        int chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
         Cycle<kStages> cycle;
         int tile = 0;
         while (true) {
@@ -205,62 +191,26 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             if constexpr (kWarpgroup) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
                 ptx::fence_async_proxy();  // x came by ordinary copies
-                start_step<T, S, 0>(sum, even, odd, mask.x, ptx::operand(x_stage));
-                start_step<T, S, 1>(sum, even, odd, mask.x, ptx::operand(x_stage));
+                start_step<T, S, 0>(sum, streams.even, streams.odd, mask.x, ptx::operand(x_stage));
+                start_step<T, S, 1>(sum, streams.even, streams.odd, mask.x, ptx::operand(x_stage));
                 streams.wrap();
-                start_step<T, S, 2>(sum, even, odd, mask.y, ptx::operand(x_stage));
-                start_step<T, S, 3>(sum, even, odd, mask.y, ptx::operand(x_stage));
+                start_step<T, S, 2>(sum, streams.even, streams.odd, mask.y, ptx::operand(x_stage));
+                start_step<T, S, 3>(sum, streams.even, streams.odd, mask.y, ptx::operand(x_stage));
                 ptx::warpgroup_wait();
 #endif
             } else {
-                multiply_word<T, S, 0>(sum, even, odd, mask.x, x_stage);
+                multiply_word<T, S, 0>(sum, streams.even, streams.odd, mask.x, x_stage);
                 streams.wrap();
-                multiply_word<T, S, 1>(sum, even, odd, mask.y, x_stage);
+                multiply_word<T, S, 1>(sum, streams.even, streams.odd, mask.y, x_stage);
             }
-            release(cycle.stage);
+            barriers.release(cycle.stage);
             cycle.advance();
-            if (++tile != chain_end) continue;
-
-            // A chain ends: rare. Which row of tiles this is, is worked out here: the loop needs the registers more.
-            const int block = ptx::opaque(blockIdx.x);
-            const unsigned run_begin = split.first_tile(block);
-            const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
-            const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
-            const auto piece = split.piece(block, tile_m, blockIdx.y);
-            const bool row_ends = tile == row_end;
-            if (run_begin + tile - row_begin > S::kMaxChain) piece.add_stored(sum);  // by earlier chains
-            if (row_ends && piece.whole) {
-                store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * bitmap::kTileM, N, M);
-            } else {
-                piece.store(sum);
-            }
+            if (++tile != chains.chain_end) continue;
+            chains.end(split, tile, sum);
             if (tile == count) break;
-            if (row_ends) {
-                row_end = min(count, row_end + split.tiles_k);
-                chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
-            } else {
-                chain_end = min(row_end, chain_end + S::kMaxChain);
-            }
         }
     }
-
-    // The run shares its first and its last row of tiles, or one, or none, with other blocks: see tiled_csl.cu.
-    const int block = ptx::opaque(blockIdx.x);
-    const unsigned run_begin = split.first_tile(block);
-    const unsigned first_m = run_begin / split.tiles_k, last_m = (run_begin + count - 1) / split.tiles_k;
-    int* const completes = reinterpret_cast<int*>(shared);  // values are not needed any more
-    __syncthreads();  // all threads have stored their part of the pieces
-    if (threadIdx.x == 0) completes[0] = split.piece(block, first_m, blockIdx.y).arrive_last();
-    if (threadIdx.x == 32) completes[1] = last_m != first_m && split.piece(block, last_m, blockIdx.y).arrive_last();
-    __syncthreads();
-    if (feeds) return;
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-        if (!completes[i]) continue;
-        const unsigned tile_m = i == 0 ? first_m : last_m;
-        split.piece(block, tile_m, blockIdx.y).add_all(sum);
-        store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * bitmap::kTileM, N, M);
-    }
+    chains.finish(split, sum, shared, !feeds);
 }
 
 }  // namespace flashllm

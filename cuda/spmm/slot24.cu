@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[N, M] = x[N, K] @ W[M, K]^T with W in slots of the 2:4 sparse tensor cores: two columns of W share one.
 //
-// Which two is a choice of the format, made for each part of a tile, so x is gathered: the feeding warp lays windows of x
-// into shared memory column by column (x_window.cuh), and a lane loads the columns that its part has paired. All else is as
-// in bitmap.cu: slots are a bitmap and value streams (value_ring.cuh), walked tile by tile, a tile being 128 rows x 64
-// slots = 128 columns. Per tile, a warp
-//   waits      for the tile's barrier,
+// Which two is a choice of the format, made for each part of a tile, so x is gathered: the multiplying warps lay windows
+// of x into shared memory column by column (x_window.cuh), and a lane loads the columns that its part has paired. All
+// else is as in bitmap.cu: slots are a bitmap and value streams, fed by a fifth warp (value_ring.cuh) and walked tile by
+// tile, a tile being 128 rows x 64 slots of 128 columns. Per tile, a multiplying warp
+//   waits      for the tile's barrier, and with the first tile of a window for that of x,
+//   gathers    the columns of x that each step's slots belong to,
 //   decodes    its masks, 16 groups of four slots per lane, into A fragments (bitmap.cuh),
-//   gathers    the columns of x that the slots of each step belong to,
 //   multiplies them on sparse tensor cores, which take of each pair the column that the picks name, and
-//   releases   the tile.
-// A dense m16n8k16 takes as many fragment registers for half as many columns: the decoding per element is half.
+//   releases   the tile, and with the second of a window that of x.
+// Dense tensor cores take as many fragment registers for half as many columns: decoding costs half per element.
+#include "flashllm/chains.cuh"
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
 #include "flashllm/slot24.cuh"
@@ -20,7 +21,7 @@
 
 namespace flashllm {
 
-constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp brings what the others multiply
+constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds
 constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
 
 template <int kN_>
@@ -32,32 +33,25 @@ struct Slot24Shape {
     static constexpr int kRowFragments = 2;
     static constexpr int kColumnFragments = kN / 8;
     static constexpr int kMaxChain = kMaxChainSteps / slot24::kSteps;  // tiles
-    static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
+    static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
 
     FLASHLLM_DEVICE static int row(int i) { return i * 64 + static_cast<int>(threadIdx.x >> 5) * 16; }
     FLASHLLM_DEVICE static int slice() { return 0; }
 };
 
 // One m16n8k32 step: gathers x, decodes the A fragments of both rows of fragments and multiplies.
-template <typename T, typename S, int kStep>
+template <typename T, typename S, typename Windows, int kStep>
 FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask, unsigned picks,
                                    unsigned columns, unsigned window) {
-    constexpr unsigned kColumnBytes = (S::kN / 8 | 1) * 16;
-    const unsigned column = ptx::dot4(columns, kColumnBytes << (8 * kStep), window);  // the lane's, of 32
+    // The lane's column of the step's 32: one of four bytes, times the distance of columns.
+    const unsigned column = ptx::dot4(columns, static_cast<unsigned>(Windows::kColumnBytes) << (8 * kStep), window);
     unsigned b[S::kColumnFragments][4];
 #pragma unroll
     for (int j = 0; j < S::kColumnFragments; ++j) ptx::load_matrix_x4_transposed(b[j], column + j * 16);
-    constexpr int kGroup = kStep % 2 * 4;
     unsigned a[2][4];
+    bitmap::decode_step<kStep % 2>(a, even, odd, mask);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (i == 0) {
-            bitmap::decode_group<kGroup>(a[0][0], a[0][1], even, odd, mask);
-            bitmap::decode_group<kGroup + 1>(a[0][2], a[0][3], even, odd, mask);
-        } else {
-            bitmap::decode_group<kGroup + 2>(a[1][0], a[1][1], even, odd, mask);
-            bitmap::decode_group<kGroup + 3>(a[1][2], a[1][3], even, odd, mask);
-        }
         const unsigned metadata = slot24::metadata(picks, i);
 #pragma unroll
         for (int j = 0; j < S::kColumnFragments; ++j) {
@@ -116,7 +110,6 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     FLASHLLM_DYNAMIC_SHARED(shared);
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
-    const int lane = threadIdx.x & 31;
     const bool feeds = threadIdx.x >= bitmap::kTileThreads;
 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM,
@@ -127,8 +120,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int tile_k = first % split.tiles_k;
 
     const int first_front = __ldg(fronts + first);
-    const int origin = max(first_front - bitmap::kSlack, 0) / bitmap::kChunkRows * bitmap::kChunkRows;
-    const typename L::Ring ring{layout.base, origin};
+    const typename L::Ring ring(layout.base, first_front);
     if (threadIdx.x == 0) {
         barriers.init(kStages, L::Feed::kArrivals);
         Windows::init(layout.window_barriers());
@@ -137,85 +129,48 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     __syncthreads();
 
     Accumulators<S> sum = {};
+    Chains<S, T> chains(split, tile_k, count, y, n0, N, M);
     if (feeds) {
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_front),
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes,
                    picks + static_cast<long long>(first) * slot24::kPickBytes,
                    columns + static_cast<long long>(first) * slot24::kColumnBytes);
     } else {
-    const int windows = (first + count - 1) / slot24::kWindowTiles - first / slot24::kWindowTiles + 1;
-    Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
-                   windows, layout.base + L::kWindowsAt, layout.window_barriers());
-    window.ask();
-    Streams<kRing> streams(ring, masks, fronts, lags, first);
+        const int windows = (first + count - 1) / slot24::kWindowTiles - first / slot24::kWindowTiles + 1;
+        Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
+                       windows, layout.base + L::kWindowsAt, layout.window_barriers());
+        window.ask();
+        Streams<kRing> streams(ring, masks, fronts, lags, first);
 
-    int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
-    int chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
-    Cycle<kStages> cycle;
-    int tile = 0;
-    unsigned here = 0;  // the window in use
-    while (true) {
-        // A window is written a tile ahead of its use, while the one before is in use; the first ones when they have come.
-        const bool second = (first + tile) % slot24::kWindowTiles != 0;
-        const bool early = kWindows > 1 && second && tile + 1 < count, late = !second && (kWindows == 1 || tile == 1);
-        if (tile == 0 || early || late) window.write();
-        if (tile == 0 || !second) here = window.enter();
-        ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
-        const uint2 mask = ptx::load_shared8(layout.masks(cycle.stage) + threadIdx.x * 8);
-        const uint2 pick = ptx::load_shared8(layout.picks(cycle.stage) + threadIdx.x * 8);
-        const unsigned column = ptx::load_shared4(layout.columns(cycle.stage) + threadIdx.x * 4);
-        streams.wrap();
-        multiply_step<T, S, 0>(sum, streams.even, streams.odd, mask.x, pick.x, column, here);
-        multiply_step<T, S, 1>(sum, streams.even, streams.odd, mask.x, pick.x, column, here);
-        streams.wrap();
-        multiply_step<T, S, 2>(sum, streams.even, streams.odd, mask.y, pick.y, column, here);
-        multiply_step<T, S, 3>(sum, streams.even, streams.odd, mask.y, pick.y, column, here);
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(barriers.empty(cycle.stage));
-        cycle.advance();
-        if (second) window.leave();
-        if (++tile != chain_end) continue;
-
-        // A chain ends: rare. Which row of tiles this is, is worked out here: the loop needs the registers more.
-        const int block = ptx::opaque(blockIdx.x);
-        const unsigned run_begin = split.first_tile(block);
-        const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
-        const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
-        const auto piece = split.piece(block, tile_m, blockIdx.y);
-        const bool row_ends = tile == row_end;
-        if (run_begin + tile - row_begin > S::kMaxChain) piece.add_stored(sum);  // by earlier chains
-        if (row_ends && piece.whole) {
-            store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * bitmap::kTileM, N, M);
-        } else {
-            piece.store(sum);
-        }
-        if (tile == count) break;
-        if (row_ends) {
-            row_end = min(count, row_end + split.tiles_k);
-            chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
-        } else {
-            chain_end = min(row_end, chain_end + S::kMaxChain);
+        Cycle<kStages> cycle;
+        int tile = 0;
+        unsigned here = 0;  // the window in use
+        while (true) {
+            // With room for two, a window is written a tile before its use; but not two of them at the first tile.
+            const bool second = (first + tile) % slot24::kWindowTiles != 0;
+            const bool early = kWindows > 1 && second && tile + 1 < count;
+            const bool late = !second && (kWindows == 1 || tile == 1);
+            if (tile == 0 || early || late) window.write();
+            if (tile == 0 || !second) here = window.enter();
+            ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
+            const uint2 mask = ptx::load_shared8(layout.masks(cycle.stage) + threadIdx.x * 8);
+            const uint2 pick = ptx::load_shared8(layout.picks(cycle.stage) + threadIdx.x * 8);
+            const unsigned column = ptx::load_shared4(layout.columns(cycle.stage) + threadIdx.x * 4);
+            streams.wrap();
+            multiply_step<T, S, Windows, 0>(sum, streams.even, streams.odd, mask.x, pick.x, column, here);
+            multiply_step<T, S, Windows, 1>(sum, streams.even, streams.odd, mask.x, pick.x, column, here);
+            streams.wrap();
+            multiply_step<T, S, Windows, 2>(sum, streams.even, streams.odd, mask.y, pick.y, column, here);
+            multiply_step<T, S, Windows, 3>(sum, streams.even, streams.odd, mask.y, pick.y, column, here);
+            barriers.release(cycle.stage);
+            cycle.advance();
+            if (second) window.leave();
+            if (++tile != chains.chain_end) continue;
+            chains.end(split, tile, sum);
+            if (tile == count) break;
         }
     }
-
-    }
-    // The run shares its first and its last row of tiles, or one, or none, with other blocks: see tiled_csl.cu.
-    const int block = ptx::opaque(blockIdx.x);
-    const unsigned run_begin = split.first_tile(block);
-    const unsigned first_m = run_begin / split.tiles_k, last_m = (run_begin + count - 1) / split.tiles_k;
-    int* const completes = reinterpret_cast<int*>(shared);  // values are not needed any more
-    __syncthreads();  // all threads have stored their part of the pieces
-    if (threadIdx.x == 0) completes[0] = split.piece(block, first_m, blockIdx.y).arrive_last();
-    if (threadIdx.x == 32) completes[1] = last_m != first_m && split.piece(block, last_m, blockIdx.y).arrive_last();
-    __syncthreads();
-    if (feeds) return;
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-        if (!completes[i]) continue;
-        const unsigned tile_m = i == 0 ? first_m : last_m;
-        split.piece(block, tile_m, blockIdx.y).add_all(sum);
-        store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * bitmap::kTileM, N, M);
-    }
+    chains.finish(split, sum, shared, !feeds);
 }
 
 }  // namespace flashllm

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block does with its accumulators: at the end of each chain of tiles, and at the end of its run.
+//
+// A chain is a part of a run in one row of tiles, short enough for the tensor cores to add up (they truncate).
+#pragma once
+
+#include "flashllm/epilogue.cuh"
+#include "flashllm/portable.cuh"
+#include "flashllm/ptx.cuh"
+#include "flashllm/stream_k.cuh"
+
+namespace flashllm {
+
+template <typename S, typename T>
+struct Chains {
+    T* y;
+    int n0, N, M;
+    int count;      // tiles of the run
+    int row_end;    // the first tile, of the run, that belongs to the next row of tiles
+    int chain_end;  // and that belongs to the next chain
+
+    FLASHLLM_DEVICE Chains(const StreamK<S>& split, int tile_k, int count, T* y, int n0, int N, int M)
+        : y(y), n0(n0), N(N), M(M), count(count), row_end(min(count, split.tiles_k - tile_k)),
+          chain_end(split.first_chain(row_end, S::kMaxChain, blockIdx.x)) {}
+
+    // Ends the chain before `tile`: stores the accumulators and leaves them zero. Rare, so which row of tiles this is, is
+    // worked out here: the loop needs the registers more.
+    FLASHLLM_DEVICE void end(const StreamK<S>& split, int tile, Accumulators<S>& sum) {
+        const int block = ptx::opaque(blockIdx.x);
+        const unsigned run_begin = split.first_tile(block);
+        const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
+        const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
+        const auto piece = split.piece(block, tile_m, blockIdx.y);
+        const bool row_ends = tile == row_end;
+        if (run_begin + tile - row_begin > S::kMaxChain) piece.add_stored(sum);  // by earlier chains
+        if (row_ends && piece.whole) {
+            store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * S::kM, N, M);
+        } else {
+            piece.store(sum);
+        }
+        if (row_ends) {
+            row_end = min(count, row_end + split.tiles_k);
+            chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
+        } else {
+            chain_end = min(row_end, chain_end + S::kMaxChain);
+        }
+    }
+
+    // All threads of the block, when the run is through. It shares its first and its last row of tiles, or one, or none,
+    // with other blocks; the last of them to arrive adds the pieces up. Arrivals wait until here: a fence each costs a
+    // microsecond, two at one time no more than one. `shared`: 8 bytes that nothing needs any more. `multiplies`: the
+    // thread has accumulators, zeros now.
+    FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum, void* shared, bool multiplies) const {
+        const int block = ptx::opaque(blockIdx.x);
+        const unsigned run_begin = split.first_tile(block);
+        const unsigned first_row = run_begin / split.tiles_k, last_row = (run_begin + count - 1) / split.tiles_k;
+        int* const completes = static_cast<int*>(shared);
+        __syncthreads();  // all threads have stored their part of the pieces
+        if (threadIdx.x == 0) completes[0] = split.piece(block, first_row, blockIdx.y).arrive_last();
+        if (threadIdx.x == 32) {
+            completes[1] = last_row != first_row && split.piece(block, last_row, blockIdx.y).arrive_last();
+        }
+        __syncthreads();
+        if (!multiplies) return;
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+            if (!completes[i]) continue;
+            const unsigned tile_m = i == 0 ? first_row : last_row;
+            split.piece(block, tile_m, blockIdx.y).add_all(sum);
+            store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * S::kM, N, M);
+        }
+    }
+};
+
+}  // namespace flashllm

@@ -42,6 +42,10 @@ FORMATS: dict[str, FormatEntry] = {
         kernel="flashllm.matmul.bitmap",
         encoder="flashllm.encode.bitmap",
     ),
+    "slot24": FormatEntry(
+        weight="flashllm.formats.slot24:Slot24",
+        kernel="flashllm.matmul.slot24",
+    ),
 }
 """Formats by name, as in ``SparseWeight.format``, files and result rows."""
 

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of ``cuda/spmm/slot24.cu``: its instances, which one a product takes, and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashllm.formats.bitmap_encode import LANES, PARTS
+from flashllm.formats.slot24_encode import STEPS
+from flashllm.jit.spec import ALL_ARCHS, KernelSpec
+from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
+from flashllm.matmul.stream_k import StreamK, stream_k_for
+from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, cxx_bool
+
+if TYPE_CHECKING:
+    from flashllm.formats.slot24 import Slot24
+
+N_BLOCKS = (8, 16, 32)
+"""Columns of x one block computes: more leave too little shared memory for windows of x."""
+THREADS = (PARTS + 1) * LANES
+RING_ROWS = 80
+"""Value rows that a block keeps in shared memory."""
+_WINDOW_COLUMNS = 256
+_STAGE_BYTES = PARTS * LANES * 20  # masks, picks and columns of a tile
+_ROW_COST = 2  # see matmul/bitmap.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """What a block keeps in shared memory, and how many of them an SM holds."""
+
+    stages: int
+    """Tiles for which masks, picks and columns have room."""
+    windows: int
+    """Windows of x: with two, one is written while the other is read."""
+    resident_blocks: int
+
+
+# By measurement on an H100: a third block is worth more than a second window at 16 columns.
+_ROOMY = {8: _Room(stages=4, windows=2, resident_blocks=3), 16: _Room(stages=2, windows=1, resident_blocks=3),
+          32: _Room(stages=3, windows=2, resident_blocks=2)}  # fmt: skip
+_SM_80 = {8: _Room(stages=4, windows=2, resident_blocks=2), 16: _Room(stages=2, windows=1, resident_blocks=2),
+          32: _Room(stages=3, windows=2, resident_blocks=1)}  # fmt: skip
+# An SM of the others has 100 KB.
+_SMALL = {n: _Room(stages=4 if n == 8 else 3, windows=2 if n == 8 else 1, resident_blocks=1) for n in N_BLOCKS}
+_ROOM = {"80": _SM_80, "90a": _ROOMY, "100a": _ROOMY}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One instance of the kernel and how many blocks of it share the device."""
+
+    dtype: str
+    n_block: int
+    stages: int = 4
+    windows: int = 2
+    """Windows of x that have room in shared memory."""
+    resident_blocks: int = 3
+    """Blocks that share an SM."""
+    aligned: bool = True
+    """K is a multiple of 8, so rows of x start 16-byte aligned."""
+    blocks_per_sm: int = 3
+    """Blocks launched per SM."""
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The compiled instance of this choice."""
+        return _spec(replace(self, blocks_per_sm=0))
+
+
+@cache
+def _spec(choice: Choice) -> KernelSpec:
+    room = _Room(stages=choice.stages, windows=choice.windows, resident_blocks=choice.resident_blocks)
+    n = choice.n_block
+    column_bytes = (n // 8 | 1) * 16
+    window_bytes = choice.windows * _WINDOW_COLUMNS * column_bytes + n * _WINDOW_COLUMNS * 2
+    barriers = 2 * choice.stages + 2 * choice.windows + PARTS
+    return KernelSpec(
+        name="slot24",
+        source="spmm/slot24.cu",
+        function="flashllm::spmm_slot24",
+        template=(
+            ("T", CXX_TYPE[choice.dtype]),
+            ("kN", str(n)),
+            ("kRing", str(RING_ROWS)),
+            ("kStages", str(choice.stages)),
+            ("kWindows", str(choice.windows)),
+            ("kMinBlocks", str(choice.resident_blocks)),
+            ("kAligned", cxx_bool(choice.aligned)),
+        ),
+        threads=THREADS,
+        shared_bytes=PARTS * (RING_ROWS + MIRROR_ROWS) * ROW_BYTES
+        + window_bytes
+        + choice.stages * _STAGE_BYTES
+        + barriers * 8,
+        archs=tuple(arch for arch in ALL_ARCHS if _room(arch, n) == room),
+    )
+
+
+def _room(arch: str, n_block: int) -> _Room:
+    return _ROOM.get(arch, _SMALL)[n_block]
+
+
+def n_block_for(n: int) -> int:
+    """The narrowest column block that holds ``n`` columns, at most the widest."""
+    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
+
+
+def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
+    """What the heuristic takes for ``n`` columns of x on ``arch``."""
+    return _choice(w.dtype, n_block_for(n), arch, aligned=w.shape[1] % 8 == 0)
+
+
+def _choice(dtype: str, n_block: int, arch: str, *, aligned: bool) -> Choice:
+    room = _room(arch, n_block)
+    return Choice(
+        dtype=dtype,
+        n_block=n_block,
+        stages=room.stages,
+        windows=room.windows,
+        resident_blocks=room.resident_blocks,
+        aligned=aligned,
+        blocks_per_sm=room.resident_blocks,
+    )
+
+
+def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
+    """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
+    return stream_k_for(
+        w.tiles,
+        n_block=choice.n_block,
+        column_blocks=-(-n // choice.n_block),
+        blocks=sm_count * choice.blocks_per_sm,
+        row_cost=_ROW_COST,
+        max_chain=MAX_CHAIN_STEPS // STEPS,
+    )
+
+
+def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:
+    """One line on how the tiles are dealt and what they hold."""
+    n_blocks = f"N blocks of {choice.n_block}"
+    window = f"windows of {w.window} columns"
+    return f"{split.describe(sm_count)}, mma.sp, {n_blocks}, {window}, {w.bytes_per_element:.3f} bytes per element"
+
+
+def arguments(w: Slot24, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+    """The kernel's arguments in the order of its parameters; x is [N, K]."""
+    rows, columns = w.shape
+    arrays = (x, w.masks, w.values, w.fronts, w.lags, w.picks, w.columns, out, workspace)
+    return (*arrays, *map(np.int32, (rows, x.shape[0], columns, w.window, split.row_cost)))
+
+
+def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
+    """Choices worth measuring for ``n`` columns of x, the heuristic's first; every one is a compiled spec."""
+    base = default_choice(w, n, arch=arch)
+    yield base
+    if not base.aligned:
+        return
+    for blocks_per_sm in (1, 2, 3, 4, 6):
+        choice = replace(base, blocks_per_sm=blocks_per_sm)
+        if choice != base:
+            yield choice
+
+
+def tune_key(w: Slot24, n: int) -> str:
+    """Class of density, in tenths, and column blocks."""
+    columns = n_block_for(n)
+    return f"d{round(10 * w.density)} n{columns}x{-(-n // columns)}"
+
+
+def usable(choice: Choice) -> bool:
+    """Whether a choice that comes from a file may be launched."""
+    return choice.n_block in N_BLOCKS and choice.spec in specs() and 1 <= choice.blocks_per_sm <= MAX_BLOCKS_PER_SM
+
+
+def ablation(choice: Choice) -> dict[str, Choice]:
+    """None is compiled."""
+    return {}
+
+
+@cache
+def instances() -> tuple[Choice, ...]:
+    """One choice for every instance that a plan or the tuner can ask for."""
+    choices = [
+        _choice(dtype, n_block, arch, aligned=aligned)
+        for arch in ALL_ARCHS
+        for n_block in N_BLOCKS
+        for dtype in CXX_TYPE
+        for aligned in (True, False)
+    ]
+    return tuple({choice.spec: choice for choice in choices}.values())
+
+
+def typical(arch: str) -> tuple[Choice, ...]:
+    """The instances that the heuristic takes on ``arch``: for every width, type and alignment one."""
+    return tuple(choice for choice in instances() if choice.spec.supports(arch))
+
+
+@cache
+def specs() -> tuple[KernelSpec, ...]:
+    """The compiled kernels of :func:`instances`."""
+    return tuple(choice.spec for choice in instances())

@@ -179,40 +179,35 @@ struct Feeder {
     FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need) {
         const int lane = threadIdx.x & 31;
 #if __CUDA_ARCH__ >= 900
-        // A lane makes one copy of a round: there is one copying instruction for all pieces and one for all rows, since
-        // what the feeder executes has to be fetched, beside what the other warps execute.
-        constexpr int kRoundChunks = bitmap::kLanes / bitmap::kParts / 2;
-        const int part = lane % bitmap::kParts, number = lane / bitmap::kParts % kRoundChunks;
-        const bool mirror = lane >= bitmap::kLanes / 2;  // the upper half writes the first places once more
+        const unsigned full = barrier();
+        const unsigned chunks = (need - rows) / bitmap::kChunkRows;
+        const bool mirrors = place == 0 ? chunks != 0 : place + chunks * bitmap::kPartChunkBytes > ring.kWrapBytes;
+        unsigned bytes = (chunks + mirrors) * bitmap::kChunkBytes;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) bytes += pieces[i].bytes;
         if (lane == 0) {
-            const unsigned chunks = (need - rows) / bitmap::kChunkRows;
-            const bool mirrors = place == 0 ? chunks != 0 : place + chunks * bitmap::kPartChunkBytes > ring.kWrapBytes;
-            unsigned bytes = (chunks + mirrors) * bitmap::kChunkBytes;
+            ptx::mbarrier_expect(full, bytes);
 #pragma unroll
-            for (int i = 0; i < kPieces; ++i) bytes += pieces[i].bytes;
-            ptx::mbarrier_expect(barrier(), bytes);
+            for (int i = 0; i < kPieces; ++i) ptx::bulk_copy(pieces[i].target, pieces[i].source, pieces[i].bytes, full);
         }
-        __syncwarp();
-        Piece piece = pieces[0];
-#pragma unroll
-        for (int i = 1; i < kPieces; ++i) {
-            if (lane == i) piece = pieces[i];
-        }
-        if (lane < kPieces) ptx::bulk_copy(piece.target, piece.source, piece.bytes, barrier());
+        // Rows at the first places twice, by the same code: what the feeder executes has to be fetched, beside what the
+        // other warps execute.
+        unsigned mirror = 0;
 #pragma unroll 1
         while (rows < need) {
-            unsigned at = place + number * bitmap::kPartChunkBytes;
-            if (at >= ring.kWrapBytes) at -= ring.kWrapBytes;
-            if (rows + number * bitmap::kChunkRows < need && (!mirror || at == 0)) {
-                ptx::bulk_copy(ring.part(part) + (mirror ? ring.kWrapBytes : at),
-                               chunk + (number * bitmap::kParts + part) * bitmap::kPartChunkBytes,
-                               bitmap::kPartChunkBytes, barrier());
+            if (lane == 0) {
+#pragma unroll
+                for (int part = 0; part < bitmap::kParts; ++part) {
+                    ptx::bulk_copy(ring.part(part) + place + mirror, chunk + part * bitmap::kPartChunkBytes,
+                                   bitmap::kPartChunkBytes, full);
+                }
             }
-            const int chunks = min((need - rows) / bitmap::kChunkRows, kRoundChunks);
-            rows += chunks * bitmap::kChunkRows;
-            chunk += chunks * bitmap::kChunkBytes;
-            place += chunks * bitmap::kPartChunkBytes;
-            if (place >= ring.kWrapBytes) place -= ring.kWrapBytes;
+            mirror = place == 0 && mirror == 0 ? ring.kWrapBytes : 0;
+            if (mirror != 0) continue;
+            rows += bitmap::kChunkRows;
+            chunk += bitmap::kChunkBytes;
+            place += bitmap::kPartChunkBytes;
+            if (place == ring.kWrapBytes) place = 0;
         }
 #else
 #pragma unroll

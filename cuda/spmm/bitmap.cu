@@ -158,7 +158,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
     const int lane = threadIdx.x & 31;
-    const bool feeds = threadIdx.x >= bitmap::kTileThreads;
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0);  // known to be uniform
+    const bool feeds = warp == bitmap::kParts;
 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK,
                            row_cost, workspace);
@@ -166,7 +167,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
-    const int first_front = __ldg(fronts + first);
+    const int first_front = __shfl_sync(0xffffffffu, __ldg(fronts + first), 0);  // known to be uniform
     const typename L::Ring ring(layout.base, first_front);
 
     if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);

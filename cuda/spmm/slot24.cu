@@ -110,7 +110,8 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     FLASHLLM_DYNAMIC_SHARED(shared);
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
-    const bool feeds = threadIdx.x >= bitmap::kTileThreads;
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0);  // known to be uniform
+    const bool feeds = warp == bitmap::kParts;
 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM,
                            (K + window_columns - 1) / window_columns * slot24::kWindowTiles, row_cost, workspace);
@@ -119,7 +120,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
 
-    const int first_front = __ldg(fronts + first);
+    const int first_front = __shfl_sync(0xffffffffu, __ldg(fronts + first), 0);  // known to be uniform
     const typename L::Ring ring(layout.base, first_front);
     if (threadIdx.x == 0) {
         barriers.init(kStages, L::Feed::kArrivals);

@@ -27,6 +27,21 @@ FLASHLLM_DEVICE int opaque(int value) {
 
 // ---- bytes in registers ----------------------------------------------------------------------------------
 
+// A value that is the same in all lanes of the warp, such that the compiler knows: it can then compute with it, and branch
+// on it, once for the warp, and bulk copies need no loop over the lanes that might have differed.
+FLASHLLM_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// True in one lane of a warp that is all there, and the compiler knows it is one: see uniform().
+FLASHLLM_DEVICE bool elect() {
+#if __CUDA_ARCH__ >= 900
+    int elected;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.s32 %0, 1, 0, p; }" : "=r"(elected));
+    return elected != 0;
+#else
+    return (threadIdx.x & 31) == 0;
+#endif
+}
+
 // sum + the products of the four bytes of a and b: one IDP.4A on the FMA pipe, so the integer ALU is not touched.
 FLASHLLM_DEVICE unsigned dot4(unsigned a, unsigned b, unsigned sum) {
     unsigned result;

@@ -45,7 +45,7 @@ struct StageBarriers {
     // needed.
     FLASHLLM_DEVICE void release(int stage) const {
         __syncwarp();
-        if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(empty(stage));
+        if (ptx::elect()) ptx::mbarrier_arrive(empty(stage));
     }
 };
 
@@ -77,7 +77,7 @@ struct Streams {
 
     // Where the streams stand before tile `first` is stored every kLagTiles tiles; from there on masks are counted.
     FLASHLLM_DEVICE Streams(const ValueRing<kRing>& ring, const unsigned char* masks, const int* fronts,
-                            const unsigned short* lags, int first) {
+                            const unsigned short* lags, int first, int part) {
         const int lane = threadIdx.x & 31;
         const int back = first % bitmap::kLagTiles;  // tiles since the lags were stored
         const unsigned lag = __ldg(lags + first / bitmap::kLagTiles * bitmap::kTileThreads + threadIdx.x);
@@ -92,7 +92,7 @@ struct Streams {
             even_row += __popc(mask.x & bitmap::kEvenBits) + __popc(mask.y & bitmap::kEvenBits);
             odd_row += __popc(mask.x & bitmap::kOddBits) + __popc(mask.y & bitmap::kOddBits);
         }
-        const unsigned begin = ring.part(threadIdx.x >> 5);
+        const unsigned begin = ring.part(part);
         even = begin + lane * 4 + even_row * bitmap::kRowBytes;
         odd = begin + lane * 4 + 2 + odd_row * bitmap::kRowBytes;
         end = begin + ValueRing<kRing>::kWrapBytes;
@@ -155,7 +155,7 @@ struct Feeder {
     // unused.
     FLASHLLM_DEVICE int needed() const {
         const int front = __shfl_sync(0xffffffffu, front_set, tile & 31);
-        return front < rows ? rows : (front / bitmap::kChunkRows + 1) * bitmap::kChunkRows;
+        return front < rows ? rows : (front | (bitmap::kChunkRows - 1)) + 1;
     }
 
     // Whether there is room for the next tile, which needs the rows below `need`.
@@ -180,12 +180,12 @@ struct Feeder {
         const int lane = threadIdx.x & 31;
 #if __CUDA_ARCH__ >= 900
         const unsigned full = barrier();
-        const unsigned chunks = (need - rows) / bitmap::kChunkRows;
+        const unsigned chunks = static_cast<unsigned>(need - rows) / bitmap::kChunkRows;
         const bool mirrors = place == 0 ? chunks != 0 : place + chunks * bitmap::kPartChunkBytes > ring.kWrapBytes;
         unsigned bytes = (chunks + mirrors) * bitmap::kChunkBytes;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) bytes += pieces[i].bytes;
-        if (lane == 0) {
+        if (ptx::elect()) {
             ptx::mbarrier_expect(full, bytes);
 #pragma unroll
             for (int i = 0; i < kPieces; ++i) ptx::bulk_copy(pieces[i].target, pieces[i].source, pieces[i].bytes, full);
@@ -195,7 +195,7 @@ struct Feeder {
         unsigned mirror = 0;
 #pragma unroll 1
         while (rows < need) {
-            if (lane == 0) {
+            if (ptx::elect()) {
 #pragma unroll
                 for (int part = 0; part < bitmap::kParts; ++part) {
                     ptx::bulk_copy(ring.part(part) + place + mirror, chunk + part * bitmap::kPartChunkBytes,

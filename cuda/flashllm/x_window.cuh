@@ -35,14 +35,16 @@ struct XWindows {
     unsigned base, barriers;       // shared addresses: of the windows; of full and empty of each, landed of each warp
     int K, window_columns, n_left;
     int column;                    // of the lane's chunk
+    int warp;                      // this one's number, known to be uniform
     int windows, written = 0;      // of the run
     int place = 0, next_place = 0;  // of the window in use, of the one to be written next
     unsigned parity = 0, next_parity = 0, landed_parity = 0;
 
     // `window`: of the run's first tile; `windows_`: of the run. Then a barrier of the block.
     FLASHLLM_DEVICE XWindows(const unsigned short* x_, int n0, int N, int K_, int window_columns_, int window,
-                             int windows_, unsigned base_, unsigned barriers_)
-        : x(x_), base(base_), barriers(barriers_), K(K_), window_columns(window_columns_), windows(windows_) {
+                             int windows_, int warp_, unsigned base_, unsigned barriers_)
+        : x(x_), base(base_), barriers(barriers_), K(K_), window_columns(window_columns_), warp(warp_),
+          windows(windows_) {
         const int lane = threadIdx.x & 31, n = lane >> 3;
         n_left = N - n0 - n;
         column = window * window_columns + within();
@@ -57,9 +59,9 @@ struct XWindows {
 
     FLASHLLM_DEVICE unsigned full(int i) const { return barriers + i * 16; }
     FLASHLLM_DEVICE unsigned empty(int i) const { return full(i) + 8; }
-    FLASHLLM_DEVICE unsigned landed() const { return barriers + kWindows * 16 + (threadIdx.x >> 5) * 8; }
-    FLASHLLM_DEVICE int within() const { return threadIdx.x / 32 * kWarpColumns + (threadIdx.x & 7) * 8; }
-    FLASHLLM_DEVICE unsigned warp_place() const { return base + kWindows * kWindowBytes + (threadIdx.x >> 5) * (kN * kRowBytes); }
+    FLASHLLM_DEVICE unsigned landed() const { return barriers + kWindows * 16 + warp * 8; }
+    FLASHLLM_DEVICE int within() const { return warp * kWarpColumns + (threadIdx.x & 7) * 8; }
+    FLASHLLM_DEVICE unsigned warp_place() const { return base + kWindows * kWindowBytes + warp * (kN * kRowBytes); }
 
     // Asks for this warp's columns of the next window. Rows beyond N and columns beyond K or the window become zeros.
     FLASHLLM_DEVICE void ask() {
@@ -96,7 +98,7 @@ struct XWindows {
         ptx::mbarrier_wait(landed(), landed_parity);
         landed_parity ^= 1;
         if (written >= kWindows) ptx::mbarrier_wait(empty(next_place), next_parity ^ 1);
-        const unsigned to = base + next_place * kWindowBytes + (threadIdx.x / 32 * kWarpColumns + lane) * kColumnBytes;
+        const unsigned to = base + next_place * kWindowBytes + (warp * kWarpColumns + lane) * kColumnBytes;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const unsigned from = warp_place() + row * kRowBytes + (((half * 4 + matrix) ^ row) << 4);
@@ -107,7 +109,7 @@ struct XWindows {
             for (int n = 0; n < kN / 8; ++n) ptx::store_matrix_x4(to + half * 32 * kColumnBytes + n * 16, block[n]);
         }
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(full(next_place));
+        if (ptx::elect()) ptx::mbarrier_arrive(full(next_place));
         if (++next_place == kWindows) next_place = 0, next_parity ^= 1;
         if (++written < windows) ask();
     }
@@ -121,7 +123,7 @@ struct XWindows {
     // This warp has done with it.
     FLASHLLM_DEVICE void leave() {
         __syncwarp();
-        if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(empty(place));
+        if (ptx::elect()) ptx::mbarrier_arrive(empty(place));
         if (++place == kWindows) place = 0, parity ^= 1;
     }
 };

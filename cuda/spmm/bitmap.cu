@@ -158,7 +158,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
     const int lane = threadIdx.x & 31;
-    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0);  // known to be uniform
+    const int warp = ptx::uniform(threadIdx.x >> 5);
     const bool feeds = warp == bitmap::kParts;
 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK,
@@ -167,7 +167,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
-    const int first_front = __shfl_sync(0xffffffffu, __ldg(fronts + first), 0);  // known to be uniform
+    const int first_front = ptx::uniform(__ldg(fronts + first));
     const typename L::Ring ring(layout.base, first_front);
 
     if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
@@ -181,7 +181,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
                                           lane),
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
-        Streams<kRing> streams(ring, masks, fronts, lags, first);
+        Streams<kRing> streams(ring, masks, fronts, lags, first, warp);
         Cycle<kStages> cycle;
         int tile = 0;
         while (true) {

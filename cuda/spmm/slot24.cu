@@ -110,7 +110,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     FLASHLLM_DYNAMIC_SHARED(shared);
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
-    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0);  // known to be uniform
+    const int warp = ptx::uniform(threadIdx.x >> 5);
     const bool feeds = warp == bitmap::kParts;
 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM,
@@ -120,7 +120,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
 
-    const int first_front = __shfl_sync(0xffffffffu, __ldg(fronts + first), 0);  // known to be uniform
+    const int first_front = ptx::uniform(__ldg(fronts + first));
     const typename L::Ring ring(layout.base, first_front);
     if (threadIdx.x == 0) {
         barriers.init(kStages, L::Feed::kArrivals);
@@ -139,9 +139,9 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     } else {
         const int windows = (first + count - 1) / slot24::kWindowTiles - first / slot24::kWindowTiles + 1;
         Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
-                       windows, layout.base + L::kWindowsAt, layout.window_barriers());
+                       windows, warp, layout.base + L::kWindowsAt, layout.window_barriers());
         window.ask();
-        Streams<kRing> streams(ring, masks, fronts, lags, first);
+        Streams<kRing> streams(ring, masks, fronts, lags, first, warp);
 
         Cycle<kStages> cycle;
         int tile = 0;

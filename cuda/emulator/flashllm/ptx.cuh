@@ -13,6 +13,11 @@ FLASHLLM_DEVICE unsigned shared_address(const void* pointer) { return emu::share
 
 FLASHLLM_DEVICE int opaque(int value) { return value; }
 
+FLASHLLM_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// Orders no memory, so it is no barrier here.
+FLASHLLM_DEVICE bool elect() { return (threadIdx.x & 31) == 0; }
+
 // ---- bytes in registers ----------------------------------------------------------------------------------------
 
 FLASHLLM_DEVICE unsigned dot4(unsigned a, unsigned b, unsigned sum) {

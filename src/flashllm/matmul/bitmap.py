@@ -30,10 +30,16 @@ if TYPE_CHECKING:
 THREADS = (PARTS + 1) * LANES
 ROW_BYTES = 4 * LANES  # a value row of one part
 MIRROR_ROWS = 16  # rows that a ring holds twice
-RING_ROWS = 96
-"""Value rows that a block keeps in shared memory."""
-_STAGES = {8: 4, 16: 4, 32: 3, 64: 4}  # as many as leave room for three blocks on an SM of Hopper
-_RESIDENT_BLOCKS = {"80": 2, "90a": 3, "100a": 3}
+RING_ROWS = {8: 96, 16: 96, 32: 96, 64: 112}
+"""Value rows that a block keeps in shared memory, by its columns of x."""
+_STAGES = {8: 4, 16: 4, 32: 3, 64: 3}
+# By architecture and columns of x: as many blocks as fit an SM's shared memory, and at 64 columns its registers. One on
+# the others, whose SMs have 100 KB.
+_RESIDENT_BLOCKS = {
+    "80": {8: 2, 16: 2, 32: 2, 64: 1},
+    "90a": {8: 3, 16: 3, 32: 3, 64: 2},
+    "100a": {8: 3, 16: 3, 32: 3, 64: 2},
+}
 # What writing the accumulators costs a block, in tiles: between 0 and 4 the time changes by less than 1 % (measured).
 _ROW_COST = 2
 
@@ -49,7 +55,7 @@ class Choice:
     aligned: bool = True
     """K is a multiple of 8, so rows of x start 16-byte aligned."""
     resident_blocks: int = 3
-    """Blocks that share an SM: three leave a thread 168 registers, two 255."""
+    """Blocks that share an SM."""
     blocks_per_sm: int = 3
     """Blocks launched per SM."""
 
@@ -63,12 +69,12 @@ class Choice:
 def _spec(choice: Choice) -> KernelSpec:
     stages = _STAGES[choice.n_block]
     stage_bytes = choice.n_block * TILE_K * 2 + TILE_M * TILE_K // 8
-    ring_bytes = PARTS * (RING_ROWS + MIRROR_ROWS) * ROW_BYTES
+    ring_bytes = PARTS * (RING_ROWS[choice.n_block] + MIRROR_ROWS) * ROW_BYTES
     if choice.warpgroup:
         archs: tuple[str, ...] = ("90a",)
     else:
         blocks = choice.resident_blocks
-        archs = tuple(a for a in ALL_ARCHS if resident_blocks(a, choice.n_block, warpgroup=False) == blocks)
+        archs = tuple(a for a in ALL_ARCHS if resident_blocks(a, choice.n_block) == blocks)
     return KernelSpec(
         name="bitmap",
         source="spmm/bitmap.cu",
@@ -76,7 +82,7 @@ def _spec(choice: Choice) -> KernelSpec:
         template=(
             ("T", CXX_TYPE[choice.dtype]),
             ("kN", str(choice.n_block)),
-            ("kRing", str(RING_ROWS)),
+            ("kRing", str(RING_ROWS[choice.n_block])),
             ("kStages", str(stages)),
             ("kMinBlocks", str(choice.resident_blocks)),
             ("kWarpgroup", cxx_bool(choice.warpgroup)),
@@ -88,12 +94,9 @@ def _spec(choice: Choice) -> KernelSpec:
     )
 
 
-def resident_blocks(arch: str, n_block: int, *, warpgroup: bool) -> int:
-    """Blocks of 76 KB that an SM of ``arch`` holds: one where it has 100 KB, three where it has 228 KB and registers
-    for three (mma.sync and accumulators for 64 columns need more than 168 a thread).
-    """
-    most = _RESIDENT_BLOCKS.get(arch, 1)
-    return min(most, 2) if n_block == N_BLOCKS[-1] else most
+def resident_blocks(arch: str, n_block: int) -> int:
+    """Blocks that share an SM of ``arch``."""
+    return _RESIDENT_BLOCKS.get(arch, {}).get(n_block, 1)
 
 
 def paths_for(n_block: int, arch: str) -> tuple[bool, ...]:
@@ -110,7 +113,7 @@ def default_choice(w: Bitmap, n: int, *, arch: str) -> Choice:
 
 
 def _choice(dtype: str, n_block: int, warpgroup: bool, arch: str, *, aligned: bool = True) -> Choice:
-    resident = resident_blocks(arch, n_block, warpgroup=warpgroup)
+    resident = resident_blocks(arch, n_block)
     return Choice(
         dtype=dtype,
         n_block=n_block,

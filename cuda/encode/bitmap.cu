@@ -5,6 +5,7 @@
 // sequential part: one block), write masks and values. The same bytes as from src/flashllm/formats/bitmap_encode.py.
 #include "flashllm/bitmap.cuh"
 #include "flashllm/portable.cuh"
+#include "flashllm/runs.cuh"
 #include "flashllm/source.cuh"
 
 namespace flashllm {
@@ -88,12 +89,16 @@ bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, un
 
 // One block. In place of the counts, the lag of every stream behind the front when the tile begins; fronts [tiles + 1].
 __global__ void __launch_bounds__(bitmap::kThreads)
-bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int tiles) {
+bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int tiles_m, int tiles_k, int runs,
+             int row_cost) {
     constexpr int kBatch = 8;  // tiles loaded ahead: the walk itself is one chain of dependent steps
     __shared__ int longest[2][bitmap::kParts];
     const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
     unsigned short* const streams = reinterpret_cast<unsigned short*>(counts) + threadIdx.x;
     const auto at = [&](int tile) { return static_cast<long long>(tile) * bitmap::kThreads; };
+    const Runs all{tiles_m, tiles_k, row_cost, static_cast<unsigned>(runs)};
+    const int tiles = tiles_m * tiles_k;
+    int run = 1, restart = static_cast<int>(all.first_tile(1));  // where the streams go on at the front
     int even = 0, odd = 0, front = 0;
     unsigned batch[kBatch], next[kBatch];
 #pragma unroll
@@ -106,6 +111,7 @@ bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int t
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             if (tile + i >= tiles) break;
+            if (tile + i == restart) even = odd = front, restart = static_cast<int>(all.first_tile(++run));
             streams[at(tile + i)] = static_cast<unsigned short>((front - even) | (front - odd) << 8);
             if (threadIdx.x == 0) fronts[tile + i] = front;
             even += batch[i] & 0xff, odd += batch[i] >> 8;
@@ -165,13 +171,16 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict__ values,
               const int* __restrict__ fronts, const unsigned char* __restrict__ stored_lags,
-              unsigned short* __restrict__ w, int M, int K) {
+              unsigned short* __restrict__ w, int M, int K, int runs, int row_cost) {
     const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
     const bitmap::LaneElements at(M, K);
-    const long long tile = blockIdx.x, first = tile / bitmap::kLagTiles * bitmap::kLagTiles;
+    const Runs all{(M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK, row_cost,
+                   static_cast<unsigned>(runs)};
+    const long long tile = blockIdx.x, stored = tile / bitmap::kLagTiles * bitmap::kLagTiles;
+    const long long restart = all.first_tile(all.run_of(blockIdx.x)), first = max(stored, restart);
     const unsigned char* lag = stored_lags + (tile / bitmap::kLagTiles * bitmap::kThreads + threadIdx.x) * 2;
     int rows[2];
-    for (int stream = 0; stream < 2; ++stream) rows[stream] = fronts[first] - lag[stream];
+    for (int stream = 0; stream < 2; ++stream) rows[stream] = fronts[first] - (first == restart ? 0 : lag[stream]);
     for (long long before = first; before < tile; ++before) {
         const uint2 mask = masks[before * bitmap::kThreads + threadIdx.x];
         rows[0] += __popc(mask.x & bitmap::kEvenBits) + __popc(mask.y & bitmap::kEvenBits);

@@ -19,6 +19,7 @@
 #include "flashllm/epilogue.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
+#include "flashllm/runs.cuh"
 
 namespace flashllm {
 
@@ -34,18 +35,9 @@ struct StreamK {
     FLASHLLM_DEVICE StreamK(int tiles_m, int tiles_k, int row_cost, unsigned char* workspace)
         : tiles_m(tiles_m), tiles_k(tiles_k), row_cost(row_cost), workspace(workspace) {}
 
-    // 32-bit arithmetic throughout: 64-bit division is slow and needs registers. The host keeps cost * G below 2^32.
-    FLASHLLM_DEVICE unsigned cost() const { return static_cast<unsigned>(tiles_m) * (tiles_k + row_cost); }
-
-    FLASHLLM_DEVICE unsigned first_tile(unsigned block) const {
-        const unsigned begin = cost() * block / gridDim.x, row = begin / (tiles_k + row_cost);
-        return row * tiles_k + min(begin - row * (tiles_k + row_cost), static_cast<unsigned>(tiles_k));
-    }
-
-    // The block that holds `tile`: the inverse of first_tile.
-    FLASHLLM_DEVICE unsigned block_of(unsigned tile) const {
-        return ((tile + tile / tiles_k * row_cost + 1) * gridDim.x - 1) / cost();
-    }
+    FLASHLLM_DEVICE Runs runs() const { return {tiles_m, tiles_k, row_cost, gridDim.x}; }
+    FLASHLLM_DEVICE unsigned first_tile(unsigned block) const { return runs().first_tile(block); }
+    FLASHLLM_DEVICE unsigned block_of(unsigned tile) const { return runs().run_of(tile); }
 
     // Length of the first of the chains that `length` tiles of a row are cut into, `longest` at most and no more of
     // them than needed. Blocks take different lengths, so that they do not all write their accumulators, and leave

@@ -63,9 +63,9 @@ struct ValueRing {
     unsigned base;  // shared address
     int origin;     // the first row copied: a chunk begins there
 
-    // For tiles from one on before which the front is `first_front`.
-    FLASHLLM_DEVICE ValueRing(unsigned base, int first_front)
-        : base(base), origin(max(first_front - bitmap::kSlack, 0) / bitmap::kChunkRows * bitmap::kChunkRows) {}
+    // For tiles from one on before which the front is `first_front`, and up to `lag` rows behind it are needed.
+    FLASHLLM_DEVICE ValueRing(unsigned base, int first_front, int lag)
+        : base(base), origin(max(first_front - lag, 0) / bitmap::kChunkRows * bitmap::kChunkRows) {}
 
     FLASHLLM_DEVICE unsigned part(int part) const { return base + part * kPartBytes; }
 };
@@ -73,35 +73,44 @@ struct ValueRing {
 // The next values of the two streams of one lane, as shared addresses.
 template <int kRing>
 struct Streams {
-    unsigned even, odd, end;
+    unsigned even, odd, begin;  // begin: of the part's ring
 
-    // Where the streams stand before tile `first` is stored every kLagTiles tiles; from there on masks are counted.
+    // Before tile `first`. At the begin of a run of the format, `restart`, streams stand at the front; else where is stored
+    // every kLagTiles tiles. From there on masks are counted.
     FLASHLLM_DEVICE Streams(const ValueRing<kRing>& ring, const unsigned char* masks, const int* fronts,
-                            const unsigned short* lags, int first, int part) {
+                            const unsigned short* lags, int first, int restart, int part) {
         const int lane = threadIdx.x & 31;
-        const int back = first % bitmap::kLagTiles;  // tiles since the lags were stored
-        const unsigned lag = __ldg(lags + first / bitmap::kLagTiles * bitmap::kTileThreads + threadIdx.x);
-        const int stored = __ldg(fronts + first - back) - ring.origin;
-        int even_row = stored - static_cast<int>(lag & 0xff), odd_row = stored - static_cast<int>(lag >> 8);
+        begin = ring.part(part) + lane * 4;
+        const int stored = first / bitmap::kLagTiles * bitmap::kLagTiles, known = max(stored, restart);
+        const int front = __ldg(fronts + known) - ring.origin;
+        int even_row = front, odd_row = front;
+        if (known != restart) {
+            const unsigned lag = __ldg(lags + stored / bitmap::kLagTiles * bitmap::kTileThreads + threadIdx.x);
+            even_row -= static_cast<int>(lag & 0xff), odd_row -= static_cast<int>(lag >> 8);
+        }
         const uint2* before = reinterpret_cast<const uint2*>(masks) +
-                              static_cast<long long>(first - back) * bitmap::kTileThreads + threadIdx.x;
+                              static_cast<long long>(known) * bitmap::kTileThreads + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
-            if (i >= back) break;
+            if (i >= first - known) break;
             const uint2 mask = __ldg(before + i * bitmap::kTileThreads);
             even_row += __popc(mask.x & bitmap::kEvenBits) + __popc(mask.y & bitmap::kEvenBits);
             odd_row += __popc(mask.x & bitmap::kOddBits) + __popc(mask.y & bitmap::kOddBits);
         }
-        const unsigned begin = ring.part(part);
-        even = begin + lane * 4 + even_row * bitmap::kRowBytes;
-        odd = begin + lane * 4 + 2 + odd_row * bitmap::kRowBytes;
-        end = begin + ValueRing<kRing>::kWrapBytes;
+        even = begin + even_row * bitmap::kRowBytes;
+        odd = begin + 2 + odd_row * bitmap::kRowBytes;
+    }
+
+    // At the begin of a run: both go on at value row `front`.
+    FLASHLLM_DEVICE void restart(const ValueRing<kRing>& ring, int front) {
+        even = begin + (front - ring.origin) % kRing * bitmap::kRowBytes;
+        odd = even + 2;
     }
 
     // Before each mask word.
     FLASHLLM_DEVICE void wrap() {
-        if (even >= end) even -= ValueRing<kRing>::kWrapBytes;
-        if (odd >= end) odd -= ValueRing<kRing>::kWrapBytes;
+        if (even >= begin + ValueRing<kRing>::kWrapBytes) even -= ValueRing<kRing>::kWrapBytes;
+        if (odd >= begin + ValueRing<kRing>::kWrapBytes) odd -= ValueRing<kRing>::kWrapBytes;
     }
 };
 

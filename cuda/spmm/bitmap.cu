@@ -150,7 +150,8 @@ template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarp
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
-            unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost) {
+            unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost, int runs,
+            int runs_row_cost) {
     using S = BitmapShape<kN>;
     using L = Layout<kN, kRing, kStages>;
     using Loads = Load<S, L, kAligned>;
@@ -168,7 +169,10 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
     const int first_front = ptx::uniform(__ldg(fronts + first));
-    const typename L::Ring ring(layout.base, first_front);
+    // From the begin of a run of the format on, no row is needed from before it.
+    const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
+    int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
+    const typename L::Ring ring(layout.base, first_front, first == restart ? 0 : bitmap::kSlack);
 
     if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
     __syncthreads();
@@ -181,7 +185,9 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
                                           lane),
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
-        Streams<kRing> streams(ring, masks, fronts, lags, first, warp);
+        Streams<kRing> streams(ring, masks, fronts, lags, first, restart, warp);
+        restart = static_cast<int>(format_runs.first_tile(++run)) - first;  // the next one, counted from the first tile
+        int stop = min(chains.chain_end, restart);
         Cycle<kStages> cycle;
         int tile = 0;
         while (true) {
@@ -206,9 +212,16 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             }
             barriers.release(cycle.stage);
             cycle.advance();
-            if (++tile != chains.chain_end) continue;
-            chains.end(split, tile, sum);
-            if (tile == count) break;
+            if (++tile != stop) continue;
+            if (tile == chains.chain_end) {
+                chains.end(split, tile, sum);
+                if (tile == count) break;
+            }
+            if (tile == restart) {
+                streams.restart(ring, __ldg(fronts + first + tile));
+                restart = static_cast<int>(format_runs.first_tile(++run)) - first;
+            }
+            stop = min(chains.chain_end, restart);
         }
     }
     chains.finish(split, sum, shared, !feeds);

@@ -22,6 +22,7 @@ from flashllm.formats.base import ReportCallback
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.bitmap_encode import CHUNK_ROWS, LAG_TILES, LANES, MAX_ROWS, PARTS, STREAMS
 from flashllm.formats.bits import numpy_dtype
+from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 
@@ -66,7 +67,7 @@ def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = 
     totals = cupy.zeros(_TOTALS, np.uint64)
     fronts = cupy.empty(tiles + 1, np.int32)
     launch(_spec("count", source), (tiles,), (a, np.int64(pitch), lags, totals, *size))
-    launch(_spec("place"), (1,), (lags, fronts, np.int32(tiles)))
+    launch(_spec("place"), (1,), (lags, fronts, np.int32(tiles_m), np.int32(tiles_k), *_runs(shape)))
     rows, nnz = (int(v) for v in cupy.stack([fronts[-1].astype(np.int64), totals[0].astype(np.int64)]).get())
     if not 0 <= rows <= MAX_ROWS:
         raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=f"{rows % 2**32}")
@@ -99,5 +100,10 @@ def decode(w: Bitmap, *, out: Any = None) -> Any:
         check_dense_output(out, w.shape, w.dtype)
     tiles_m, tiles_k = w.tiles
     buffers = (w.masks, w.values, w.fronts, w.lags)
-    launch(_spec("decode"), (tiles_m * tiles_k,), (*buffers, out, np.int32(rows), np.int32(columns)))
+    launch(_spec("decode"), (tiles_m * tiles_k,), (*buffers, out, np.int32(rows), np.int32(columns), *_runs(w.shape)))
     return out
+
+
+def _runs(shape: tuple[int, int]) -> tuple[np.int32, np.int32]:
+    runs = runs_of(tile_grid(shape))
+    return np.int32(runs.count), np.int32(runs.row_cost)

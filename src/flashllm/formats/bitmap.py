@@ -19,10 +19,12 @@ from flashllm.formats.bitmap_encode import (
     flag_counts,
     from_stream_order,
     read_streams,
+    stream_starts,
     unpack_masks,
 )
 from flashllm.formats.bits import RoundingTally, check_dtype
 from flashllm.formats.decoded import csr_of, dense_of
+from flashllm.formats.runs import runs_of
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
 from flashllm.formats.tiles import TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
@@ -143,10 +145,10 @@ class Bitmap(SparseWeight):
         """Patterns [up to 128, K] of each row of tiles (host buffers)."""
         tiles_m, tiles_k = self.tiles
         position = np.zeros((PARTS, STREAMS), np.int64)
+        restarts = runs_of(self.tiles).first_tiles()
         for grid_row in range(tiles_m):
             kept = unpack_masks(self.masks[grid_row * tiles_k : (grid_row + 1) * tiles_k])
             counts = flag_counts(kept)
-            starts = position + np.cumsum(counts, axis=0) - counts
-            position = position + counts.sum(axis=0)
+            starts, position = stream_starts(counts, position, self.fronts, grid_row * tiles_k, restarts)
             block = from_stream_order(read_streams(kept, self.values, counts, starts))
             yield block[: self.shape[0] - grid_row * TILE_M, : self.shape[1]]

@@ -22,11 +22,13 @@ from flashllm.formats.bitmap_encode import (
     STREAMS,
     flag_counts,
     stream_order,
+    stream_starts,
     unpack_masks,
     value_places,
 )
 from flashllm.formats.bits import MAGNITUDE
 from flashllm.formats.check import check_array, check_nnz, check_shape_and_type
+from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 
 _CHUNK_TILES = 1024  # tiles checked at once: 8 MiB of flags
@@ -79,13 +81,13 @@ def check_content(
             path=path,
         )
     position = np.zeros((PARTS, STREAMS), np.int64)
+    restarts = runs_of(tile_grid(shape)).first_tiles()
     found = 0
     for start in range(0, len(masks), _CHUNK_TILES):
         tiles = np.arange(start, min(start + _CHUNK_TILES, len(masks)))
         kept = unpack_masks(masks[tiles])
         counts = flag_counts(kept)
-        starts = position + np.cumsum(counts, axis=0) - counts
-        position = position + counts.sum(axis=0)
+        starts, position = stream_starts(counts, position, fronts, start, restarts)
         _check_streams(tiles, starts, counts, fronts, lags, path)
         stored = (values.reshape(-1)[value_places(counts, starts)] & MAGNITUDE) != 0
         found += int(np.count_nonzero(stored))

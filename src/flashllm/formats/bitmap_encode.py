@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
+from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid, whole_tiles
 
 PARTS = 4
@@ -93,6 +94,24 @@ def flag_counts(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
     return counts
 
 
+def stream_starts(
+    counts: NDArray[np.int64],
+    position: NDArray[np.int64],
+    fronts: NDArray[np.int32],
+    first: int,
+    restarts: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each stream stands before each of the tiles from ``first`` on, and where all stand behind them.
+
+    ``counts`` [tiles, 4, 64] values are in the tiles, ``position`` is where the streams stand before them, ``fronts`` and
+    ``restarts`` are those of the matrix.
+    """
+    starts = position + np.cumsum(counts, axis=0) - counts
+    for restart in restarts[(restarts >= first) & (restarts < first + len(counts))]:
+        starts[restart - first :] += int(fronts[restart]) - starts[restart - first]
+    return starts, starts[-1] + counts[-1]
+
+
 def value_places(counts: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Index in the flat values of every value, stream by stream.
 
@@ -125,6 +144,7 @@ def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) 
     lags = np.zeros((-(-tiles // LAG_TILES), PARTS, STREAMS), np.uint8)
     values = _Values()
     position = np.zeros((PARTS, STREAMS), np.int64)
+    restarts = runs_of((tiles_m, tiles_k)).first_tiles()
     nnz = 0
     for grid_row, strip in enumerate(strips):
         first = grid_row * tiles_k
@@ -132,7 +152,7 @@ def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) 
         kept = (streams & MAGNITUDE) != 0
         counts = flag_counts(kept)
         nnz += int(counts.sum())
-        starts, padding, position = _advance(counts, position, fronts[first : first + tiles_k + 1])
+        starts, padding, position = _advance(counts, position, fronts[first : first + tiles_k + 1], first, restarts)
         counts += padding
         _pad(kept, padding)
         masks[first : first + tiles_k] = pack_masks(kept)
@@ -145,16 +165,24 @@ def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) 
 
 
 def _advance(
-    counts: NDArray[np.int64], position: NDArray[np.int64], fronts: NDArray[np.int64]
+    counts: NDArray[np.int64],
+    position: NDArray[np.int64],
+    fronts: NDArray[np.int64],
+    first: int,
+    restarts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Where each stream stands before each tile, the zeros it must add in it, and where all stand at the end.
 
-    Fills ``fronts`` [tiles + 1] behind its first. A stream that would be more than ``SLACK`` rows behind the
-    longest after a tile catches up with zeros; there is room for them, as the longest gains at most what a tile holds.
+    Fills ``fronts`` [tiles + 1] behind its first, which is that of tile ``first``. At a restart all streams go on at the
+    front. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with zeros; there
+    is room for them, as the longest gains at most what a tile holds.
     """
     starts = np.empty_like(counts)
     padding = np.empty_like(counts)
+    restarting = set((restarts - first).tolist())
     for tile in range(counts.shape[0]):
+        if tile in restarting:
+            position = np.full_like(position, fronts[tile])
         starts[tile] = position
         reached = position + counts[tile]
         front = fronts[tile + 1] = reached.max()

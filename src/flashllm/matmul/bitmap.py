@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashllm.formats.bitmap_encode import LANES, PARTS
+from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import TILE_K, TILE_M
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
-from flashllm.matmul.stream_k import StreamK, stream_k_for
+from flashllm.matmul.stream_k import StreamK, stream_k_for_runs
 from flashllm.matmul.tensor_cores import (
     CXX_TYPE,
     K_STEP,
@@ -126,8 +127,8 @@ def _choice(dtype: str, n_block: int, warpgroup: bool, arch: str, *, aligned: bo
 
 def split_for(w: Bitmap, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
-    return stream_k_for(
-        w.tiles,
+    return stream_k_for_runs(
+        runs_of(w.tiles),
         n_block=choice.n_block,
         column_blocks=-(-n // choice.n_block),
         blocks=sm_count * choice.blocks_per_sm,
@@ -146,7 +147,8 @@ def reason(w: Bitmap, choice: Choice, split: StreamK, *, sm_count: int) -> str:
 def arguments(w: Bitmap, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
     """The kernel's arguments in the order of its parameters; x is [N, K]."""
     rows, columns = w.shape
-    numbers = (rows, x.shape[0], columns, split.row_cost)
+    runs = runs_of(w.tiles)
+    numbers = (rows, x.shape[0], columns, split.row_cost, runs.count, runs.row_cost)
     return (x, w.masks, w.values, w.fronts, w.lags, out, workspace, *map(np.int32, numbers))
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashllm.formats.bitmap_encode import LANES, PARTS
+from flashllm.formats.runs import runs_of
 from flashllm.formats.slot24_encode import STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
-from flashllm.matmul.stream_k import StreamK, stream_k_for
+from flashllm.matmul.stream_k import StreamK, stream_k_for_runs
 from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, cxx_bool
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def _choice(dtype: str, n_block: int, arch: str, *, aligned: bool) -> Choice:
 
 def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
-    return stream_k_for(
-        w.tiles,
+    return stream_k_for_runs(
+        runs_of(w.tiles),
         n_block=choice.n_block,
         column_blocks=-(-n // choice.n_block),
         blocks=sm_count * choice.blocks_per_sm,
@@ -151,8 +152,9 @@ def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:
 def arguments(w: Slot24, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
     """The kernel's arguments in the order of its parameters; x is [N, K]."""
     rows, columns = w.shape
+    runs = runs_of(w.tiles)
     arrays = (x, w.masks, w.values, w.fronts, w.lags, w.picks, w.columns, out, workspace)
-    return (*arrays, *map(np.int32, (rows, x.shape[0], columns, w.window, split.row_cost)))
+    return (*arrays, *map(np.int32, (rows, x.shape[0], columns, w.window, split.row_cost, runs.count, runs.row_cost)))
 
 
 def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:

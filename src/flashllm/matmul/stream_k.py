@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashllm.errors import ArgumentError
+from flashllm.formats.runs import RUNS, Runs
 
 COUNTER_BYTES = 4
 COUNTER_ALIGNMENT = 128
@@ -19,6 +20,7 @@ PIECES_PER_BLOCK = 2  # a block has at most two unfinished rows of tiles: its fi
 _MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
 _MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
 _ALIGNED_ENOUGH = 0.965  # of the blocks that fit, to have none that spans two rows of tiles
+_RUNS_ENOUGH = 0.9  # of the blocks that fit, to take the format's runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,4 +124,25 @@ def stream_k_for(
         column_blocks=column_blocks,
         row_cost=weight,
         max_chain=max_chain,
+    )
+
+
+def stream_k_for_runs(
+    runs: Runs, *, n_block: int, column_blocks: int, blocks: int, row_cost: int, max_chain: int
+) -> StreamK:
+    """A split over about ``blocks`` blocks: one for each of the format's runs where that is about as many."""
+    grid = (runs.tiles_m, runs.tiles_k)
+    fit = blocks // column_blocks
+    if _RUNS_ENOUGH * fit <= runs.count <= fit or runs.count <= fit and runs.count < RUNS:
+        return StreamK(
+            tiles_m=runs.tiles_m,
+            tiles_k=runs.tiles_k,
+            blocks=runs.count,
+            n_block=n_block,
+            column_blocks=column_blocks,
+            row_cost=runs.row_cost,
+            max_chain=max_chain,
+        )
+    return stream_k_for(
+        grid, n_block=n_block, column_blocks=column_blocks, blocks=blocks, row_cost=row_cost, max_chain=max_chain
     )

@@ -186,7 +186,10 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
         Streams<kRing> streams(ring, masks, fronts, lags, first, restart, warp);
-        restart = static_cast<int>(format_runs.first_tile(++run)) - first;  // the next one, counted from the first tile
+        // The next begin of a run of the format, counted from the first tile, and the front there.
+        const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
+        restart = next_restart();
+        int restart_front = __ldg(fronts + first + min(restart, count));
         int stop = min(chains.chain_end, restart);
         Cycle<kStages> cycle;
         int tile = 0;
@@ -218,8 +221,9 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
                 if (tile == count) break;
             }
             if (tile == restart) {
-                streams.restart(ring, __ldg(fronts + first + tile));
-                restart = static_cast<int>(format_runs.first_tile(++run)) - first;
+                streams.restart(ring, restart_front);
+                restart = next_restart();
+                restart_front = __ldg(fronts + first + min(restart, count));
             }
             stop = min(chains.chain_end, restart);
         }

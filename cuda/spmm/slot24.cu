@@ -146,7 +146,10 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
                        windows, warp, layout.base + L::kWindowsAt, layout.window_barriers());
         window.ask();
         Streams<kRing> streams(ring, masks, fronts, lags, first, restart, warp);
-        restart = static_cast<int>(format_runs.first_tile(++run)) - first;  // the next one, counted from the first tile
+        // The next begin of a run of the format, counted from the first tile, and the front there.
+        const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
+        restart = next_restart();
+        int restart_front = __ldg(fronts + first + min(restart, count));
         int stop = min(chains.chain_end, restart);
 
         Cycle<kStages> cycle;
@@ -178,8 +181,9 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
                 if (tile == count) break;
             }
             if (tile == restart) {
-                streams.restart(ring, __ldg(fronts + first + tile));
-                restart = static_cast<int>(format_runs.first_tile(++run)) - first;
+                streams.restart(ring, restart_front);
+                restart = next_restart();
+                restart_front = __ldg(fronts + first + min(restart, count));
             }
             stop = min(chains.chain_end, restart);
         }

@@ -103,8 +103,8 @@ def stream_starts(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each stream stands before each of the tiles from ``first`` on, and where all stand behind them.
 
-    ``counts`` [tiles, 4, 64] values are in the tiles, ``position`` is where the streams stand before them, ``fronts`` and
-    ``restarts`` are those of the matrix.
+    ``counts`` [tiles, 4, 64] values are in the tiles, ``position`` is where the streams stand before them, ``fronts``
+    and ``restarts`` are those of the matrix.
     """
     starts = position + np.cumsum(counts, axis=0) - counts
     for restart in restarts[(restarts >= first) & (restarts < first + len(counts))]:
@@ -173,9 +173,9 @@ def _advance(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Where each stream stands before each tile, the zeros it must add in it, and where all stand at the end.
 
-    Fills ``fronts`` [tiles + 1] behind its first, which is that of tile ``first``. At a restart all streams go on at the
-    front. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with zeros; there
-    is room for them, as the longest gains at most what a tile holds.
+    Fills ``fronts`` [tiles + 1] behind its first, which is that of tile ``first``. At a restart all streams go on at
+    the front. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with zeros;
+    there is room for them, as the longest gains at most what a tile holds.
     """
     starts = np.empty_like(counts)
     padding = np.empty_like(counts)

@@ -133,7 +133,8 @@ def stream_k_for_runs(
     """A split over about ``blocks`` blocks: one for each of the format's runs where that is about as many."""
     grid = (runs.tiles_m, runs.tiles_k)
     fit = blocks // column_blocks
-    if _RUNS_ENOUGH * fit <= runs.count <= fit or runs.count <= fit and runs.count < RUNS:
+    small = runs.count < _ALIGNED_ENOUGH * RUNS  # a matrix for which more runs would not pay
+    if runs.count <= fit and (small or runs.count >= _RUNS_ENOUGH * fit):
         return StreamK(
             tiles_m=runs.tiles_m,
             tiles_k=runs.tiles_k,

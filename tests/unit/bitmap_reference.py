@@ -39,6 +39,20 @@ def elements_of(stream: Stream) -> list[tuple[int, int]]:
     return [(group, 2 * upper + stream[2]) for group in range(16) for upper in range(2)]
 
 
+def restarts(tiles_m: int, tiles_k: int) -> set[int]:
+    """The tiles at which runs begin."""
+    runs = min(396, tiles_m * tiles_k // 8) or 1
+    weight = 2
+    if runs - runs % tiles_m >= 0.965 * runs:
+        runs -= runs % tiles_m
+        weight = 0
+    found = set()
+    for run in range(runs):
+        row, rest = divmod(run * tiles_m * (tiles_k + weight) // runs, tiles_k + weight)
+        found.add(row * tiles_k + min(rest, tiles_k))
+    return found
+
+
 def encode(bits: NDArray[np.uint16]) -> Encoded:
     """Masks, values, fronts and lags of a matrix of 16-bit patterns."""
     rows, columns = bits.shape
@@ -48,7 +62,11 @@ def encode(bits: NDArray[np.uint16]) -> Encoded:
     nnz = 0
     values: dict[Stream, list[int]] = {stream: [] for stream in STREAMS}
     tiles = [(top, left) for top in range(0, rows, 128) for left in range(0, columns, 64)]
+    begins = restarts(-(-rows // 128), -(-columns // 64))
     for number, (top, left) in enumerate(tiles):
+        if number in begins:
+            for stream in STREAMS:
+                values[stream] += [0] * (fronts[-1] - len(values[stream]))
         tile = np.zeros((128, 64), np.uint16)
         inside = bits[top : top + 128, left : left + 64]
         tile[: inside.shape[0], : inside.shape[1]] = inside
@@ -90,12 +108,15 @@ def lay_out(values: dict[Stream, list[int]], front: int) -> list[int]:
 
 def decode(masks: list[int], values: list[int], shape: tuple[int, int]) -> NDArray[np.uint16]:
     """The matrix, from masks and values alone: fronts and lags say nothing that these do not."""
+    begins = restarts(-(-shape[0] // 128), -(-shape[1] // 64))
     rows, columns = shape
     tiles_k = -(-columns // 64)
     out = np.zeros((-(-rows // 128) * 128, tiles_k * 64), np.uint16)
     taken = dict.fromkeys(STREAMS, 0)
     for number in range(len(masks) // 256):
         top, left = number // tiles_k * 128, number % tiles_k * 64
+        if number in begins:
+            taken = dict.fromkeys(STREAMS, max(taken.values()))
         for stream in STREAMS:
             part, lane, odd = stream
             for group, element in elements_of(stream):

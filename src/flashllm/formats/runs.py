@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 RUNS = 396
 """Runs of a matrix that is large enough."""
-_LEAST_TILES = 4  # of a run: what runs save is then less than what they cost
+_LEAST_TILES = 8  # of a run: shorter ones cost more than they save
 _ALIGNED_ENOUGH = 0.965  # of the runs, to have none that spans two rows of tiles
 _ROW_COST = 2
 

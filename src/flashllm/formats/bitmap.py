@@ -16,6 +16,7 @@ from flashllm.formats.bitmap_encode import (
     STREAMS,
     EncodedBitmap,
     encode_strips,
+    estimated_value_bytes,
     flag_counts,
     from_stream_order,
     read_streams,
@@ -66,10 +67,8 @@ class Bitmap(SparseWeight):
 
     @classmethod
     def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
-        """A bit per element and 2 bytes per stored one, with the zeros that random streams need."""
-        elements = shape[0] * shape[1]
-        padding = 1.015 + 0.033 / max(density, 1e-3) ** 0.5  # measured at densities from 0.05 to 0.6
-        return int(elements * (_MASK_BYTES + 2 * density * padding)) + _SMALL
+        """A bit per element and 2 bytes per stored one, with what streams that end unevenly leave empty."""
+        return int(shape[0] * shape[1] * _MASK_BYTES) + estimated_value_bytes(tile_grid(shape), density) + _SMALL
 
     @classmethod
     def from_dense(cls, a: Any, *, dtype: str | None = None, report: ReportCallback | None = None) -> Bitmap:

@@ -135,6 +135,20 @@ def read_streams(
     return out
 
 
+def estimated_value_bytes(grid: tuple[int, int], density: float) -> int:
+    """Bytes of the values of random elements in ``grid`` tiles along M and along K; ``density`` is of the elements.
+
+    In a run the longest of the 256 streams is some standard deviations ahead of the mean, until it is so far ahead that
+    the others catch up with zeros. Within 5 % at densities from 0.05 to 0.9 (measured).
+    """
+    runs = runs_of(grid)
+    mean = STREAM_ELEMENTS * density * grid[0] * grid[1] / runs.count  # values of a stream in a run
+    ahead = 2.9 * (mean * (1 - density)) ** 0.5
+    padding = 0.015 + 0.033 / max(density, 1e-3) ** 0.5
+    rows = mean + 1 + min(ahead, mean * padding + 22)
+    return int(runs.count * rows) * PARTS * STREAMS * 2
+
+
 def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) -> EncodedBitmap:
     """Encode a matrix given as strips [rows, K] of 16-bit patterns, ``TILE_M`` rows each but the last."""
     tiles_m, tiles_k = tile_grid(shape)

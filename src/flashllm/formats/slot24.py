@@ -11,13 +11,14 @@ import numpy as np
 
 from flashllm.formats.base import DType, ReportCallback
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import estimated_value_bytes
 from flashllm.formats.bits import RoundingTally, check_dtype
 from flashllm.formats.decoded import csr_of, dense_of
 from flashllm.formats.slot24_check import check_buffers, check_content, check_fields
 from flashllm.formats.slot24_encode import EncodedSlots, decode_strips, encode, slots_shape
 from flashllm.formats.slot24_pairs import RESIDUES, check_window
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
-from flashllm.formats.tiles import TILE_M, tile_grid
+from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ class Slot24(SparseWeight):
     def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
         """Masks, picks and columns of as many windows as random matrices need, and 2 bytes per stored element."""
         window = int(np.interp(density, _DENSITIES, _WINDOWS)) // RESIDUES * RESIDUES
-        tiles_m, tiles_k = tile_grid(slots_shape(shape, window))
-        padding = 1.015 + 0.033 / max(density, 1e-3) ** 0.5  # measured at densities from 0.02 to 0.95
-        return int(tiles_m * tiles_k * _TILE_BYTES + shape[0] * shape[1] * 2 * density * padding) + _SMALL
+        tiles_m, tiles_k = grid = tile_grid(slots_shape(shape, window))
+        slots = tiles_m * tiles_k * TILE_M * TILE_K
+        values = estimated_value_bytes(grid, density * shape[0] * shape[1] / slots)
+        return int(tiles_m * tiles_k * _TILE_BYTES) + values + _SMALL
 
     @classmethod
     def from_dense(

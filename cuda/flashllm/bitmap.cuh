@@ -26,6 +26,7 @@ constexpr int kTileM = 128;                  // rows of a tile
 constexpr int kTileK = 64;                   // columns of a tile
 constexpr int kParts = 4;                    // warps that share a tile
 constexpr int kLanes = 32;
+constexpr int kTileThreads = kParts * kLanes;  // each with 64 elements of a tile
 constexpr int kMaskBytes = kTileM * kTileK / 8;  // masks of a tile: [part][lane] of 8 bytes
 constexpr int kStreamElements = kTileM * kTileK / kParts / (2 * kLanes);  // 32: elements of one stream in one tile
 constexpr int kRowBytes = kLanes * 4;        // a value row

@@ -11,11 +11,11 @@
 namespace flashllm {
 namespace bitmap {
 
-constexpr int kThreads = kParts * kLanes;
+constexpr int kThreads = kTileThreads;
 constexpr int kStreams = 2 * kLanes;
 constexpr int kStreamBytes = kStreams * kParts;  // one byte per stream of a tile
 
-FLASHLLM_DEVICE bool is_stored(unsigned short bits) { return (bits & 0x7fffu) != 0; }
+using source::is_stored;
 
 // The elements of a lane in one tile, as pairs of an even and the odd column behind it: pair (s, i, h, b) in this order
 // is element 8 s + 4 i + 2 h + b of both streams.
@@ -63,11 +63,6 @@ FLASHLLM_DEVICE long long value_index(int row, int part, int lane, int stream) {
     return ((chunk * kParts + part) * kChunkRows + in_chunk) * kStreams + lane * 2 + stream;
 }
 
-FLASHLLM_DEVICE void add_warp_sum(int value, unsigned long long* total) {
-    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-    if ((threadIdx.x & 31) == 0 && value > 0) atomicAdd(total, static_cast<unsigned long long>(value));
-}
-
 }  // namespace bitmap
 
 // Grid: tiles. a [M, K], `pitch` elements from row to row. counts [tiles][4][64]: stored elements of every stream;
@@ -81,10 +76,8 @@ bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, un
     const int even = __popc(stored.x), odd = __popc(stored.y);
     unsigned char* target = counts + (static_cast<long long>(blockIdx.x) * bitmap::kThreads + threadIdx.x) * 2;
     target[0] = static_cast<unsigned char>(even), target[1] = static_cast<unsigned char>(odd);
-    bitmap::add_warp_sum(even + odd, totals);
-    if constexpr (Source::kRounds) {
-        for (int i = 0; i < source::kRoundingFields; ++i) bitmap::add_warp_sum(rounding.field[i], totals + 1 + i);
-    }
+    source::add_warp_sum(even + odd, totals);
+    if constexpr (Source::kRounds) rounding.add_warp_to(totals + 1);
 }
 
 // One block. In place of the counts, the lag of every stream behind the front when the tile begins; fronts [tiles + 1].

@@ -11,8 +11,9 @@
 namespace flashllm {
 namespace slot24 {
 
-constexpr int kWindowTiles = 2;   // tiles of slots of a window: 128 pairs of columns
-constexpr int kSteps = 4;         // m16n8k32 steps of a tile: 16 slots each
+constexpr int kWindowTiles = 2;                       // tiles of slots of a window
+constexpr int kPairs = kWindowTiles * bitmap::kTileK;  // pairs of columns of a window, and slots of a row in it
+constexpr int kSteps = 4;                             // m16n8k32 steps of a tile: 16 slots each
 constexpr int kPickBytes = bitmap::kTileThreads * 8;    // picks of a tile: [part][lane] of two words
 constexpr int kColumnBytes = bitmap::kTileThreads * 4;  // columns of a tile: [part][lane][step]
 

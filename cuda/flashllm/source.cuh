@@ -8,6 +8,14 @@
 namespace flashllm {
 namespace source {
 
+// Whether an element with this pattern is stored: all but zeros of either sign.
+FLASHLLM_DEVICE bool is_stored(unsigned short bits) { return (bits & 0x7fffu) != 0; }
+
+FLASHLLM_DEVICE void add_warp_sum(int value, unsigned long long* total) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+    if ((threadIdx.x & 31) == 0 && value > 0) atomicAdd(total, static_cast<unsigned long long>(value));
+}
+
 // What rounding to 16 bits did to the nonzero elements of the source; mirrors RoundingReport.
 enum RoundingField { kTotal, kChanged, kBecameZero, kBecameInfinite, kRoundingFields };
 struct Rounding {
@@ -18,6 +26,10 @@ struct Rounding {
         field[kChanged] += !exact;
         field[kBecameZero] += !exact && magnitude == 0;
         field[kBecameInfinite] += source_finite && magnitude == infinity;
+    }
+    // Adds the counts of a whole warp to totals[kRoundingFields].
+    FLASHLLM_DEVICE void add_warp_to(unsigned long long* totals) const {
+        for (int i = 0; i < kRoundingFields; ++i) add_warp_sum(field[i], totals + i);
     }
 };
 

@@ -45,6 +45,7 @@ FORMATS: dict[str, FormatEntry] = {
     "slot24": FormatEntry(
         weight="flashllm.formats.slot24:Slot24",
         kernel="flashllm.matmul.slot24",
+        encoder="flashllm.encode.slot24",
     ),
 }
 """Formats by name, as in ``SparseWeight.format``, files and result rows."""

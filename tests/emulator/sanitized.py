@@ -15,11 +15,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_bitmap_encode
 import test_encode
+import test_slot24_encode
 
 from flashllm import TiledCSL, registry
 from flashllm.backends import emulator
 from flashllm.backends.emulator import BuildOptions
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.slot24 import Slot24
 from flashllm.jit.spec import KernelSpec
 from products import assert_exact, exact, integers, packed, weight
 
@@ -57,6 +59,10 @@ def encoders() -> None:
     bitmap = Bitmap.from_dense(a.view(np.float16))
     test_bitmap_encode.assert_same(test_bitmap_encode.encode(a, "fp16", sanitize=True)[0], bitmap)
     np.testing.assert_array_equal(test_bitmap_encode.decode(bitmap, sanitize=True), a)
+    a = weight("skewed", (130, 600), 0.2, "fp16").view(np.uint16)
+    slot24 = Slot24.from_dense(a.view(np.float16))
+    test_slot24_encode.assert_same(test_slot24_encode.encode(a, "fp16", sanitize=True)[0], slot24)
+    np.testing.assert_array_equal(test_slot24_encode.decode(slot24, sanitize=True), a)
 
 
 def plain(mistake: int) -> None:

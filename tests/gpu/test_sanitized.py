@@ -14,6 +14,7 @@ from flashllm.backends import cuda
 from flashllm.bench import bandwidth, data
 from flashllm.encode.tiled_csl import decode
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.slot24 import Slot24
 from products import assert_exact, exact, integers, packed, weight
 from weight_cases import matrix, pruned
 
@@ -75,6 +76,17 @@ def test_bitmap_encoder_and_decoder(cp: Any, shape: tuple[int, int]) -> None:
     for density in (0.05, 0.6):
         a = matrix("skewed", *shape, density, 1, "fp16")
         sparse, want = Bitmap.from_dense(cp.asarray(a)), Bitmap.from_dense(a)
+        for name, array in want.arrays().items():
+            np.testing.assert_array_equal(getattr(sparse, name).get(), array)
+        np.testing.assert_array_equal(sparse.to_dense().get().view(np.uint16), pruned(a))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_slot24_encoder_and_decoder(cp: Any, shape: tuple[int, int]) -> None:
+    """Also where windows are tried that are too large, and where pairs must change."""
+    for density in (0.05, 0.22, 0.3):
+        a = matrix("uniform", *shape, density, 1, "fp16")
+        sparse, want = Slot24.from_dense(cp.asarray(a)), Slot24.from_dense(a)
         for name, array in want.arrays().items():
             np.testing.assert_array_equal(getattr(sparse, name).get(), array)
         np.testing.assert_array_equal(sparse.to_dense().get().view(np.uint16), pruned(a))

@@ -96,9 +96,9 @@ class Slot24(SparseWeight):
         """
         check_window(window)
         if is_cupy(a):
-            from flashllm.encode import slot24 as device  # type: ignore[attr-defined]
+            from flashllm.encode import slot24 as device
 
-            return device.encode(a, dtype=dtype, window=window, report=report)  # type: ignore[no-any-return]
+            return device.encode(a, dtype=dtype, window=window, report=report)
         shape = check_dense(a)
         kind = check_dtype(dtype) if dtype is not None else default_dtype(a)
         tally = RoundingTally() if report is not None else None
@@ -165,7 +165,7 @@ class Slot24(SparseWeight):
     def to_dense(self) -> Any:
         """Dense [M, K], float16 or ml_dtypes.bfloat16: a NumPy array, or a CuPy array for a device weight."""
         if self.is_device:
-            from flashllm.encode import slot24 as device  # type: ignore[attr-defined]
+            from flashllm.encode import slot24 as device
 
             return device.decode(self)
         return dense_of(self.strips(), self.shape, self.dtype)

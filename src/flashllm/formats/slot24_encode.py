@@ -95,7 +95,12 @@ def _choose(masks: list[NDArray[np.uint32]], window: int | None) -> tuple[int, l
         pairs = _pair_strips(masks, size)
         if pairs is not None:
             return size, pairs
-    raise ArgumentError(
+    raise unpaired(window)
+
+
+def unpaired(window: int | None) -> ArgumentError:
+    """The error for a window in which columns do not pair up."""
+    return ArgumentError(
         "window", expected="a size in which all columns pair up (None takes the largest)", got=str(window)
     )
 

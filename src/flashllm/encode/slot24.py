@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense <-> slot24 on the current CUDA device: host side of cuda/encode/slot24.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashllm.backends.cuda import launch
+from flashllm.device import memory_errors
+from flashllm.encode import bitmap
+from flashllm.encode.source import (
+    SOURCES,
+    check_dense_output,
+    check_on_device,
+    layout_of,
+    send_report,
+    source_of,
+)
+from flashllm.errors import ArgumentError
+from flashllm.formats.base import ReportCallback
+from flashllm.formats.bitmap_encode import LANES, PARTS
+from flashllm.formats.bits import numpy_dtype
+from flashllm.formats.slot24 import Slot24
+from flashllm.formats.slot24_encode import STEPS, slots_shape, unpaired
+from flashllm.formats.slot24_pairs import WINDOWS, check_window
+from flashllm.formats.tiles import tile_grid
+from flashllm.jit.spec import KernelSpec
+
+_THREADS = PARTS * LANES
+
+
+def _spec(name: str, *source: str) -> KernelSpec:
+    return KernelSpec(
+        name=f"slot24_{name}",
+        source="encode/slot24.cu",
+        function=f"flashllm::slot24_{name}",
+        template=tuple(("Source", text) for text in source),
+        threads=_THREADS,
+    )
+
+
+def specs() -> list[KernelSpec]:
+    """Every kernel of its own that this module can launch; those of the encoder of bitmap are used too."""
+    by_source = [_spec(name, source) for name in ("mark", "fill") for source in SOURCES]
+    return [*by_source, _spec("pair"), _spec("spread")]
+
+
+def encode(
+    a: Any, *, dtype: str | None = None, report: ReportCallback | None = None, window: int | None = None
+) -> Slot24:
+    """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
+
+    ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
+    ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
+    else fp16. ``report`` receives what the rounding did. ``window`` is as for ``Slot24.from_dense``.
+
+    Memory beside the result: the matrix of slots, 256 bytes a row for each window (half the dense matrix of 16 bits
+    when windows have 256 columns), and M K / 8 bytes. Waits for the device once for each window size that it tries, and
+    once more. Raises ``ArgumentError``, also for a window in which the columns do not pair up.
+    """
+    import cupy
+
+    check_window(window)
+    source, kind = source_of(a, dtype)
+    shape, pitch = layout_of(a)
+    check_on_device(a, "a")
+    rows, columns = shape
+    strips = tile_grid(shape)[0]
+    matrix, size = (a, np.int64(pitch)), (np.int32(rows), np.int32(columns))
+
+    with memory_errors("masks of columns", strips * PARTS * columns * 4):
+        masks = cupy.empty((strips, PARTS, columns), np.uint32)
+    rounding = cupy.zeros(4, np.uint64)
+    groups = -(-columns // _THREADS)
+    launch(_spec("mark", source), (strips * PARTS * groups,), (*matrix, masks, rounding, *size))
+    chosen, pairs = _pair_up(masks, shape, window)
+
+    width = slots_shape(shape, chosen)[1]
+    with memory_errors("matrix of slots", 2 * rows * width + 2 * pairs.nbytes):
+        slots = cupy.empty((rows, width), np.uint16)
+        picks = cupy.empty((len(pairs), PARTS, LANES, 2), np.uint32)
+    filled = (masks, pairs, slots, picks, *size, np.int32(chosen))
+    launch(_spec("fill", source), (len(pairs) // 2,), (*matrix, *filled))
+    del masks, filled
+    packed = bitmap.encode(slots, dtype=kind)
+    send_report(report, source, packed.nnz, rounding)
+    return Slot24(
+        shape=shape,
+        dtype=kind,
+        nnz=packed.nnz,
+        window=chosen,
+        masks=packed.masks,
+        values=packed.values,
+        fronts=packed.fronts,
+        lags=packed.lags,
+        picks=picks,
+        columns=pairs,
+    )
+
+
+def _pair_up(masks: Any, shape: tuple[int, int], window: int | None) -> tuple[int, Any]:
+    """The window, and ``columns`` for it: of the largest window in which all columns pair up."""
+    import cupy
+
+    failed = cupy.empty(1, np.int32)
+    for size in WINDOWS if window is None else (window,):
+        tiles_m, tiles_k = tile_grid(slots_shape(shape, size))
+        tiles = tiles_m * tiles_k
+        with memory_errors("pairs of columns", tiles * _THREADS * STEPS):
+            columns = cupy.empty((tiles, PARTS, LANES, STEPS), np.uint8)
+        failed.fill(0)
+        launch(_spec("pair"), (tiles // 2,), (masks, columns, failed, np.int32(shape[1]), np.int32(size)))
+        if int(failed[0]) == 0:
+            return size, columns
+    raise unpaired(window)
+
+
+def decode(w: Slot24, *, out: Any = None) -> Any:
+    """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
+
+    ``out``, a C-contiguous CuPy array of that shape and type, is written when given. Memory beside it: the matrix of
+    slots, as in :func:`encode`.
+    """
+    import cupy
+
+    if not w.is_device:
+        raise ArgumentError("w", expected="a weight on a device (see to_device)", got="a weight on the host")
+    check_on_device(w.masks, "w")
+    rows, columns = w.shape
+    if out is None:
+        with memory_errors("decoded weight", rows * columns * 2):
+            out = cupy.empty(w.shape, numpy_dtype(w.dtype))
+    else:
+        check_dense_output(out, w.shape, w.dtype)
+    slots = bitmap.decode(w.slots)
+    size = (np.int32(rows), np.int32(columns), np.int32(w.window))
+    launch(_spec("spread"), (len(w.columns) // 2,), (slots, w.picks, w.columns, out, *size))
+    return out

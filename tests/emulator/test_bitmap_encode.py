@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flashllm.backends import emulator
 from flashllm.encode import bitmap as encoder
+from flashllm.encode.bitmap import run_arguments
 from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
@@ -45,7 +46,8 @@ def encode(
     lags, totals = np.full((tiles, 4, 64), 0xEE, np.uint8), np.zeros(5, np.uint64)
     emulator.launch(kernel("count", source), (tiles,), (*matrix, lags, totals, *size), **run)
     fronts = np.full(tiles + 1, -1, np.int32)
-    emulator.launch(kernel("place"), (1,), (lags, fronts, np.int32(tiles)), **run)
+    grid = (np.int32(tiles_m), np.int32(tiles_k))
+    emulator.launch(kernel("place"), (1,), (lags, fronts, *grid, *run_arguments((rows, columns))), **run)
     values = np.zeros((fronts[-1] // 16 + 1, 4, 16, 32, 2), np.uint16)
     masks = np.full((tiles, 4, 32, 2), 0xDEADBEEF, np.uint32)
     stored = np.full((-(-tiles // 8), 4, 64), 0xEE, np.uint8)
@@ -68,7 +70,8 @@ def decode(w: Bitmap, seed: int = 0, *, sanitize: bool = False) -> NDArray[np.ui
     size = (np.int32(w.shape[0]), np.int32(w.shape[1]))
     grid = (w.tiles[0] * w.tiles[1],)
     buffers = (w.masks, w.values, w.fronts, w.lags)
-    emulator.launch(kernel("decode"), grid, (*buffers, out, *size), seed=seed, sanitize=sanitize)
+    arguments = (*buffers, out, *size, *run_arguments(w.shape))
+    emulator.launch(kernel("decode"), grid, arguments, seed=seed, sanitize=sanitize)
     return out
 
 

@@ -46,6 +46,12 @@ def specs() -> list[KernelSpec]:
     return [*by_source, _spec("place"), _spec("decode")]
 
 
+def run_arguments(shape: tuple[int, int]) -> tuple[np.int32, np.int32]:
+    """The runs of a matrix as kernels take them: how many, and the cost of a row's end."""
+    runs = runs_of(tile_grid(shape))
+    return np.int32(runs.count), np.int32(runs.row_cost)
+
+
 def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = None) -> Bitmap:
     """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
 
@@ -67,7 +73,7 @@ def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = 
     totals = cupy.zeros(_TOTALS, np.uint64)
     fronts = cupy.empty(tiles + 1, np.int32)
     launch(_spec("count", source), (tiles,), (a, np.int64(pitch), lags, totals, *size))
-    launch(_spec("place"), (1,), (lags, fronts, np.int32(tiles_m), np.int32(tiles_k), *_runs(shape)))
+    launch(_spec("place"), (1,), (lags, fronts, np.int32(tiles_m), np.int32(tiles_k), *run_arguments(shape)))
     rows, nnz = (int(v) for v in cupy.stack([fronts[-1].astype(np.int64), totals[0].astype(np.int64)]).get())
     if not 0 <= rows <= MAX_ROWS:
         raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=f"{rows % 2**32}")
@@ -100,10 +106,6 @@ def decode(w: Bitmap, *, out: Any = None) -> Any:
         check_dense_output(out, w.shape, w.dtype)
     tiles_m, tiles_k = w.tiles
     buffers = (w.masks, w.values, w.fronts, w.lags)
-    launch(_spec("decode"), (tiles_m * tiles_k,), (*buffers, out, np.int32(rows), np.int32(columns), *_runs(w.shape)))
+    size = (np.int32(rows), np.int32(columns))
+    launch(_spec("decode"), (tiles_m * tiles_k,), (*buffers, out, *size, *run_arguments(w.shape)))
     return out
-
-
-def _runs(shape: tuple[int, int]) -> tuple[np.int32, np.int32]:
-    runs = runs_of(tile_grid(shape))
-    return np.int32(runs.count), np.int32(runs.row_cost)

@@ -56,7 +56,8 @@ def test_reference_passes_everything() -> None:
     assert all(outcome.passed for outcome in outcomes)
     data = [outcome.case.data for outcome in outcomes]
     assert {d.operands for d in data} == {"integers", "random", "special"}
-    assert {d.encoding for d in data} == {"default", "row-order"}
+    made = [registry.weight_class(name) for name in registry.FORMATS]
+    assert {d.encoding for d in data} == {encoding for one in made for encoding in one.ENCODINGS}
     assert {(d.pattern, d.sparsity) for d in data} == set(cases.PATTERNS)
 
 
@@ -185,7 +186,8 @@ def test_every_instance_of_an_architecture_is_covered(arch: str, name: str) -> N
         assert (case.data.k % 8 == 0) == case.choice.aligned
         assert case.data.dtype == case.choice.dtype
     quick = {case.choice for case in cases.build_cases(backend="cuda", archs=(arch,), formats=(name,), quick=True)}
-    assert len(quick) == 16  # 4 widths, 2 types, aligned or not
+    widths = {choice.n_block for choice in registry.kernel(name).instances()}
+    assert len(quick) == 4 * len(widths)  # 2 types, aligned or not
 
 
 @pytest.mark.parametrize("arch", cases.EMULATED_ARCHS)

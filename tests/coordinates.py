@@ -38,6 +38,7 @@ class Coordinates(SparseWeight):
     FORMAT: ClassVar[str] = NAME
     BUFFERS: ClassVar[tuple[str, ...]] = ("rows", "columns", "values")
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "by-column": {"by": "column"}}
+    MULTIPLIES_ZEROS: ClassVar[bool] = False
 
     rows: Any = field(repr=False)
     columns: Any = field(repr=False)

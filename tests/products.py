@@ -42,6 +42,38 @@ def assert_exact(got: NDArray[Any], want: NDArray[Any]) -> None:
     )
 
 
+def special(w: NDArray[Any], n: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """``w`` of fp16 integers, larger than 200 x 100, with NaN and infinities among its elements, and x with some."""
+    w = w.copy()
+    w[3, 5], w[200, 100], w[10, 64] = np.nan, np.inf, -np.inf
+    x = integers(np.random.default_rng(6), (n, w.shape[1]), "fp16")
+    x[0, 100] = 0  # times the infinity of w: NaN
+    x[2, 70], x[4, 7] = np.inf, np.nan  # meet stored elements, and zeros of nearly every row of W
+    x[5, 20], x[5, 21] = np.inf, -np.inf
+    return w, x
+
+
+def assert_special(name: str, got: NDArray[Any], x: NDArray[Any], w: NDArray[Any]) -> None:
+    """fp16 ``got`` is the dense product, or, where format ``name`` leaves zeros out, partly that without the zeros."""
+    wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        dense = (wide_x @ wide_w.T).astype(np.float16)
+        terms = wide_x[:, None] * wide_w
+        stored = np.where(wide_w != 0, terms, 0).sum(axis=-1).astype(np.float16)
+    as_dense, as_stored = (_same(got, want) for want in (dense, stored))
+    if registry.weight_class(name).MULTIPLIES_ZEROS:
+        assert as_dense.all()
+    else:
+        assert (as_dense | as_stored).all()
+        assert not as_dense.all(), "MULTIPLIES_ZEROS could be True"
+    finite = np.isfinite(x).all(axis=1)
+    assert as_dense[finite].all()
+
+
+def _same(got: NDArray[Any], want: NDArray[Any]) -> NDArray[np.bool_]:
+    return (got == want) | (np.isnan(got) & np.isnan(want))
+
+
 def packed(name: str, w: NDArray[Any], **options: Any) -> SparseWeight:
     """``w`` in format ``name``."""
     return registry.weight_class(name).from_dense(w, **options)

@@ -87,7 +87,11 @@ struct XWindows {
                 ptx::store_shared(to, make_uint4(pair[0], pair[1], pair[2], pair[3]));
             }
         }
-        ptx::mbarrier_arrive_after_copies(landed());
+        if constexpr (kAligned) {
+            ptx::mbarrier_arrive_after_copies(landed());
+        } else {
+            ptx::mbarrier_arrive(landed());  // the other arrival waits for asynchronous copies, not for stores
+        }
         source += window_columns, column += window_columns;
         if (column - within() >= K) source -= column - within(), column = within();  // the next row of tiles
     }

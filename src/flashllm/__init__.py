@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from flashllm.formats.bitmap import Bitmap
+    from flashllm.formats.slot24 import Slot24
     from flashllm.formats.tiled_csl import TiledCSL
     from flashllm.formats.weight import SparseWeight
     from flashllm.matmul import Plan, plan, spmm
@@ -42,6 +43,7 @@ _HOME = {
     "UnsupportedDeviceError": "flashllm.errors",
     "VerificationError": "flashllm.errors",
     "Bitmap": "flashllm.formats.bitmap",
+    "Slot24": "flashllm.formats.slot24",
     "SparseWeight": "flashllm.formats.weight",
     "TiledCSL": "flashllm.formats.tiled_csl",
     "Plan": "flashllm.matmul",
@@ -58,6 +60,7 @@ __all__ = [
     "FormatError",
     "MissingDependencyError",
     "Plan",
+    "Slot24",
     "SparseWeight",
     "TiledCSL",
     "UnsupportedDeviceError",

@@ -13,7 +13,7 @@ from coordinates import Coordinates
 from flashllm import ArgumentError
 from flashllm.backends import emulator
 from flashllm.backends.emulator import BuildOptions
-from products import assert_exact, exact, integers, weight
+from products import assert_exact, assert_special, exact, integers, special, weight
 
 BUILD = BuildOptions(source_root=Path(__file__).parent)
 
@@ -30,6 +30,12 @@ def test_product(dtype: str) -> None:
         got, counts = emulator.spmm(x, Coordinates.from_dense(a, by=by), build=BUILD)
         assert_exact(got, exact(x, a, dtype))
         assert counts.blocks == 2 * 5
+
+
+def test_special_values() -> None:
+    w, x = special(weight("uniform", (201, 101), 0.3, "fp16"), 6)
+    got, _ = emulator.spmm(x, Coordinates.from_dense(w), build=BUILD)
+    assert_special(coordinates.NAME, got, x, w)
 
 
 def test_blocks_are_for_stream_k_only() -> None:

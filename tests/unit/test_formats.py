@@ -96,6 +96,15 @@ def test_weights_are_what_the_base_class_says(name: str, tmp_path: Path) -> None
             w.nnz = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("name", registry.FORMATS)
+def test_plans_fit_a_grid_up_to_the_largest_n(name: str) -> None:
+    w = registry.weight_class(name).from_dense(_dense())
+    most = 65535 * plan(w, 200, device=H100).choice.n_block
+    assert plan(w, most, device=H100).grid[1] == 65535
+    with pytest.raises(ArgumentError, match=f"n: expected columns for at most 65535 blocks of [0-9]+, got {most + 1}"):
+        plan(w, most + 1, device=H100)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.6])
 def test_bytes_are_estimated(name: str, density: float) -> None:

@@ -169,7 +169,7 @@ def test_plan_of_unaligned_k_uses_element_loads() -> None:
     assert plan(packed(64, 104), 16, device=H100).choice.aligned is True
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.5, True, "8", 65536 * 64])
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "8", 65536 * 64, 2**31])
 def test_plan_refuses_a_bad_n(n: Any) -> None:
     with pytest.raises(ArgumentError, match=r"^n: expected"):
         plan(packed(), n, device=H100)

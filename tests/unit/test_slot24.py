@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import weight_cases as cases
-from flashllm import registry
 from flashllm.errors import ArgumentError
+from flashllm.formats import bitmap_encode, slot24_encode
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_encode import unpack_columns, unpack_picks
 from flashllm.formats.weight import SparseWeight
+from flashllm.jit.sources import cuda_root
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "slot24_v1.safetensors"
 
 sizes = st.one_of(st.sampled_from([1, 2, 127, 128, 129, 247, 248, 255, 256, 257]), st.integers(1, 600))
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 0.2, 0.25, 1.0]), st.floats(0, 0.5))
@@ -167,6 +171,43 @@ def test_every_pattern_is_stored_exactly(dtype: str) -> None:
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
 
 
+def golden_matrix() -> np.ndarray:
+    """fp16 [129, 500] from a fixed recurrence: a quarter of it."""
+    state = 12345
+    out = np.zeros(129 * 500, np.uint16)
+    for i in range(out.size):
+        state = (1103515245 * state + 12345) % 2**31
+        kept = (state >> 16) % 4 == 0
+        out[i] = (state >> 8) & 0xFFFF if kept else (0x8000 if state % 1024 < 16 else 0)
+    out[[0, 69, 9099]] = 0x7E00, 0x7C00, 0xFC00
+    return out.reshape(129, 500).view(np.float16)
+
+
+def test_golden_file() -> None:
+    """Byte for byte. The buffers of the file were made by slot24_reference and never change."""
+    a = golden_matrix()
+    w = Slot24.load(GOLDEN)
+    np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
+    assert w.window == 248
+    assert (w.columns >= 248).any(), "dummies"
+    assert w.lags[1].max() > 10
+    assert same(Slot24.from_dense(a), w)
+
+
+def test_host_and_device_agree_on_the_constants() -> None:
+    header = (cuda_root() / "flashllm/slot24.cuh").read_text(encoding="utf-8")
+    constants = dict(re.findall(r"constexpr int (k\w+) = ([^;]+);", header))
+    assert int(constants["kWindowTiles"]) == slot24_encode.TILES
+    assert int(constants["kSteps"]) == slot24_encode.STEPS
+    w = Slot24.from_dense(np.ones((1, 1), np.float16))
+    tiles = w.tiles[0] * w.tiles[1]
+    threads = bitmap_encode.PARTS * bitmap_encode.LANES
+    for name, buffer in (("kPickBytes", w.picks), ("kColumnBytes", w.columns)):
+        each = re.fullmatch(r"bitmap::kTileThreads \* (\d+)", constants[name])
+        assert each is not None
+        assert threads * int(each.group(1)) * tiles == buffer.nbytes
+
+
 def test_empty_matrix() -> None:
     w = Slot24.from_dense(np.full((3, 300), -0.0, np.float16))
     w.validate()
@@ -205,9 +246,7 @@ def test_slots_are_a_bitmap_that_shares_the_buffers() -> None:
     assert 0.4 < picks.sum() / np.count_nonzero(s.to_dense().view(np.uint16)[128:]) < 0.6
 
 
-def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = registry.FormatEntry(weight="flashllm.formats.slot24:Slot24", kernel="none")
-    monkeypatch.setitem(registry.FORMATS, "slot24", entry)
+def test_files(tmp_path: Path) -> None:
     w = Slot24.from_dense(cases.matrix("uniform", 200, 300, 0.2, 5, "bf16"), window=240)
     w.save(tmp_path / "w")
     assert same(Slot24.load(tmp_path / "w"), w)

@@ -56,7 +56,8 @@ def test_reference_passes_everything() -> None:
     assert all(outcome.passed for outcome in outcomes)
     data = [outcome.case.data for outcome in outcomes]
     assert {d.operands for d in data} == {"integers", "random", "special"}
-    assert {d.encoding for d in data} == {"default", "row-order"}
+    made = [registry.weight_class(name) for name in registry.FORMATS]
+    assert {d.encoding for d in data} == {encoding for one in made for encoding in one.ENCODINGS}
     assert {(d.pattern, d.sparsity) for d in data} == set(cases.PATTERNS)
 
 
@@ -143,6 +144,24 @@ def test_special_operands_hold_what_they_should() -> None:
             assert np.isnan(expected[infinite_row]).any()
 
 
+@pytest.mark.parametrize("name", registry.FORMATS)
+def test_zeros_may_be_left_out_where_the_format_says_so(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Any of them, and nothing else: the product of the stored elements passes, one that lost an infinity does not."""
+    case = next(c for c in _cases(formats=(name,)) if c.data.operands == "special" and c.data.sparsity == 0.8)
+    problem = make_problem(case.data)
+    w, x = problem.w.to_dense().astype(np.float64), problem.x.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        terms = np.where(w != 0, x[:, None] * w, 0.0)
+        stored = terms.sum(axis=-1).astype(problem.x.dtype)
+        finite = np.where(np.isinf(x[:, None]), 0.0, terms).sum(axis=-1).astype(problem.x.dtype)
+        dense = (x @ w.T).astype(problem.x.dtype)
+    fewer = np.where(np.arange(len(w)) % 2 == 0, stored, dense)
+    for y, passes in ((dense, True), (stored, None), (fewer, None), (finite, False)):
+        monkeypatch.setattr(reference, "spmm", lambda x, w, y=y: y.copy())
+        expected = not registry.weight_class(name).MULTIPLIES_ZEROS if passes is None else passes
+        assert run.run_case(case, products.ReferenceMultiplier()).passed == expected
+
+
 def test_a_misbehaving_kernel_is_a_failed_case(monkeypatch: pytest.MonkeyPatch) -> None:
     def deadlock(*_: Any, **__: Any) -> Any:
         raise emulator.EmulationError("block 3: warp 1 waits forever")
@@ -167,7 +186,8 @@ def test_every_instance_of_an_architecture_is_covered(arch: str, name: str) -> N
         assert (case.data.k % 8 == 0) == case.choice.aligned
         assert case.data.dtype == case.choice.dtype
     quick = {case.choice for case in cases.build_cases(backend="cuda", archs=(arch,), formats=(name,), quick=True)}
-    assert len(quick) == 16  # 4 widths, 2 types, aligned or not
+    widths = {choice.n_block for choice in registry.kernel(name).instances()}
+    assert len(quick) == 4 * len(widths)  # 2 types, aligned or not
 
 
 @pytest.mark.parametrize("arch", cases.EMULATED_ARCHS)

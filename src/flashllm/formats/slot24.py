@@ -43,6 +43,7 @@ class Slot24(SparseWeight):
     FORMAT: ClassVar[str] = "slot24"
     BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags", "picks", "columns")
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "window-128": {"window": 128}}
+    MULTIPLIES_ZEROS: ClassVar[bool] = False
 
     window: int
     masks: Any = field(repr=False)

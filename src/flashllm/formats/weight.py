@@ -36,6 +36,9 @@ class SparseWeight(ABC):
     """Names of the buffers, in the order of ``arrays()``."""
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Options of ``from_dense`` that give different legal encodings of a matrix, by a name for them."""
+    MULTIPLIES_ZEROS: ClassVar[bool] = True
+    """Whether a product multiplies every pruned zero, so that 0 * infinity and 0 * NaN of x are NaN, as in a dense
+    product. Where ``False`` it may leave any of them out; for finite x that makes no difference."""
 
     shape: tuple[int, int]
     """(M, K): output features, input features."""

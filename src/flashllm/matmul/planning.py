@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
     from flashllm.formats.weight import SparseWeight
 
-MAX_N = 65535 * 64
+MAX_COLUMN_BLOCKS = 65535
+"""A grid's limit; kernels lay the blocks along N in its second dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,12 @@ def plan(w: SparseWeight, n: int, *, device: DeviceFacts | None = None, choice: 
 
     ``device`` (default: the current GPU) may describe a GPU that is not there. ``choice``, of the class ``Choice`` of
     the format's kernel module, forces an instance; without one, a measured choice of ``flashllm tune`` is taken, else
-    the heuristic's.
+    the heuristic's. ``n`` may be as large as 65,535 column blocks of the instance.
 
     Raises :class:`ArgumentError` for an impossible ``n``, :class:`MissingDependencyError` without a GPU.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_N:
-        raise ArgumentError("n", expected=f"an integer from 1 to {MAX_N}", got=repr(n))
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ArgumentError("n", expected="an integer from 1 on", got=repr(n))
     if device is None:
         from flashllm.device import device_facts
 
@@ -81,6 +82,9 @@ def plan(w: SparseWeight, n: int, *, device: DeviceFacts | None = None, choice: 
     if not found.spec.supports(device.arch):
         raise ArgumentError("choice", expected=f"an instance for {device.arch}", got=found.spec.label)
     split = module.split_for(w, n, found, sm_count=device.sm_count)
+    if split.grid[1] > MAX_COLUMN_BLOCKS:
+        expected = f"columns for at most {MAX_COLUMN_BLOCKS} blocks of {found.n_block}"
+        raise ArgumentError("n", expected=expected, got=str(n))
     return Plan(
         format=w.format,
         shape=w.shape,

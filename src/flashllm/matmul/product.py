@@ -48,8 +48,10 @@ def spmm(
     ``stream`` (default: CuPy's current one) and does not wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
     ``"reference"`` or ``None`` to go by where the operands are.
 
-    Stored NaN and infinities multiply as in dense arithmetic, and so does a pruned zero: times an infinity or a
-    NaN in x it gives NaN, in every output of that row of x, as a dense matrix with zeros would.
+    Stored elements, NaN and infinities too, multiply as in dense arithmetic. So does a pruned zero, where the class of
+    ``w`` says ``MULTIPLIES_ZEROS``: times an infinity or a NaN in x it gives NaN, in every output of that row of x,
+    as a dense matrix with zeros would. In other formats (slot24) any of these products may be left out: such an output
+    is what the dense product gives, or what the stored elements alone give. With finite x there is no difference.
 
     Raises :class:`ArgumentError`, naming the argument, for a wrong type, shape, dtype, layout, alignment or
     device, :class:`DeviceMemoryError` when out or workspace does not fit, :class:`MissingDependencyError` when the

@@ -33,6 +33,8 @@ class Problem:
     """[N, M]: rounded once to the output type where an exact result is asked for, else as computed."""
     reference: check.Reference | None
     """Present where an error bound applies."""
+    without_zeros: NDArray[np.float64] | None = None
+    """[N, M]: what is right too, element by element, since the format may leave zeros of W out."""
 
 
 @lru_cache(maxsize=64)
@@ -55,10 +57,26 @@ def make_problem(data: Data) -> Problem:
     if data.operands == "random":
         reference = check.make_reference(x64, w64, np.arange(data.m), data.dtype)
         return Problem(x=x, w=packed, expected=reference.values, reference=reference)
+
+    def rounded(product: NDArray[np.float64]) -> NDArray[np.float64]:
+        y: NDArray[np.float64] = to_float64(to_bits(product, data.dtype).view(numpy_dtype(data.dtype)), data.dtype)
+        return y
+
     with np.errstate(invalid="ignore", over="ignore"):
         # Integers this small multiply and add exactly in float64, as they would in int64.
-        rounded = to_bits(x64 @ w64.T, data.dtype).view(numpy_dtype(data.dtype))
-    return Problem(x=x, w=packed, expected=to_float64(rounded, data.dtype), reference=None)
+        expected = rounded(x64 @ w64.T)
+        leaves_out = data.operands == "special" and not made.MULTIPLIES_ZEROS
+        without_zeros = rounded(_product_of_stored(x64, w64)) if leaves_out else None
+    return Problem(x=x, w=packed, expected=expected, reference=None, without_zeros=without_zeros)
+
+
+def _product_of_stored(x: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``x @ w.T``, but that zeros of w are not multiplied."""
+    finite = np.isfinite(x).all(axis=0)
+    y = x[:, finite] @ w[:, finite].T
+    for column in np.flatnonzero(~finite):
+        y += np.where(w[:, column] != 0, x[:, column, None] * w[:, column], 0.0)
+    return y
 
 
 def _mask(data: Data) -> NDArray[np.bool_]:
@@ -93,4 +111,4 @@ def _add_special(w: NDArray[np.float64], x: NDArray[np.float64], data: Data) -> 
     w[0, 0] = -np.inf
     w[-1, -1] = np.inf
     w[data.m // 2] *= _HUGE / _LARGEST_INTEGER
-    x[data.n // 2, data.k // 3] = np.inf  # meets pruned zeros: NaN, as in a dense product
+    x[data.n // 2, data.k // 3] = np.inf  # meets pruned zeros: NaN where they are multiplied

@@ -97,13 +97,20 @@ def _compare(case: Case, problem: Problem, y: NDArray[np.float64]) -> Outcome:
     expected, ratio = problem.expected, None
     if problem.reference is None:
         # Either sign of a zero is right, any NaN is a NaN.
-        wrong = (y != expected) & ~(np.isnan(y) & np.isnan(expected))
+        wrong = _differs(y, expected)
+        if problem.without_zeros is not None:
+            wrong &= _differs(y, problem.without_zeros)
         bounds = np.zeros(expected.shape)
     else:
         ratios = check.error_ratios(y, problem.reference)
         wrong, bounds = ratios > 1.0, check.bounds(problem.reference)
         ratio = float(ratios.max(initial=0.0))
     return Outcome(case=case, error_over_bound=ratio, wrong=_first(wrong, y, expected, bounds))
+
+
+def _differs(y: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.bool_]:
+    differs: NDArray[np.bool_] = (y != expected) & ~(np.isnan(y) & np.isnan(expected))
+    return differs
 
 
 def _first(

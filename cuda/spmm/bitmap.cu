@@ -133,10 +133,14 @@ struct Load {
             while (!feed.has_room(need)) feed.wait_release();
             const int stage = feed.filled.stage;
             x.load(stage * L::kStageBytes);
+            if constexpr (kAligned) {
+                ptx::mbarrier_arrive_after_copies(feed.barrier());
+            } else {
 #if __CUDA_ARCH__ >= 900
-            if constexpr (!kAligned) ptx::fence_async_proxy();
+                ptx::fence_async_proxy();
 #endif
-            ptx::mbarrier_arrive_after_copies(feed.barrier());
+                ptx::mbarrier_arrive(feed.barrier());  // the other arrival waits for asynchronous copies, not for stores
+            }
             const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
             feed.bring(pieces, need);
         }

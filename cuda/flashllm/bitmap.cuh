@@ -3,17 +3,18 @@
 // Mirrors src/flashllm/formats/bitmap.py; the specification is docs/formats/bitmap.md.
 //
 // A weight W [M, K] is cut into tiles of 128 rows x 64 columns, stored row-major over the tile grid. Part p of a tile
-// (0..3) is rows 16p..16p+15 and 64+16p..64+16p+15: what one warp holds as A fragments of m16n8k16. A lane (g = lane / 4,
-// t = lane % 4) owns 64 elements of a part, in 16 groups of four:
+// (0..3) is rows 16p..16p+15 and 64+16p..64+16p+15: what one warp holds as A fragments of m16n8k16. A lane
+// (g = lane / 4, t = lane % 4) owns 64 elements of a part, in 16 groups of four:
 //   group q (0..15): fragment row i = q / 2 % 2, half h = q % 2, k16 step s = q / 4
 //   element b (0..3): row 64 i + 16 p + g + 8 (b / 2), column 16 s + 8 h + 2 t + b % 2
 // which are the low and the high half of fragment registers 2h and 2h + 1.
 //   masks   one bit per element: word q / 8 of the lane's two, bit 8 b + q % 8. A set bit has a stored value.
-//   values  a lane's values lie in two streams, elements of even and of odd columns, in the order of the groups. A value
-//           row is the next value of each of a part's 64 streams, 32 lanes x {even, odd}: every lane reads its own bank.
-//           kChunkRows rows of all four parts, one part after the other, are a chunk: what a block copies at one time.
-// The streams run through the whole matrix, tile after tile, and are not brought together at the end of a tile: each may lag
-// behind the front, the longest of the 256, by kSlack rows. What would lag more gets explicit zeros (bit set, value 0).
+//   values  a lane's values lie in two streams, elements of even and of odd columns, in the order of the groups. A
+//           value row is the next value of each of a part's 64 streams, 32 lanes x {even, odd}: every lane reads its
+//           own bank. kChunkRows rows of all four parts, part after part, are a chunk; blocks copy whole chunks.
+// The streams run through the whole matrix, tile after tile, and are not brought together at the end of a tile: each
+// may lag behind the front, the longest of the 256, by kSlack rows. What would lag more gets explicit zeros (bit set,
+// value 0).
 #pragma once
 
 #include "flashllm/portable.cuh"

@@ -23,8 +23,8 @@ struct Chains {
         : y(y), n0(n0), N(N), M(M), count(count), row_end(min(count, split.tiles_k - tile_k)),
           chain_end(split.first_chain(row_end, S::kMaxChain, blockIdx.x)) {}
 
-    // Ends the chain before `tile`: stores the accumulators and leaves them zero. Rare, so which row of tiles this is, is
-    // worked out here: the loop needs the registers more.
+    // Ends the chain before `tile`: stores the accumulators and leaves them zero. Rare, so this is where the row of
+    // tiles is worked out: the loop needs the registers more. No barrier: a thread adds what it has stored itself.
     FLASHLLM_DEVICE void end(const StreamK<S>& split, int tile, Accumulators<S>& sum) {
         const int block = ptx::opaque(blockIdx.x);
         const unsigned run_begin = split.first_tile(block);
@@ -46,10 +46,10 @@ struct Chains {
         }
     }
 
-    // All threads of the block, when the run is through. It shares its first and its last row of tiles, or one, or none,
-    // with other blocks; the last of them to arrive adds the pieces up. Arrivals wait until here: a fence each costs a
-    // microsecond, two at one time no more than one. `shared`: 8 bytes that nothing needs any more. `multiplies`: the
-    // thread has accumulators, zeros now.
+    // All threads of the block, when the run is through. It shares its first and its last row of tiles, or one, or
+    // none, with other blocks; the last of them to arrive adds the pieces up. Arrivals wait until here: a fence each
+    // costs a microsecond, two at one time no more than one. `shared`: 8 bytes that nothing needs any more once all
+    // warps have come. `multiplies`: the thread has accumulators, zeros now.
     FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum, void* shared, bool multiplies) const {
         const int block = ptx::opaque(blockIdx.x);
         const unsigned run_begin = split.first_tile(block);

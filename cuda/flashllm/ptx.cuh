@@ -69,7 +69,8 @@ FLASHLLM_DEVICE void scatter_low_half(unsigned word, unsigned base) {
                  :: "r"(address), "r"(kZero ? 0u : word), "n"(kOffset) : "memory");
 }
 
-// The halfword at `address`, zero-extended. Volatile: reads of a ring must stay between its wait and its refill.
+// The halfword at `address`, zero-extended. Volatile: reads of a ring must stay between the wait for a tile and its
+// release.
 FLASHLLM_DEVICE unsigned load_shared_half(unsigned address) {
     unsigned value;
     asm volatile("ld.shared.u16 %0, [%1];" : "=r"(value) : "r"(address));
@@ -189,11 +190,13 @@ FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) {
 #endif
 }
 
-// Arrives once this thread's asynchronous copies so far have landed.
+// Arrives once this thread's asynchronous copies so far have landed. Only they are there then: ordinary stores need the
+// next.
 FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(address) : "memory");
 }
 
+// Arrives: what this thread has read and written is done for whoever waits for the phase.
 FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" :: "r"(address) : "memory");
 }
@@ -302,7 +305,7 @@ FLASHLLM_DEVICE unsigned operand(unsigned address) { return address >> 4 | 1u <<
 #define FLASHLLM_OPERAND_HIGH "0x40000040"  // 128-byte swizzle, 1024 bytes between groups of rows
 
 // Orders this thread's ordinary shared-memory accesses before later ones of the tensor cores (another "proxy"):
-// needed in each writing thread, before the barrier that announces the data.
+// needed in each writing thread before the barrier that announces the data, or in each reading thread behind it.
 FLASHLLM_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // All four warps of a warpgroup call these. The accumulators belong to the hardware from `begin` to `wait`.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Value rows of a bitmap on their way from device memory to the warps that decode them (docs/formats/bitmap.md).
 //
-// Shared memory of a block has a ring of value rows for each of the four parts of a tile, and stages of what else a tile
-// needs. One warp, the feeder, brings both, announced on one barrier per tile, as far ahead as there is room. The four
-// other warps decode; each releases a tile when it has read all that the tile needs, and with it the rows that no stream
-// needs any more. The warps of a block meet nowhere else while they walk their run of tiles.
+// Shared memory of a block has a ring of value rows for each of the four parts of a tile, and stages of what else a
+// tile needs. One warp, the feeder, brings both, announced on one barrier per tile, as far ahead as there is room. The
+// four other warps decode; each releases a tile when it has read all that the tile needs, and with it the rows that no
+// stream needs any more. The warps of a block meet nowhere else while they walk their run of tiles.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -51,6 +51,10 @@ struct StageBarriers {
 
 // Rows are numbered as in the matrix. Row r of a part lies at place (r - origin) % kRing, and rows at the first places
 // once more behind the last, so that a pointer may run kMirrorRows over the end before it wraps.
+//
+// No weight stops the ring. When all tiles before one are released and the front is at row f, streams need rows from
+// f - kSlack on. The tile itself needs none behind row f + kStreamElements, the one behind its front, and these come
+// with the rest of their chunk: at most kSlack + kStreamElements + kChunkRows rows have to be there at one time.
 template <int kRing>
 struct ValueRing {
     static constexpr unsigned kWrapBytes = kRing * bitmap::kRowBytes;
@@ -127,7 +131,6 @@ struct Piece {
 // come in whole chunks, since a copy of few rows takes as long as one of many.
 template <int kRing, int kStages>
 struct Feeder {
-    static constexpr int kDepth = kStages;
 #if __CUDA_ARCH__ >= 900
     static constexpr unsigned kArrivals = 1;  // at `full`, by bring()
 #else
@@ -146,13 +149,14 @@ struct Feeder {
     int done_front;
     int rows;  // asked for, up to this one
     Cycle<kStages> filled, emptied;
-    int before_set = 0, front_set, next_set;  // lane l: the front behind tile 32 i + l of the last 32 tiles, these, the next
+    // Lane l: the front behind tile 32 i + l, of the 32 tiles before those of `tile`, of these, and of the next.
+    int before_set = 0, front_set, next_set;
 
     FLASHLLM_DEVICE Feeder(const ValueRing<kRing>& ring, const StageBarriers& barriers, const unsigned char* values,
                            const int* fronts, int count, int first_front)
         : ring(ring), barriers(barriers),
-          chunk(values + static_cast<long long>(ring.origin / bitmap::kChunkRows) * bitmap::kChunkBytes), fronts(fronts),
-          count(count), done_front(first_front), rows(ring.origin) {
+          chunk(values + static_cast<long long>(ring.origin / bitmap::kChunkRows) * bitmap::kChunkBytes),
+          fronts(fronts), count(count), done_front(first_front), rows(ring.origin) {
         front_set = load_fronts(1), next_set = load_fronts(33);
     }
 
@@ -160,19 +164,20 @@ struct Feeder {
         return __ldg(fronts + min(behind + static_cast<int>(threadIdx.x & 31), count));
     }
 
-    // The row up to which the next tile needs value rows, in whole chunks. A stream that is through reads one more value,
-    // unused.
+    // The row up to which the next tile needs value rows, in whole chunks. A stream that is through reads one more
+    // value, unused.
     FLASHLLM_DEVICE int needed() const {
         const int front = __shfl_sync(0xffffffffu, front_set, tile & 31);
         return front < rows ? rows : (front | (bitmap::kChunkRows - 1)) + 1;
     }
 
-    // Whether there is room for the next tile, which needs the rows below `need`.
+    // Whether there is room for the next tile, which needs the rows below `need`: a stage, and places of rows that are
+    // behind every stream of the first tile not released.
     FLASHLLM_DEVICE bool has_room(int need) const {
         return tile - done < kStages && need - kRing <= done_front - bitmap::kSlack;
     }
 
-    // Waits until one more tile is released.
+    // Waits until one more tile is released. All lanes wait, for each of them writes where the tile was read.
     FLASHLLM_DEVICE void wait_release() {
         ptx::mbarrier_wait(barriers.empty(emptied.stage), emptied.parity);
         emptied.advance();

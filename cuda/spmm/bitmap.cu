@@ -32,7 +32,6 @@ struct BitmapShape {
     static constexpr int kRowFragments = 2;
     static constexpr int kColumnFragments = kN / 8;
     static constexpr int kMaxChain = kMaxChainSteps / (bitmap::kTileK / 16);  // tiles
-    static constexpr int kStageBytes = kN * kStageRowBytes;
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
 
     FLASHLLM_DEVICE static int row(int i) { return i * 64 + static_cast<int>(threadIdx.x >> 5) * 16; }
@@ -117,7 +116,7 @@ FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& 
 }
 #endif
 
-// The feeding warp's loop: x by cp.async, masks and value rows by its feeder.
+// The feeding warp's loop: every lane brings its part of x, the feeder masks and value rows.
 template <typename S, typename L, bool kAligned>
 struct Load {
     struct OneWarp : S {
@@ -139,7 +138,7 @@ struct Load {
 #if __CUDA_ARCH__ >= 900
                 ptx::fence_async_proxy();
 #endif
-                ptx::mbarrier_arrive(feed.barrier());  // the other arrival waits for asynchronous copies, not for stores
+                ptx::mbarrier_arrive(feed.barrier());  // ordinary stores: an arrival for copies does not release them
             }
             const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
             feed.bring(pieces, need);
@@ -204,7 +203,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             streams.wrap();
             if constexpr (kWarpgroup) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-                ptx::fence_async_proxy();  // x came by ordinary copies
+                ptx::fence_async_proxy();  // x came by cp.async or stores, not by bulk copies
                 start_step<T, S, 0>(sum, streams.even, streams.odd, mask.x, ptx::operand(x_stage));
                 start_step<T, S, 1>(sum, streams.even, streams.odd, mask.x, ptx::operand(x_stage));
                 streams.wrap();

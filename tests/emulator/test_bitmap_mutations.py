@@ -1,116 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes waits, barriers, bounds and steps out of the bitmap kernel, one at a time: the tests must notice.
 
-Not here, because nothing depends on them: the row that is waited for beyond the front, whose value is loaded but never
-used; how much a block asks for before its first tile. The steps of wgmma that may be in flight at one time concern only
-which registers the compiler takes.
+Not here, because nothing depends on them:
+
+- the row behind the front, whose value is loaded but never used;
+- in ``needed``, the rows that are there already: whole chunks give the same;
+- ``__syncwarp`` before the feeder's copies: the barrier counts bytes that come before they are announced;
+- the fence of the feeder that stores x itself: every warp that multiplies by wgmma has one;
+- where the feeder's lanes copy all, their arrivals for x: those for the rest come after all copies;
+- ``even > end``: a pointer at the end still has a mask word's 16 rows before it, the mirror;
+- how many steps of wgmma may be in flight: a matter of which registers the compiler takes.
+
+Not here, because the emulator orders more than a GPU: ``__syncwarp`` before a release, behind an instruction for which
+all lanes of the warp have met; the fence behind the initialisation of the barriers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from mutations import EPILOGUE, MMA, WGMMA, Mutation, Outcomes, Product, build_of, first_failure, outcomes
+from mutations import EPILOGUE, MMA, WGMMA, X_STAGE, Mutation, Outcomes, Product, build_of, first_failure, outcomes
 
 from flashllm.backends import emulator
 from flashllm.matmul import bitmap
 
 KERNEL, DECODE = "spmm/bitmap.cu", "flashllm/bitmap.cuh"
+RING, CHAINS = "flashllm/value_ring.cuh", "flashllm/chains.cuh"
+
+
+def both(name: str, file: str, old: str, new: str = "") -> tuple[Mutation, Mutation]:
+    """Where copies are made by all lanes, and where they are bulk copies."""
+    return Mutation(name, file, old, new), Mutation(f"{name}, bulk copies", file, old, new, WGMMA)
+
 
 MUTATIONS = (
-    Mutation("x and masks are not waited for", KERNEL, "ptx::copy_async_wait<kStages - 2>();"),
-    Mutation("x and masks are waited for late", KERNEL, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>"),
-    Mutation("no barrier between tiles", KERNEL, "__syncthreads();  // the stage is", "// the stage is"),
-    Mutation("a stage is filled too early", KERNEL, "stage == 0 ? kStages - 1 : stage - 1", "stage"),
-    Mutation("stages are not bounded", KERNEL, "if (tile + kStages - 1 < count) load_stage", "load_stage"),
-    Mutation("groups are not counted", KERNEL, "ptx::copy_async_commit();  // committed", "// committed"),
-    Mutation("a mask is not copied", KERNEL, "threadIdx.x >= kThreads - kChunks;", "threadIdx.x > kThreads - kChunks;"),
-    Mutation("masks of the first tile", KERNEL, "long long>(first + tile) *", "long long>(first) *"),
-    Mutation("values are not waited for", KERNEL, "ring.wait(front + 1);"),
-    Mutation("values are waited for late", KERNEL, "ring.wait(front + 1);", "ring.wait(front - 15);"),
-    Mutation("rows of slow streams are refilled", KERNEL, "front - bitmap::kSlack + kRing)", "front + kRing)", WGMMA),
-    Mutation("refilled a chunk too far", KERNEL, "- bitmap::kSlack + kRing)", "- bitmap::kSlack / 2 + kRing)"),
-    Mutation("all warps refill", KERNEL, "if (threadIdx.x < 32) ring.refill(values, fr", "ring.refill(values, fr"),
-    Mutation("copies go on behind the values", KERNEL, " && copied < stop) {", ") {"),
-    Mutation("the row behind the front is not copied", KERNEL, "last_front + 1);", "last_front);"),
-    Mutation("the mirror is not copied", KERNEL, "if (land_slot == 0) {", "if (false) {"),
+    # A tile, from the side of the warps that multiply.
+    *both("a tile is not waited for", KERNEL, "ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);"),
+    *both("a tile is not released", KERNEL, "barriers.release(cycle.stage);"),
     Mutation(
-        "the mirror is read before all lanes have written",
+        "a tile is released before all of it is multiplied",
         KERNEL,
-        "                __syncwarp();\n            }\n            landed",
-        "            }\n            landed",
-        WGMMA,  # else ldmatrix, which all lanes have to come to, hides it
+        "                multiply_word<T, S, 1>(sum, streams.even, streams.odd, mask.y, x_stage);\n            }\n"
+        "            barriers.release(cycle.stage);",
+        "                barriers.release(cycle.stage);\n"
+        "                multiply_word<T, S, 1>(sum, streams.even, streams.odd, mask.y, x_stage);\n            }",
     ),
     Mutation(
-        "no wrap before a tile",
+        "the stage behind a tile is released",
         KERNEL,
-        "even = ring.wrapped(even), odd = ring.wrapped(odd);\n        if constexpr",
-        "if constexpr",
+        "barriers.release(cycle.stage);\n            cycle.advance();",
+        "cycle.advance();\n            barriers.release(cycle.stage);",
     ),
-    Mutation(
-        "no wrap within a tile",
-        KERNEL,
-        "even = ring.wrapped(even), odd = ring.wrapped(odd);\n            multiply_word",
-        "multiply_word",
-    ),
-    Mutation(
-        "no wrap within a tile, wgmma",
-        KERNEL,
-        "even = ring.wrapped(even), odd = ring.wrapped(odd);\n            start_step",
-        "start_step",
-        WGMMA,
-    ),
-    Mutation("parity does not turn", KERNEL, ", parity ^= 1;", ";"),
-    Mutation("parity does not turn, bulk copies", KERNEL, ", parity ^= 1;", ";", WGMMA),
-    Mutation("lags of even columns are ignored", KERNEL, "static_cast<int>(lag & 0xff)", "0"),
-    Mutation("lags of odd columns are ignored", KERNEL, "static_cast<int>(lag >> 8)", "0"),
-    Mutation("masks before the run are not counted", KERNEL, "if (i >= stored_back) break;", "break;"),
-    Mutation("more masks than there are before the run", KERNEL, "if (i >= stored_back) break;"),
-    Mutation("lags count from the run", KERNEL, "__ldg(run_fronts - stored_back)", "first_front"),
-    Mutation("rows before the first", KERNEL, "max(first_front - bitmap::kSlack, 0)", "first_front - bitmap::kSlack"),
-    Mutation("slow streams of a run are left out", KERNEL, "max(first_front - bitmap::kSlack, 0)", "first_front"),
-    Mutation("a run begins amid a chunk", KERNEL, "first_row - first_row % bitmap::kChunkRows", "first_row"),
-    Mutation("fronts are not bounded", KERNEL, "min(lane + 1, count)", "lane + 1"),
-    Mutation("fronts ahead are not bounded", KERNEL, "min(tile + 34 + lane, count)", "tile + 34 + lane"),
-    Mutation("fronts are not renewed", KERNEL, "if ((tile & 31) == 31) {", "if (false) {"),
-    Mutation("barriers are used before they are there", KERNEL, "    __syncwarp();\n    // Not the", "    // Not the"),
-    Mutation("arrivals do not wait for copies", KERNEL, "arrive_after_copies(barrier)", "arrive(barrier)"),
-    Mutation("one lane arrives", KERNEL, "kArrivals = bitmap::kLanes;", "kArrivals = 1;"),
-    Mutation("too few bytes are announced", KERNEL, "barrier, bitmap::kChunk", "barrier, bitmap::kPartChunk", WGMMA),
-    Mutation("a part is not copied", KERNEL, "if (lane < bitmap::kParts) {", "if (lane < bitmap::kParts - 1) {", WGMMA),
-    Mutation("the stage is overwritten under wgmma", KERNEL, "ptx::warpgroup_wait();  // the", "// the", WGMMA),
-    Mutation("no proxy fence", KERNEL, "if constexpr (kWarpgroup) ptx::fence_async_proxy();", "", WGMMA),
+    Mutation("a stage is not left", KERNEL, "            cycle.advance();\n"),
+    Mutation("no wrap before a tile", KERNEL, "streams.wrap();\n            if constexpr", "if constexpr"),
+    Mutation("no wrap amid a tile", KERNEL, "streams.wrap();\n                multiply_word", "multiply_word"),
+    Mutation("no wrap amid a tile, wgmma", KERNEL, "streams.wrap();\n                start_step", "start_step", WGMMA),
+    Mutation("even columns do not wrap", RING, "if (even >= end) even -= ValueRing<kRing>::kWrapBytes;"),
+    Mutation("odd columns do not wrap", RING, "if (odd >= end) odd -= ValueRing<kRing>::kWrapBytes;"),
+    Mutation("no proxy fence", KERNEL, "ptx::fence_async_proxy();  // x came", "// x came", WGMMA),
     Mutation("wgmma is not started in order", KERNEL, "    ptx::warpgroup_begin();\n", "", WGMMA),
     Mutation("steps are not committed", KERNEL, "    ptx::warpgroup_commit();\n", "", WGMMA),
-    Mutation(
-        "sums are read before wgmma is done",
-        KERNEL,
-        "ptx::warpgroup_wait();\n#endif\n        // A chain ends",
-        ";\n#endif\n        // A chain ends",
-        WGMMA,
-    ),
-    Mutation("earlier chains are forgotten", KERNEL, "piece.add_stored(sum);  // by earlier chains", ";"),
-    Mutation("a block arrives before it has stored", KERNEL, "__syncthreads();  // all threads", "// all threads"),
-    Mutation("arrivals are not waited for", KERNEL, "__syncthreads();\n#pragma unroll 1", "#pragma unroll 1"),
-    Mutation("a lone row arrives twice", KERNEL, "last_row != first_row && split", "split"),
-    Mutation("the last row does not arrive", KERNEL, "last_row != first_row && split", "false && split"),
+    Mutation("a stage is released under wgmma", KERNEL, "ptx::warpgroup_wait();\n#endif", "#endif", WGMMA),
+    Mutation("all lanes release", RING, "if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(", "ptx::mbarrier_arrive("),
+    *both("three warps release for four", RING, "empty(i), bitmap::kParts)", "empty(i), bitmap::kParts - 1)"),
+    *both("parity does not turn", RING, "stage = 0, parity ^= 1;", "stage = 0;"),
+    Mutation("barriers are used before they are there", KERNEL, "kArrivals);\n    __syncthreads();", "kArrivals);"),
+    # Where a run begins.
+    Mutation("lags of even columns are ignored", RING, "static_cast<int>(lag & 0xff)", "0"),
+    Mutation("lags of odd columns are ignored", RING, "static_cast<int>(lag >> 8)", "0"),
+    Mutation("lags of the first tile", RING, "first / bitmap::kLagTiles * bitmap::kTileThreads + thr", "thr"),
+    Mutation("masks before the run are not counted", RING, "if (i >= back) break;", "break;"),
+    Mutation("more masks than there are before the run", RING, "if (i >= back) break;"),
+    Mutation("masks before the run are the first", RING, "static_cast<long long>(first - back) * b", "0 * b"),
+    Mutation("lags count from the run", RING, "__ldg(fronts + first - back)", "__ldg(fronts + first)"),
+    Mutation("rows before the first", RING, "max(first_front - bitmap::kSlack, 0)", "(first_front - bitmap::kSlack)"),
+    Mutation("slow streams of a run are left out", RING, "max(first_front - bitmap::kSlack, 0)", "first_front"),
+    Mutation("a run begins amid a chunk", RING, ", 0) / bitmap::kChunkRows * bitmap::kChunkRows)", ", 0))"),
+    Mutation("values of the first run", RING, "(ring.origin / bitmap::kChunkRows) *", "(0) *"),
+    Mutation("masks of the first run", KERNEL, "masks + static_cast<long long>(first) *", "masks + 0 *"),
+    Mutation("fronts of the first run", KERNEL, "values, fronts + first, count", "values, fronts, count"),
+    # The feeder: which rows, and whether there is room.
+    *both("the last chunk is left out", RING, "(front / bitmap::kChunkRows + 1)", "(front / bitmap::kChunkRows)"),
+    *both("a tile is brought without room", KERNEL, "while (!feed.has_room(need)) feed.wait_release();"),
+    *both("one release makes room", KERNEL, "while (!feed.has_room(need))", "if (!feed.has_room(need))"),
+    *both("a stage is filled too early", RING, "tile - done < kStages", "tile - done <= kStages"),
+    *both("rows of slow streams are refilled", RING, "<= done_front - bitmap::kSlack;", "<= done_front;"),
+    *both("refilled a row too early", RING, "<= done_front - bitmap::kSlack;", "<= done_front - bitmap::kSlack + 1;"),
+    *both("releases are not waited for", RING, "ptx::mbarrier_wait(barriers.empty(emptied.stage), emptied.parity);"),
+    Mutation("releases are those of one stage", RING, "        emptied.advance();\n"),
+    Mutation("released tiles are not counted", RING, "        ++done;\n"),
+    Mutation("the slowest front stands still", RING, "done_front = __shfl_sync", "__shfl_sync"),
+    *both("released tiles are looked up in a later set", RING, "current ? front_set : before_set", "front_set"),
+    Mutation("fronts are those before the tiles", RING, "front_set = load_fronts(1)", "front_set = load_fronts(0)"),
+    Mutation("fronts of the second set are late", RING, "next_set = load_fronts(33)", "next_set = load_fronts(32)"),
+    Mutation("fronts of later sets are late", RING, "load_fronts(tile + 34)", "load_fronts(tile + 33)"),
+    Mutation("fronts are not renewed", RING, "if ((tile & 31) == 31) before_set", "if (false) before_set"),
+    Mutation("fronts are not bounded", RING, "min(behind + static_cast<int>(threadIdx.x & 31), count)", "behind + 31"),
+    Mutation("a stage is filled twice", RING, "        filled.advance();\n"),
+    # What it brings of every tile.
+    *both("x is not announced", KERNEL, "ptx::mbarrier_arrive_after_copies(feed.barrier());", ";"),
+    Mutation("x is announced too early", KERNEL, "arrive_after_copies(feed", "arrive(feed", WGMMA),
+    Mutation("arrivals for x are not counted", KERNEL, "L::Feed::kArrivals + bitmap::kLanes;", "L::Feed::kArrivals;"),
+    Mutation("x goes to the first stage", KERNEL, "x.load(stage * L::kStageBytes);", "x.load(0);"),
+    Mutation("turns of x keep their swizzle", X_STAGE, "(target ^ (turn * kOtherSwizzle % 8 << 4))", "target"),
+    *both("masks stand still", KERNEL, "feed.advance(), masks += bitmap::kMaskBytes", "feed.advance()"),
+    # By copies of all lanes.
+    Mutation("half of the masks", RING, "at < pieces[i].bytes;", "at < pieces[i].bytes / 2;"),
+    Mutation("the mirror is not copied", RING, "ptx::copy_async16(place == 0, to + ring.kWrapBytes, from, 16);"),
+    Mutation("the mirror is of every chunk", RING, "ptx::copy_async16(place == 0, to", "ptx::copy_async16(true, to"),
+    Mutation("the ring does not wrap", RING, "if (place == ring.kWrapBytes) place = 0;"),
+    Mutation("arrivals do not wait for copies", RING, "arrive_after_copies(barrier())", "arrive(barrier())"),
+    Mutation("one lane arrives", RING, "kArrivals = bitmap::kLanes;", "kArrivals = 1;"),
+    # By bulk copies.
+    Mutation("too few bytes are announced", RING, "mirrors) * bitmap::kC", "mirrors) * bitmap::kPartC", WGMMA),
+    Mutation("bytes of the mirror are not announced", RING, "(chunks + mirrors) *", "chunks *", WGMMA),
+    Mutation("bytes of masks are not announced", RING, "bytes += pieces[i].bytes;", ";", WGMMA),
+    Mutation("a mirror is announced for no chunk", RING, "? chunks != 0 :", "? true :", WGMMA),
+    Mutation("a mirror is announced too early", RING, "Bytes > ring.kWrapBytes;", "Bytes >= ring.kWrapBytes;", WGMMA),
+    Mutation("masks are not copied", RING, "if (lane < kPieces) ptx::bulk_copy", "if (false) ptx::bulk_copy", WGMMA),
+    Mutation("a round does not wrap", RING, "if (at >= ring.kWrapBytes) at -= ring.kWrapBytes;", "", WGMMA),
+    Mutation("rounds do not wrap", RING, "if (place >= ring.kWrapBytes) place -= ring.kWrapBytes;", "", WGMMA),
+    Mutation("rounds end late", RING, "rows + number * bitmap::kChunkRows < need && (", "(", WGMMA),
+    Mutation("the mirror is not copied, bulk copies", RING, "(!mirror || at == 0)", "!mirror", WGMMA),
+    Mutation("the mirror is of every chunk, bulk copies", RING, " && (!mirror || at == 0)", "", WGMMA),
+    Mutation("the mirror lies on the chunk", RING, "(mirror ? ring.kWrapBytes : at)", "at", WGMMA),
+    Mutation("rounds are always full", RING, "min((need - rows) / bitmap::kChunkRows,", "max(0,", WGMMA),
+    Mutation("one round is all", RING, "min((need - rows) / bitmap::kChunkRows,", "max((need - rows) / 16, 0 *", WGMMA),
+    Mutation("rounds copy the same", RING, "chunk += chunks * bitmap::kChunkBytes;", "", WGMMA),
+    Mutation("rounds write to the same place", RING, "place += chunks * bitmap::kPartChunkBytes;", "", WGMMA),
+    Mutation("every part gets the same", RING, "bitmap::kParts + part) *", "bitmap::kParts) *", WGMMA),
+    # Chains, and the end of a run.
+    Mutation("earlier chains are forgotten", CHAINS, "piece.add_stored(sum);  // by earlier chains", ";"),
+    Mutation("chains add what was not stored", CHAINS, "run_begin + tile - row_begin > S::kMaxChain", "true"),
+    Mutation("a row begins before the run", CHAINS, "max(run_begin, tile_m * split.tiles_k)", "tile_m * split.tiles_k"),
+    Mutation("shared rows are written as if whole", CHAINS, "row_ends && piece.whole", "row_ends"),
+    Mutation("whole rows are written with every chain", CHAINS, "row_ends && piece.whole", "piece.whole"),
+    Mutation("whole rows are not written", CHAINS, "row_ends && piece.whole", "false"),
+    Mutation("the row is the one after", CHAINS, "(run_begin + row_end - 1)", "(run_begin + row_end)"),
+    Mutation("a run has one row", CHAINS, "row_end = min(count, row_end + split.tiles_k);", ";"),
+    Mutation("a later row goes beyond the run", CHAINS, "min(count, row_end + split", "(row_end + split"),
+    Mutation("the first row goes beyond the run", CHAINS, "min(count, split.tiles_k", "(split.tiles_k"),
+    Mutation("the first row is a whole one", CHAINS, "split.tiles_k - tile_k)", "split.tiles_k)"),
+    Mutation("a chain goes beyond its row", CHAINS, "min(row_end, chain_end +", "(chain_end +"),
+    Mutation("the first chain is all of its row", CHAINS, "(row_end, S::kMaxChain, b", "(row_end, row_end, b"),
+    Mutation("a later chain is all of its row", CHAINS, "- chain_end, S::kMaxChain,", "- chain_end, row_end,"),
+    Mutation("a block arrives before it has stored", CHAINS, "__syncthreads();  // all threads", "// all threads"),
+    Mutation("arrivals are not waited for", CHAINS, "__syncthreads();\n        if (!multiplies)", "if (!multiplies)"),
+    Mutation("the feeder adds pieces", CHAINS, "if (!multiplies) return;"),
+    Mutation("every block adds", CHAINS, "if (!completes[i]) continue;"),
+    Mutation("the last row added is the first", CHAINS, "i == 0 ? first_row : last_row", "first_row"),
+    Mutation("a lone row arrives twice", CHAINS, "last_row != first_row && split", "split"),
+    Mutation("the last row does not arrive", CHAINS, "last_row != first_row && split", "false && split"),
     Mutation("columns of y are not bounded", EPILOGUE, "if (n < N && m < M)", "if (m < M)"),
     Mutation("rows of y are not bounded", EPILOGUE, "if (n < N && m < M)", "if (n < N)"),
     Mutation("a written row stays in the accumulators", EPILOGUE, "sum[i][j][r] = 0.0f;"),
+    # Decoding.
     Mutation("even columns stand still", DECODE, "even = ptx::dot4(flags, kWeight | kWeight << 16, even);"),
     Mutation("odd columns stand still", DECODE, "odd = ptx::dot4(flags, (kWeight | kWeight << 16) << 8, odd);"),
     Mutation("the second value is the first", DECODE, "even2 = ptx::dot4(flags, kWeight, even)", "even2 = even"),
     Mutation("a flag of the group before", DECODE, "mask >> (kGroup & ~1)", "mask >> kGroup"),
     Mutation("flags select what is not there", DECODE, "0x22u >> kBit", "0x22u"),
     Mutation("both rows select alike", DECODE, "select >> 16", "select"),
+    Mutation("steps are of one half of the mask", DECODE, "decode_group<kStep * 4 + 3>", "decode_group<3>"),
+)  # fmt: skip
+
+UNALIGNED = (
+    Mutation("x is not announced, any K", KERNEL, "ptx::mbarrier_arrive(feed.barrier());", ";"),
+    Mutation("stores pass for copies", KERNEL, "mbarrier_arrive(feed", "mbarrier_arrive_after_copies(feed", WGMMA),
+    Mutation("no proxy fence, any K", KERNEL, "ptx::fence_async_proxy();  // x came", "// x came", WGMMA),
+    Mutation("even columns of x are not bounded", X_STAGE, "inside && column + 2 * j < K", "inside"),
+    Mutation("odd columns of x are not bounded", X_STAGE, "inside && column + 2 * j + 1 < K", "inside"),
 )  # fmt: skip
 
 
-def choice_for(arch: str) -> bitmap.Choice:
+def choice_for(arch: str, *, aligned: bool) -> bitmap.Choice:
     """16 columns, so that there are four stages."""
-    wanted = (16, "fp16", True, arch == WGMMA)
+    wanted = (16, "fp16", aligned, arch == WGMMA)
     return next(
         c
         for c in bitmap.instances()
@@ -118,7 +186,7 @@ def choice_for(arch: str) -> bitmap.Choice:
     )
 
 
-def run(build: emulator.BuildOptions) -> str | None:
+def run(build: emulator.BuildOptions, *, aligned: bool = True) -> str | None:
     """The first failure on products that reach all that is mutated."""
     products: tuple[Product, ...] = (
         ((201, 456), 13, "uniform", 0.05, 3, 2),
@@ -128,9 +196,18 @@ def run(build: emulator.BuildOptions) -> str | None:
         ((128, 64 * 30), 16, "uniform", 0.6, 3, 0),
         ((128, 64 * 20), 8, "full", 1.0, 2, 0),
         ((128, 64 * 100), 9, "uniform", 0.02, 1, 0),  # more tiles than one chain has
+        ((256, 64 * 101), 9, "uniform", 0.02, 1, 0),
+        ((128, 64 * 220), 8, "uniform", 0.02, 2, 0),
         ((128, 256), 12, "uniform", 0.3, 4, 0),
+        ((128, 64 * 90), 8, "lagging", 0.7, 1, 0),
+        ((128, 64 * 90), 8, "lagging", 0.3, 2, 0),
     )
-    return first_failure("bitmap", choice_for(build.arch), products, build)
+    unaligned: tuple[Product, ...] = (
+        ((130, 201), 13, "uniform", 0.3, 3, 0),
+        ((128, 64 * 20 - 3), 16, "uniform", 0.5, 2, 0),
+        ((70, 457), 9, "skewed", 0.4, 5, 0),
+    )
+    return first_failure("bitmap", choice_for(build.arch, aligned=aligned), products if aligned else unaligned, build)
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +216,23 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
         yield found
 
 
-@pytest.mark.parametrize("arch", [MMA, WGMMA])
-def test_the_kernel_itself_passes(arch: str, tmp_path: Path) -> None:
-    assert run(build_of(None, arch, tmp_path)) is None
+@pytest.fixture(scope="module")
+def unaligned_failures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+    with outcomes(UNALIGNED, partial(run, aligned=False), tmp_path_factory.mktemp("unaligned")) as found:
+        yield found
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("arch", [MMA, WGMMA, "120a"])
+def test_the_kernel_itself_passes(arch: str, aligned: bool, tmp_path: Path) -> None:
+    assert run(build_of(None, arch, tmp_path), aligned=aligned) is None
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_mutation_is_caught(mutation: Mutation, failures: Outcomes) -> None:
     assert failures[mutation.name].result() is not None, f"nothing noticed: {mutation.name}"
+
+
+@pytest.mark.parametrize("mutation", UNALIGNED, ids=lambda m: m.name)
+def test_mutation_is_caught_for_any_k(mutation: Mutation, unaligned_failures: Outcomes) -> None:
+    assert unaligned_failures[mutation.name].result() is not None, f"nothing noticed: {mutation.name}"

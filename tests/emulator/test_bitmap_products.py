@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flashllm.backends import emulator
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, SLACK
 from flashllm.matmul.bitmap import RING_ROWS
 from products import assert_exact, exact, integers, weight
 
@@ -59,6 +60,20 @@ def test_exact_where_one_stream_leads_all_others(lane: int, arch: str) -> None:
     assert (sparse.lags[1] == 32).sum() == 255
     for seed, blocks in enumerate((1, 3, 20)):
         check(w, 9 + 24 * seed, arch, seed=seed, blocks=blocks)
+
+
+@every_arch
+@pytest.mark.parametrize("columns", [64 * 120, 64 * 120 - 1])
+def test_exact_where_all_streams_but_one_lag_with_values(columns: int, arch: str) -> None:
+    """What a slow stream needs is all there is between a row and the one that takes its place."""
+    for seed, (density, n, blocks) in enumerate(((0.5, 8, 1), (0.9, 16, 3), (0.25, 33, 1), (0.7, 9, 60))):
+        w = weight("lagging", (128, columns), density, "fp16", seed)
+        sparse = Bitmap.from_dense(w)
+        assert all((lags == SLACK).sum() == 255 for lags in sparse.lags[1:])
+        if columns % 64 == 0:
+            assert sparse.nnz == np.count_nonzero(w)
+        assert len(set(sparse.fronts % CHUNK_ROWS)) == CHUNK_ROWS
+        check(w, n, arch, seed=seed, blocks=blocks)
 
 
 @every_arch
@@ -111,17 +126,29 @@ def test_a_value_read_ahead_is_not_used(dtype: str, arch: str) -> None:
         assert not np.isfinite(got[:, 128:].astype(np.float32)).any()
 
 
-def test_every_value_is_copied_once_by_one_block() -> None:
-    w = weight("uniform", (256, 512), 0.4, "fp16")
+def copied_bytes(sparse: Bitmap, first: int, end: int) -> int:
+    """Masks and values that a block with tiles ``first`` to ``end`` brings."""
+    front = int(sparse.fronts[first])
+    chunks = int(sparse.fronts[end]) // CHUNK_ROWS + 1 - max(front - SLACK, 0) // CHUNK_ROWS
+    twice = -(-chunks * CHUNK_ROWS // RING_ROWS)  # those at the first place of the ring, for pointers that run over
+    return sparse.masks[first:end].nbytes + (chunks + twice) * sparse.values[0].nbytes
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 16])
+@pytest.mark.parametrize("density", [0.05, 0.4, 1.0])
+def test_what_a_block_brings(density: float, blocks: int) -> None:
+    """Masks once, and each chunk with values of its run, and no other, once; x and nothing more."""
+    w = weight("uniform", (256, 512), density, "fp16")
     sparse = Bitmap.from_dense(w)
-    x_bytes, mask_bytes = 16 * 16 * 64 * 2, sparse.masks.nbytes
-    bulk = check(w, 16, "90a", blocks=1)
-    assert bulk.bulk_copy_bytes == sparse.values.nbytes
-    assert bulk.copy_async_bytes == x_bytes + mask_bytes
-    single = check(w, 16, "80", blocks=1)
-    assert single.bulk_copy_bytes == 0
-    assert single.copy_async_bytes == sparse.values.nbytes + x_bytes + mask_bytes
-    assert single.ldmatrix.conflicts == bulk.ldmatrix.conflicts == 0
-    # Runs that start amid the values bring what the slowest stream may still need: the slack, to whole chunks.
-    shared = check(w, 16, "90a", blocks=4)
-    assert sparse.values.nbytes < shared.bulk_copy_bytes <= sparse.values.nbytes + 3 * 4 * 8192
+    bytes_of_x = 16 * 64 * 2 * 16
+    wanted = sum(copied_bytes(sparse, first, first + 16 // blocks) for first in range(0, 16, 16 // blocks))
+    if blocks == 1:
+        assert wanted >= sparse.masks.nbytes + sparse.values.nbytes
+    for seed in range(2):
+        bulk = check(w, 16, "90a", seed=seed, blocks=blocks)
+        assert (bulk.bulk_copy_bytes, bulk.copy_async_bytes) == (wanted, bytes_of_x)
+        single = check(w, 16, "80", seed=seed, blocks=blocks)
+        assert (single.bulk_copy_bytes, single.copy_async_bytes) == (0, wanted + bytes_of_x)
+        assert single.ldmatrix.conflicts == bulk.ldmatrix.conflicts == 0
+        # Two barriers when the run is over, none on the way.
+        assert single.barriers == bulk.barriers == 3 * blocks

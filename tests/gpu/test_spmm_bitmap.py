@@ -54,6 +54,16 @@ def test_exact_where_one_stream_leads_all_others(cp: Any) -> None:
             check(cp, w, n, lane, blocks=blocks, row_cost=0)
 
 
+@pytest.mark.parametrize("columns", [64 * 150, 64 * 150 - 3])
+def test_exact_where_all_streams_but_one_lag_with_values(cp: Any, columns: int) -> None:
+    """What a slow stream needs is all there is between a row and the one that takes its place."""
+    for seed, (n, density, blocks) in enumerate(((8, 0.5, 1), (16, 0.9, 3), (33, 0.7, 2), (64, 0.3, 75))):
+        w = weight("lagging", (128, columns), density, "fp16", seed)
+        assert all((lags == 32).sum() == 255 for lags in Bitmap.from_dense(w).lags[1:])
+        for repeat in range(3):
+            check(cp, w, n, repeat, blocks=blocks, row_cost=0)
+
+
 def test_exact_where_no_element_is_zero(cp: Any) -> None:
     w = weight("full", (1024, 4096), 1.0, "fp16")
     assert Bitmap.from_dense(w).fronts[-1] > 100 * RING_ROWS

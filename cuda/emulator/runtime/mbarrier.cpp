@@ -35,21 +35,21 @@ void complete_if_done(Block& block, TransactionBarrier& barrier) {
     wake(block, barrier.waiting);
 }
 
-void arrive(Thread& thread, TransactionBarrier& barrier, unsigned address) {
+void arrive(Block& block, TransactionBarrier& barrier, unsigned address) {
     if (barrier.arrivals_left == 0) {
         fail("mbarrier at shared offset %u: more than its %u arrivals in one phase", address - kSharedBase,
              barrier.arrivals);
     }
     --barrier.arrivals_left;
-    thread.released = ++thread.epoch;
-    complete_if_done(*thread.owner, barrier);
+    complete_if_done(block, barrier);
 }
 
 void perform(Block& block, TransactionBarrier& barrier, const BulkCopy& copy) {
-    std::memcpy(shared_pointer(block, copy.address), copy.source, copy.bytes);
-    unsigned* writer = &block.writer[(copy.address - kSharedBase) / 2];
-    std::memset(writer, 0, sizeof *writer * copy.bytes / 2);  // the asynchronous proxy needs no fence from itself
-    barrier.bytes_left -= copy.bytes;
+    unsigned char* target = shared_pointer(block, copy.address);
+    std::memcpy(target, copy.source, copy.bytes);
+    std::memset(target + copy.bytes, 0, copy.zeros);
+    mark_written(block, copy.address, copy.bytes + copy.zeros, copy.mark);
+    barrier.bytes_left -= copy.bytes + copy.zeros;
 }
 
 void perform_all(Block& block, TransactionBarrier& barrier) {
@@ -81,10 +81,14 @@ void mbarrier_init(unsigned address, unsigned arrivals) {
     }
 }
 
-void mbarrier_arrive(unsigned address) { arrive(current(), find("mbarrier.arrive", address), address); }
+void mbarrier_arrive(unsigned address) {
+    Thread& thread = current();
+    thread.stores.release();
+    arrive(*thread.owner, find("mbarrier.arrive", address), address);
+}
 
-// The copies since the thread's last group become the barrier's: it has their bytes to wait for. Those of earlier groups
-// are left to their waits.
+// The copies since the thread's last group become the barrier's: it has their bytes to wait for. Those of earlier
+// groups are left to their waits.
 void mbarrier_arrive_after_copies(unsigned address) {
     Thread& thread = current();
     TransactionBarrier& barrier = find("cp.async.mbarrier.arrive", address);
@@ -93,25 +97,21 @@ void mbarrier_arrive_after_copies(unsigned address) {
     for (std::size_t i = first; i < queue.copies.size(); ++i) {
         const AsyncCopy& copy = queue.copies[i];
         if (copy.source == nullptr) continue;  // performed at once
-        if (copy.bytes != 16) {  // the rest of the 16 bytes is zeros: done at once, as the hardware may
-            unsigned char* target = shared_pointer(*thread.owner, copy.address);
-            std::memset(target, 0, 16);
-            std::memcpy(target, copy.source, copy.bytes);
-            mark_written(thread, copy.address, 16);
-            continue;
-        }
-        barrier.bytes_left += copy.bytes;
-        barrier.copies.push_back(BulkCopy{copy.address, copy.bytes, copy.source});
+        barrier.bytes_left += 16;
+        barrier.copies.push_back({copy.address, copy.bytes, 16 - copy.bytes, copy.source, mark_of_copies(thread)});
     }
     queue.copies.resize(first);
-    arrive(thread, barrier, address);
+    thread.copied.release();
+    arrive(*thread.owner, barrier, address);
     if (waited_for(barrier)) perform_all(*thread.owner, barrier);
 }
 
 void mbarrier_expect(unsigned address, unsigned bytes) {
     TransactionBarrier& barrier = find("mbarrier.arrive.expect_tx", address);
     barrier.bytes_left += bytes;
-    arrive(current(), barrier, address);
+    Thread& thread = current();
+    thread.stores.release();
+    arrive(*thread.owner, barrier, address);
 }
 
 void mbarrier_wait(unsigned address, unsigned parity) {
@@ -135,7 +135,7 @@ void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned m
     read_global(pointer, bytes);
     worker.add(Counter::bulk_copy_bytes, bytes);
     TransactionBarrier& barrier = find("cp.async.bulk", mbarrier);
-    const BulkCopy copy{address, bytes, pointer};
+    const BulkCopy copy{address, bytes, 0, pointer, 0};  // the asynchronous proxy needs no fence from itself
     if (waited_for(barrier) || (worker.launch->request->seed != 0 && worker.draw() % 4 == 0)) {
         perform(block, barrier, copy);
         complete_if_done(block, barrier);

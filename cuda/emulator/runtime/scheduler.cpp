@@ -146,7 +146,7 @@ void complete(Block& block, Barrier& barrier) {
         flush_logs(warp);
         for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
             Thread& thread = block.thread(w * 32 + static_cast<unsigned>(__builtin_ctz(rest)));
-            thread.published = thread.epoch;
+            thread.stores.published = thread.stores.epoch;
         }
         barrier.waiting[w] = 0;
         set_ready(warp, lanes);

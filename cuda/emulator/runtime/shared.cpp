@@ -115,9 +115,8 @@ void check_shared(const Thread& thread, const char* what, unsigned address, unsi
     if (address % bytes != 0) fail("%s: shared address %u is not a multiple of %u", what, address, bytes);
 }
 
-void mark_written(Thread& thread, unsigned address, unsigned bytes) {
-    unsigned* writer = &thread.owner->writer[(address - kSharedBase) / 2];
-    const unsigned mark = thread.id << 20 | (thread.epoch & 0xfffffu);
+void mark_written(Block& block, unsigned address, unsigned bytes, unsigned mark) {
+    unsigned* writer = &block.writer[(address - kSharedBase) / 2];
     for (unsigned i = 0; i < bytes / 2; ++i) writer[i] = mark;
 }
 
@@ -144,7 +143,7 @@ void scatter_shared(unsigned address, unsigned short value) {
     Thread& thread = current();
     check_shared(thread, "2-byte store", address, 2);
     std::memcpy(shared_pointer(*thread.owner, address), &value, 2);
-    mark_written(thread, address, 2);
+    mark_written(*thread.owner, address, 2, mark_of_stores(thread));
     log_access(thread, thread.warp->scatters, address);
 }
 
@@ -152,7 +151,7 @@ void store_shared4(unsigned address, unsigned value) {
     Thread& thread = current();
     check_shared(thread, "4-byte store", address, 4);
     std::memcpy(shared_pointer(*thread.owner, address), &value, 4);
-    mark_written(thread, address, 4);
+    mark_written(*thread.owner, address, 4, mark_of_stores(thread));
     log_access(thread, thread.warp->stores4, address);
 }
 
@@ -160,7 +159,7 @@ void store_shared16(unsigned address, const uint4& value) {
     Thread& thread = current();
     check_shared(thread, "16-byte store", address, 16);
     std::memcpy(shared_pointer(*thread.owner, address), &value, 16);
-    mark_written(thread, address, 16);
+    mark_written(*thread.owner, address, 16, mark_of_stores(thread));
     log_access(thread, thread.warp->stores16, address);
 }
 
@@ -178,7 +177,7 @@ void copy_async16(unsigned address, const void* pointer, unsigned bytes) {
     AsyncCopy copy{address, bytes, pointer};
     if (worker.launch->request->seed != 0 && worker.draw() % 4 == 0) {
         perform_copy(thread, copy);
-        mark_written(thread, address, 16);
+        mark_written(*thread.owner, address, 16, mark_of_copies(thread));
     }
     thread.copies->copies.push_back(copy);
 }
@@ -196,7 +195,7 @@ void copy_async_wait(unsigned pending) {
     const unsigned end = queue.group_ends[groups - 1];
     for (unsigned i = 0; i < end; ++i) {
         perform_copy(thread, queue.copies[i]);
-        mark_written(thread, queue.copies[i].address, 16);
+        mark_written(*thread.owner, queue.copies[i].address, 16, mark_of_stores(thread));  // its own from now on
     }
     queue.copies.erase(queue.copies.begin(), queue.copies.begin() + end);
     queue.group_ends.erase(queue.group_ends.begin(), queue.group_ends.begin() + static_cast<std::ptrdiff_t>(groups));
@@ -205,11 +204,12 @@ void copy_async_wait(unsigned pending) {
 
 void fence_async_proxy() {
     Thread& thread = current();
-    ++thread.epoch;
+    ++thread.stores.epoch;
     Block& block = *thread.owner;
     for (unsigned id = 0; id < block.warp_count * 32; ++id) {
         Thread& other = block.thread(id);
-        if (other.released > other.published) other.published = other.released;
+        other.stores.publish_released();
+        other.copied.publish_released();
     }
 }
 

@@ -2,6 +2,7 @@
 // Everything the emulator knows about a launch: threads, warps, blocks, workers.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <map>
@@ -37,16 +38,23 @@ struct CopyQueue {
     void clear() { copies.clear(), group_ends.clear(); }
 };
 
+// Writes to shared memory of one kind by one thread. They become visible to the asynchronous proxy (wgmma) in two
+// steps: the writer's fence ends an epoch, the next barrier publishes all ended epochs. Or the writer arrives at an
+// mbarrier, which releases what it wrote, and a fence of the reader publishes what has been released. An arrival
+// releases ordinary stores, one after copies releases copies.
+struct Writes {
+    unsigned epoch = 1, published = 1, released = 1;
+    void release() { released = ++epoch; }
+    void publish_released() { published = std::max(published, released); }
+};
+
 // Lives at the base of its own stack, see self().
 struct Thread : ThreadView {
     Context context;
     Block* owner = nullptr;
     Warp* warp = nullptr;
     unsigned id = 0, lane = 0;
-    // Ordinary stores to shared memory become visible to the asynchronous proxy (wgmma) in two steps: the writer's
-    // fence ends an epoch, the next barrier publishes all ended epochs. Or the writer arrives at an mbarrier, which
-    // releases what it wrote, and a fence of the reader publishes what has been released.
-    unsigned epoch = 1, published = 1, released = 1;
+    Writes stores, copied;  // its ordinary stores; its cp.async whose end it leaves to an mbarrier
     CopyQueue* copies = nullptr;
 };
 
@@ -97,8 +105,9 @@ struct Barrier {
 };
 
 struct BulkCopy {
-    unsigned address, bytes;
+    unsigned address, bytes, zeros;  // zeros: bytes behind the copied ones
     const void* source;
+    unsigned mark;  // of who writes, as in Block::writer
 };
 
 struct TransactionBarrier {
@@ -120,7 +129,7 @@ struct Block : BlockView {
     char* stacks = nullptr;              // one per thread
     std::unique_ptr<CopyQueue[]> copies;
     std::map<unsigned, TransactionBarrier> transactions;  // by shared address
-    std::unique_ptr<unsigned[]> writer;  // of each 2 bytes of shared memory: thread id << 20 | epoch, 0: none
+    std::unique_ptr<unsigned[]> writer;  // of each 2 bytes of shared memory: see mark_of_stores; 0: none
 
     Thread& thread(unsigned id) { return *reinterpret_cast<Thread*>(stacks + id * kStackBytes); }
 };
@@ -172,7 +181,13 @@ void wake(Block& block, unsigned (&waiting)[kMaxWarps]);
 
 // ---- shared.cpp
 
-void mark_written(Thread& thread, unsigned address, unsigned bytes);
+// Who writes now: thread id << 20 | epoch, and the highest bit where copies do.
+constexpr unsigned kCopiedMark = 1u << 31;
+inline unsigned mark_of_stores(const Thread& thread) { return thread.id << 20 | (thread.stores.epoch & 0xfffffu); }
+inline unsigned mark_of_copies(const Thread& thread) {
+    return kCopiedMark | thread.id << 20 | (thread.copied.epoch & 0xfffffu);
+}
+void mark_written(Block& block, unsigned address, unsigned bytes, unsigned mark);
 void check_shared(const Thread& thread, const char* what, unsigned address, unsigned bytes);
 // Wavefronts of up to 8 rows of 16 bytes read or written together.
 unsigned wavefronts16(const unsigned* addresses, unsigned count);

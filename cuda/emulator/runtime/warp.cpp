@@ -220,7 +220,7 @@ void store_matrix_x4(unsigned address, const unsigned* fragment) {
     for (unsigned m = 0; m < 4; ++m) {
         const unsigned part = mine.rows[m] + thread.lane % 4 * 4;
         std::memcpy(shared_pointer(*thread.owner, part), &fragment[m], 4);
-        mark_written(thread, part, 4);
+        mark_written(*thread.owner, part, 4, mark_of_stores(thread));
     }
 }
 

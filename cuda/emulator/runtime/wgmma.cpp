@@ -92,8 +92,10 @@ void check_published(Warp& warp, const char* name, std::uint64_t descriptor, uns
             const unsigned* writer = &block.writer[(address - kSharedBase) / 2];
             for (unsigned i = 0; i < 8; ++i) {
                 if (writer[i] == 0) continue;
-                const unsigned id = writer[i] >> 20, epoch = writer[i] & 0xfffffu;
-                if (epoch >= (block.thread(id).published & 0xfffffu)) {
+                const unsigned id = (writer[i] & ~kCopiedMark) >> 20, epoch = writer[i] & 0xfffffu;
+                const Thread& thread = block.thread(id);
+                const Writes& writes = (writer[i] & kCopiedMark) != 0 ? thread.copied : thread.stores;
+                if (epoch >= (writes.published & 0xfffffu)) {
                     fail("missing proxy fence: wgmma.mma_async reads operand %s at shared offset %u, which thread %u "
                          "wrote without fence.proxy.async and a barrier after it",
                          name, address + i * 2 - kSharedBase, id);

@@ -35,6 +35,9 @@ def products() -> None:
         ("bitmap", "80", 9, (130, 700), "skewed"),
         ("bitmap", "90a", 33, (130, 200), "full"),
         ("bitmap", "90a", 5, (129, 770), "empty-tiles"),
+        ("slot24", "80", 9, (130, 704), "skewed"),
+        ("slot24", "90a", 33, (130, 203), "full"),
+        ("slot24", "90a", 5, (129, 1540), "empty-tiles"),
     )
     jobs = []
     for name, arch, n, shape, pattern in cases:

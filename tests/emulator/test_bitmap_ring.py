@@ -24,7 +24,7 @@ UNCHECKED = "kRing >= bitmap::kSlack + bitmap::kStreamElements + bitmap::kChunkR
 @pytest.fixture
 def ring_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The kernel has a ring of so many rows."""
-    monkeypatch.setattr(bitmap, "RING_ROWS", request.param)
+    monkeypatch.setattr(bitmap, "RING_ROWS", dict.fromkeys(bitmap.RING_ROWS, request.param))
     bitmap._spec.cache_clear()
     yield request.param
     bitmap._spec.cache_clear()

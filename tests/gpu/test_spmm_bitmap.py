@@ -66,7 +66,7 @@ def test_exact_where_all_streams_but_one_lag_with_values(cp: Any, columns: int) 
 
 def test_exact_where_no_element_is_zero(cp: Any) -> None:
     w = weight("full", (1024, 4096), 1.0, "fp16")
-    assert Bitmap.from_dense(w).fronts[-1] > 100 * RING_ROWS
+    assert Bitmap.from_dense(w).fronts[-1] > 100 * max(RING_ROWS.values())
     for n in (8, 16, 32, 64):
         check(cp, w, n, n)
 

@@ -104,6 +104,19 @@ def test_products_while_the_ring_of_values_turns(cp: Any, n: int) -> None:
         assert_exact(spmm(cp.asarray(x), sparse, plan=chosen).get(), exact(x, w, "fp16"))
 
 
+@pytest.mark.parametrize("n", [8, 16, 40])
+def test_products_while_windows_of_x_turn(cp: Any, n: int) -> None:
+    """Runs of many windows, of one tile, and over several rows of tiles; K a multiple of 8 and not."""
+    cases = (((128, 3072), 0.15, 1), ((256, 1024), 0.1, 16), ((600, 520), 0.2, 3), ((300, 1021), 0.3, 5))
+    for shape, density, blocks in cases:
+        w = weight("uniform", shape, density, "fp16", seed=n)
+        x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")
+        sparse = Slot24.from_dense(w).to_device()
+        chosen = plan(sparse, n)
+        chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=0))
+        assert_exact(spmm(cp.asarray(x), sparse, plan=chosen).get(), exact(x, w, "fp16"))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_random_weights(cp: Any, shape: tuple[int, int]) -> None:
     options: dict[str, Any] = {"density": 0.3, "pattern": "uniform", "seed": 5, "std": 0.02, "dtype": "fp16"}

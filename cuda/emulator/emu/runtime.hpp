@@ -43,6 +43,7 @@ enum class Reduce : unsigned char { none, any, all, count };
 int block_barrier(Reduce reduce, int value);
 void named_barrier(unsigned id, unsigned threads);
 void let_others_run();  // with odd seeds the other blocks go on before this one
+void sometimes_let_others_run();
 void warp_barrier(unsigned mask);
 
 enum class Shuffle : unsigned char { index, up, down, exchange };

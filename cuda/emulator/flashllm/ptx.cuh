@@ -86,7 +86,10 @@ FLASHLLM_DEVICE void copy_async_wait() {
 FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) { emu::mbarrier_init(address, arrivals); }
 FLASHLLM_DEVICE void mbarrier_init_fence() {}
 FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) { emu::mbarrier_arrive_after_copies(address); }
-FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) { emu::mbarrier_arrive(address); }
+FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
+    emu::mbarrier_arrive(address);
+    emu::sometimes_let_others_run();  // who waited for it may act before the other lanes of this warp do anything
+}
 FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) { emu::mbarrier_expect(address, bytes); }
 FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) { emu::mbarrier_wait(address, parity); }
 FLASHLLM_DEVICE void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned mbarrier) {

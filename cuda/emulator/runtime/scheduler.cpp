@@ -298,6 +298,8 @@ void let_others_run() {
     switch_to(thread, *pick(*thread.owner->worker, *thread.owner));
 }
 
+void sometimes_let_others_run() { maybe_preempt(current()); }
+
 int block_barrier(Reduce reduce, int value) { return wait_at(current(), 0, 0, reduce, value); }
 
 void named_barrier(unsigned id, unsigned threads) {

@@ -283,6 +283,6 @@ def test_no_conflicts_whatever_the_window() -> None:
 
 def test_plans_of_the_emulated_device_have_blocks_that_share_rows() -> None:
     """Or the tests over all formats would not see a run that begins amid a row."""
-    w = Slot24.from_dense(weight("uniform", (384, 1024), 0.1, "fp16"))
+    w = Slot24.from_dense(weight("uniform", (384, 1536), 0.1, "fp16"))
     split: Any = plan(w, 9, device=emulator.emulated_device("90a")).split
     assert max(split.pieces(row) for row in range(3)) > 1

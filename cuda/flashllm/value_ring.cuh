@@ -79,8 +79,8 @@ template <int kRing>
 struct Streams {
     unsigned even, odd, begin;  // begin: of the part's ring
 
-    // Before tile `first`. At the begin of a run of the format, `restart`, streams stand at the front; else where is stored
-    // every kLagTiles tiles. From there on masks are counted.
+    // Before tile `first`, in the format's run that begins at tile `restart`. There streams stand at the front, every
+    // kLagTiles tiles where the lags say; from the last such place on masks are counted.
     FLASHLLM_DEVICE Streams(const ValueRing<kRing>& ring, const unsigned char* masks, const int* fronts,
                             const unsigned short* lags, int first, int restart, int part) {
         const int lane = threadIdx.x & 31;
@@ -205,7 +205,7 @@ struct Feeder {
             for (int i = 0; i < kPieces; ++i) ptx::bulk_copy(pieces[i].target, pieces[i].source, pieces[i].bytes, full);
         }
         // Rows at the first places twice, by the same code: what the feeder executes has to be fetched, beside what the
-        // other warps execute.
+        // other warps execute, and unrolled copies cost more than they save (8 %).
         unsigned mirror = 0;
 #pragma unroll 1
         while (rows < need) {
@@ -218,10 +218,7 @@ struct Feeder {
             }
             mirror = place == 0 && mirror == 0 ? ring.kWrapBytes : 0;
             if (mirror != 0) continue;
-            rows += bitmap::kChunkRows;
-            chunk += bitmap::kChunkBytes;
-            place += bitmap::kPartChunkBytes;
-            if (place == ring.kWrapBytes) place = 0;
+            next_chunk();
         }
 #else
 #pragma unroll
@@ -231,7 +228,7 @@ struct Feeder {
             }
         }
 #pragma unroll 1
-        for (; rows < need; rows += bitmap::kChunkRows) {
+        for (; rows < need; next_chunk()) {
 #pragma unroll
             for (int part = 0; part < bitmap::kParts; ++part) {
 #pragma unroll
@@ -242,12 +239,16 @@ struct Feeder {
                     ptx::copy_async16(place == 0, to + ring.kWrapBytes, from, 16);
                 }
             }
-            chunk += bitmap::kChunkBytes;
-            place += bitmap::kPartChunkBytes;
-            if (place == ring.kWrapBytes) place = 0;
         }
         ptx::mbarrier_arrive_after_copies(barrier());
 #endif
+    }
+
+    FLASHLLM_DEVICE void next_chunk() {
+        rows += bitmap::kChunkRows;
+        chunk += bitmap::kChunkBytes;
+        place += bitmap::kPartChunkBytes;
+        if (place == ring.kWrapBytes) place = 0;
     }
 
     FLASHLLM_DEVICE void advance() {

@@ -25,6 +25,7 @@ import pytest
 from mutations import EPILOGUE, MMA, WGMMA, X_STAGE, Mutation, Outcomes, Product, build_of, first_failure, outcomes
 
 from flashllm.backends import emulator
+from flashllm.formats import runs
 from flashllm.matmul import bitmap
 
 KERNEL, DECODE = "spmm/bitmap.cu", "flashllm/bitmap.cuh"
@@ -58,32 +59,32 @@ MUTATIONS = (
     Mutation("no wrap before a tile", KERNEL, "streams.wrap();\n            if constexpr", "if constexpr"),
     Mutation("no wrap amid a tile", KERNEL, "streams.wrap();\n                multiply_word", "multiply_word"),
     Mutation("no wrap amid a tile, wgmma", KERNEL, "streams.wrap();\n                start_step", "start_step", WGMMA),
-    Mutation("even columns do not wrap", RING, "if (even >= end) even -= ValueRing<kRing>::kWrapBytes;"),
-    Mutation("odd columns do not wrap", RING, "if (odd >= end) odd -= ValueRing<kRing>::kWrapBytes;"),
+    Mutation("even columns do not wrap", RING, "even -= ValueRing<kRing>::kWrapBytes;", ";"),
+    Mutation("odd columns do not wrap", RING, "odd -= ValueRing<kRing>::kWrapBytes;", ";"),
     Mutation("no proxy fence", KERNEL, "ptx::fence_async_proxy();  // x came", "// x came", WGMMA),
     Mutation("wgmma is not started in order", KERNEL, "    ptx::warpgroup_begin();\n", "", WGMMA),
     Mutation("steps are not committed", KERNEL, "    ptx::warpgroup_commit();\n", "", WGMMA),
     Mutation("a stage is released under wgmma", KERNEL, "ptx::warpgroup_wait();\n#endif", "#endif", WGMMA),
-    Mutation("all lanes release", RING, "if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(", "ptx::mbarrier_arrive("),
+    Mutation("all lanes release", RING, "if (ptx::elect()) ptx::mbarrier_arrive(empty", "ptx::mbarrier_arrive(empty"),
     *both("three warps release for four", RING, "empty(i), bitmap::kParts)", "empty(i), bitmap::kParts - 1)"),
     *both("parity does not turn", RING, "stage = 0, parity ^= 1;", "stage = 0;"),
     Mutation("barriers are used before they are there", KERNEL, "kArrivals);\n    __syncthreads();", "kArrivals);"),
     # Where a run begins.
     Mutation("lags of even columns are ignored", RING, "static_cast<int>(lag & 0xff)", "0"),
     Mutation("lags of odd columns are ignored", RING, "static_cast<int>(lag >> 8)", "0"),
-    Mutation("lags of the first tile", RING, "first / bitmap::kLagTiles * bitmap::kTileThreads + thr", "thr"),
-    Mutation("masks before the run are not counted", RING, "if (i >= back) break;", "break;"),
-    Mutation("more masks than there are before the run", RING, "if (i >= back) break;"),
-    Mutation("masks before the run are the first", RING, "static_cast<long long>(first - back) * b", "0 * b"),
-    Mutation("lags count from the run", RING, "__ldg(fronts + first - back)", "__ldg(fronts + first)"),
-    Mutation("rows before the first", RING, "max(first_front - bitmap::kSlack, 0)", "(first_front - bitmap::kSlack)"),
-    Mutation("slow streams of a run are left out", RING, "max(first_front - bitmap::kSlack, 0)", "first_front"),
+    Mutation("lags of the first tile", RING, "stored / bitmap::kLagTiles * bitmap::kTileThreads + thr", "thr"),
+    Mutation("masks before the run are not counted", RING, "if (i >= first - known) break;", "break;"),
+    Mutation("more masks than there are before the run", RING, "if (i >= first - known) break;"),
+    Mutation("masks before the run are the first", RING, "static_cast<long long>(known) * b", "0 * b"),
+    Mutation("lags count from the run", RING, "__ldg(fronts + known)", "__ldg(fronts + first)"),
+    Mutation("rows before the first", RING, "max(first_front - lag, 0)", "(first_front - lag)"),
+    Mutation("slow streams of a run are left out", RING, "max(first_front - lag, 0)", "first_front"),
     Mutation("a run begins amid a chunk", RING, ", 0) / bitmap::kChunkRows * bitmap::kChunkRows)", ", 0))"),
     Mutation("values of the first run", RING, "(ring.origin / bitmap::kChunkRows) *", "(0) *"),
     Mutation("masks of the first run", KERNEL, "masks + static_cast<long long>(first) *", "masks + 0 *"),
     Mutation("fronts of the first run", KERNEL, "values, fronts + first, count", "values, fronts, count"),
     # The feeder: which rows, and whether there is room.
-    *both("the last chunk is left out", RING, "(front / bitmap::kChunkRows + 1)", "(front / bitmap::kChunkRows)"),
+    *both("the last chunk is left out", RING, "kChunkRows - 1)) + 1", "kChunkRows - 1)) - 15"),
     *both("a tile is brought without room", KERNEL, "while (!feed.has_room(need)) feed.wait_release();"),
     *both("one release makes room", KERNEL, "while (!feed.has_room(need))", "if (!feed.has_room(need))"),
     *both("a stage is filled too early", RING, "tile - done < kStages", "tile - done <= kStages"),
@@ -111,7 +112,7 @@ MUTATIONS = (
     Mutation("half of the masks", RING, "at < pieces[i].bytes;", "at < pieces[i].bytes / 2;"),
     Mutation("the mirror is not copied", RING, "ptx::copy_async16(place == 0, to + ring.kWrapBytes, from, 16);"),
     Mutation("the mirror is of every chunk", RING, "ptx::copy_async16(place == 0, to", "ptx::copy_async16(true, to"),
-    Mutation("the ring does not wrap", RING, "if (place == ring.kWrapBytes) place = 0;"),
+    *both("the ring does not wrap", RING, "if (place == ring.kWrapBytes) place = 0;"),
     Mutation("arrivals do not wait for copies", RING, "arrive_after_copies(barrier())", "arrive(barrier())"),
     Mutation("one lane arrives", RING, "kArrivals = bitmap::kLanes;", "kArrivals = 1;"),
     # By bulk copies.
@@ -120,18 +121,25 @@ MUTATIONS = (
     Mutation("bytes of masks are not announced", RING, "bytes += pieces[i].bytes;", ";", WGMMA),
     Mutation("a mirror is announced for no chunk", RING, "? chunks != 0 :", "? true :", WGMMA),
     Mutation("a mirror is announced too early", RING, "Bytes > ring.kWrapBytes;", "Bytes >= ring.kWrapBytes;", WGMMA),
-    Mutation("masks are not copied", RING, "if (lane < kPieces) ptx::bulk_copy", "if (false) ptx::bulk_copy", WGMMA),
-    Mutation("a round does not wrap", RING, "if (at >= ring.kWrapBytes) at -= ring.kWrapBytes;", "", WGMMA),
-    Mutation("rounds do not wrap", RING, "if (place >= ring.kWrapBytes) place -= ring.kWrapBytes;", "", WGMMA),
-    Mutation("rounds end late", RING, "rows + number * bitmap::kChunkRows < need && (", "(", WGMMA),
-    Mutation("the mirror is not copied, bulk copies", RING, "(!mirror || at == 0)", "!mirror", WGMMA),
-    Mutation("the mirror is of every chunk, bulk copies", RING, " && (!mirror || at == 0)", "", WGMMA),
-    Mutation("the mirror lies on the chunk", RING, "(mirror ? ring.kWrapBytes : at)", "at", WGMMA),
-    Mutation("rounds are always full", RING, "min((need - rows) / bitmap::kChunkRows,", "max(0,", WGMMA),
-    Mutation("one round is all", RING, "min((need - rows) / bitmap::kChunkRows,", "max((need - rows) / 16, 0 *", WGMMA),
-    Mutation("rounds copy the same", RING, "chunk += chunks * bitmap::kChunkBytes;", "", WGMMA),
-    Mutation("rounds write to the same place", RING, "place += chunks * bitmap::kPartChunkBytes;", "", WGMMA),
-    Mutation("every part gets the same", RING, "bitmap::kParts + part) *", "bitmap::kParts) *", WGMMA),
+    Mutation("masks are not copied", RING, "i) ptx::bulk_copy(pieces", "i) if (i) ptx::bulk_copy(pieces", WGMMA),
+    Mutation("all lanes bring masks", RING, "if (ptx::elect()) {\n            ptx", "{\n            ptx", WGMMA),
+    Mutation("all lanes bring rows", RING, "            if (ptx::elect()) {\n#pragma", "            {\n#pragma", WGMMA),
+    Mutation("the mirror is not copied, bulk copies", RING, "if (mirror != 0) continue;", "", WGMMA),
+    Mutation("the mirror is of every chunk, bulk copies", RING, "place == 0 && mirror == 0 ?", "mirror == 0 ?", WGMMA),
+    Mutation("the mirror lies on the chunk", RING, "place + mirror,", "place,", WGMMA),
+    Mutation("every part gets the same", RING, "chunk + part * bitmap::kPartChunkBytes,", "chunk,", WGMMA),
+    *both("chunks are the same", RING, "        chunk += bitmap::kChunkBytes;\n"),
+    *both("chunks go to the same place", RING, "        place += bitmap::kPartChunkBytes;\n"),
+    # Runs of the format.
+    Mutation("streams go on where they were", KERNEL, "streams.restart(ring, restart_front);"),
+    Mutation("streams go on at the first restart's front", KERNEL, "                restart_front = __ldg(", "__ldg("),
+    Mutation("there is one restart", KERNEL, "                restart = next_restart();\n"),
+    Mutation("the loop does not stop at restarts", KERNEL, " stop = min(chains.chain_end, restart);\n        }", " stop = chains.chain_end;\n        }"),
+    Mutation("odd columns go on with the even ones", RING, "odd = even + 2;", "odd = even;"),
+    Mutation("restarts do not wrap", RING, "(front - ring.origin) % kRing", "(front - ring.origin)"),
+    Mutation("lags count at restarts", RING, "if (known != restart)", "if (true)"),
+    Mutation("a restart is not looked for", RING, "known = max(stored, restart)", "known = stored"),
+    Mutation("no start needs the slack", KERNEL, "first == restart ? 0 : bitmap::kSlack", "0"),
     # Chains, and the end of a run.
     Mutation("earlier chains are forgotten", CHAINS, "piece.add_stored(sum);  // by earlier chains", ";"),
     Mutation("chains add what was not stored", CHAINS, "run_begin + tile - row_begin > S::kMaxChain", "true"),
@@ -208,6 +216,14 @@ def run(build: emulator.BuildOptions, *, aligned: bool = True) -> str | None:
         ((70, 457), 9, "skewed", 0.4, 5, 0),
     )
     return first_failure("bitmap", choice_for(build.arch, aligned=aligned), products if aligned else unaligned, build)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_runs() -> Iterator[None]:
+    """Long ones, in which streams come to lag, and blocks that begin amid them and go on into the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "RUNS", 3)
+        yield
 
 
 @pytest.fixture(scope="module")

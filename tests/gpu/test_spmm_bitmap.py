@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from test_spmm import multiply
 
 from flashllm import spmm
+from flashllm.formats import runs
 from flashllm.formats.bitmap import Bitmap
 from flashllm.matmul.bitmap import RING_ROWS
 from products import assert_exact, exact, integers, weight
@@ -55,8 +56,11 @@ def test_exact_where_one_stream_leads_all_others(cp: Any) -> None:
 
 
 @pytest.mark.parametrize("columns", [64 * 150, 64 * 150 - 3])
-def test_exact_where_all_streams_but_one_lag_with_values(cp: Any, columns: int) -> None:
+def test_exact_where_all_streams_but_one_lag_with_values(
+    cp: Any, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a slow stream needs is all there is between a row and the one that takes its place."""
+    monkeypatch.setattr(runs, "RUNS", 1)  # or no stream would lag where lags are stored
     for seed, (n, density, blocks) in enumerate(((8, 0.5, 1), (16, 0.9, 3), (33, 0.7, 2), (64, 0.3, 75))):
         w = weight("lagging", (128, columns), density, "fp16", seed)
         assert all((lags == 32).sum() == 255 for lags in Bitmap.from_dense(w).lags[1:])

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/kernels/bitmap.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/kernels/bitmap.md", "docs/kernels/slot24.md"])
 def test_table_is_generated_from_the_committed_rows(document: str) -> None:
     from flashllm.cli.table import command
 

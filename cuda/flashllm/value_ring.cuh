@@ -16,6 +16,24 @@ namespace flashllm {
 constexpr int kMirrorRows = 16;  // a pointer wraps once per mask word: 16 elements of a stream
 static_assert(bitmap::kStreamElements == 2 * kMirrorRows, "a mask word is half of a stream's elements");
 
+constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds
+constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
+
+// A block that computes kN columns of x: four warps with a part of 2 x 16 rows each. A step takes 16 columns of a tile.
+template <int kN_>
+struct PartShape {
+    static constexpr int kN = kN_;
+    static constexpr int kM = bitmap::kTileM;
+    static constexpr int kBlockWarps = bitmap::kParts;
+    static constexpr int kSlices = 1;
+    static constexpr int kRowFragments = 2;
+    static constexpr int kColumnFragments = kN / 8;
+    static constexpr int kMaxChain = kMaxChainSteps / (bitmap::kTileK / 16);  // tiles
+
+    FLASHLLM_DEVICE static int row(int i) { return i * 64 + static_cast<int>(threadIdx.x >> 5) * 16; }
+    FLASHLLM_DEVICE static int slice() { return 0; }
+};
+
 // A place in the cycle of kStages stages, and the parity of the phase of its barriers.
 template <int kStages>
 struct Cycle {
@@ -191,7 +209,6 @@ struct Feeder {
     // Copies the pieces and the value rows below `need`, and arrives at the tile's barrier for them.
     template <int kPieces>
     FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need) {
-        const int lane = threadIdx.x & 31;
 #if __CUDA_ARCH__ >= 900
         const unsigned full = barrier();
         const unsigned chunks = static_cast<unsigned>(need - rows) / bitmap::kChunkRows;
@@ -221,6 +238,7 @@ struct Feeder {
             next_chunk();
         }
 #else
+        const int lane = threadIdx.x & 31;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
             for (int at = lane * 16; at < pieces[i].bytes; at += bitmap::kLanes * 16) {

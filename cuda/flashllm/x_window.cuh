@@ -24,9 +24,7 @@ struct XWindows {
     static constexpr unsigned kWindowBytes = kWarps * kWarpColumns * kColumnBytes;
     static constexpr int kRowBytes = kWarpColumns * 2;  // 128 of a warp's place: all 32 banks; chunks are swizzled
     static constexpr int kRows = 4;                     // that one turn of the warp's 16-byte chunks takes
-    static constexpr unsigned kPlacesBytes = kWarps * kN * kRowBytes;
-    static constexpr unsigned kBytes = kWindows * kWindowBytes + kPlacesBytes;
-    static constexpr unsigned kBarrierBytes = kWindows * 16 + kWarps * 8;
+    static constexpr unsigned kBytes = kWindows * kWindowBytes + kWarps * kN * kRowBytes;
     static_assert(kN % (2 * kRows) == 0, "the swizzle has two forms");
     static_assert(kColumnBytes < 256, "an address is base + column * kColumnBytes by one 8-bit multiply-add");
 

@@ -20,24 +20,6 @@
 
 namespace flashllm {
 
-constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds
-constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
-
-template <int kN_>
-struct BitmapShape {
-    static constexpr int kN = kN_;
-    static constexpr int kM = bitmap::kTileM;
-    static constexpr int kBlockWarps = bitmap::kParts;
-    static constexpr int kSlices = 1;
-    static constexpr int kRowFragments = 2;
-    static constexpr int kColumnFragments = kN / 8;
-    static constexpr int kMaxChain = kMaxChainSteps / (bitmap::kTileK / 16);  // tiles
-    static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
-
-    FLASHLLM_DEVICE static int row(int i) { return i * 64 + static_cast<int>(threadIdx.x >> 5) * 16; }
-    FLASHLLM_DEVICE static int slice() { return 0; }
-};
-
 // Shared memory of a block: rings of value rows, stages of x and masks, barriers.
 template <int kN, int kRing, int kStages>
 struct Layout {
@@ -155,7 +137,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost, int runs,
             int runs_row_cost) {
-    using S = BitmapShape<kN>;
+    static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
+    using S = PartShape<kN>;
     using L = Layout<kN, kRing, kStages>;
     using Loads = Load<S, L, kAligned>;
     FLASHLLM_DYNAMIC_SHARED(shared);

@@ -21,24 +21,6 @@
 
 namespace flashllm {
 
-constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds
-constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
-
-template <int kN_>
-struct Slot24Shape {
-    static constexpr int kN = kN_;
-    static constexpr int kM = bitmap::kTileM;
-    static constexpr int kBlockWarps = bitmap::kParts;
-    static constexpr int kSlices = 1;
-    static constexpr int kRowFragments = 2;
-    static constexpr int kColumnFragments = kN / 8;
-    static constexpr int kMaxChain = kMaxChainSteps / slot24::kSteps;  // tiles
-    static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
-
-    FLASHLLM_DEVICE static int row(int i) { return i * 64 + static_cast<int>(threadIdx.x >> 5) * 16; }
-    FLASHLLM_DEVICE static int slice() { return 0; }
-};
-
 // One m16n8k32 step: gathers x, decodes the A fragments of both rows of fragments and multiplies.
 template <typename T, typename S, typename Windows, int kStep>
 FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask, unsigned picks,
@@ -105,7 +87,8 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int window_columns, int row_cost,
             int runs, int runs_row_cost) {
-    using S = Slot24Shape<kN>;
+    static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
+    using S = PartShape<kN>;
     using Windows = XWindows<kN, kWindows, kAligned>;
     using L = Layout<kRing, kStages, Windows>;
     FLASHLLM_DYNAMIC_SHARED(shared);

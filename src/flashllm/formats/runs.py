@@ -32,11 +32,19 @@ class Runs:
     count: int
     row_cost: int
 
+    @property
+    def cost(self) -> int:
+        """Tiles in all, ends of rows included."""
+        return self.tiles_m * (self.tiles_k + self.row_cost)
+
     def first_tile(self, run: int) -> int:
         """First tile of ``run``; of ``run + 1``, one past its last."""
-        cost = self.tiles_m * (self.tiles_k + self.row_cost)
-        row, column = divmod(cost * run // self.count, self.tiles_k + self.row_cost)
+        row, column = divmod(self.cost * run // self.count, self.tiles_k + self.row_cost)
         return row * self.tiles_k + min(column, self.tiles_k)
+
+    def run_of(self, tile: int) -> int:
+        """The run that holds ``tile``."""
+        return ((tile + tile // self.tiles_k * self.row_cost + 1) * self.count - 1) // self.cost
 
     def first_tiles(self) -> NDArray[np.int64]:
         """The first tiles of all runs, ascending."""

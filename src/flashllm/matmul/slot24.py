@@ -16,7 +16,7 @@ from flashllm.formats.slot24_encode import STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
 from flashllm.matmul.stream_k import StreamK, stream_k_for_runs
-from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, cxx_bool
+from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, cxx_bool, n_block_for
 
 if TYPE_CHECKING:
     from flashllm.formats.slot24 import Slot24
@@ -107,14 +107,9 @@ def _room(arch: str, n_block: int) -> _Room:
     return _ROOM.get(arch, _SMALL)[n_block]
 
 
-def n_block_for(n: int) -> int:
-    """The narrowest column block that holds ``n`` columns, at most the widest."""
-    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
-
-
 def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
     """What the heuristic takes for ``n`` columns of x on ``arch``."""
-    return _choice(w.dtype, n_block_for(n), arch, aligned=w.shape[1] % 8 == 0)
+    return _choice(w.dtype, n_block_for(n, N_BLOCKS), arch, aligned=w.shape[1] % 8 == 0)
 
 
 def _choice(dtype: str, n_block: int, arch: str, *, aligned: bool) -> Choice:
@@ -171,7 +166,7 @@ def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
 
 def tune_key(w: Slot24, n: int) -> str:
     """Class of density, in tenths, and column blocks."""
-    columns = n_block_for(n)
+    columns = n_block_for(n, N_BLOCKS)
     return f"d{round(10 * w.density)} n{columns}x{-(-n // columns)}"
 
 

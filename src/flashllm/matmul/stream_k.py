@@ -51,9 +51,14 @@ class StreamK:
         return self.tiles_m * self.tiles_k
 
     @property
+    def runs(self) -> Runs:
+        """The tiles of each block."""
+        return Runs(self.tiles_m, self.tiles_k, self.blocks, self.row_cost)
+
+    @property
     def cost(self) -> int:
         """Tiles in all, ends of rows included."""
-        return self.tiles_m * (self.tiles_k + self.row_cost)
+        return self.runs.cost
 
     def describe(self, sm_count: int) -> str:
         """How the tiles are dealt on ``sm_count`` multiprocessors, for people."""
@@ -64,12 +69,11 @@ class StreamK:
 
     def first_tile(self, block: int) -> int:
         """First tile of ``block``; of ``block + 1``, one past its last."""
-        row, column = divmod(self.cost * block // self.blocks, self.tiles_k + self.row_cost)
-        return row * self.tiles_k + min(column, self.tiles_k)
+        return self.runs.first_tile(block)
 
     def block_of(self, tile: int) -> int:
         """The block that holds ``tile``."""
-        return ((tile + tile // self.tiles_k * self.row_cost + 1) * self.blocks - 1) // self.cost
+        return self.runs.run_of(tile)
 
     def pieces(self, tile_m: int) -> int:
         """Blocks that share row ``tile_m`` of tiles; 1 when one block computes it alone."""

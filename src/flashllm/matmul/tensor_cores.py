@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 K_STEP = 16
 """Columns of one tensor-core step."""
 MAX_CHAIN_STEPS = 384
@@ -15,9 +17,9 @@ CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 """Value types by dtype."""
 
 
-def n_block_for(n: int) -> int:
-    """The narrowest column block that holds ``n`` columns, at most the widest."""
-    return next((width for width in N_BLOCKS if width >= n), N_BLOCKS[-1])
+def n_block_for(n: int, widths: Sequence[int] = N_BLOCKS) -> int:
+    """The narrowest column block of ``widths``, ascending, that holds ``n`` columns, at most the widest."""
+    return next((width for width in widths if width >= n), widths[-1])
 
 
 def cxx_bool(value: bool) -> str:

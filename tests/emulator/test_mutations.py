@@ -118,7 +118,9 @@ MUTATIONS = (
     Mutation("arrival counters are not reset", STREAM_K, "*counter = 0;"),
     Mutation("a piece is left out of the sum", STREAM_K, "for (int i = 1; i < pieces;", "for (int i = 2; i < pieces;"),
     Mutation("more pieces are added than there are", STREAM_K, "if (i + ahead >= pieces) break;"),
-    Mutation("tiles after the end of a row are dealt twice", STREAM_K, "tile + tile / tiles_k * row_cost", "tile"),
+    Mutation(
+        "tiles after the end of a row are dealt twice", "flashllm/runs.cuh", "tile + tile / tiles_k * row_cost", "tile"
+    ),
     Mutation("two rows share a slot", STREAM_K, "(begins_in_row ? 0 : 1)", "0"),
 )
 

@@ -115,7 +115,6 @@ class OnePerRow:
 
     grid: tuple[int, int]
     workspace_bytes: int = 0
-    counter_bytes: int = 0
 
 
 def default_choice(w: Coordinates, n: int, *, arch: str) -> Choice:

@@ -32,8 +32,10 @@ struct Chains {
         const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
         const auto piece = split.piece(block, tile_m, blockIdx.y);
         const bool row_ends = tile == row_end;
-        if (run_begin + tile - row_begin > S::kMaxChain) piece.add_stored(sum);  // by earlier chains
-        if (row_ends && piece.whole) {
+        if (run_begin + tile - row_begin > S::kMaxChain) split.take_back(sum, split.chains(block, blockIdx.y));
+        if (!row_ends) {
+            split.put_aside(sum, split.chains(block, blockIdx.y));
+        } else if (piece.whole) {
             store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * S::kM, N, M);
         } else {
             piece.store(sum);
@@ -46,29 +48,14 @@ struct Chains {
         }
     }
 
-    // All threads of the block, when the run is through. It shares its first and its last row of tiles, or one, or
-    // none, with other blocks; the last of them to arrive adds the pieces up. Arrivals wait until here: a fence each
-    // costs a microsecond, two at one time no more than one. `shared`: 8 bytes that nothing needs any more once all
-    // warps have come. `multiplies`: the thread has accumulators, zeros now.
-    FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum, void* shared, bool multiplies) const {
-        const int block = ptx::opaque(blockIdx.x);
-        const unsigned run_begin = split.first_tile(block);
-        const unsigned first_row = run_begin / split.tiles_k, last_row = (run_begin + count - 1) / split.tiles_k;
-        int* const completes = static_cast<int*>(shared);
-        __syncthreads();  // all threads have stored their part of the pieces
-        if (threadIdx.x == 0) completes[0] = split.piece(block, first_row, blockIdx.y).arrive_last();
-        if (threadIdx.x == 32) {
-            completes[1] = last_row != first_row && split.piece(block, last_row, blockIdx.y).arrive_last();
-        }
-        __syncthreads();
-        if (!multiplies) return;
-#pragma unroll 1
-        for (int i = 0; i < 2; ++i) {
-            if (!completes[i]) continue;
-            const unsigned tile_m = i == 0 ? first_row : last_row;
-            split.piece(block, tile_m, blockIdx.y).add_all(sum);
-            store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * S::kM, N, M);
-        }
+    // When the run is through, by the threads that multiply: where it has the end of a row of tiles that others began, adds
+    // up all pieces of the row. Not when the row ends already: it would stand still until the others are through. A
+    // thread adds what threads of its number have stored: no barrier.
+    FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum) const {
+        const int block = ptx::opaque(blockIdx.x), tile_m = split.row_to_add_up(block);
+        if (tile_m < 0) return;
+        split.piece(block, tile_m, blockIdx.y).add_up(sum);
+        store_fragments<S>(sum, y, n0, tile_m * S::kM, N, M);
     }
 };
 

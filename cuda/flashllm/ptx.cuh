@@ -57,6 +57,12 @@ FLASHLLM_DEVICE unsigned permute(unsigned low, unsigned high, unsigned selector)
     return result;
 }
 
+// The value, but -0 for +0: no bit pattern of zeros. (Written in C++, the compiler takes registers that accumulators need.)
+FLASHLLM_DEVICE float not_plus_zero(float value) {
+    asm("{ .reg .pred p; setp.eq.b32 p, %0, 0; @p mov.b32 %0, 0x80000000; }" : "+f"(value));
+    return value;
+}
+
 // ---- shared memory ---------------------------------------------------------------------------------------
 
 // Stores the low 16 bits of `word` at base + kOffset + 2 * (its high 16 bits), or a zero there. The address is one
@@ -137,14 +143,26 @@ FLASHLLM_DEVICE void prefetch_to_l2(bool active, const void* pointer, unsigned b
 #endif
 }
 
-// *counter += value, seen by the device as one step; returns what was there. Release: stores that happened before,
-// also by threads met at a barrier, are visible to whoever reads the sum; acquire: and theirs here. Cheaper than
-// __threadfence(), which orders more (it is sequentially consistent).
-FLASHLLM_DEVICE int add_acquire_release(int* counter, int value) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
-    return before;
+// 16 bytes that another block writes, or reads, as the launch goes on: one access each, never half of it (PTX memory
+// model, .b128), so a word of the 16 bytes can say that all have come. No fence, and nothing else is ordered.
+FLASHLLM_DEVICE float4 load_relaxed(const float4* pointer) {
+    float4 value;
+    asm volatile("{ .reg .b128 whole; .reg .b64 low, high;\n"
+                 "ld.relaxed.gpu.global.b128 whole, [%4];\n"
+                 "mov.b128 {low, high}, whole; mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high; }"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "l"(pointer) : "memory");
+    return value;
 }
+
+FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
+    asm volatile("{ .reg .b128 whole; .reg .b64 low, high;\n"
+                 "mov.b64 low, {%1, %2}; mov.b64 high, {%3, %4}; mov.b128 whole, {low, high};\n"
+                 "st.relaxed.gpu.global.b128 [%0], whole; }"
+                 :: "l"(pointer), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
+}
+
+// Between two looks at what another block will write. Nothing to do: a look takes long enough.
+FLASHLLM_DEVICE void look_again() {}
 
 // ---- asynchronous copies (sm_80) --------------------------------------------------------------------------
 

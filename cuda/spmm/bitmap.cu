@@ -213,8 +213,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             }
             stop = min(chains.chain_end, restart);
         }
+        chains.finish(split, sum);
     }
-    chains.finish(split, sum, shared, !feeds);
 }
 
 }  // namespace flashllm

@@ -9,8 +9,8 @@
 //   clears   the previous image by storing zeros exactly where values were.
 // Three images take turns, so the four activities touch different memory and one barrier per tile orders all
 // of them. Where a row of tiles ends, the accumulators are written: to y if the block saw the whole row, else to the
-// workspace. When its run ends, a block announces its pieces of shared rows, and the last to arrive at a row adds its
-// pieces in block order (a fixed order: results are bit-reproducible).
+// workspace. When its run is through, a block that has the end of a row adds the pieces of the row in block order (a fixed
+// order: results are bit-reproducible).
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
 #include "flashllm/stream_k.cuh"
@@ -269,7 +269,7 @@ struct Walk {
     }
 };
 
-// Grid (G, ceil(N / kN)). workspace: see stream_k.cuh; zero before the first launch, counters zero after each.
+// Grid (G, ceil(N / kN)). workspace: see stream_k.cuh.
 // kSlices 0: warpgroup tensor cores. kVectors: words per thread and tile held in registers, in vectors of 4.
 // kPrefetch: KiB of words brought to the L2 ahead of their loads, 0 = off. kAligned: K is a multiple of 8 and x
 // 16-byte aligned. For the ablation: kOverlap false = one activity at a time; kUndo false = clear whole images.
@@ -334,8 +334,10 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
         // values that the coming undo will clear.
         float* const scratch = reinterpret_cast<float*>(shared + ended * kTileBytes);
         combine_slices<S>(sum, scratch);
-        if (run_begin + walk.tile - row_begin > S::kMaxChain) piece.add_stored(sum);  // by earlier chains
-        if (row_ends && piece.whole) {
+        if (run_begin + walk.tile - row_begin > S::kMaxChain) split.take_back(sum, split.chains(block, blockIdx.y));
+        if (!row_ends) {
+            split.put_aside(sum, split.chains(block, blockIdx.y));
+        } else if (piece.whole) {
             write(sum, scratch, tile_m);
             zero_image(base + ended * kTileBytes);
         } else {
@@ -351,25 +353,13 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
         skip = (ended + 1) % kImages;
     }
 
-    // The run shares its first and its last row of tiles, or one, or none, with other blocks. Their arrivals wait until
-    // here: a fence each costs a microsecond, two at one time no more than one, and the loop is rid of the code.
-    const int block = ptx::opaque(blockIdx.x);
-    const unsigned run_begin = split.first_tile(block);
-    const unsigned first_row = run_begin / split.tiles_k, last_row = (run_begin + walk.count - 1) / split.tiles_k;
-    int* const completes = reinterpret_cast<int*>(shared + kImages * kTileBytes);  // x is not needed any more
-    __syncthreads();  // all threads have stored their part of the pieces
-    if (threadIdx.x == 0) completes[0] = split.piece(block, first_row, blockIdx.y).arrive_last();
-    if (threadIdx.x == 32) {
-        completes[1] = last_row != first_row && split.piece(block, last_row, blockIdx.y).arrive_last();
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-        if (!completes[i]) continue;
-        const unsigned tile_m = i == 0 ? first_row : last_row;
-        split.piece(block, tile_m, blockIdx.y).add_all(sum);
-        write(sum, reinterpret_cast<float*>(shared), tile_m);
-    }
+    // Where the run has the end of a row of tiles that others began, it adds up all pieces of the row. Not when the row
+    // ends already: it would stand still until the others are through.
+    const int block = ptx::opaque(blockIdx.x), tile_m = split.row_to_add_up(block);
+    if (tile_m < 0) return;
+    __syncthreads();  // the scratch of a row that was written last has been cleared
+    split.piece(block, tile_m, blockIdx.y).add_up(sum);
+    write(sum, reinterpret_cast<float*>(shared), tile_m);
 }
 
 }  // namespace flashllm

@@ -11,7 +11,8 @@ import pytest
 from flashllm import TiledCSL
 from flashllm.backends import emulator
 from flashllm.matmul import tiled_csl
-from products import integers, weight
+from flashllm.registry import FORMATS, kernel
+from products import integers, packed, weight
 
 SHAPE = (256, 512)
 
@@ -68,3 +69,16 @@ def test_counts_do_not_depend_on_the_schedule() -> None:
     x = integers(np.random.default_rng(0), (16, SHAPE[1]), "fp16")
     seen = [emulator.spmm(x, w, arch="80", seed=seed)[1] for seed in range(4)]
     assert len({(c.barriers, tuple(c.mma.items()), c.global_read_bytes, c.scatter, c.store16) for c in seen}) == 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_longer_than_a_chain_pass_through_the_workspace(name: str) -> None:
+    """Tensor cores truncate, which exact values do not show: here it shows how long a chain is."""
+    module, n, k = kernel(name), 8, 1024
+    small = packed(name, weight("uniform", (128, k), 0.01, "fp16"))
+    longest = module.split_for(small, n, module.default_choice(small, n, arch="80"), sm_count=1).max_chain
+    for chains in (1, 2, 3):
+        w = packed(name, weight("uniform", (128, chains * longest * k // small.tiles[1]), 0.01, "fp16"))
+        x = integers(np.random.default_rng(0), (n, w.shape[1]), "fp16")
+        written = emulator.spmm(x, w, arch="80", blocks=1)[1].global_write_bytes
+        assert written == 2 * (chains - 1) * n * 128 * 4, "put aside and, once taken back, overwritten with zeros"

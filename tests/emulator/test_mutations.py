@@ -29,6 +29,8 @@ from flashllm.backends import emulator
 from flashllm.matmul import tiled_csl
 
 KERNEL = "spmm/tiled_csl.cu"
+CLEARED = " " * 12 + "part[0] = part[1] = part[2] = part[3] = 0.0f;"
+WAITS_NOT = "look(loaded, slots, pieces - i);\n                    break;"
 
 MUTATIONS = (
     Mutation("x is not waited for", KERNEL, "ptx::copy_async_wait<kOverlap ? 1 : 0>();"),
@@ -78,7 +80,7 @@ MUTATIONS = (
     Mutation("columns of y are not bounded", KERNEL, "if (n0 + n < N) store_y", "store_y"),
     Mutation("rows of y are not bounded", EPILOGUE, "if (m + i < M) target", "target"),
     Mutation("scratch is not cleared", KERNEL, "zero_image(base + ended * kTileBytes);"),
-    Mutation("earlier chains are forgotten", KERNEL, "piece.add_stored(sum);  // by earlier chains", ";"),
+    Mutation("earlier chains are forgotten", KERNEL, "split.take_back(sum, split.chains(block, blockIdx.y));", ";"),
     Mutation("phases are run twice", KERNEL, "skip = (ended + 1) % kImages;", ""),
     Mutation(
         "no barrier before the slices are added",
@@ -104,24 +106,29 @@ MUTATIONS = (
     ),
     Mutation("no barrier after the drain", EPILOGUE, "        __syncthreads();\n    }\n}\n", "    }\n}\n"),
     Mutation("a written row stays in the accumulators", EPILOGUE, "sum[i][first / 8 + j][r] = 0.0f;"),
-    Mutation("a stored row stays in the accumulators", STREAM_K, "part[0] = part[1] = part[2] = part[3] = 0.0f;"),
-    Mutation("a block arrives before it has stored", KERNEL, "__syncthreads();  // all threads", "// all threads"),
+    Mutation("a stored row stays in the accumulators", STREAM_K, f"vector);\n    {CLEARED}", "vector);\n"),
+    Mutation("what is put aside stays in the accumulators", STREAM_K, f"part[3]));\n{CLEARED}", "part[3]));\n"),
     Mutation(
-        "arrivals are not waited for",
-        KERNEL,
-        "__syncthreads();\n#pragma unroll 1\n    for (int i = 0; i < 2",
-        "#pragma unroll 1\n    for (int i = 0; i < 2",
+        "what was put aside stays there", STREAM_K, "__stcg(chains + place(v), make_float4(0.0f, 0.0f, 0.0f, 0.0f));"
     ),
-    Mutation("a lone row arrives twice", KERNEL, "last_row != first_row && split", "split"),
-    Mutation("the last row does not arrive", KERNEL, "last_row != first_row && split", "false && split"),
-    Mutation("the last to arrive is the one before", STREAM_K, "!= pieces - 1) return", "!= pieces - 2) return"),
-    Mutation("arrival counters are not reset", STREAM_K, "*counter = 0;"),
+    Mutation("a piece may hold +0", STREAM_K, "ptx::not_plus_zero(part[0])", "part[0]"),
+    Mutation(
+        "pieces are not waited for", STREAM_K, "if (look(loaded, slots, pieces - i) && first_too) break;", WAITS_NOT
+    ),
+    Mutation("the first piece is not waited for", STREAM_K, "pieces - i) && first_too)", "pieces - i))"),
+    Mutation("slots are not cleared", STREAM_K, "clear<kAhead>(slots, pieces - i);"),
+    Mutation("the first slot is not cleared", STREAM_K, "clear<1>(first, 1);"),
+    Mutation("slots of others are cleared", STREAM_K, "if (i < count) __stcg", "__stcg"),
     Mutation("a piece is left out of the sum", STREAM_K, "for (int i = 1; i < pieces;", "for (int i = 2; i < pieces;"),
-    Mutation("more pieces are added than there are", STREAM_K, "if (i + ahead >= pieces) break;"),
+    Mutation("more pieces are added than there are", STREAM_K, "if (i < count && !has_come", "if (!has_come"),
+    Mutation("scratch is written while it is cleared", KERNEL, "__syncthreads();  // the scratch", "// the scratch"),
+    Mutation("nobody adds pieces up", STREAM_K, "begin != tile_m * tiles_k && end", "false && end"),
+    Mutation("rows that others begin are added up early", STREAM_K, "&& end >= (tile_m + 1) * tiles_k ?", "?"),
+    Mutation("whole rows are added up", STREAM_K, "return begin != tile_m * tiles_k && end", "return end"),
     Mutation(
         "tiles after the end of a row are dealt twice", "flashllm/runs.cuh", "tile + tile / tiles_k * row_cost", "tile"
     ),
-    Mutation("two rows share a slot", STREAM_K, "(begins_in_row ? 0 : 1)", "0"),
+    Mutation("two rows share a slot", STREAM_K, "(begins_in_row ? 0 : kPieceVectors)", "0"),
 )
 
 
@@ -149,6 +156,7 @@ def run(build: emulator.BuildOptions) -> str | None:
         ((130, 520), 9, "empty-tiles", 0.5, 2, 0),
         ((385, 200), 11, "uniform", 0.3, 7, 2),
         ((385, 200), 10, "uniform", 0.3, 2, 0),
+        ((385, 300), 12, "uniform", 0.3, 3, 0),  # the last block adds up one row when it has written another
         ((128, 64 * chain), 9, "uniform", 0.01, 1, 0),
         ((128, 256), 12, "uniform", 0.3, 4, 0),
         ((128, 192), 12, "uniform", 0.3, 3, 0),

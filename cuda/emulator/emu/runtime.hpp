@@ -42,8 +42,8 @@ inline const ThreadView& self() { return *reinterpret_cast<const ThreadView*>(fi
 enum class Reduce : unsigned char { none, any, all, count };
 int block_barrier(Reduce reduce, int value);
 void named_barrier(unsigned id, unsigned threads);
-void let_others_run();  // with odd seeds the other blocks go on before this one
 void sometimes_let_others_run();
+void look_again();  // between two looks at global memory that an earlier block is to write
 void warp_barrier(unsigned mask);
 
 enum class Shuffle : unsigned char { index, up, down, exchange };
@@ -57,6 +57,8 @@ unsigned live_lanes();
 void read_global(const void* pointer, unsigned bytes);
 void write_global(const void* pointer, unsigned bytes);
 void prefetch_global(const void* pointer, unsigned bytes);
+float4 load_relaxed(const float4* pointer);  // 16 bytes at one time
+void store_relaxed(float4* pointer, const float4& value);
 
 unsigned shared_address(const void* pointer);
 void read_shared(void* value, unsigned address, unsigned bytes);

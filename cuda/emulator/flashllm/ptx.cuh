@@ -30,6 +30,8 @@ FLASHLLM_DEVICE unsigned permute(unsigned low, unsigned high, unsigned selector)
     return __byte_perm(low, high, selector);
 }
 
+FLASHLLM_DEVICE float not_plus_zero(float value) { return __float_as_uint(value) == 0 ? -0.0f : value; }
+
 // ---- shared memory ---------------------------------------------------------------------------------------------
 
 template <bool kZero, int kOffset>
@@ -61,12 +63,13 @@ FLASHLLM_DEVICE void prefetch_to_l2([[maybe_unused]] bool active, [[maybe_unused
 #endif
 }
 
-// Whoever sees the sum may act on it at once: before this block does anything more.
-FLASHLLM_DEVICE int add_acquire_release(int* counter, int value) {
-    const int before = atomicAdd(counter, value);
-    emu::let_others_run();
-    return before;
+FLASHLLM_DEVICE float4 load_relaxed(const float4* pointer) { return emu::load_relaxed(pointer); }
+// Whoever sees it may act on it at once: before this block does anything more.
+FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
+    emu::store_relaxed(pointer, value);
+    emu::sometimes_let_others_run();
 }
+FLASHLLM_DEVICE void look_again() { emu::look_again(); }
 
 // ---- asynchronous copies (sm_80) -------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a grid: blocks in an order drawn from the seed, over workers that each hold two of them at a time, so that a
-// block can overtake another anywhere. Errors end the launch with a message.
+// Runs a grid over workers that each hold two blocks at a time, so that a block can overtake another anywhere. Blocks
+// start in the order of their numbers, as on a GPU: one may wait for those before it, not for those after it. Errors
+// end the launch with a message.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -8,7 +9,6 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
-#include <numeric>
 #include <thread>
 
 #include "runtime/state.hpp"
@@ -131,6 +131,7 @@ void record(Launch& launch, const char* text) {
 void start_block(Worker& worker, Block& block, unsigned long long number) {
     const Request& request = *worker.launch->request;
     const dim3& grid = worker.launch->grid;
+    block.number = number;
     block.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                    static_cast<unsigned>(number / grid.x / grid.y)};
     FLASHLLM_UNPOISON(block.shared, kSharedLimit + kCanaryBytes);
@@ -144,6 +145,7 @@ void start_block(Worker& worker, Block& block, unsigned long long number) {
 void end_block(Worker& worker, Block& block) {
     const Request& request = *worker.launch->request;
     worker.add(Counter::blocks);
+    worker.launch->ended[block.number] = true;
 #if !defined(__SANITIZE_ADDRESS__)
     for (unsigned i = 0; i < kCanaryBytes; ++i) {
         if (block.shared[request.shared_bytes + i] == kPoison[(request.shared_bytes + i) % 2]) continue;
@@ -163,16 +165,16 @@ void work(Worker& worker) {
     // Blocks with static shared memory share their worker's only copy of it.
     const bool statics = module.static_bytes > 64;
     unsigned long long next = worker.index;
-    for (unsigned i = 0; i < (statics ? 1 : kResidentBlocks) && next + i * worker.count < launch.order.size(); ++i) {
+    for (unsigned i = 0; i < (statics ? 1 : kResidentBlocks) && next + i * worker.count < launch.blocks; ++i) {
         worker.blocks.push_back(make_block(worker));
         if (worker.blocks.back() == nullptr) return record(launch, "out of memory");
     }
     while (!launch.failed) {
         bool running = false;
         for (auto& block : worker.blocks) {
-            if (!block->running && next < launch.order.size()) {
+            if (!block->running && next < launch.blocks) {
                 if (statics) poison(module.statics, module.static_bytes);
-                start_block(worker, *block, launch.order[next]);
+                start_block(worker, *block, next);
                 next += worker.count;
             }
             running |= block->running;
@@ -250,6 +252,29 @@ void write_global(const void* pointer, unsigned bytes) {
     current().owner->worker->add(Counter::global_write_bytes, bytes);
 }
 
+// Not one access on the host, but whoever sees the first 8 bytes sees the others too. A look that finds a zero is not
+// counted: how many there are is up to the schedule.
+float4 load_relaxed(const float4* pointer) {
+    check_global("read", pointer, sizeof(float4), false);
+    std::uint64_t bits[2];
+    const auto* from = reinterpret_cast<const std::uint64_t*>(pointer);
+    bits[0] = __atomic_load_n(from, __ATOMIC_ACQUIRE);
+    bits[1] = __atomic_load_n(from + 1, __ATOMIC_RELAXED);
+    float4 value;
+    std::memcpy(&value, bits, sizeof value);
+    if ((bits[0] & 0xffffffffu) != 0) current().owner->worker->add(Counter::global_read_bytes, sizeof value);
+    return value;
+}
+
+void store_relaxed(float4* pointer, const float4& value) {
+    write_global(pointer, sizeof(float4));
+    std::uint64_t bits[2];
+    std::memcpy(bits, &value, sizeof bits);
+    auto* to = reinterpret_cast<std::uint64_t*>(pointer);
+    __atomic_store_n(to + 1, bits[1], __ATOMIC_RELAXED);
+    __atomic_store_n(to, bits[0], __ATOMIC_RELEASE);
+}
+
 void prefetch_global(const void* pointer, unsigned bytes) {
     if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) {
         fail("prefetch of %u bytes at %p: expected multiples of 16", bytes, pointer);
@@ -269,14 +294,9 @@ int run(const Request& request, void (*body)(void* const*)) {
     }
     const Module module = module_of_this_thread();
     launch.module_begin = module.begin, launch.module_end = module.end;
-    launch.order.resize(static_cast<std::size_t>(request.grid[0]) * request.grid[1] * request.grid[2]);
-    std::iota(launch.order.begin(), launch.order.end(), 0ull);
-    Worker shuffler;
-    shuffler.random = mix(request.seed + 0x9e3779b97f4a7c15ull);
-    for (std::size_t i = launch.order.size(); request.seed != 0 && i > 1; --i) {
-        std::swap(launch.order[i - 1], launch.order[shuffler.draw() % i]);
-    }
-    const auto count = static_cast<unsigned>(std::min<std::size_t>(std::max(request.workers, 1u), launch.order.size()));
+    launch.blocks = static_cast<unsigned long long>(request.grid[0]) * request.grid[1] * request.grid[2];
+    launch.ended.reset(new std::atomic<bool>[launch.blocks]());
+    const auto count = static_cast<unsigned>(std::min<unsigned long long>(std::max(request.workers, 1u), launch.blocks));
     std::vector<Worker> workers(count);
     std::vector<std::thread> threads;
     for (unsigned i = 0; i < count; ++i) {

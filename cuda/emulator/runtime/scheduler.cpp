@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "runtime/state.hpp"
 
@@ -291,11 +292,22 @@ void wake(Block& block, unsigned (&waiting)[kMaxWarps]) {
     }
 }
 
-void let_others_run() {
+void look_again() {
+    constexpr unsigned kLooks = 256;
     Thread& thread = current();
     Block& block = *thread.owner;
-    for (unsigned w = 0; w < block.warp_count; ++w) block.warps[w].rank = ~0u;
-    switch_to(thread, *pick(*thread.owner->worker, *thread.owner));
+    Launch& launch = *block.worker->launch;
+    if (launch.failed) switch_context(thread.context, block.worker->main);
+    if (++thread.looks % kLooks == 0) {
+        bool alone = true;
+        for (unsigned long long i = 0; i < block.number && alone; ++i) alone = launch.ended[i];
+        if (alone && thread.last_look) fail("waits for global memory that no earlier block will write any more");
+        thread.last_look = alone;
+        std::this_thread::yield();  // to the other workers
+    }
+    // Anybody's turn, whatever the ranks: by rank, two that look might take turns for ever.
+    Worker& worker = *block.worker;
+    switch_to(thread, *pick_in(pick_block(worker, block), worker.draw()));
 }
 
 void sometimes_let_others_run() { maybe_preempt(current()); }

@@ -56,6 +56,8 @@ struct Thread : ThreadView {
     unsigned id = 0, lane = 0;
     Writes stores, copied;  // its ordinary stores; its cp.async whose end it leaves to an mbarrier
     CopyQueue* copies = nullptr;
+    unsigned looks = 0;                  // at global memory that another block is to write
+    bool last_look = false;
 };
 
 // What the lanes of a meeting are doing: all must do the same.
@@ -120,6 +122,7 @@ struct TransactionBarrier {
 
 struct Block : BlockView {
     Worker* worker = nullptr;
+    unsigned long long number = 0;
     bool running = false;
     unsigned live_threads = 0;
     unsigned ready_warps = 0;
@@ -138,7 +141,8 @@ struct Launch {
     const Request* request;
     void (*body)(void* const*);
     dim3 grid;
-    std::vector<unsigned long long> order;  // blocks as they start
+    unsigned long long blocks = 0;
+    std::unique_ptr<std::atomic<bool>[]> ended;  // by number of the block
     std::atomic<bool> failed{false};
     const char* module_begin = nullptr;     // of this shared object, whose __device__ variables are global memory
     const char* module_end = nullptr;

@@ -112,7 +112,7 @@ def launch(
 ) -> Counts:
     """Run ``spec`` on ``grid`` (1 to 3 block counts) with C-contiguous NumPy arrays and NumPy scalars as ``args``.
 
-    ``arch`` selects the code path. ``seed`` draws the order of blocks, warps and lanes and which asynchronous copies
+    ``arch`` selects the code path. ``seed`` draws the order of warps and lanes and which asynchronous copies
     end early; equal seeds and ``workers`` (threads of the host, default: all cores) repeat a schedule. With
     ``sanitize`` the kernel runs under AddressSanitizer, which must be in the process
     (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more.
@@ -206,7 +206,7 @@ def spmm(
     ``x`` is C-contiguous of W's type (bf16: ``ml_dtypes.bfloat16`` or its bits as uint16), W on the host; y has
     the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles, with the end of
     a row of tiles counting for ``row_cost`` more; the rest is as for :func:`launch`. Raises :class:`ArgumentError`, and
-    :class:`EmulationError` also when the kernel writes outside y or leaves its arrival counters not zero.
+    :class:`EmulationError` also when the kernel writes outside y or leaves its workspace not zero.
     """
     from dataclasses import replace
 
@@ -237,15 +237,13 @@ def spmm(
     size, after = n * rows, _GUARD + _GUARD_ROWS * rows
     fenced = np.full(_GUARD + size + after, _NAN_BITS, np.uint16)
     y = fenced[_GUARD : _GUARD + size]
-    # Zero counters; whatever else is read before it is written must show.
-    workspace = _aligned(np.full(max(plan.workspace_bytes, 16), 0xFF, np.uint8))
-    counters = workspace[: plan.split.counter_bytes]
-    counters[:] = 0
+    needed = plan.workspace_bytes
+    workspace = _aligned(np.zeros(needed, np.uint8) if needed else np.full(16, 0xFF, np.uint8))
     w = w.with_arrays({name: _aligned(array) for name, array in w.arrays().items()})
     args = kernel(w.format).arguments(w, plan.split, _fenced(x), y, workspace)
     counts = launch(plan.spec, plan.grid, args, seed=seed, build=build)
-    if counters.any():
-        raise EmulationError(f"{plan.spec.label} (seed {seed}): arrival counters are not zero after the launch")
+    if needed and workspace.any():
+        raise EmulationError(f"{plan.spec.label} (seed {seed}): the workspace is not zero after the launch")
     for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):
         if (guard != _NAN_BITS).any():
             raise EmulationError(f"{plan.spec.label} (seed {seed}): wrote {name} the output")

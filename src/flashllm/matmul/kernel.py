@@ -46,11 +46,7 @@ class Split(Protocol):
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the workspace; 0: none needed."""
-
-    @property
-    def counter_bytes(self) -> int:
-        """The first bytes of the workspace that are zero before and after every launch; at most its size."""
+        """Bytes of the workspace, which is zero before and after every launch; 0: none needed."""
 
 
 class Kernel(Protocol):

@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the workspace: zero it once; every call leaves its counters zero. 0: none needed."""
+        """Bytes of the workspace: zero it once; every call leaves it zero, so plans may share one. 0: none needed."""
         return self.split.workspace_bytes
 
 

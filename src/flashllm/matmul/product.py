@@ -43,9 +43,10 @@ def spmm(
     weight, a NumPy array for a host weight, which NumPy multiplies, or with ``backend="emulator"`` the GPU's kernel
     on the CPU. bf16 arrays have the dtype ``ml_dtypes.bfloat16`` or hold its bits as uint16. N >= 1 is any number.
 
-    With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed
-    once by the caller, one per stream), a call allocates nothing and can be captured in a CUDA graph. Runs on
-    ``stream`` (default: CuPy's current one) and does not wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
+    With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed once by
+    the caller; every call leaves it zero, so one, as large as the largest, serves all products of a stream), a call
+    allocates nothing and can be captured in a CUDA graph. Runs on ``stream`` (default: CuPy's current one) and does
+    not wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
     ``"reference"`` or ``None`` to go by where the operands are.
 
     Stored elements, NaN and infinities too, multiply as in dense arithmetic. So does a pruned zero, where the class of

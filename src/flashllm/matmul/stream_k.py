@@ -2,7 +2,7 @@
 """Stream-K split of a grid of weight tiles over blocks; mirrors ``cuda/flashllm/stream_k.cuh``.
 
 Stream-K (Osama et al., PPoPP'23) deals the tiles to the blocks in contiguous runs of equal cost. A row of tiles that
-several blocks share leaves one fp32 piece per block in a workspace; they are added in block order.
+several blocks share leaves one fp32 piece per block in a workspace; the row's last block adds them in block order.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from flashllm.errors import ArgumentError
 from flashllm.formats.runs import RUNS, Runs
 
-COUNTER_BYTES = 4
-COUNTER_ALIGNMENT = 128
 PIECE_ROWS = 128
 INDEX_LIMIT = 2**32 - 1  # the device multiplies costs by blocks in 32 bits
-PIECES_PER_BLOCK = 2  # a block has at most two unfinished rows of tiles: its first and its last
+SLOTS_PER_BLOCK = 2  # a block has at most two unfinished rows of tiles: its first and its last
 _MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
 _MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
 _ALIGNED_ENOUGH = 0.965  # of the blocks that fit, to have none that spans two rows of tiles
@@ -86,19 +84,16 @@ class StreamK:
         return self.blocks, self.column_blocks
 
     @property
-    def counter_bytes(self) -> int:
-        """Bytes of arrival counters at the start of the workspace; 0 where there is none."""
-        return self.column_blocks * self.tiles_m * COUNTER_BYTES if self.workspace_bytes else 0
-
-    @property
     def workspace_bytes(self) -> int:
-        """Bytes of arrival counters and pieces; 0 when one block computes each row of tiles in one chain."""
-        if self.tiles_m % self.blocks == 0 and self.tiles_k <= self.max_chain:
+        """Bytes of all slots, and of one piece more for each block where rows of tiles are longer than a chain.
+
+        0 when one block computes each row of tiles in one chain.
+        """
+        one_chain = self.tiles_k <= self.max_chain
+        if one_chain and self.tiles_m % self.blocks == 0:
             return 0
-        counters = self.column_blocks * self.tiles_m * COUNTER_BYTES
-        counters = -(-counters // COUNTER_ALIGNMENT) * COUNTER_ALIGNMENT
-        piece = self.n_block * PIECE_ROWS * 4
-        return counters + self.column_blocks * self.blocks * PIECES_PER_BLOCK * piece
+        pieces = self.column_blocks * self.blocks * (SLOTS_PER_BLOCK + (0 if one_chain else 1))
+        return pieces * self.n_block * PIECE_ROWS * 4
 
 
 def stream_k_for(

@@ -15,11 +15,13 @@ ifdef PY
   RUN := PYTHONPATH=$(CURDIR)/src $(PY)
   base_env :=
   test_env :=
+  plot_env :=
 else
   PY := .venv/bin/python
   RUN := $(PY)
   base_env := .venv/ready-base
   test_env := .venv/ready-test
+  plot_env := .venv/ready-plot
 
   # CUDA version of the driver: 13, 12 or nothing. libcuda answers even where nvidia-smi is not installed.
   CUDA := $(shell $(PYTHON) -c "import ctypes; v = ctypes.c_int(); ctypes.CDLL('libcuda.so.1').cuDriverGetVersion(ctypes.byref(v)); print(v.value // 1000)" 2>/dev/null \
@@ -75,6 +77,10 @@ $(ONLY:%=sanitize-%): sanitize-%: $(test_env)
 soak: $(test_env) ## Random products with checks for MINUTES=5; on the emulator where there is no GPU
 	$(RUN) tests/soak.py --minutes $(MINUTES) $(ARGS)
 
+.PHONY: figures
+figures: $(plot_env) ## Draw the figures from committed rows into build/figures, and print their tables; needs no GPU
+	$(RUN) -m experiments.figures $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv, build results and tool caches (not the kernel cache: `flashllm cache clear`)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -90,4 +96,9 @@ clean: ## Remove .venv, build results and tool caches (not the kernel cache: `fl
 .venv/ready-test: pyproject.toml .venv/ready-base
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e ".[$(if $(BASE_EXTRAS),$(BASE_EXTRAS)$(comma))$(TEST_EXTRAS)]"
+	@touch $@
+
+.venv/ready-plot: pyproject.toml .venv/ready-base
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e ".[$(if $(BASE_EXTRAS),$(BASE_EXTRAS)$(comma))plot]"
 	@touch $@

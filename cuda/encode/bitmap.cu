@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Encodes a dense matrix [M, K] on the device as masks and value streams, and decodes it; see cuda/flashllm/bitmap.cuh.
 //
-// Three launches: count the stored elements of every stream of every tile, walk the tiles to place the streams (the only
-// sequential part: one block), write masks and values. The same bytes as from src/flashllm/formats/bitmap_encode.py.
+// Four launches: count the stored elements of every stream of every tile; walk the tiles of every run to place the
+// streams, which depend on no other run but for the row where all begin; join the runs; write masks and values. The same
+// bytes as from src/flashllm/formats/bitmap_encode.py.
 #include "flashllm/bitmap.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/runs.cuh"
@@ -80,49 +81,65 @@ bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, un
     if constexpr (Source::kRounds) rounding.add_warp_to(totals + 1);
 }
 
-// One block. In place of the counts, the lag of every stream behind the front when the tile begins; fronts [tiles + 1].
-__global__ void __launch_bounds__(bitmap::kThreads)
-bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int tiles_m, int tiles_k, int runs,
-             int row_cost) {
-    constexpr int kBatch = 8;  // tiles loaded ahead: the walk itself is one chain of dependent steps
-    __shared__ int longest[2][bitmap::kParts];
-    const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
-    unsigned short* const streams = reinterpret_cast<unsigned short*>(counts) + threadIdx.x;
-    const auto at = [&](int tile) { return static_cast<long long>(tile) * bitmap::kThreads; };
+// Grid: runs, of one warp. In place of the counts, the lag of every stream behind the front when the tile begins;
+// fronts [tiles]: rows from the begin of the run to the front; lengths [runs]: rows of the run.
+__global__ void __launch_bounds__(bitmap::kLanes)
+bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* __restrict__ lengths, int tiles_m,
+             int tiles_k, int runs, int row_cost) {
+    constexpr int kOwn = bitmap::kStreamBytes / bitmap::kLanes;  // streams of a lane, one byte each
+    constexpr int kBatch = 8;  // tiles loaded together: the walk itself is one chain of dependent steps
     const Runs all{tiles_m, tiles_k, row_cost, static_cast<unsigned>(runs)};
-    const int tiles = tiles_m * tiles_k;
-    int run = 1, restart = static_cast<int>(all.first_tile(1));  // where the streams go on at the front
-    int even = 0, odd = 0, front = 0;
-    unsigned batch[kBatch], next[kBatch];
+    const int first = static_cast<int>(all.first_tile(blockIdx.x));
+    const int end = static_cast<int>(all.first_tile(blockIdx.x + 1));
+    uint2* const streams = reinterpret_cast<uint2*>(counts) + threadIdx.x;
+    const auto at = [](int tile) { return static_cast<long long>(tile) * bitmap::kLanes; };
+    int lag[kOwn] = {}, front = 0;
+    for (int tile = first; tile < end; tile += kBatch) {
+        uint2 batch[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) next[i] = i < tiles ? streams[at(i)] : 0;
-    for (int tile = 0; tile < tiles; tile += kBatch) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) batch[i] = next[i];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) next[i] = tile + kBatch + i < tiles ? streams[at(tile + kBatch + i)] : 0;
+        for (int i = 0; i < kBatch; ++i) batch[i] = streams[at(min(tile + i, end - 1))];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            if (tile + i >= tiles) break;
-            if (tile + i == restart) even = odd = front, restart = static_cast<int>(all.first_tile(++run));
-            streams[at(tile + i)] = static_cast<unsigned short>((front - even) | (front - odd) << 8);
+            if (tile + i >= end) break;
+            unsigned packed[2] = {};
+            int gain = 0;
+#pragma unroll
+            for (int own = 0; own < kOwn; ++own) {
+                const int shift = own % 4 * 8;
+                packed[own / 4] |= static_cast<unsigned>(lag[own]) << shift;
+                lag[own] -= static_cast<int>((own < 4 ? batch[i].x : batch[i].y) >> shift & 0xff);  // < 0: ahead
+                gain = max(gain, -lag[own]);
+            }
+            streams[at(tile + i)] = make_uint2(packed[0], packed[1]);
             if (threadIdx.x == 0) fronts[tile + i] = front;
-            even += batch[i] & 0xff, odd += batch[i] >> 8;
-            int most = max(even, odd);
 #pragma unroll
-            for (int lanes = 16; lanes > 0; lanes /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, lanes));
-            if (lane == 0) longest[i & 1][part] = most;
-            __syncthreads();  // one per tile: the next one writes the other set
+            for (int lanes = 16; lanes > 0; lanes /= 2) gain = max(gain, __shfl_xor_sync(0xffffffffu, gain, lanes));
+            front += gain;
 #pragma unroll
-            for (int p = 0; p < bitmap::kParts; ++p) front = max(front, longest[i & 1][p]);
-            even = max(even, front - bitmap::kSlack), odd = max(odd, front - bitmap::kSlack);
+            for (int own = 0; own < kOwn; ++own) lag[own] = min(lag[own] + gain, bitmap::kSlack);
         }
     }
-    if (threadIdx.x == 0) fronts[tiles] = front;
+    if (threadIdx.x == 0) lengths[blockIdx.x] = front;
 }
 
-// Grid: tiles. lags and fronts as bitmap_place leaves them. Writes masks, values (which must be zero where no stream has
-// one) and every kLagTiles-th tile's lags.
+// Grid: runs, of one warp. To the fronts that bitmap_place leaves it adds the rows of the runs before, and sets the last
+// one, [tiles].
+__global__ void __launch_bounds__(bitmap::kLanes)
+bitmap_join(const int* __restrict__ lengths, int* __restrict__ fronts, int tiles_m, int tiles_k, int runs,
+            int row_cost) {
+    const Runs all{tiles_m, tiles_k, row_cost, static_cast<unsigned>(runs)};
+    const int lane = threadIdx.x, run = static_cast<int>(blockIdx.x), end = static_cast<int>(all.first_tile(run + 1));
+    int begin = 0;
+    for (int before = lane; before < run; before += bitmap::kLanes) begin += lengths[before];
+    for (int lanes = 16; lanes > 0; lanes /= 2) begin += __shfl_xor_sync(0xffffffffu, begin, lanes);
+    for (int tile = static_cast<int>(all.first_tile(run)) + lane; tile < end; tile += bitmap::kLanes) {
+        fronts[tile] += begin;
+    }
+    if (lane == 0 && run == runs - 1) fronts[end] = begin + lengths[run];
+}
+
+// Grid: tiles. lags as bitmap_place, fronts as bitmap_join leaves them. Writes masks, values (which must be zero where no
+// stream has one) and every kLagTiles-th tile's lags.
 template <typename Source>
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, const unsigned char* __restrict__ lags,

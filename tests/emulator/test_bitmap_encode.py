@@ -15,6 +15,8 @@ from flashllm.encode.bitmap import run_arguments
 from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import _advance
+from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 from products import NUMPY_DTYPE
@@ -33,6 +35,16 @@ def kernel(name: str, *template: str) -> KernelSpec:
     return SPECS[f"bitmap_{name}", template]
 
 
+def join_runs(lags: NDArray[np.uint8], fronts: NDArray[np.int32], shape: tuple[int, int], **run: Any) -> None:
+    """Make the lags of the streams of ``lags``, which holds their counts, and fill ``fronts``."""
+    tiles_m, tiles_k = tile_grid(shape)
+    runs = (np.int32(tiles_m), np.int32(tiles_k), *run_arguments(shape))
+    lengths = np.full(int(runs[2]), -1, np.int32)
+    emulator.launch(kernel("place"), lengths.shape, (lags, fronts, lengths, *runs), **run)
+    lengths.flags.writeable = False
+    emulator.launch(kernel("join"), lengths.shape, (lengths, fronts, *runs), **run)
+
+
 def encode(
     a: NDArray[Any], dtype: str, *, shape: tuple[int, int] | None = None, seed: int = 0, sanitize: bool = False
 ) -> tuple[Bitmap, NDArray[np.uint64]]:
@@ -46,8 +58,7 @@ def encode(
     lags, totals = np.full((tiles, 4, 64), 0xEE, np.uint8), np.zeros(5, np.uint64)
     emulator.launch(kernel("count", source), (tiles,), (*matrix, lags, totals, *size), **run)
     fronts = np.full(tiles + 1, -1, np.int32)
-    grid = (np.int32(tiles_m), np.int32(tiles_k))
-    emulator.launch(kernel("place"), (1,), (lags, fronts, *grid, *run_arguments((rows, columns))), **run)
+    join_runs(lags, fronts, (rows, columns), **run)
     values = np.zeros((fronts[-1] // 16 + 1, 4, 16, 32, 2), np.uint16)
     masks = np.full((tiles, 4, 32, 2), 0xDEADBEEF, np.uint32)
     stored = np.full((-(-tiles // 8), 4, 64), 0xEE, np.uint8)
@@ -99,6 +110,49 @@ def test_same_bytes_for_any_number_of_tiles(tiles: int) -> None:
     want = Bitmap.from_dense(patterns.view(np.float16))
     assert_same(encode(patterns, "fp16", seed=tiles)[0], want)
     np.testing.assert_array_equal(decode(want, tiles), pruned(patterns))
+
+
+@pytest.mark.parametrize(("shape", "runs"), [((130, 64 * 12), 3), ((500, 64 * 9), 4), ((300, 64 * 40), 15)], ids=str)
+def test_same_bytes_for_several_runs(shape: tuple[int, int], runs: int) -> None:
+    """Of lengths that differ, and with streams that end at other rows where the next run begins."""
+    patterns = bits("uniform", *shape, 0.5, runs)
+    kept = np.linspace(0, 1, patterns.size).reshape(shape) ** 2  # nothing in the first elements, all in the last
+    patterns[np.random.default_rng(runs).random(shape) > kept] = 0
+    want = Bitmap.from_dense(patterns.view(np.float16))
+    begins = runs_of(want.tiles).first_tiles()
+    lengths = np.diff(want.fronts[[*begins, -1]])
+    assert len(begins) == runs
+    assert lengths.max() > 2 * lengths.min() > 0
+    assert_same(encode(patterns, "fp16", seed=runs)[0], want)
+    np.testing.assert_array_equal(decode(want, runs), pruned(patterns))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (128, 64 * 15), (300, 64 * 7)], ids=str)
+def test_empty_matrix(shape: tuple[int, int]) -> None:
+    """Zeros of either sign: no run has a row, and masks no bit. One run, and two."""
+    patterns = np.where(np.indices(shape).sum(axis=0) % 2, 0x8000, 0).astype(np.uint16)
+    want = Bitmap.from_dense(patterns.view(np.float16))
+    assert want.nnz == 0
+    assert not want.fronts.any()
+    assert_same(encode(patterns, "fp16", seed=1)[0], want)
+    assert not decode(want).any()
+
+
+@pytest.mark.parametrize(("grid", "runs"), [((61, 52), 396), ((56, 57), 392), ((1, 3168), 396), ((3, 5), 1)], ids=str)
+def test_streams_of_as_many_runs_as_there_can_be(grid: tuple[int, int], runs: int) -> None:
+    """Lags and fronts from counts alone, more runs than a warp has lanes: against the walk of the NumPy encoder."""
+    tiles = grid[0] * grid[1]
+    rng = np.random.default_rng(runs)
+    counts = rng.binomial(32, rng.random((tiles, 1, 1)) ** 2, (tiles, 4, 64))
+    of_format = runs_of(grid)
+    assert of_format.count == runs
+    want = np.zeros(tiles + 1, np.int64)
+    starts, padding, _ = _advance(counts, np.zeros((4, 64), np.int64), want, 0, of_format.first_tiles())
+    assert padding.any()
+    lags, fronts = counts.astype(np.uint8), np.full(tiles + 1, -1, np.int32)
+    join_runs(lags, fronts, (grid[0] * 128, grid[1] * 64), seed=runs)
+    np.testing.assert_array_equal(fronts, want)
+    np.testing.assert_array_equal(lags, want[:-1, None, None] - starts)
 
 
 def test_zeros_that_let_streams_catch_up() -> None:

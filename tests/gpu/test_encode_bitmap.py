@@ -13,6 +13,7 @@ from test_encode_tiled_csl import floats, patterns, to_cupy
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.runs import runs_of
 from products import NUMPY_DTYPE
 from weight_cases import PATTERNS, bits, pruned
 
@@ -60,6 +61,20 @@ def test_same_bytes_for_any_number_of_tiles(cp: Any, tiles: int) -> None:
     half = a.view(np.float16)
     w = Bitmap.from_dense(to_cupy(cp, half))
     assert_same(w, Bitmap.from_dense(half))
+    np.testing.assert_array_equal(w.to_dense().view(np.uint16).get(), pruned(half))
+
+
+@pytest.mark.parametrize(("shape", "runs"), [((7700, 3300), 396), ((3500, 8000), 392), ((2100, 900), 31)], ids=str)
+def test_same_bytes_for_many_runs(cp: Any, shape: tuple[int, int], runs: int) -> None:
+    """As many as a matrix can have, begun amid rows of tiles and not; they get longer from the first to the last."""
+    rng = np.random.default_rng(runs)
+    a = rng.integers(1, 1 << 16, shape, dtype=np.uint16)
+    a[rng.random(shape) > np.linspace(0, 0.9, shape[0])[:, None]] = 0
+    half = a.view(np.float16)
+    want = Bitmap.from_dense(half)
+    assert runs_of(want.tiles).count == runs
+    w = Bitmap.from_dense(to_cupy(cp, half))
+    assert_same(w, want)
     np.testing.assert_array_equal(w.to_dense().view(np.uint16).get(), pruned(half))
 
 

@@ -15,7 +15,7 @@ import flashllm
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = sorted(
     file
-    for folder in ("src", "cuda", "tests")
+    for folder in ("src", "cuda", "tests", "experiments")
     for suffix in ("py", "cu", "cuh")
     for file in (REPOSITORY / folder).rglob(f"*.{suffix}")
 )

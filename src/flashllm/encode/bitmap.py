@@ -30,20 +30,25 @@ _THREADS = PARTS * LANES
 _TOTALS = 5  # nnz, and the four fields of the rounding report
 
 
-def _spec(name: str, *source: str) -> KernelSpec:
+def _spec(name: str, *source: str, threads: int = _THREADS) -> KernelSpec:
     return KernelSpec(
         name=f"bitmap_{name}",
         source="encode/bitmap.cu",
         function=f"flashllm::bitmap_{name}",
         template=tuple(("Source", text) for text in source),
-        threads=_THREADS,
+        threads=threads,
     )
+
+
+def _run_spec(name: str) -> KernelSpec:
+    """A kernel in which a warp takes a run."""
+    return _spec(name, threads=LANES)
 
 
 def specs() -> list[KernelSpec]:
     """Every kernel this module can launch."""
     by_source = [_spec(name, source) for name in ("count", "write") for source in SOURCES]
-    return [*by_source, _spec("place"), _spec("decode")]
+    return [*by_source, _run_spec("place"), _run_spec("join"), _spec("decode")]
 
 
 def run_arguments(shape: tuple[int, int]) -> tuple[np.int32, np.int32]:
@@ -58,7 +63,7 @@ def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = 
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
     ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
     else fp16. ``report`` receives what the rounding did. Memory beside the result: 256 bytes per tile of 8192
-    elements. Waits for the device once, to learn the size of the result. Raises ``ArgumentError``.
+    elements, 4 per run. Waits for the device once, to learn the size of the result. Raises ``ArgumentError``.
     """
     import cupy
 
@@ -73,7 +78,11 @@ def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = 
     totals = cupy.zeros(_TOTALS, np.uint64)
     fronts = cupy.empty(tiles + 1, np.int32)
     launch(_spec("count", source), (tiles,), (a, np.int64(pitch), lags, totals, *size))
-    launch(_spec("place"), (1,), (lags, fronts, np.int32(tiles_m), np.int32(tiles_k), *run_arguments(shape)))
+    count, row_cost = run_arguments(shape)
+    lengths = cupy.empty(int(count), np.int32)
+    runs = (np.int32(tiles_m), np.int32(tiles_k), count, row_cost)
+    launch(_run_spec("place"), lengths.shape, (lags, fronts, lengths, *runs))
+    launch(_run_spec("join"), lengths.shape, (lengths, fronts, *runs))
     rows, nnz = (int(v) for v in cupy.stack([fronts[-1].astype(np.int64), totals[0].astype(np.int64)]).get())
     if not 0 <= rows <= MAX_ROWS:
         raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=f"{rows % 2**32}")

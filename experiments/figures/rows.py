@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Committed numbers as figures take them: measured rows, development logs, kernels of others.
+
+Folders are below ``experiments``; their README files say how each kind of number came about. Reading a damaged file
+raises :class:`flashllm.errors.FormatError` or ``OSError``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashllm.bench import results
+from flashllm.errors import FormatError
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+class Case(NamedTuple):
+    """A product: W [M, K] with a fraction of zeros, N columns of x."""
+
+    M: int
+    K: int
+    N: int
+    zeros: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A kernel beside cuBLAS of the same run, microseconds of one launch."""
+
+    us: float
+    cublas_us: float
+
+    @property
+    def speedup(self) -> float:
+        """Over cuBLAS of the same run."""
+        return self.cublas_us / self.us
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final(Measured):
+    """A row of ``flashllm bench``."""
+
+    commit: str
+    floor_us: float
+    """What reading W and x and writing y take at the bandwidth that the same run measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged:
+    """A time of a development log."""
+
+    step: str
+    variant: str
+    case: Case
+    us: float
+
+
+def newest(root: Path, format_name: str, *, gpu: str = H100, launch: str = "graph") -> dict[Case, Final]:
+    """The last measurement of each case in ``results``: of our kernel for a format, fp16, uniform zeros, L2-cold.
+
+    Rows that name no commit, had local changes, failed their check or have no cuBLAS beside them do not count.
+    """
+    wanted = {
+        "gpu": gpu,
+        "system": "flashllm",
+        "format": format_name,
+        "dtype": "fp16",
+        "pattern": "uniform",
+        "l2": "cold",
+        "launch": launch,
+        "check": "pass",
+        "dirty": False,
+    }
+    found = {}
+    for file in sorted((root / "results").glob("*.jsonl")):  # names begin with the time
+        for row in results.read(file):
+            if any(getattr(row, field) != value for field, value in wanted.items()) or row.commit is None:
+                continue
+            if row.sparsity is None or row.median_us is None or row.cublas_us is None or row.read_gbps is None:
+                continue
+            found[Case(row.M, row.K, row.N, row.sparsity)] = Final(
+                us=row.median_us,
+                cublas_us=row.cublas_us,
+                commit=row.commit,
+                floor_us=row.bytes / (row.read_gbps * 1e3),
+            )
+    return found
+
+
+def log(root: Path, name: str) -> list[Logged]:
+    """The times of ``kernel_log/NAME.json``; variants that the log says give wrong results are left out."""
+    return [
+        Logged(step=row["step"], variant=row["variant"], case=_case(row), us=float(row["median_us"]))
+        for row in _read(root / "kernel_log" / f"{name}.json")
+        if "median_us" in row and row.get("right", True)
+    ]
+
+
+def reference(root: Path, name: str, system: str) -> dict[Case, Measured]:
+    """The times of one system of others in ``reference/NAME.json``."""
+    return {
+        _case(row): Measured(us=float(row["us"]), cublas_us=float(row["cublas_us"]))
+        for row in _read(root / "reference" / f"{name}.json")
+        if row["system"] == system
+    }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(path=str(path), field="rows", expected="an object with a list", got=str(error)) from error
+    assert isinstance(rows, list)
+    return rows
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return Case(int(row["M"]), int(row["K"]), int(row["N"]), float(row["sparsity"]))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How all figures look: type, colours that colour-blind readers tell apart, hatching for systems of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ZEROS: Mapping[float, str] = {0.5: "#0072b2", 0.6: "#56b4e9", 0.7: "#009e73", 0.8: "#e69f00", 0.9: "#d55e00"}
+"""Colour of a fraction of zeros, of the palette of Okabe and Ito (2008)."""
+INK, QUIET, RULE = "#222222", "#6b6b6b", "#d9d9d9"
+"""Text, secondary text and cuBLAS, lines of the grid."""
+OTHERS: Mapping[str, Any] = {"hatch": "////", "facecolor": "white", "linewidth": 0.9}
+"""Bars of systems that are not ours; their edge has the colour."""
+FLOOR: Mapping[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.9, "alpha": 0.85}
+"""Lines of what the memory alone would take."""
+
+_SETTINGS: Mapping[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 8,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.7,
+    "savefig.dpi": 130,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "flashllm",
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """Figures made and saved within look like this."""
+    import matplotlib
+
+    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_SETTINGS, "backend": "agg"}
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def metadata(suffix: str, stamp: str) -> dict[str, str | None]:
+    """What a file of this format says of itself: ``stamp``, and no time, so that it changes only with what is drawn."""
+    return {
+        "png": {"Software": None, "Description": stamp},
+        "svg": {"Date": None, "Description": stamp},
+        "pdf": {"CreationDate": None, "Subject": stamp},
+    }[suffix]
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """``places``, moved apart as little as a single pass does, so that no two are closer than ``gap``."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    groups: list[list[float]] = []  # [centre, members]
+    for i in order:
+        groups.append([places[i], 1])
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            centre, members = groups.pop()
+            before, others = groups[-1]
+            groups[-1] = [(centre * members + before * others) / (members + others), members + others]
+    moved = [centre + gap * (k - (members - 1) / 2) for centre, members in groups for k in range(int(members))]
+    out = [0.0] * len(places)
+    for i, place in zip(order, moved, strict=True):
+        out[i] = place
+    return out
+
+
+def label_right(axes: Axes, x: float, labels: Sequence[tuple[str, float, str]], *, gap: float) -> None:
+    """Texts to the right of ``x``, each with its height and colour, moved apart to be ``gap`` from each other."""
+    heights = spread([height for _, height, _ in labels], gap)
+    for (text, _, color), height in zip(labels, heights, strict=True):
+        axes.text(x, height, text, color=color, fontsize=7, va="center", ha="left")

@@ -167,7 +167,7 @@ def command(
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
-        gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU)
+        gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU, argument="model-gpu")
         if device is not None and backend in ("emulator", "reference"):
             raise BadUsage(f"--device: expected nothing with --backend {backend}, which uses no GPU")
         use_device(device)

@@ -103,7 +103,7 @@ def predicted(row: Row, fitted: Model) -> float:
     """Microseconds of ``row`` by ``fitted``."""
     if row.system == "cublas":
         return model.dense_us(row.M, row.K, row.N, gpu=gpu_at(row), model=fitted)
-    return model.predicted_us(
+    return model.predict(
         row.format,
         m=row.M,
         k=row.K,
@@ -112,7 +112,7 @@ def predicted(row: Row, fitted: Model) -> float:
         density=1 - row.sparsity_real,
         gpu=gpu_at(row),
         model=fitted,
-    )
+    ).us
 
 
 def measured(row: Row) -> float:
@@ -157,7 +157,7 @@ def _fit_kernel(name: str, width: int, rows: Sequence[Row]) -> KernelTime:
     def times(p: Sequence[float]) -> list[float]:
         constants = KernelTime(start_us=p[0], tile_cycles=p[1], value_cycles=p[2] / 1000, sharpness=p[3])
         return [
-            constants.us(load, column_blocks=-(-row.N // width), gpu=gpu_at(row))
+            constants.predict(load, n_block=width, column_blocks=-(-row.N // width), gpu=gpu_at(row)).us
             for load, row in zip(loads, rows, strict=True)
         ]
 

@@ -42,16 +42,10 @@ def test_the_choice_loses_next_to_nothing(rows: list[fit_model.Row]) -> None:
 
 
 def test_regret_counts_what_a_bad_choice_loses(rows: list[fit_model.Row]) -> None:
-    """With start-ups that favour Tiled-CSL it is taken everywhere, and that must show."""
-    biased = model.committed()
-    cheap = {n: replace(c, start_us=-1e6) for n, c in biased.kernels["tiled-csl"].items()}
-
-    class Huge(KernelTime):
-        def us(self, load: Load, **_: object) -> float:
-            return 1e-6
-
-    kernels = {**biased.kernels, "tiled-csl": {n: Huge(**vars(c)) for n, c in cheap.items()}}
-    made = fit_model.choices(rows, replace(biased, kernels=kernels))
+    """A Tiled-CSL that costs nothing to start is taken everywhere, and that must show."""
+    committed = model.committed()
+    free = {n: replace(c, start_us=-1000.0) for n, c in committed.kernels["tiled-csl"].items()}
+    made = fit_model.choices(rows, replace(committed, kernels={**committed.kernels, "tiled-csl": free}))
     assert {choice.taken for choice in made} == {"tiled-csl"}
     assert fmean(choice.regret for choice in made) > 0.05
 
@@ -97,8 +91,10 @@ def test_the_formula_of_a_kernel() -> None:
     load = Load(weight_bytes=3_060_000, other_bytes=0, tiles=1320, nnz=264_000)
     gpu = replace(GPU, read_gbps=3060.0, sm_count=132, clock_mhz=1000.0)
     decode = (1320 * 100 + 264_000 * 0.5) / 132 / 1000
-    assert constants.us(load, column_blocks=1, gpu=gpu) == pytest.approx(5 + math.hypot(1.0, decode))
-    assert constants.us(load, column_blocks=3, gpu=gpu) == pytest.approx(5 + 3 * math.hypot(1.0, decode))
+    once, thrice = (constants.predict(load, n_block=8, column_blocks=c, gpu=gpu) for c in (1, 3))
+    assert once.us == pytest.approx(5 + math.hypot(1.0, decode))
+    assert thrice.us == pytest.approx(5 + 3 * math.hypot(1.0, decode))
+    assert (once.bound, replace(once, decode_us=0.9).bound) == ("decoding", "reading")
 
 
 def test_small_n_takes_eight_columns_and_wide_x_several_blocks() -> None:

@@ -43,6 +43,24 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The time of one product and what it is made of, in microseconds; ``column_blocks`` passes are in all."""
+
+    us: float
+    start_us: float
+    read_us: float
+    decode_us: float
+    n_block: int
+    """Columns of x of one pass over the weight."""
+    column_blocks: int
+
+    @property
+    def bound(self) -> str:
+        """``"reading"`` or ``"decoding"``, whichever takes longer."""
+        return "reading" if self.read_us >= self.decode_us else "decoding"
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelTime:
     """Fitted constants of one format's kernel for one width of a column block."""
 
@@ -55,12 +73,19 @@ class KernelTime:
     sharpness: float
     """Exponent of the smooth maximum: the larger, the better decoding hides behind reading, or the other way round."""
 
-    def us(self, load: Load, *, column_blocks: int, gpu: Gpu) -> float:
-        """Microseconds of ``load`` in ``column_blocks`` passes over the weight."""
+    def predict(self, load: Load, *, n_block: int, column_blocks: int, gpu: Gpu) -> Prediction:
+        """The time of ``load`` in ``column_blocks`` passes over the weight."""
         read = (load.weight_bytes * column_blocks + load.other_bytes) / gpu.read_gbps * 1e-3
         cycles = (load.tiles * self.tile_cycles + load.nnz * self.value_cycles) / gpu.sm_count
         decode = column_blocks * cycles / gpu.clock_mhz
-        return self.start_us + smooth_max(read, decode, self.sharpness)
+        return Prediction(
+            us=self.start_us + smooth_max(read, decode, self.sharpness),
+            start_us=self.start_us,
+            read_us=read,
+            decode_us=decode,
+            n_block=n_block,
+            column_blocks=column_blocks,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +173,7 @@ def load_of(format_name: str, *, m: int, k: int, n: int, weight_bytes: int, dens
     return Load(weight_bytes=weight_bytes, other_bytes=2 * n * (m + k), tiles=tiles, nnz=nnz)
 
 
-def predicted_us(
+def predict(
     format_name: str,
     *,
     m: int,
@@ -158,8 +183,8 @@ def predicted_us(
     density: float,
     gpu: Gpu,
     model: Model | None = None,
-) -> float:
-    """Microseconds, L2-cold in a CUDA graph, of y[n, m] = x[n, k] @ W[m, k]^T on ``gpu``.
+) -> Prediction:
+    """The time, L2-cold in a CUDA graph, of y[n, m] = x[n, k] @ W[m, k]^T on ``gpu``.
 
     ``weight_bytes`` are those of the packed weight, ``density`` the fraction of stored elements. ``model`` is another
     one than the package's. Raises :class:`ArgumentError` for a format without constants.
@@ -170,7 +195,12 @@ def predicted_us(
     widths = kernels[format_name]
     width = n_block_for(n, sorted(widths))
     load = load_of(format_name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density)
-    return widths[width].us(load, column_blocks=-(-n // width), gpu=gpu)
+    return widths[width].predict(load, n_block=width, column_blocks=-(-n // width), gpu=gpu)
+
+
+def predicted_us(format_name: str, *, m: int, k: int, n: int, weight_bytes: int, density: float, gpu: Gpu) -> float:
+    """Microseconds by :func:`predict`."""
+    return predict(format_name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density, gpu=gpu).us
 
 
 def dense_us(m: int, k: int, n: int, *, gpu: Gpu, model: Model | None = None) -> float:

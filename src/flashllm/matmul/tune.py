@@ -69,7 +69,7 @@ def tune(w: SparseWeight, n_list: Sequence[int]) -> list[TuneResult]:
             candidate = plan(w, n, device=facts, choice=choice)
             timed.append((_time(candidate, x, copies, stream), candidate))
         best_us, best = min(timed, key=lambda pair: pair[0])
-        path = tune_cache.store(w, n, best.choice, device=facts)
+        path = tune_cache.store(w, n, best.choice, median_us=best_us, device=facts)
         results.append(
             TuneResult(n=n, plan=best, median_us=best_us, heuristic_us=timed[0][0], measured=len(timed), path=path)
         )

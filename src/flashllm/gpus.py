@@ -88,3 +88,25 @@ def gpu_of(facts: DeviceFacts) -> Gpu:
         sm_count=facts.sm_count,
         clock_mhz=facts.clock_mhz or default.clock_mhz,
     )
+
+
+def facts_of(gpu: Gpu) -> DeviceFacts:
+    """A device to plan for that need not be there. Sizes of memories, which no plan looks at, are 0 where unknown."""
+    from flashllm.device import DeviceFacts
+    from flashllm.jit.spec import shared_limit
+
+    digits = gpu.arch.rstrip("af")
+    shared = shared_limit(gpu.arch) or 0
+    return DeviceFacts(
+        index=0,
+        name=gpu.name,
+        cc=(int(digits[:-1]), int(digits[-1])),
+        arch=gpu.arch,
+        sm_count=gpu.sm_count,
+        l2_bytes=0,
+        shared_per_block=shared,
+        shared_per_sm=shared + 1024,
+        memory_bytes=0,
+        clock_mhz=gpu.clock_mhz,
+        driver=0,
+    )

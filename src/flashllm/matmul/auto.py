@@ -78,7 +78,7 @@ def rank_formats(
     one, without one an H100 80GB. Formats without a kernel for it are left out. Raises :class:`ArgumentError`.
     """
     gpu = gpu or current_gpu()
-    names = _usable(formats, gpu)
+    names = usable_formats(formats, gpu)
     return rank(estimated(shape, density, names, dtype=check_dtype(dtype)), n, gpu=gpu)
 
 
@@ -95,7 +95,7 @@ def rank_formats_of(
     Some of its rows are packed in every format, so a mask that suits one badly shows. Raises as the encoders do.
     """
     gpu = gpu or current_gpu()
-    return rank(sampled(a, _usable(formats, gpu), dtype=dtype), n, gpu=gpu)
+    return rank(sampled(a, usable_formats(formats, gpu), dtype=dtype), n, gpu=gpu)
 
 
 def rank(contents: Contents, n: int | Sequence[int], *, gpu: Gpu) -> Ranking:
@@ -156,8 +156,11 @@ def check_batches(n: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(batches))
 
 
-def _usable(formats: Sequence[str] | None, gpu: Gpu) -> list[str]:
-    """The formats among ``formats`` that have constants and a kernel for ``gpu``."""
+def usable_formats(formats: Sequence[str] | None, gpu: Gpu) -> list[str]:
+    """The formats among ``formats`` (default: all) that have a time model and a kernel for ``gpu``.
+
+    Raises :class:`ArgumentError` for an unknown one, and when none is left.
+    """
     names = list(FORMATS) if formats is None else list(formats)
     for name in names:
         entry(name)
@@ -189,15 +192,13 @@ def _candidate(name: str, contents: Contents, batches: Sequence[int], gpu: Gpu) 
             us[count] = found.median_us * modelled.us / then.us
             bounds.setdefault("measured", []).append(count)
             measured += 1
-    per_element = contents.weight_bytes[name] / (contents.shape[0] * contents.shape[1])
-    decides = "; ".join(_phrase(bound, counts) for bound, counts in bounds.items())
     source: Source = "measured" if measured == len(batches) else "model and measured" if measured else "model"
     return Candidate(
         format=name,
         us=us,
         weight_bytes=contents.weight_bytes[name],
         source=source,
-        reason=f"{per_element:.3f} bytes per element; {decides}",
+        reason="; ".join(_phrase(bound, counts, len(batches)) for bound, counts in bounds.items()),
     )
 
 
@@ -208,6 +209,6 @@ def _predict(
     return model.predict(name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density, gpu=gpu)
 
 
-def _phrase(bound: str, counts: Sequence[int]) -> str:
-    at = f"at N = {', '.join(map(str, counts))}"
-    return f"measured {at}" if bound == "measured" else f"{bound} decides {at}"
+def _phrase(bound: str, counts: Sequence[int], of: int) -> str:
+    at = f" at N = {', '.join(map(str, counts))}" if len(counts) < of else ""
+    return f"measured{at}" if bound == "measured" else f"{bound} decides{at}"

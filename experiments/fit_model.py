@@ -42,6 +42,8 @@ RESULTS = REPOSITORY / "experiments" / "results"
 DOCUMENT = REPOSITORY / "docs" / "auto.md"
 BEGIN, END = "<!-- fit: `python experiments/fit_model.py` -->\n", "<!-- end of fit -->"
 GPU = find_gpu("H100 80GB")
+TILE_BYTES = {"slot24": 1024 + 1024 + 512 + 36}
+"""Masks, picks, columns, and front and lags of a tile of slots; docs/formats/slot24.md."""
 _DIGITS = 4
 _MAX_SHARPNESS = 16.0
 Shape = tuple[int, int]
@@ -135,6 +137,7 @@ def fit(files: Sequence[Path]) -> Model:
     return Model(
         kernels={name: widths for name, widths in kernels.items() if widths},
         dense=_fit_dense([row for row in rows if row.system == "cublas"]),
+        tile_bytes=TILE_BYTES,
         gpu=GPU.name,
         files=tuple(file.name for file in files if used & {row.run_id for row in results.read(file)}),
         commits=tuple(sorted({str(row.commit)[:10] for row in rows})),
@@ -149,7 +152,12 @@ def widths_of(format_name: str) -> Sequence[int]:
 def _fit_kernel(name: str, width: int, rows: Sequence[Row]) -> KernelTime:
     loads = [
         model.load_of(
-            name, m=row.M, k=row.K, n=row.N, weight_bytes=weight_bytes(row), density=1 - row.sparsity_real
+            row.M,
+            row.K,
+            row.N,
+            weight_bytes=weight_bytes(row),
+            density=1 - row.sparsity_real,
+            tile_bytes=TILE_BYTES.get(name),
         )
         for row in rows
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashllm.formats.tiles import TILE_K, TILE_M
 from flashllm.formats.weight import SparseWeight
 from flashllm.gpus import Gpu
 from flashllm.matmul import auto, model
@@ -21,7 +22,7 @@ from flashllm.matmul.sample import Contents, estimated, sampled
 if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
 
-_TILE_ELEMENTS = model.TILE_ELEMENTS
+_TILE_ELEMENTS = TILE_M * TILE_K
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,17 +120,19 @@ def test_more_bytes_more_stored_elements_and_less_gpu_take_longer() -> None:
 def test_slots_of_small_windows_cost_decoding_too() -> None:
     """At the same density, a matrix in windows of 128 has twice the tiles of one in windows of 256."""
     nnz = 0.05 * 4096 * 4096
-    few, many = (int(2 * nnz + tiles * model.SLOT_TILE_BYTES) for tiles in (1024, 2048))
+    tile_bytes = model.committed().tile_bytes["slot24"]
+    few, many = (int(2 * nnz + tiles * tile_bytes) for tiles in (1024, 2048))
     loads = [
-        model.load_of("slot24", m=4096, k=4096, n=8, weight_bytes=b, density=0.05) for b in (few, many)
-    ]  # fmt: skip
+        model.load_of(4096, 4096, 8, weight_bytes=size, density=0.05, tile_bytes=tile_bytes) for size in (few, many)
+    ]
     assert [round(load.tiles) for load in loads] == [1024, 2048]
+    assert model.load_of(130, 65, 8, weight_bytes=few, density=0.05).tiles == 4
 
 
 def test_the_constant_of_slot_tiles_is_the_formats() -> None:
     from flashllm.formats import slot24
 
-    assert slot24._TILE_BYTES == model.SLOT_TILE_BYTES
+    assert model.committed().tile_bytes == {"slot24": slot24._TILE_BYTES}
 
 
 def test_an_unknown_format_is_refused() -> None:

@@ -50,14 +50,14 @@ class Run:
     whole_ratio: float = 0.0
 
     @classmethod
-    def of_ours(cls, system: systems.FlashLLM, item: Prepared, *, ablation: str | None = None) -> Run:
+    def of_ours(cls, system: systems.FlashLLM, item: Prepared, group: Group, *, ablation: str | None = None) -> Run:
         """Our kernel, or with ``ablation``, the name of one of its ideas, our kernel without that idea."""
         spec, weight = system.plan.spec, system.weights[0]
         return cls(
             name="flashllm" if ablation is None else "flashllm-ablation",
             format=weight.format,
             kernel=spec.label if ablation is None else f"{ablation}: {spec.label}",
-            choice=system.choice,
+            choice=system.choice if ablation is not None else group.choice(system.choice),
             deterministic=spec.deterministic,
             system=system,
             output=lambda: system.y,

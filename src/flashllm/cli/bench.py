@@ -84,7 +84,7 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     "--model-gpu",
     default=None,
     metavar="NAME",
-    help="Without a GPU: whose memory to model.  [default: H100 80GB]",
+    help="Without a GPU: which to model, and to choose formats for.  [default: H100 80GB]",
 )
 @click.option(
     "--ablation",
@@ -152,9 +152,9 @@ def command(
     """Measure the sparse product against cuBLAS, shape by shape.
 
     Without options: the 12 weight shapes of OPT-30B, 66B and 175B at 70, 80 and 90 % zeros, N = 8, 16 and
-    32. Every result is checked before and after it is timed. Without a GPU the same command runs the same kernels
-    on a CPU emulator, on small shapes: it checks the numerics, counts what the kernels do and says what the bytes
-    would cost; it claims no times.
+    32, each in the format that suits it best (docs/auto.md). Every result is checked before and after it is timed.
+    Without a GPU the same command runs the same kernels on a CPU emulator, on small shapes: it checks the numerics,
+    counts what the kernels do and says what the bytes would cost; it claims no times.
     """
     from rich.console import Console
 
@@ -164,6 +164,8 @@ def command(
         from flashllm.bench import environment, results, roofline
         from flashllm.bench.plan_cases import plan_work
         from flashllm.bench.session import Session
+        from flashllm.device import device_facts
+        from flashllm.gpus import gpu_of
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
@@ -184,6 +186,7 @@ def command(
             pattern=pattern,
             seed=seed,
             formats=formats,
+            gpu=gpu_of(device_facts()) if chosen.name == "cuda" else gpu,
         )
         session = Session(out=out, resume=resume)
         if csv_file is not None:
@@ -241,7 +244,7 @@ def command(
 
 def _remaining(work: Work, session: Session, notes: Console, l2: str | None, launch: str | None) -> int:
     """How many cases are to be measured; says how many are skipped."""
-    cases = [(g, s, n, f) for g in work.groups for s in g.sparsities for n in g.batches for f in g.formats]
+    cases = [(group, *case) for group in work.groups for case in group.cases]
     left = sum(session.is_wanted(*case, l2=l2, launch=launch) for case in cases)
     if left < len(cases):
         notes.print(f"{len(cases) - left} of {len(cases)} cases are in {session.out} already", soft_wrap=True)

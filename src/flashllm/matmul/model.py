@@ -11,6 +11,7 @@ That is an extrapolation.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,13 +19,10 @@ from importlib import resources
 from typing import Any
 
 from flashllm.errors import ArgumentError
+from flashllm.formats.tiles import tile_grid
 from flashllm.gpus import Gpu
 from flashllm.matmul.tensor_cores import n_block_for
 
-TILE_ELEMENTS = 128 * 64
-"""Elements of a tile."""
-SLOT_TILE_BYTES = 2596
-"""Bytes of a tile of slot24 beside its values: masks, picks, columns, front and lags (docs/formats/slot24.md)."""
 DATA_FILE = "model_h100.json"
 
 
@@ -109,6 +107,9 @@ class Model:
 
     kernels: Mapping[str, Mapping[int, KernelTime]]
     """By format and width of the column block."""
+    tile_bytes: Mapping[str, int]
+    """Bytes of a tile beside its values, for formats whose number of tiles depends on where the zeros are and is known
+    from the bytes only: slot24. Others have one for 128 x 64 elements."""
     dense: DenseTime
     gpu: str
     """GPU the rows were measured on."""
@@ -138,6 +139,7 @@ def from_json(data: Mapping[str, Any]) -> Model:
             name: {int(width): KernelTime(**constants) for width, constants in widths.items()}
             for name, widths in data["kernels"].items()
         },
+        tile_bytes=dict(data["tile_bytes"]),
         dense=DenseTime(**data["dense"]),
         gpu=data["gpu"],
         files=tuple(data["files"]),
@@ -152,6 +154,7 @@ def to_json(model: Model) -> dict[str, Any]:
         "files": list(model.files),
         "commits": list(model.commits),
         "dense": vars(model.dense),
+        "tile_bytes": dict(model.tile_bytes),
         "kernels": {
             name: {str(width): vars(constants) for width, constants in widths.items()}
             for name, widths in model.kernels.items()
@@ -164,12 +167,15 @@ def is_modelled(format_name: str) -> bool:
     return format_name in committed().kernels
 
 
-def load_of(format_name: str, *, m: int, k: int, n: int, weight_bytes: int, density: float) -> Load:
-    """What y[n, m] = x[n, k] @ W[m, k]^T moves and decodes, with W packed in ``weight_bytes``."""
+def load_of(m: int, k: int, n: int, *, weight_bytes: int, density: float, tile_bytes: int | None = None) -> Load:
+    """What y[n, m] = x[n, k] @ W[m, k]^T moves and decodes, with W packed in ``weight_bytes``.
+
+    ``tile_bytes`` is what :class:`Model` has for the format.
+    """
     nnz = density * m * k
-    tiles: float = -(-m // 128) * -(-k // 64)
-    if format_name == "slot24":  # how many tiles of slots there are depends on where the zeros are, and shows in bytes
-        tiles = max(weight_bytes - 2 * nnz, SLOT_TILE_BYTES) / SLOT_TILE_BYTES
+    tiles: float = math.prod(tile_grid((m, k)))
+    if tile_bytes is not None:
+        tiles = max(weight_bytes - 2 * nnz, tile_bytes) / tile_bytes
     return Load(weight_bytes=weight_bytes, other_bytes=2 * n * (m + k), tiles=tiles, nnz=nnz)
 
 
@@ -189,12 +195,14 @@ def predict(
     ``weight_bytes`` are those of the packed weight, ``density`` the fraction of stored elements. ``model`` is another
     one than the package's. Raises :class:`ArgumentError` for a format without constants.
     """
-    kernels = (model or committed()).kernels
+    model = model or committed()
+    kernels = model.kernels
     if format_name not in kernels:
         raise ArgumentError("format", expected=f"one of {', '.join(kernels)}", got=repr(format_name))
     widths = kernels[format_name]
     width = n_block_for(n, sorted(widths))
-    load = load_of(format_name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density)
+    tile_bytes = model.tile_bytes.get(format_name)
+    load = load_of(m, k, n, weight_bytes=weight_bytes, density=density, tile_bytes=tile_bytes)
     return widths[width].predict(load, n_block=width, column_blocks=-(-n // width), gpu=gpu)
 
 

@@ -77,6 +77,13 @@ def sampled(a: Any, formats: Sequence[str], *, dtype: str | None = None) -> Cont
     return _contents(shape, kind, _nonzero_by_row(a), formats, a, sparse=False)
 
 
+def representative(shape: tuple[int, int], part: Any, formats: Sequence[str], *, dtype: DType) -> Contents:
+    """W [M, K] that is everywhere like ``part``, a dense matrix on the host."""
+    density = np.count_nonzero(part) / part.size
+    found = {name: _scaled(name, shape, density, part, density, dtype, sparse=False) for name in formats}
+    return Contents(shape=shape, dtype=dtype, density=density, weight_bytes=found, packed_rows=int(part.shape[0]))
+
+
 def slabs_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows to pack: of slabs spread evenly, the first and the last among them, and of that of the densest row."""
     slabs = -(-counts.size // TILE_M)
@@ -92,14 +99,19 @@ def _contents(
     rows = slabs_of(counts)
     part = a if rows.size == counts.size else _take(a, rows)
     density = int(counts.sum()) / (shape[0] * shape[1])
-    part_shape, part_density = (rows.size, shape[1]), int(counts[rows].sum()) / (rows.size * shape[1])
-    found = {}
-    for name in formats:
-        made = weight_class(name)
-        packed = made.from_scipy(part, dtype=dtype) if sparse else made.from_dense(part, dtype=dtype)
-        uneven = packed.nbytes / made.estimated_bytes(part_shape, part_density)
-        found[name] = round(made.estimated_bytes(shape, density) * uneven)
+    part_density = int(counts[rows].sum()) / (rows.size * shape[1])
+    found = {name: _scaled(name, shape, density, part, part_density, dtype, sparse=sparse) for name in formats}
     return Contents(shape=shape, dtype=dtype, density=density, weight_bytes=found, packed_rows=int(rows.size))
+
+
+def _scaled(
+    name: str, shape: tuple[int, int], density: float, part: Any, part_density: float, dtype: DType, *, sparse: bool
+) -> int:
+    """Bytes of a matrix of ``shape`` and ``density``: the estimate, times what the estimate for ``part`` is off by."""
+    made = weight_class(name)
+    packed = made.from_scipy(part, dtype=dtype) if sparse else made.from_dense(part, dtype=dtype)
+    uneven = packed.nbytes / made.estimated_bytes(packed.shape, part_density)
+    return round(made.estimated_bytes(shape, density) * uneven)
 
 
 def _take(a: Any, rows: NDArray[np.int64]) -> Any:

@@ -16,6 +16,7 @@ from flashllm.formats.weight import SparseWeight
 from flashllm.gpus import Gpu
 from flashllm.matmul import auto, model
 from flashllm.matmul.auto import Ranking
+from flashllm.matmul.expand import Expected, expected
 from flashllm.matmul.planning import Plan, plan
 from flashllm.matmul.sample import Contents, estimated, sampled
 
@@ -47,7 +48,7 @@ class Planned:
     """A plan and the time the model gives it; ``None`` for a format without constants."""
 
     plan: Plan
-    prediction: model.Prediction | None
+    expected: Expected | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +170,9 @@ def _counts(arrays: dict[str, Any]) -> NDArray[np.int64] | None:
 def _plans(w: SparseWeight, n: Sequence[int], target: Target) -> dict[int, Planned]:
     found = {}
     for count in n:
-        prediction = None
+        likely = None
         if model.is_modelled(w.format):
-            prediction = model.predict(
+            likely = expected(
                 w.format,
                 m=w.shape[0],
                 k=w.shape[1],
@@ -180,7 +181,7 @@ def _plans(w: SparseWeight, n: Sequence[int], target: Target) -> dict[int, Plann
                 density=w.density,
                 gpu=target.gpu,
             )
-        found[count] = Planned(plan=plan(w, count, device=target.facts), prediction=prediction)
+        found[count] = Planned(plan=plan(w, count, device=target.facts), expected=likely)
     return found
 
 
@@ -219,12 +220,16 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 
 def _plan_as_json(planned: Planned) -> dict[str, Any]:
-    made, prediction = planned.plan, planned.prediction
+    made, likely = planned.plan, planned.expected
+    predicted = None
+    if likely is not None:
+        predicted = {**vars(likely.kernel), "bound": likely.kernel.bound, "expand_us": likely.expand_us}
     return {
         "kernel": made.spec.label,
+        "expand": made.expansion is not None,
         "source": made.source,
         "grid": list(made.grid),
         "workspace_bytes": made.workspace_bytes,
         "reason": made.reason,
-        "predicted": None if prediction is None else {**vars(prediction), "bound": prediction.bound},
+        "predicted": predicted,
     }

@@ -19,6 +19,7 @@ import pytest
 from flashllm import registry
 from flashllm.baselines import cublas_api
 from flashllm.jit.spec import KernelSpec
+from flashllm.matmul.expand import LABEL
 
 ITEM_BYTES = 2
 
@@ -171,6 +172,11 @@ class Plan:
     choice: Any = None
     workspace_bytes: int = 0
     source: str = "auto"
+    expansion: Any = None
+
+    @property
+    def label(self) -> str:
+        return self.spec.label if self.expansion is None else LABEL
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None) -> Blas:

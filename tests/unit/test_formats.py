@@ -207,9 +207,16 @@ def test_measured_choices_are_kept_by_format(tmp_path: Path, monkeypatch: pytest
     assert [key.split()[0] for key in keys] == ["coordinates", "tiled-csl"]
     good = payload["choices"][keys[0]]
     choices = [{**good["choice"], "repeat": value} for value in (3, True)]
-    numbers = [{"median_us": 0.0}, {"median_us": 7}, {"n": 0}, {"density": 1.5}, {"weight_bytes": -1}, {"more": 1}]
+    numbers = [{"median_us": 0.0}, {"median_us": 7}, {"n": 0}, {"density": 1.5}, {"weight_bytes": -1}, {"expanded": 1}]
     wrong = [{"choice": choice} for choice in choices] + numbers
-    for bad in (payload["choices"][keys[1]], *({**good, **change} for change in wrong), good["choice"], {}, None):
+    for bad in (
+        payload["choices"][keys[1]],
+        *({**good, **change} for change in wrong),
+        {**good, "more": 1},
+        good["choice"],
+        {},
+        None,
+    ):
         payload["choices"][keys[0]] = bad
         path.write_text(json.dumps(payload))
         assert plan(w, 16, device=H100).source == "auto"

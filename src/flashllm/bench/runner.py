@@ -19,6 +19,7 @@ from flashllm.bench.runs import Prepared, Run
 from flashllm.bench.sources import Source
 from flashllm.errors import DeviceMemoryError
 from flashllm.formats.weight import SparseWeight
+from flashllm.matmul.expand import LEAST_N
 from flashllm.registry import kernel, weight_class
 
 _SPARE_BYTES = 2**30  # float64 rows of the reference, workspaces, inputs, outputs
@@ -68,6 +69,8 @@ def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: i
         packed = [made.estimated_bytes(shape, source.density(s)) for s in using]
         needed += sum(map(rotated, packed)) * (len(made.ENCODINGS) if settings.ablation else 1)
         largest = max(largest, *packed)
+    if max(group.batches) >= LEAST_N:
+        needed += 2 * group.dense_bytes  # a plan may expand the weight
     kinds = len({layout.w for layout in settings.layouts})
     encoding = (group.dense_bytes + largest) // 4
     needed += kinds * rotated(group.dense_bytes) + encoding + _SPARE_BYTES

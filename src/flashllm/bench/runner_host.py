@@ -75,7 +75,7 @@ class EmulatorMultiplier:
         from flashllm.backends import emulator
         from flashllm.matmul import planning
 
-        specs = [planning.plan(w, n, device=self._device).spec for w, n in products]
+        specs = [planning.plan(w, n, device=self._device, expand=False).spec for w, n in products]
         emulator.preload(dict.fromkeys(specs), build=self._build)
 
     def multiply(self, x: Any, w: SparseWeight) -> Product:
@@ -83,7 +83,7 @@ class EmulatorMultiplier:
         from flashllm.backends import emulator
         from flashllm.matmul import planning
 
-        plan = planning.plan(w, int(x.shape[0]), device=self._device)
+        plan = planning.plan(w, int(x.shape[0]), device=self._device, expand=False)
         y, counts = emulator.spmm(x, w, choice=plan.choice, build=self._build, seed=self._seed)
         return Product(
             y=y, kernel=plan.spec.label, choice=plan.source, deterministic=plan.spec.deterministic, counts=counts

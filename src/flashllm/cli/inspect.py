@@ -173,16 +173,18 @@ def _plan_table(plans: dict[int, Planned]) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("kernel, and why", overflow="fold")
     for n, planned in plans.items():
-        made, prediction = planned.plan, planned.prediction
+        made, likely = planned.plan, planned.expected
         times = ["-"] * 3
-        if prediction is not None:
-            times = [f"{us:.1f}" for us in (prediction.us, prediction.read_us, prediction.decode_us)]
+        if likely is not None and made.expansion is not None:
+            times = [f"{likely.expand_us:.1f}", "-", "-"]
+        elif likely is not None:
+            times = [f"{us:.1f}" for us in (likely.kernel.us, likely.kernel.read_us, likely.kernel.decode_us)]
         table.add_row(
             str(n),
             *times,
             "x".join(map(str, made.grid)),
             f"{made.workspace_bytes:,}",
-            escape(f"{made.spec.label}\n{made.reason}"),
+            escape(f"{made.label}\n{made.reason}"),
         )
     return table
 

@@ -109,4 +109,4 @@ def _launch(work: Work) -> None:
         for _ in range(_WARMUP_LAUNCHES + 2):
             system.launch(0, stream)
         stream.synchronize()
-    click.echo(f"{system.plan.spec.label}: {_WARMUP_LAUNCHES + 2} launches", err=True)
+    click.echo(f"{system.plan.label}: {_WARMUP_LAUNCHES + 2} launches", err=True)

@@ -101,7 +101,7 @@ def _print(found: list[tuple[str, TuneResult]]) -> None:
             f"{result.heuristic_us:.2f}",
             str(result.measured),
             "x".join(map(str, result.plan.grid)),
-            escape(result.plan.spec.label),
+            escape(result.plan.label),
         )
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -12,6 +12,7 @@ from flashllm.errors import ArgumentError
 from flashllm.formats.bits import check_dtype
 from flashllm.gpus import DEFAULT_GPU, Gpu, find_gpu, gpu_of
 from flashllm.matmul import model, tune_cache
+from flashllm.matmul.expand import Expected, expected
 from flashllm.matmul.sample import Contents, estimated, sampled
 from flashllm.registry import FORMATS, entry, kernel, weight_class
 
@@ -186,10 +187,11 @@ def _candidate(name: str, contents: Contents, batches: Sequence[int], gpu: Gpu) 
         )
         if found is None:
             us[count] = modelled.us
-            bounds.setdefault(modelled.bound, []).append(count)
+            bounds.setdefault("expanding" if modelled.expand else modelled.kernel.bound, []).append(count)
         else:  # of a matrix that may have been a little denser or sparser
             then = _predict(name, contents, found.density, found.weight_bytes, count, gpu)
-            us[count] = found.median_us * modelled.us / then.us
+            now, before = (one.expand_us if found.expanded else one.kernel.us for one in (modelled, then))
+            us[count] = found.median_us * now / before
             bounds.setdefault("measured", []).append(count)
             measured += 1
     source: Source = "measured" if measured == len(batches) else "model and measured" if measured else "model"
@@ -202,13 +204,11 @@ def _candidate(name: str, contents: Contents, batches: Sequence[int], gpu: Gpu) 
     )
 
 
-def _predict(
-    name: str, contents: Contents, density: float, weight_bytes: int, n: int, gpu: Gpu
-) -> model.Prediction:  # fmt: skip
+def _predict(name: str, contents: Contents, density: float, weight_bytes: int, n: int, gpu: Gpu) -> Expected:
     m, k = contents.shape
-    return model.predict(name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density, gpu=gpu)
+    return expected(name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density, gpu=gpu)
 
 
 def _phrase(bound: str, counts: Sequence[int], of: int) -> str:
     at = f" at N = {', '.join(map(str, counts))}" if len(counts) < of else ""
-    return f"measured{at}" if bound == "measured" else f"{bound} decides{at}"
+    return f"{bound}{at}" if bound in ("measured", "expanding") else f"{bound} decides{at}"

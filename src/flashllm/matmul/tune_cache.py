@@ -45,6 +45,9 @@ class Measurement:
     """The fastest choice for a weight and ``n`` rows of x, and its time."""
 
     choice: KernelChoice
+    """The fastest instance of the kernel."""
+    expanded: bool
+    """Expanding the weight for cuBLAS was faster; ``median_us`` is the time of that."""
     n: int
     density: float
     """Fraction of stored elements of the weight measured."""
@@ -73,8 +76,13 @@ def _prefix(format_name: str, dtype: str, shape: tuple[int, int]) -> str:
 
 def lookup(w: SparseWeight, n: int, *, device: Kind) -> KernelChoice | None:
     """The choice measured for ``w`` and ``n`` on this kind of device, if any."""
-    found = _read(path_for(device)).get(key_for(w, n))
+    found = find(w, n, device=device)
     return None if found is None else found.choice
+
+
+def find(w: SparseWeight, n: int, *, device: Kind) -> Measurement | None:
+    """What was measured for ``w`` and ``n``, or an N that takes the same blocks of columns, on this kind of device."""
+    return _read(path_for(device)).get(key_for(w, n))
 
 
 def measured(
@@ -93,8 +101,10 @@ def measured(
     return min(similar, key=lambda found: abs(found.density - density), default=None)
 
 
-def store(w: SparseWeight, n: int, choice: KernelChoice, *, median_us: float, device: Kind) -> Path:
-    """Record ``choice`` and its time, and return the file.
+def store(
+    w: SparseWeight, n: int, choice: KernelChoice, *, median_us: float, device: Kind, expanded: bool = False
+) -> Path:
+    """Record ``choice``, whether to expand the weight instead, and the time of the better; return the file.
 
     Written beside and renamed, so that readers see the old file or the new one; under a lock, so that
     processes that record at the same time keep each other's choices.
@@ -104,7 +114,12 @@ def store(w: SparseWeight, n: int, choice: KernelChoice, *, median_us: float, de
     with _writing(path.parent):
         entries = _parse(path)
         entries[key_for(w, n)] = Measurement(
-            choice=choice, n=n, density=w.density, weight_bytes=w.nbytes, median_us=median_us
+            choice=choice,
+            expanded=expanded,
+            n=n,
+            density=w.density,
+            weight_bytes=w.nbytes,
+            median_us=median_us,
         )
         choices: dict[str, Any] = dict(sorted(entries.items()))
         payload = {"version": VERSION, "choices": {key: asdict(value) for key, value in choices.items()}}
@@ -168,11 +183,12 @@ def _measurement(format_name: str, value: Any) -> Measurement | None:
     if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Measurement)}:
         return None
     choice = _choice(format_name, value["choice"])
-    n, density, weight_bytes, us = (value[name] for name in ("n", "density", "weight_bytes", "median_us"))
-    whole = type(n) is type(weight_bytes) is int and type(density) is type(us) is float
-    if choice is None or not whole or n < 1 or weight_bytes < 0 or not 0 <= density <= 1 or not 0 < us < math.inf:
+    expanded, n, weight_bytes = (value[name] for name in ("expanded", "n", "weight_bytes"))
+    density, us = value["density"], value["median_us"]
+    typed = type(expanded) is bool and type(n) is type(weight_bytes) is int and type(density) is type(us) is float
+    if choice is None or not typed or min(n - 1, weight_bytes) < 0 or not (0 <= density <= 1 and 0 < us < math.inf):
         return None
-    return Measurement(choice=choice, n=n, density=density, weight_bytes=weight_bytes, median_us=us)
+    return Measurement(choice=choice, expanded=expanded, n=n, density=density, weight_bytes=weight_bytes, median_us=us)
 
 
 def _choice(format_name: str, value: Any) -> KernelChoice | None:

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import click
 import numpy as np
@@ -32,10 +32,10 @@ from scipy.optimize import least_squares
 from flashllm.bench import results, roofline
 from flashllm.bench.results import Row
 from flashllm.gpus import Gpu, find_gpu
-from flashllm.matmul import model
+from flashllm.matmul import expand, model
 from flashllm.matmul.model import DenseTime, KernelTime, Model
 from flashllm.matmul.tensor_cores import n_block_for
-from flashllm.registry import FORMATS, kernel
+from flashllm.registry import FORMATS, kernel, weight_class
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -44,6 +44,9 @@ BEGIN, END = "<!-- fit: `python experiments/fit_model.py` -->\n", "<!-- end of f
 GPU = find_gpu("H100 80GB")
 TILE_BYTES = {"slot24": 1024 + 1024 + 512 + 36}
 """Masks, picks, columns, and front and lags of a tile of slots; docs/formats/slot24.md."""
+EXTRAPOLATED = "20261123T082903-h200-opt-sweep.jsonl"
+"""Rows of an H200, which has the H100's multiprocessors and clock, and 1.5 times its bandwidth; of an older kernel."""
+WIDE_SHAPE = (28672, 8192)
 _DIGITS = 4
 _MAX_SHARPNESS = 16.0
 Shape = tuple[int, int]
@@ -58,6 +61,20 @@ class Quality:
     rows: int
     mean: float
     largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winner:
+    """The fastest formats of the shapes with the same zeros and N."""
+
+    zeros: float
+    n: int
+    measured: tuple[str, ...]
+    """Formats that there are rows of."""
+    fastest: list[tuple[str, int]]
+    """Formats, each with the number of shapes for which it is the fastest."""
+    speedup: float
+    """Geometric mean over the shapes of the fastest's speed-up over cuBLAS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +267,48 @@ def joint_choices(rows: Sequence[Row], fitted: Model, batches: tuple[int, ...] =
     return found
 
 
-def winners(rows: Sequence[Row], fitted: Model) -> dict[tuple[float, int], dict[str, int]]:
-    """By zeros and N: for how many shapes each format was measured fastest."""
-    found: dict[tuple[float, int], dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for choice in choices(rows, fitted):
-        found[choice.case[3], choice.case[2][0]][choice.best] += 1
+def winners(rows: Sequence[Row]) -> list[Winner]:
+    """By zeros and N, how many shapes each format was measured fastest for, and how fast that was."""
+    cases: dict[tuple[float, int], dict[tuple[int, int], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.system == "flashllm" and row.sparsity is not None and row.speedup is not None:
+            cases[row.sparsity, row.N][row.M, row.K].append(row)
+    found = []
+    for (zeros, n), shapes in sorted(cases.items()):
+        best = [min(group, key=measured) for group in shapes.values()]
+        fastest = Counter(row.format for row in best).most_common()
+        speedups = [row.speedup for row in best if row.speedup is not None]
+        formats = tuple(name for name in FORMATS if any(row.format == name for g in shapes.values() for row in g))
+        found.append(Winner(zeros=zeros, n=n, measured=formats, fastest=fastest, speedup=geometric_mean(speedups)))
     return found
+
+
+def crossover(shape: Shape, density: float, name: str, fitted: Model) -> int | None:
+    """The least N, in blocks of 64 columns, for which the model has the weight expanded; ``None``: none up to 4096."""
+    size = weight_class(name).estimated_bytes(shape, density)
+    options = {"m": shape[0], "k": shape[1], "weight_bytes": size, "density": density, "gpu": GPU, "model": fitted}
+    wide = range(128, 4097, 64)
+    return next((n for n in wide if expand.expected(name, n=n, **options).expand), None)
+
+
+def best_us(shape: Shape, density: float, n: int, fitted: Model) -> float:
+    """Microseconds of the fastest format by the model, zeros at random places."""
+    options = {"m": shape[0], "k": shape[1], "n": n, "density": density, "gpu": GPU, "model": fitted}
+    sizes = {name: weight_class(name).estimated_bytes(shape, density) for name in fitted.kernels}
+    return min(expand.expected(name, weight_bytes=size, **options).us for name, size in sizes.items())
+
+
+def ahead_of_dense(fitted: Model, n: int) -> tuple[float | None, int | None]:
+    """The least zeros for which a format is faster than dense at ``WIDE_SHAPE``, and the least side of a square matrix
+    with 80 % zeros: in steps of 0.05, and of 256.
+    """
+
+    def ahead(shape: Shape, density: float) -> bool:
+        return best_us(shape, density, n, fitted) < model.dense_us(*shape, n, gpu=GPU, model=fitted)
+
+    zeros = next((step / 20 for step in range(20) if ahead(WIDE_SHAPE, 1 - step / 20)), None)
+    side = next((size for size in range(256, 16385, 256) if ahead((size, size), 0.2)), None)
+    return zeros, side
 
 
 def report(fitted: Model, rows: Sequence[Row]) -> str:
@@ -283,10 +336,35 @@ def report(fitted: Model, rows: Sequence[Row]) -> str:
         right = sum(choice.taken == choice.best for choice in made)
         regrets = [choice.regret for choice in made]
         lines.append(f"| {title} | {len(made)} | {right} | {100 * fmean(regrets):.2f} % | {100 * max(regrets):.1f} % |")
-    lines += ["", "| zeros | N | fastest, of the formats measured (shapes) |", "|---|---|---|"]
-    for (zeros, n), counts in sorted(winners(rows, fitted).items()):
-        ranked = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-        lines.append(f"| {100 * zeros:g} % | {n} | {ranked} |")
+    lines += ["", "| zeros | N | measured | fastest (shapes) | speed-up over cuBLAS |", "|---|---|---|---|---|"]
+    for winner in winners(rows):
+        ranked = ", ".join(f"{name} ({count})" for name, count in winner.fastest)
+        cells = (
+            f"{100 * winner.zeros:g} %",
+            str(winner.n),
+            ", ".join(winner.measured),
+            ranked,
+            f"{winner.speedup:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Rows of {EXTRAPOLATED}, by the constants of the H100:", ""]
+    lines += ["| | rows | mean error | largest |", "|---|---|---|---|"]
+    lines += [
+        f"| {q.name} | {q.rows} | {100 * q.mean:.1f} % | {100 * q.largest:.1f} % |"
+        for q in errors(results.read(RESULTS / EXTRAPOLATED), fitted)
+        if q.n is None
+    ]
+    m, k = WIDE_SHAPE
+    lines += ["", "Faster than dense, by the model:", ""]
+    lines += [f"| N | {m}x{k}, zeros from | square matrices with 80 % zeros, side from |", "|---|---|---|"]
+    for n in (8, 16, 32, 64):
+        zeros, side = ahead_of_dense(fitted, n)
+        lines.append(f"| {n} | {'-' if zeros is None else f'{100 * zeros:.0f} %'} | {'-' if side is None else side} |")
+    lines += ["", f"Expanded from N on, by the model, at {m}x{k}:", ""]
+    lines += [f"| zeros | {' | '.join(fitted.kernels)} |", f"|---|{'---|' * len(fitted.kernels)}"]
+    for zeros in (0.5, 0.7, 0.8, 0.9):
+        ns = [crossover(WIDE_SHAPE, 1 - zeros, name, fitted) for name in fitted.kernels]
+        lines.append(f"| {100 * zeros:g} % | {' | '.join('-' if n is None else str(n) for n in ns)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -208,15 +208,8 @@ def test_measured_choices_are_kept_by_format(tmp_path: Path, monkeypatch: pytest
     good = payload["choices"][keys[0]]
     choices = [{**good["choice"], "repeat": value} for value in (3, True)]
     numbers = [{"median_us": 0.0}, {"median_us": 7}, {"n": 0}, {"density": 1.5}, {"weight_bytes": -1}, {"expanded": 1}]
-    wrong = [{"choice": choice} for choice in choices] + numbers
-    for bad in (
-        payload["choices"][keys[1]],
-        *({**good, **change} for change in wrong),
-        {**good, "more": 1},
-        good["choice"],
-        {},
-        None,
-    ):
+    wrong = [{**good, **change} for change in (*({"choice": choice} for choice in choices), *numbers, {"more": 1})]
+    for bad in (payload["choices"][keys[1]], *wrong, good["choice"], {}, None):
         payload["choices"][keys[0]] = bad
         path.write_text(json.dumps(payload))
         assert plan(w, 16, device=H100).source == "auto"

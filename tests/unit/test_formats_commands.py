@@ -67,12 +67,12 @@ def test_a_row_for_each_format() -> None:
     assert [r.choice for r in rows] == ["auto", "auto"]
 
 
-AUTO = ("--shape", "1024x512", "--sparsity", "0.5,0.9", "--n", "8,16,64")
+AUTO = ("--shape", "96x72", "--sparsity", "0.5,0.9", "--n", "8,16,64")
 
 
 def chosen(gpu: Gpu) -> dict[tuple[float | None, int], str]:
     """The formats of the cases of ``AUTO``."""
-    return {(s, n): rank_formats((1024, 512), 1 - s, n, gpu=gpu).best.format for s in (0.5, 0.9) for n in (8, 16, 64)}
+    return {(s, n): rank_formats((96, 72), 1 - s, n, gpu=gpu).best.format for s in (0.5, 0.9) for n in (8, 16, 64)}
 
 
 @pytest.mark.parametrize("arguments", [(), ("--format", "auto")])
@@ -186,6 +186,13 @@ def test_gpu_run_times_all_formats_beside_one_cublas(gpu: None, tmp_path: Path) 
         *("by-column", "twice"),
         *("by-column", "twice"),
     ]
+
+
+def test_an_ablation_is_of_the_format_that_has_one(gpu: None) -> None:
+    case = ("--shape", "96x72", "--sparsity", "0.5", "--n", "16", "--time-cap", "0.01", "--check-rows", "16")
+    rows = _rows(_run(*case, "--ablation", "--json"))
+    assert {r.format for r in rows if r.system.startswith("flashllm")} == {"tiled-csl"}
+    assert len([r for r in rows if r.system == "flashllm-ablation"]) == 3
 
 
 def test_only_what_is_missing_is_packed(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     "--ablation",
     is_flag=True,
     help="Also measure our kernel without word reordering, without overlap, and clearing whole tiles "
-    "(fp16, N = 9 to 16, on a GPU).",
+    "(fp16, N = 9 to 16, on a GPU); of Tiled-CSL where no --format is named.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON Lines on stdout; everything else on stderr.")
 @click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows as CSV too.")
@@ -166,6 +166,7 @@ def command(
         from flashllm.bench.session import Session
         from flashllm.device import device_facts
         from flashllm.gpus import gpu_of
+        from flashllm.registry import DEFAULT_FORMAT
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
@@ -185,7 +186,7 @@ def command(
             dtype=dtype,
             pattern=pattern,
             seed=seed,
-            formats=formats,
+            formats=DEFAULT_FORMAT if ablation and formats is None else formats,
             gpu=gpu_of(device_facts()) if chosen.name == "cuda" else gpu,
         )
         session = Session(out=out, resume=resume)

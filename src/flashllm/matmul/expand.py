@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashllm.formats.bits import numpy_dtype
-from flashllm.matmul import model
+from flashllm.matmul.model import Model, Prediction, expand_us, predict
 from flashllm.matmul.tensor_cores import N_BLOCKS
 from flashllm.registry import encoder
 
@@ -47,7 +47,7 @@ class Expansion:
 class Expected:
     """What the model says of one product."""
 
-    kernel: model.Prediction
+    kernel: Prediction
     """By the kernel alone."""
     expand_us: float
     """By expanding the weight."""
@@ -61,11 +61,20 @@ class Expected:
 
 
 def expected(
-    format_name: str, *, m: int, k: int, n: int, weight_bytes: int, density: float, gpu: Gpu
-) -> Expected:  # fmt: skip
+    format_name: str,
+    *,
+    m: int,
+    k: int,
+    n: int,
+    weight_bytes: int,
+    density: float,
+    gpu: Gpu,
+    model: Model | None = None,
+) -> Expected:
     """Which way y[n, m] = x[n, k] @ W[m, k]^T takes less time. Raises :class:`ArgumentError` without constants."""
-    prediction = model.predict(format_name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density, gpu=gpu)
-    us = model.expand_us(format_name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density, gpu=gpu)
+    size: dict[str, Any] = {"m": m, "k": k, "n": n, "weight_bytes": weight_bytes, "density": density}
+    prediction = predict(format_name, **size, gpu=gpu, model=model)
+    us = expand_us(format_name, **size, gpu=gpu, model=model)
     possible = n >= LEAST_N and 2 * m * k >= LEAST_DENSE_BYTES and encoder(format_name) is not None
     return Expected(kernel=prediction, expand_us=us, expand=possible and us < _MARGIN * prediction.us)
 

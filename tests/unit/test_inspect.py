@@ -144,6 +144,22 @@ def test_the_tables_fit_100_columns(packed: Path) -> None:
     assert "plans" not in shape
 
 
+def test_an_expansion_is_shown_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    w = pack((np.random.default_rng(0).random((4096, 2048)) < 0.1).astype(np.float16), format="bitmap")
+    w.save(path)
+    (one,) = _json(path, "--n", "64,2048")
+    assert [one["plans"][n]["expand"] for n in ("64", "2048")] == [False, True]
+    wide = one["plans"]["2048"]
+    assert wide["workspace_bytes"] == 2 * 4096 * 2048
+    assert wide["predicted"]["expand_us"] < 0.9 * wide["predicted"]["us"]
+    own = next(c for c in one["ranking"] if c["format"] == "bitmap")
+    assert own["us"]["2048"] == pytest.approx(wide["predicted"]["expand_us"])
+    text = _run(path, "--n", "2048").stdout
+    assert "expand, cublas" in text
+    assert "16,777,216" in text
+
+
 def test_another_gpu_changes_plans_and_times(packed: Path) -> None:
     (here,) = _json(packed, "--tensor", "layer.tiled-csl", "--n", "64")
     (there,) = _json(packed, "--tensor", "layer.tiled-csl", "--n", "64", "--gpu", "A100 80GB")

@@ -5,7 +5,7 @@ Public names load on first use, so ``import flashllm`` needs neither CuPy nor a 
 
     import flashllm
 
-    w = flashllm.TiledCSL.from_dense(weight)   # [M, K] with zeros -> packed tiles
+    w = flashllm.pack(weight)                  # [M, K] with zeros -> the format that suits it
     y = flashllm.spmm(x, w)                    # [N, K] -> [N, M]
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flashllm.formats.slot24 import Slot24
     from flashllm.formats.tiled_csl import TiledCSL
     from flashllm.formats.weight import SparseWeight
-    from flashllm.matmul import Plan, plan, spmm
+    from flashllm.matmul import Plan, pack, plan, spmm
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ _HOME = {
     "SparseWeight": "flashllm.formats.weight",
     "TiledCSL": "flashllm.formats.tiled_csl",
     "Plan": "flashllm.matmul",
+    "pack": "flashllm.matmul",
     "plan": "flashllm.matmul",
     "spmm": "flashllm.matmul",
 }
@@ -66,6 +67,7 @@ __all__ = [
     "UnsupportedDeviceError",
     "VerificationError",
     "__version__",
+    "pack",
     "plan",
     "spmm",
 ]

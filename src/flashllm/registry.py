@@ -28,7 +28,8 @@ class FormatEntry:
     kernel: str
     """Module that fulfils :class:`~flashllm.matmul.kernel.Kernel`."""
     encoder: str | None = None
-    """Module of the device encoder, whose ``specs()`` lists its kernels; ``None`` where there is none."""
+    """Module of the device encoder, ``None`` where there is none: ``specs()`` lists its kernels, ``decode(w, out=...)``
+    writes the dense matrix; where it has a ``scratch_bytes(w)``, ``decode`` takes ``scratch`` of that many bytes."""
 
 
 FORMATS: dict[str, FormatEntry] = {
@@ -70,6 +71,12 @@ def weight_class(name: str) -> type[SparseWeight]:
 def kernel(name: str) -> Kernel:
     """The host module of the kernel for weights in format ``name``. Raises :class:`ArgumentError`."""
     return cast("Kernel", _module(entry(name).kernel))
+
+
+def encoder(name: str) -> Any | None:
+    """The module of the device encoder and decoder of format ``name``, if it has one. Raises :class:`ArgumentError`."""
+    path = entry(name).encoder
+    return None if path is None else _module(path)
 
 
 @cache

@@ -46,7 +46,12 @@ def test_bench_rows_claim_no_times(no_gpu: None) -> None:
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(row["sparsity"], row["N"]) for row in rows] == [(0.7, 8), (0.7, 32), (0.9, 8), (0.9, 32)]
     for row in rows:
-        assert (row["backend"], row["check"], row["choice"], row["deterministic"]) == ("emulator", "pass", "auto", True)
+        assert (row["backend"], row["check"], row["choice"], row["deterministic"]) == (
+            "emulator",
+            "pass",
+            "auto-format",
+            True,
+        )
         assert row["kernel"].startswith("tiled_csl<T=__half")
         assert {row[name] for name in ("median_us", "min_us", "gbps", "tflops", "speedup", "cublas_us")} == {None}
 

@@ -19,6 +19,7 @@ import pytest
 from flashllm import registry
 from flashllm.baselines import cublas_api
 from flashllm.jit.spec import KernelSpec
+from flashllm.matmul.expand import LABEL
 
 ITEM_BYTES = 2
 
@@ -171,6 +172,11 @@ class Plan:
     choice: Any = None
     workspace_bytes: int = 0
     source: str = "auto"
+    expansion: Any = None
+
+    @property
+    def label(self) -> str:
+        return self.spec.label if self.expansion is None else LABEL
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None) -> Blas:
@@ -237,7 +243,13 @@ def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None)
     monkeypatch.setattr(backends, "select", lambda name=None: backends.Selection("cuda", "pretended"))
     monkeypatch.setattr(runner, "read_gbps", lambda stream: 3000.0)
     facts = types.SimpleNamespace(
-        name="NVIDIA Pretend", cc=(9, 0), arch="90a", sm_count=132, l2_bytes=1000, driver=13000
+        name="NVIDIA Pretend",
+        cc=(9, 0),
+        arch="90a",
+        sm_count=132,
+        clock_mhz=1980.0,
+        l2_bytes=1000,
+        driver=13000,
     )
     monkeypatch.setattr("flashllm.device.device_facts", lambda index=None: facts)
     monkeypatch.setattr("flashllm.device.free_memory", lambda: 80 * 10**9)

@@ -109,6 +109,14 @@ def test_required_bytes_of_the_largest_paper_shape_fit_an_80_gb_gpu() -> None:
     assert 7e9 < required_bytes(group, RandomSource(), Settings(), 50 * 2**20) < 12e9
 
 
+def test_room_for_an_expanded_weight_is_counted_for_wide_x() -> None:
+    def needed(n: int) -> int:
+        group = Group(**{**GROUP.__dict__, "m": 32768, "k": 8192, "batches": (8, n)})
+        return required_bytes(group, RandomSource(), Settings(), 0)
+
+    assert needed(65) - needed(64) == 2 * (2 * 32768 * 8192)
+
+
 def test_running_out_of_memory_half_way_says_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu.install(monkeypatch)
 

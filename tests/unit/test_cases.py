@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from flashllm import Bitmap
 from flashllm.bench import cases
 from flashllm.bench.models import MODELS, PAPER_MODELS, find_model
 from flashllm.bench.plan_cases import plan_work
 from flashllm.errors import ArgumentError
+from flashllm.gpus import find_gpu
+from flashllm.matmul.auto import rank_formats, rank_formats_of
+from flashllm.registry import FORMATS
 
 
 def test_paper_models_are_the_twelve_shapes_of_the_figure() -> None:
@@ -63,9 +70,61 @@ def test_bad_shapes(text: str) -> None:
 
 
 def test_default_work_on_a_gpu_is_the_paper_sweep() -> None:
-    work = plan_work(backend="cuda")
+    work = plan_work(backend="cuda", gpu=find_gpu("H100 80GB"))
     assert len(work.groups) == 12
     assert work.cases == 12 * 3 * 3
+
+
+def test_without_a_gpu_to_choose_for_every_format_is_a_case() -> None:
+    every = plan_work(backend="cuda")
+    assert every.cases == 12 * 3 * 3 * len(FORMATS)
+    assert every.groups[0].formats == tuple(FORMATS)
+    named = plan_work(backend="cuda", formats="bitmap", gpu=find_gpu("H100 80GB"))
+    assert named.cases == 12 * 3 * 3
+    assert (named.groups[0].formats, named.groups[0].choice("tuned")) == (("bitmap",), "tuned")
+
+
+def test_auto_takes_one_format_for_each_sparsity_and_n() -> None:
+    gpu = find_gpu("H100 80GB")
+    (group,) = plan_work(
+        backend="cuda", shapes=["28672x7168"], sparsity="0.5,0.9", n="8,64", formats="auto", gpu=gpu
+    ).groups
+    assert group.chosen is not None
+    assert group.cases == group.chosen
+    for sparsity, n, name in group.cases:
+        assert sparsity is not None
+        assert name == rank_formats((28672, 7168), 1 - sparsity, n, gpu=gpu).best.format
+    assert set(group.formats) == {name for _, _, name in group.cases} == {"bitmap", "slot24", "tiled-csl"}
+    assert group.formats_for(0.5) == ("bitmap",)
+    assert group.formats_for(0.9) == ("tiled-csl", "slot24")
+    assert (group.choice("auto"), group.choice("tuned")) == ("auto-format", "tuned-format")
+
+
+def test_auto_looks_at_the_pattern_of_zeros() -> None:
+    """Rows that are dense at the top leave slot24 its smallest windows, and then it is not the best."""
+
+    def taken(pattern: str) -> str:
+        options = {"shapes": ["8192x4096"], "sparsity": "0.8", "n": "16", "pattern": pattern}
+        (group,) = plan_work(backend="cuda", gpu=find_gpu("H100 80GB"), **options).groups  # type: ignore[arg-type]
+        return group.formats[0]
+
+    assert taken("uniform") == "slot24"
+    assert taken("skewed") == "bitmap"
+
+
+def test_auto_looks_into_a_file_and_leaves_a_packed_one_as_it_is(tmp_path: Path) -> None:
+    gpu = find_gpu("H100 80GB")
+    dense = (np.random.default_rng(0).random((512, 512)) < 0.2).astype(np.float16)
+    np.save(tmp_path / "w.npy", dense)
+    (group,) = plan_work(backend="cuda", weights=tmp_path / "w.npy", n="8,16", gpu=gpu).groups
+    best = {n: rank_formats_of(dense, n, gpu=gpu).best.format for n in (8, 16)}
+    assert group.cases == tuple((None, n, name) for n, name in best.items())
+    Bitmap.from_dense(dense).save(tmp_path / "w.safetensors")
+    packed = tmp_path / "w.safetensors"
+    (kept,) = plan_work(backend="cuda", weights=packed, n="8", gpu=gpu).groups
+    assert (kept.formats, kept.chosen) == (("bitmap",), None)
+    (chosen,) = plan_work(backend="cuda", weights=packed, n="8", formats="auto", gpu=gpu).groups
+    assert chosen.chosen == ((None, 8, best[8]),)
 
 
 def test_default_work_without_a_gpu_is_small() -> None:

@@ -74,7 +74,7 @@ weights = [TiledCSL.from_dense(np.zeros((16 * seed + i + 1, 8), np.float16)) for
 GO
 for w in weights:
     choice = next(iter(tiled_csl.candidates(w, 16, arch="90a")))
-    path = tune_cache.store(w, 16, choice, device=H100)
+    path = tune_cache.store(w, 16, choice, median_us=10.0, device=H100)
     assert tune_cache.lookup(w, 16, device=H100) == choice
 print(path)
 """
@@ -244,9 +244,9 @@ def test_tuned_choices_of_other_types_are_ignored(
 
     monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path))
     w = packed()
-    path = tune_cache.store(w, 16, next(iter(tiled_csl.candidates(w, 16, arch="90a"))), device=H100)
+    path = tune_cache.store(w, 16, next(iter(tiled_csl.candidates(w, 16, arch="90a"))), median_us=10.0, device=H100)
     payload = json.loads(path.read_text())
-    payload["choices"][tune_cache.key_for(w, 16)][field] = value
+    payload["choices"][tune_cache.key_for(w, 16)]["choice"][field] = value
     path.write_text(json.dumps(payload))
     assert tune_cache.lookup(w, 16, device=H100) is None
     path.write_text("[" * 100_000)

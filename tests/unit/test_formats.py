@@ -195,9 +195,9 @@ def test_measured_choices_are_kept_by_format(tmp_path: Path, monkeypatch: pytest
     w, other = Coordinates.from_dense(_dense()), TiledCSL.from_dense(_dense())
     twice = list(coordinates.candidates(w, 16, arch="90a"))[1]
     tuned = list(tiled_csl.candidates(other, 16, arch="90a"))[1]
-    path = tune_cache.store(w, 16, twice, device=H100)
+    path = tune_cache.store(w, 16, twice, median_us=10.0, device=H100)
     assert plan(other, 16, device=H100).source == "auto"
-    tune_cache.store(other, 16, tuned, device=H100)
+    tune_cache.store(other, 16, tuned, median_us=10.0, device=H100)
     assert plan(w, 16, device=H100).choice == twice
     assert plan(other, 16, device=H100).choice == tuned
     assert plan(w, 8, device=H100).source == "auto"
@@ -206,7 +206,10 @@ def test_measured_choices_are_kept_by_format(tmp_path: Path, monkeypatch: pytest
     keys = list(payload["choices"])
     assert [key.split()[0] for key in keys] == ["coordinates", "tiled-csl"]
     good = payload["choices"][keys[0]]
-    for bad in (payload["choices"][keys[1]], {**good, "repeat": 3}, {**good, "repeat": True}, {}, None):
+    choices = [{**good["choice"], "repeat": value} for value in (3, True)]
+    numbers = [{"median_us": 0.0}, {"median_us": 7}, {"n": 0}, {"density": 1.5}, {"weight_bytes": -1}, {"expanded": 1}]
+    wrong = [{**good, **change} for change in (*({"choice": choice} for choice in choices), *numbers, {"more": 1})]
+    for bad in (payload["choices"][keys[1]], *wrong, good["choice"], {}, None):
         payload["choices"][keys[0]] = bad
         path.write_text(json.dumps(payload))
         assert plan(w, 16, device=H100).source == "auto"
@@ -216,8 +219,8 @@ def test_measured_choices_are_kept_by_format(tmp_path: Path, monkeypatch: pytest
 def test_a_choice_of_a_format_that_is_not_there_is_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path))
     w, other = Coordinates.from_dense(_dense()), TiledCSL.from_dense(_dense())
-    tune_cache.store(w, 16, coordinates.default_choice(w, 16, arch="90a"), device=H100)
-    tune_cache.store(other, 16, tiled_csl.default_choice(other, 16, arch="90a"), device=H100)
+    tune_cache.store(w, 16, coordinates.default_choice(w, 16, arch="90a"), median_us=10.0, device=H100)
+    tune_cache.store(other, 16, tiled_csl.default_choice(other, 16, arch="90a"), median_us=10.0, device=H100)
     monkeypatch.delitem(registry.FORMATS, coordinates.NAME)
     tune_cache._loaded.clear()
     assert plan(other, 16, device=H100).source == "tuned"

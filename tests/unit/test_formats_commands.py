@@ -17,12 +17,15 @@ from test_matmul import H100
 
 import coordinates
 from coordinates import Coordinates
-from flashllm import TiledCSL, registry
+from flashllm import TiledCSL, device, registry
+from flashllm.backends import emulator
 from flashllm.bench import report, results, systems, timing
 from flashllm.bench.results import Row
 from flashllm.cli import bench, profile, tune, verify
+from flashllm.gpus import Gpu, find_gpu, gpu_of
+from flashllm.matmul import auto, tune_cache
 from flashllm.matmul import tune as tuner
-from flashllm.matmul import tune_cache
+from flashllm.matmul.auto import rank_formats
 from products import weight
 
 CASE = ("--shape", "192x128", "--sparsity", "0.8", "--n", "8")
@@ -61,7 +64,79 @@ def test_a_row_for_each_format() -> None:
     ]
     assert rows[0].sparsity_real == rows[1].sparsity_real
     assert rows[0].bytes != rows[1].bytes
-    assert [r.format for r in _rows(_run(*HOST, "--json"))] == [registry.DEFAULT_FORMAT]
+    assert [r.choice for r in rows] == ["auto", "auto"]
+
+
+AUTO = ("--shape", "96x72", "--sparsity", "0.5,0.9", "--n", "8,16,64")
+
+
+def chosen(gpu: Gpu) -> dict[tuple[float | None, int], str]:
+    """The formats of the cases of ``AUTO``."""
+    return {(s, n): rank_formats((96, 72), 1 - s, n, gpu=gpu).best.format for s in (0.5, 0.9) for n in (8, 16, 64)}
+
+
+@pytest.mark.parametrize("arguments", [(), ("--format", "auto")])
+def test_by_default_each_case_takes_the_format_that_suits_it(arguments: tuple[str, ...]) -> None:
+    rows = _rows(_run("--backend", "reference", *AUTO, *arguments, "--json"))
+    assert {(r.sparsity, r.N): r.format for r in rows} == chosen(find_gpu("H100 80GB"))
+    assert len({r.format for r in rows}) > 1
+    assert {r.choice for r in rows} == {"auto-format"}
+
+
+def test_the_gpu_that_is_modelled_is_the_one_that_formats_are_chosen_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = auto.rank
+
+    def rank(contents: Any, n: Any, *, gpu: Gpu) -> Any:
+        asked.append(gpu.name)
+        return real(contents, n, gpu=gpu)
+
+    monkeypatch.setattr(auto, "rank", rank)
+    assert _run("--backend", "reference", *CASE, "--model-gpu", "L40S").exit_code == 0
+    assert set(asked) == {"L40S"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(emulator.available() is not None, reason="no compiler for the emulator")
+def test_auto_on_the_emulator() -> None:
+    case = ("--backend", "emulator", "--shape", "256x256", "--sparsity", "0.8", "--n", "16", "--json")
+    (only,) = _rows(_run(*case))
+    assert only.format == rank_formats((256, 256), 0.2, 16, gpu=find_gpu("H100 80GB")).best.format
+    assert (only.check, only.choice) == ("pass", "auto-format")
+
+
+def test_auto_on_a_gpu_measures_only_what_it_takes_and_resumes(gpu: None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    case = (*AUTO, "--time-cap", "0.01", "--check-rows", "16", "--resume", str(path))
+    result = _run(*case)
+    assert result.exit_code == 0, result.output
+    rows = [r for r in results.read(path) if r.system == "flashllm"]
+    assert {(r.sparsity, r.N): r.format for r in rows} == chosen(gpu_of(device.device_facts()))
+    assert len(rows) == 6
+    assert {r.choice for r in rows} == {"auto-format"}
+    for r in rows:
+        assert f"flashllm {r.format}" in result.stdout
+    count = len(results.read(path))
+    again = _run(*case)
+    assert again.exit_code == 0
+    assert "6 of 6 cases are in" in again.stderr
+    assert len(results.read(path)) == count
+    rest = _run(*case, "--format", "tiled-csl,bitmap,slot24")
+    assert "6 of 18 cases are in" in rest.stderr, "rows of a format count, whoever chose it"
+
+
+def test_means_of_chosen_formats_are_one_mean() -> None:
+    def mixed(n: int, name: str, speedup: float) -> Row:
+        return row(N=n, format=name, speedup=speedup, choice="auto-format")
+
+    rows = [mixed(8, "slot24", 2.0), mixed(16, "bitmap", 8.0)]
+    text = report.markdown(rows, full=True)
+    assert "\n| 80 % | all | 4.00 | 2.00 | 8.00 | 2 |" in text
+    assert "| slot24 | opt-30b fc1 |" in text
+    assert "| bitmap | opt-30b fc1 |" in text
+    both = report.markdown([*rows, row(format="tiled-csl", speedup=3.0)])
+    assert "| auto | 80 % | all | 4.00 | 2.00 | 8.00 | 2 |" in both
+    assert "| tiled-csl | 80 % | all | 3.00 | 3.00 | 3.00 | 1 |" in both
 
 
 @pytest.mark.parametrize("text", ["csr", "tiled-csl,dense", ",", ""])
@@ -111,6 +186,13 @@ def test_gpu_run_times_all_formats_beside_one_cublas(gpu: None, tmp_path: Path) 
         *("by-column", "twice"),
         *("by-column", "twice"),
     ]
+
+
+def test_an_ablation_is_of_the_format_that_has_one(gpu: None) -> None:
+    case = ("--shape", "96x72", "--sparsity", "0.5", "--n", "16", "--time-cap", "0.01", "--check-rows", "16")
+    rows = _rows(_run(*case, "--ablation", "--json"))
+    assert {r.format for r in rows if r.system.startswith("flashllm")} == {"tiled-csl"}
+    assert len([r for r in rows if r.system == "flashllm-ablation"]) == 3
 
 
 def test_only_what_is_missing_is_packed(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +270,23 @@ def test_tune_takes_the_candidates_of_every_format(gpu: None, tmp_path: Path, mo
     assert "% coordinates" in result.stdout
     choices = tune_cache._parse(tune_cache.path_for(H100))
     assert [key.split()[0] for key in choices] == ["coordinates", "tiled-csl"]
+    found = tune_cache.measured("tiled-csl", (256, 192), 16, dtype="fp16", density=0.2, device=H100)
+    assert found is not None
+    assert found.median_us == 1000 / tuner._MAX_COPIES
+    assert rank_formats((256, 192), 0.2, 16, gpu=gpu_of(H100), formats=["tiled-csl"]).best.source == "measured"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--format", "auto")])
+def test_tune_measures_every_format_by_default(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    tuned: list[tuple[str, tuple[int, ...]]] = []
+
+    def record(w: Any, n: Any) -> list[Any]:
+        tuned.append((w.format, tuple(n)))
+        return []
+
+    monkeypatch.setattr(tuner, "tune", record)
+    result = _run("--shape", "256x192", "--sparsity", "0.8", "--n", "8,16", *arguments, command=tune.command)
+    assert result.exit_code == 0, result.output
+    assert tuned == [(name, (8, 16)) for name in registry.FORMATS]

@@ -200,7 +200,7 @@ def test_tuned_choice_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     heuristic = plan(w, 16, device=H100)
     assert heuristic.source == "auto"
     other = next(c for c in tiled_csl.candidates(w, 16, arch="90a") if c != heuristic.choice)
-    path = tune_cache.store(w, 16, other, device=H100)
+    path = tune_cache.store(w, 16, other, median_us=10.0, device=H100)
     tuned = plan(w, 16, device=H100)
     assert (tuned.source, tuned.choice) == ("tuned", other)
     assert plan(w, 8, device=H100).source == "auto"
@@ -211,8 +211,8 @@ def test_tuned_choice_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"version": 99, "choices": {}}', '{"version": 1, "choices": []}',
-     '{"version": 1, "choices": {"KEY": {"vectors": 4}}}', '{"version": 1, "choices": {"KEY": 7}}'],
+    ["", "{", "[]", '{"version": 99, "choices": {}}', '{"version": 2, "choices": []}',
+     '{"version": 2, "choices": {"KEY": {"vectors": 4}}}', '{"version": 2, "choices": {"KEY": 7}}'],
 )  # fmt: skip
 def test_damaged_tuning_file_counts_as_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
@@ -224,12 +224,24 @@ def test_damaged_tuning_file_counts_as_not_measured(
     assert plan(packed(), 16, device=H100).source == "auto"
 
 
+def test_a_tuning_file_of_another_version_counts_as_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path))
+    w = packed()
+    path = tune_cache.store(w, 16, plan(w, 16, device=H100).choice, median_us=10.0, device=H100)
+    assert plan(w, 16, device=H100).source == "tuned"
+    payload = json.loads(path.read_text())
+    path.write_text(json.dumps({**payload, "version": 1}))
+    assert plan(w, 16, device=H100).source == "auto"
+
+
 def test_foreign_choice_in_the_tuning_file_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path))
     w = packed()
-    path = tune_cache.store(w, 16, plan(w, 16, device=H100).choice, device=H100)
+    path = tune_cache.store(w, 16, plan(w, 16, device=H100).choice, median_us=10.0, device=H100)
     payload = json.loads(path.read_text())
-    payload["choices"][tune_cache.key_for(w, 16)]["vectors"] = 77
+    payload["choices"][tune_cache.key_for(w, 16)]["choice"]["vectors"] = 77
     path.write_text(json.dumps(payload))
     assert plan(w, 16, device=H100).source == "auto"
 

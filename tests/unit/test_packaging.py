@@ -58,6 +58,16 @@ def test_wheel_carries_the_device_code() -> None:
     assert "/cuda" in build["sdist"]["include"]
 
 
+def test_data_of_the_package_is_part_of_it() -> None:
+    """What `packages` names goes into the wheel with all its files, unless something leaves it out."""
+    from flashllm.matmul import model
+
+    wheel = _pyproject()["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["src/flashllm"]
+    assert not wheel.keys() & {"exclude", "only-include", "include"}
+    assert (REPOSITORY / "src" / "flashllm" / "matmul" / model.DATA_FILE).is_file()
+
+
 def test_cupy_builds_are_never_mixed() -> None:
     extras = _pyproject()["project"]["optional-dependencies"]
     assert not any("cupy-cuda12x" in need or "cu12" in need for need in extras["cuda13"])

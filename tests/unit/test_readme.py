@@ -38,7 +38,7 @@ def test_every_committed_row_is_valid_and_passed() -> None:
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p}" for p in (
-    "measurement.md", "reliability.md", "formats/tiled_csl.md", "kernels/tiled_csl.md", "formats/bitmap.md",
+    "auto.md", "measurement.md", "reliability.md", "formats/tiled_csl.md", "kernels/tiled_csl.md", "formats/bitmap.md",
     "kernels/bitmap.md", "formats/slot24.md", "kernels/slot24.md", "kernels/ladder.md"))])  # fmt: skip
 def test_links_lead_somewhere(document: str) -> None:
     path = REPOSITORY / document

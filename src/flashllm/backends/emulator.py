@@ -229,7 +229,7 @@ def spmm(
         raise ArgumentError("row_cost", expected="a number of blocks beside it", got=f"{row_cost} alone")
     n = x.shape[0]
     build = build or BuildOptions(arch=arch, sanitize=sanitize)
-    plan = planning.plan(w, n, device=emulated_device(build.arch, sm_count=sm_count), choice=choice)
+    plan = planning.plan(w, n, device=emulated_device(build.arch, sm_count=sm_count), choice=choice, expand=False)
     if blocks is not None:
         if not isinstance(plan.split, StreamK):
             raise ArgumentError("blocks", expected=f"None: {plan.spec.name} has no stream-K split", got=str(blocks))

@@ -42,11 +42,30 @@ class Group:
     zeros: float | None = None
     formats: tuple[str, ...] = (DEFAULT_FORMAT,)
     """Formats to pack the weights in; each is a system of its own."""
+    chosen: tuple[tuple[float | None, int, str], ...] | None = None
+    """Where ``auto`` chose: the format for each sparsity and N, all of them in ``formats``; ``None``: every case in
+    every format."""
 
     @property
     def title(self) -> str:
         """Short text for progress bars and messages, e.g. ``opt-30b fc1 28672x7168``."""
         return " ".join(part for part in (self.model, self.layer, f"{self.m}x{self.k}") if part)
+
+    @property
+    def cases(self) -> tuple[tuple[float | None, int, str], ...]:
+        """(sparsity, N, format) of every case."""
+        if self.chosen is not None:
+            return self.chosen
+        return tuple((s, n, name) for s in self.sparsities for n in self.batches for name in self.formats)
+
+    def formats_for(self, sparsity: float | None) -> tuple[str, ...]:
+        """The formats that the matrix of ``sparsity`` is packed in, for some N or for all."""
+        used = {name for s, _, name in self.cases if s == sparsity}
+        return tuple(name for name in self.formats if name in used)
+
+    def choice(self, source: str) -> str:
+        """What a row says of the choice: ``source`` of the plan, and whether ``auto`` chose the format too."""
+        return source if self.chosen is None else f"{source}-format"
 
     @property
     def dense_bytes(self) -> int:

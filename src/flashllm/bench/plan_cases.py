@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashllm.bench import cases
+from flashllm.bench.auto_cases import choose_formats
 from flashllm.bench.cases import Group
 from flashllm.bench.models import PAPER_MODELS
 from flashllm.bench.sources import FileSource, RandomSource, Source
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import check_dtype
-from flashllm.registry import DEFAULT_FORMAT
+from flashllm.gpus import Gpu
+from flashllm.matmul.auto import AUTO
+from flashllm.registry import FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Work:
     @property
     def cases(self) -> int:
         """Number of (shape, sparsity, N, format) cases."""
-        return sum(len(group.sparsities) * len(group.batches) * len(group.formats) for group in self.groups)
+        return sum(len(group.cases) for group in self.groups)
 
 
 def plan_work(
@@ -43,17 +46,19 @@ def plan_work(
     pattern: str | None = None,
     seed: int = 0,
     formats: str | None = None,
+    gpu: Gpu | None = None,
 ) -> Work:
     """Check the options together and build the groups; ``None`` and empty mean: not given.
 
-    ``formats`` are names, comma-separated; by default a packed weight keeps its own, others take the package's default.
+    ``formats`` are names, comma-separated, or ``"auto"``: for each case the format that takes least time on ``gpu``,
+    or, where that is ``None``, every format there is. By default a packed weight keeps its own, others are ``"auto"``.
     Without models, shapes and weights: the 12 shapes of the paper, or three small ones where ``backend`` is
     not ``"cuda"``. Without a GPU a model's layers are scaled down. Raises ``ArgumentError``, ``FormatError``,
     ``OSError``.
     """
     batches = cases.parse_batches(n) if n is not None else cases.DEFAULT_BATCHES
     kind = None if dtype is None else check_dtype(dtype)
-    packed = None if formats is None else cases.parse_formats(formats)
+    packed = None if formats is None or formats.strip() == AUTO else cases.parse_formats(formats)
     if weights is not None:
         for name, given in (
             ("model", models),
@@ -66,6 +71,8 @@ def plan_work(
         file = FileSource(weights, tensor, kind)
         m, k = file.shape
         zeros = 1.0 - file.density(None)
+        if formats is None and file.format is not None:
+            packed = (file.format,)
         group = Group(
             m=m,
             k=k,
@@ -77,7 +84,7 @@ def plan_work(
             model=file.name,
             layer=file.tensor,
             zeros=zeros,
-            formats=packed or (file.format or DEFAULT_FORMAT,),
+            formats=packed or tuple(FORMATS),
         )
         report = file.rounding.report()
         notes = [f"{file.name}: {m}x{k}, {100 * zeros:.2f} % zeros"]
@@ -86,6 +93,8 @@ def plan_work(
                 f"{report.changed:,} of {report.total:,} values rounded to {file.dtype}, "
                 f"{report.became_zero:,} became zero"
             )
+        if packed is None and gpu is not None:
+            group = choose_formats(group, file, gpu=gpu)
         return Work(groups=[group], source=file, notes=tuple(notes))
     if tensor is not None:
         raise ArgumentError("tensor", expected="nothing without --weights", got=repr(tensor))
@@ -107,9 +116,12 @@ def plan_work(
         dtype=kind or "fp16",
         pattern=pattern or "uniform",
         seed=seed,
-        formats=packed or (DEFAULT_FORMAT,),
+        formats=packed or tuple(FORMATS),
         max_elements=cases.SMALL_ELEMENTS if small else None,
     )
+    source = RandomSource()
+    if packed is None and gpu is not None:
+        groups = [choose_formats(group, source, gpu=gpu) for group in groups]
     scaled = small and bool(names)
     note = ("layers of models are scaled down here, see their names; --shape takes any size",) if scaled else ()
-    return Work(groups=groups, source=RandomSource(), notes=note)
+    return Work(groups=groups, source=source, notes=note)

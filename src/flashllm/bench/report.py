@@ -20,7 +20,10 @@ OURS = "flashllm"
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """Speed-ups over cuBLAS of all cases of one format at one sparsity and N (``None``: at all N)."""
+    """Speed-ups over cuBLAS of all cases of one format at one sparsity and N (``None``: at all N).
+
+    ``format`` is ``"auto"`` for cases each of which took the format chosen for it.
+    """
 
     format: str
     sparsity: float | None
@@ -39,7 +42,7 @@ def speedup_means(rows: Iterable[Row]) -> list[Means]:
     for row in rows:
         if row.system == OURS and row.speedup and row.check == "pass":
             for n in (row.N, None):
-                found.setdefault((row.format, row.sparsity, n), []).append(row.speedup)
+                found.setdefault((label_of(row), row.sparsity, n), []).append(row.speedup)
     place = {name: i for i, name in enumerate(dict.fromkeys(name for name, _, _ in found))}
     ordered = sorted(found.items(), key=lambda item: (place[item[0][0]], item[0][1] or 0.0, item[0][2] or math.inf))
     return [
@@ -61,9 +64,19 @@ def title_of(row: Row) -> str:
     return " ".join(part for part in (row.model, row.layer) if part)
 
 
+def label_of(row: Row) -> str:
+    """What a mean over rows like this is called: their format, or ``"auto"`` where that was chosen for each."""
+    return "auto" if row.choice.endswith("-format") else row.format
+
+
 def several_formats(rows: Iterable[Row]) -> bool:
-    """Whether our rows are of more than one format, so that a table must tell them apart."""
-    return len({row.format for row in rows if row.system.startswith(OURS)}) > 1
+    """Whether our rows are of more than one format, named or chosen, so that a table must tell them apart."""
+    return len({name for row in rows if row.system.startswith(OURS) for name in {row.format, label_of(row)}}) > 1
+
+
+def several_means(rows: Iterable[Row]) -> bool:
+    """Whether our rows give means of their own for several formats."""
+    return len({label_of(row) for row in rows if row.system.startswith(OURS)}) > 1
 
 
 def _system(row: Row, *, several: bool) -> str:
@@ -133,7 +146,8 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
     parts: list[RenderableType] = [table, "* counted as if W were dense"]
     if means:
         summary = Table(title="speed-up over cuBLAS", title_justify="left")
-        if several:
+        separate = several_means(rows)
+        if separate:
             summary.add_column("format")
         for heading in ("sparsity", "N", "geometric mean", "lowest", "highest", "cases"):
             summary.add_column(heading, justify="right")
@@ -142,7 +156,7 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
             if index and (mean.format, mean.sparsity) != (before.format, before.sparsity):
                 summary.add_section()
             summary.add_row(
-                *([mean.format] if several else []),
+                *([mean.format] if separate else []),
                 "file" if mean.sparsity is None else f"{mean.sparsity:g}",
                 "all" if mean.n is None else str(mean.n),
                 f"{mean.geometric:.3f}",
@@ -232,8 +246,8 @@ def markdown(rows: Sequence[Row], *, full: bool = False, allow_dirty: bool = Fal
     commits = ", ".join(sorted({str(row.commit)[:10] for row in ours}))
     dates = sorted({row.time_utc[:10] for row in ours})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    several = several_formats(ours)
-    head, rule = ("| format ", "|---") if several else ("", "")
+    several, separate = several_formats(ours), several_means(ours)
+    head, rule = ("| format ", "|---") if separate else ("", "")
     lines = [
         f"{first.gpu}, driver {first.driver}, CUDA {first.cuda}, cuBLAS {first.cublas}; {first.dtype}, "
         f"{first.pattern} zeros, L2 {first.l2}, {first.launch} launches; commit {commits}, {when}.",
@@ -245,8 +259,9 @@ def markdown(rows: Sequence[Row], *, full: bool = False, allow_dirty: bool = Fal
         name = "file" if mean.sparsity is None else f"{100 * mean.sparsity:g} %"
         count = "all" if mean.n is None else str(mean.n)
         cells = (name, count, f"{mean.geometric:.2f}", f"{mean.lowest:.2f}", f"{mean.highest:.2f}", str(mean.cases))
-        lines.append((f"| {mean.format} " if several else "") + f"| {' | '.join(cells)} |")
+        lines.append((f"| {mean.format} " if separate else "") + f"| {' | '.join(cells)} |")
     if full:
+        head, rule = ("| format ", "|---") if several else ("", "")
         lines += ["", f"{head}| weights | MxK | N | zeros | us | cuBLAS us | speed-up | % of roofline |"]
         lines += [f"{rule}|---|---|---|---|---|---|---|---|"]
         for row in ours:

@@ -26,7 +26,8 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "kind": ("kernel", "e2e", "quality", "encode"),
     "dtype": ("fp16", "bf16"),
     "pattern": ("uniform", "per-row", "skewed", "columns", "block", "2:4", "file"),
-    "choice": ("auto", "tuned", "forced"),
+    # Of the kernel; with "-format", the format was chosen by `auto` too, else it was named.
+    "choice": ("auto", "tuned", "forced", "auto-format", "tuned-format"),
     "l2": ("cold", "warm"),
     "launch": ("graph", "graph-pdl", "stream"),
     "check": ("pass", "fail"),

@@ -19,6 +19,7 @@ from flashllm.bench.runs import Prepared, Run
 from flashllm.bench.sources import Source
 from flashllm.errors import DeviceMemoryError
 from flashllm.formats.weight import SparseWeight
+from flashllm.matmul.expand import LEAST_N
 from flashllm.registry import kernel, weight_class
 
 _SPARE_BYTES = 2**30  # float64 rows of the reference, workspaces, inputs, outputs
@@ -64,9 +65,12 @@ def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: i
     largest = 0
     for name in group.formats:
         made = weight_class(name)
-        packed = [made.estimated_bytes(shape, source.density(s)) for s in group.sparsities]
+        using = [s for s in group.sparsities if name in group.formats_for(s)]
+        packed = [made.estimated_bytes(shape, source.density(s)) for s in using]
         needed += sum(map(rotated, packed)) * (len(made.ENCODINGS) if settings.ablation else 1)
         largest = max(largest, *packed)
+    if max(group.batches) >= LEAST_N:
+        needed += 2 * group.dense_bytes  # a plan may expand the weight
     kinds = len({layout.w for layout in settings.layouts})
     encoding = (group.dense_bytes + largest) // 4
     needed += kinds * rotated(group.dense_bytes) + encoding + _SPARE_BYTES
@@ -105,7 +109,7 @@ class CudaRunner:
             self.read_gbps = read_gbps(self._stream)
             for group in groups:
                 cases = {
-                    n: [(s, f) for s in group.sparsities for f in group.formats if wanted(group, s, n, f)]
+                    n: [(s, f) for s, count, f in group.cases if count == n and wanted(group, s, n, f)]
                     for n in group.batches
                 }
                 cases = {n: packings for n, packings in cases.items() if packings}
@@ -196,10 +200,10 @@ class CudaRunner:
         for encoding in weight_class(name).ENCODINGS:
             if encoding != "default":
                 other = systems.FlashLLM(loaded.packed[sparsity, name, encoding], ours.x, dtype, choice=choice)
-                runs.append(Run.of_ours(other, item, ablation=encoding))
+                runs.append(Run.of_ours(other, item, loaded.group, ablation=encoding))
         for idea, variant in variants.items():
             system = systems.FlashLLM(ours.weights, ours.x, dtype, choice=variant)
-            runs.append(Run.of_ours(system, item, ablation=idea))
+            runs.append(Run.of_ours(system, item, loaded.group, ablation=idea))
         return runs
 
     def _measure(self, loaded: _Loaded, n: int, packings: Sequence[tuple[float | None, str]], cublas: Cublas) -> None:
@@ -216,7 +220,7 @@ class CudaRunner:
         runs = [Run.of_cublas(library, loaded.dense_item, group, n)]
         for sparsity, name in packings:
             ours = systems.FlashLLM(loaded.packed[sparsity, name, "default"], x, group.dtype)
-            runs.append(Run.of_ours(ours, loaded.prepared[sparsity]))
+            runs.append(Run.of_ours(ours, loaded.prepared[sparsity], group))
             runs += self._ablation(loaded, ours, (sparsity, name))
         if method.launch == "stream" and group.dtype == "fp16":
             y = systems.empty_output(n, group.m, group.dtype)

@@ -75,7 +75,7 @@ class EmulatorMultiplier:
         from flashllm.backends import emulator
         from flashllm.matmul import planning
 
-        specs = [planning.plan(w, n, device=self._device).spec for w, n in products]
+        specs = [planning.plan(w, n, device=self._device, expand=False).spec for w, n in products]
         emulator.preload(dict.fromkeys(specs), build=self._build)
 
     def multiply(self, x: Any, w: SparseWeight) -> Product:
@@ -83,7 +83,7 @@ class EmulatorMultiplier:
         from flashllm.backends import emulator
         from flashllm.matmul import planning
 
-        plan = planning.plan(w, int(x.shape[0]), device=self._device)
+        plan = planning.plan(w, int(x.shape[0]), device=self._device, expand=False)
         y, counts = emulator.spmm(x, w, choice=plan.choice, build=self._build, seed=self._seed)
         return Product(
             y=y, kernel=plan.spec.label, choice=plan.source, deterministic=plan.spec.deterministic, counts=counts
@@ -123,7 +123,10 @@ def run_host(
         made = multiplier(environment.backend, seed=group.seed)
         packed = []
         for sparsity in group.sparsities:
-            batches = {f: [n for n in group.batches if wanted(group, sparsity, n, f)] for f in group.formats}
+            batches = {
+                f: [n for s, n, name in group.cases if (s, name) == (sparsity, f) and wanted(group, s, n, f)]
+                for f in group.formats_for(sparsity)
+            }
             if any(batches.values()):
                 advance(f"{group.title}: packing", 0)
                 packed += _pack(group, sparsity, source, check_rows, batches)
@@ -164,7 +167,7 @@ def _measured(group: Group, x: Any, packed: _Packed, product: Product) -> Measur
         system="flashllm",
         format=packed.weight.format,
         kernel=product.kernel,
-        choice=product.choice,
+        choice=group.choice(product.choice),
         deterministic=product.deterministic,
         sparsity=packed.sparsity,
         sparsity_real=1.0 - packed.weight.nnz / (group.m * group.k),

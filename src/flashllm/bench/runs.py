@@ -50,20 +50,21 @@ class Run:
     whole_ratio: float = 0.0
 
     @classmethod
-    def of_ours(cls, system: systems.FlashLLM, item: Prepared, *, ablation: str | None = None) -> Run:
+    def of_ours(cls, system: systems.FlashLLM, item: Prepared, group: Group, *, ablation: str | None = None) -> Run:
         """Our kernel, or with ``ablation``, the name of one of its ideas, our kernel without that idea."""
-        spec, weight = system.plan.spec, system.weights[0]
+        plan, weight = system.plan, system.weights[0]
         return cls(
             name="flashllm" if ablation is None else "flashllm-ablation",
             format=weight.format,
-            kernel=spec.label if ablation is None else f"{ablation}: {spec.label}",
-            choice=system.choice,
-            deterministic=spec.deterministic,
+            kernel=plan.label if ablation is None else f"{ablation}: {plan.label}",
+            choice=system.choice if ablation is not None else group.choice(system.choice),
+            deterministic=plan.spec.deterministic,
             system=system,
             output=lambda: system.y,
             buffer=system.y,
             item=item,
             weight_bytes=weight.nbytes,
+            limit=1.0 if plan.expansion is None else check.BASELINE_LIMIT,
         )
 
     @classmethod

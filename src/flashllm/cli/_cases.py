@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from flashllm.registry import DEFAULT_FORMAT, FORMATS
+from flashllm.registry import FORMATS
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell reports it."""
@@ -68,8 +68,8 @@ format_option = click.option(
     "--format",
     "formats",
     metavar="NAMES",
-    help=f"Formats to pack the weights in, comma-separated: {', '.join(FORMATS)}.  "
-    f"[default: {DEFAULT_FORMAT}, or that of a packed FILE]",
+    help=f"Formats to pack the weights in, comma-separated: {', '.join(FORMATS)}; auto: the command chooses.  "
+    "[default: auto, or that of a packed FILE]",
 )
 
 _FILE = click.Path(path_type=Path, dir_okay=False)

@@ -84,13 +84,13 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     "--model-gpu",
     default=None,
     metavar="NAME",
-    help="Without a GPU: whose memory to model.  [default: H100 80GB]",
+    help="Without a GPU: which to model, and to choose formats for.  [default: H100 80GB]",
 )
 @click.option(
     "--ablation",
     is_flag=True,
     help="Also measure our kernel without word reordering, without overlap, and clearing whole tiles "
-    "(fp16, N = 9 to 16, on a GPU).",
+    "(fp16, N = 9 to 16, on a GPU); of Tiled-CSL where no --format is named.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON Lines on stdout; everything else on stderr.")
 @click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows as CSV too.")
@@ -152,9 +152,9 @@ def command(
     """Measure the sparse product against cuBLAS, shape by shape.
 
     Without options: the 12 weight shapes of OPT-30B, 66B and 175B at 70, 80 and 90 % zeros, N = 8, 16 and
-    32. Every result is checked before and after it is timed. Without a GPU the same command runs the same kernels
-    on a CPU emulator, on small shapes: it checks the numerics, counts what the kernels do and says what the bytes
-    would cost; it claims no times.
+    32, each in the format that suits it best (docs/auto.md). Every result is checked before and after it is timed.
+    Without a GPU the same command runs the same kernels on a CPU emulator, on small shapes: it checks the numerics,
+    counts what the kernels do and says what the bytes would cost; it claims no times.
     """
     from rich.console import Console
 
@@ -164,10 +164,13 @@ def command(
         from flashllm.bench import environment, results, roofline
         from flashllm.bench.plan_cases import plan_work
         from flashllm.bench.session import Session
+        from flashllm.device import device_facts
+        from flashllm.gpus import gpu_of
+        from flashllm.registry import DEFAULT_FORMAT
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
-        gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU)
+        gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU, argument="model-gpu")
         if device is not None and backend in ("emulator", "reference"):
             raise BadUsage(f"--device: expected nothing with --backend {backend}, which uses no GPU")
         use_device(device)
@@ -183,7 +186,8 @@ def command(
             dtype=dtype,
             pattern=pattern,
             seed=seed,
-            formats=formats,
+            formats=DEFAULT_FORMAT if ablation and formats is None else formats,
+            gpu=gpu_of(device_facts()) if chosen.name == "cuda" else gpu,
         )
         session = Session(out=out, resume=resume)
         if csv_file is not None:
@@ -241,7 +245,7 @@ def command(
 
 def _remaining(work: Work, session: Session, notes: Console, l2: str | None, launch: str | None) -> int:
     """How many cases are to be measured; says how many are skipped."""
-    cases = [(g, s, n, f) for g in work.groups for s in g.sparsities for n in g.batches for f in g.formats]
+    cases = [(group, *case) for group in work.groups for case in group.cases]
     left = sum(session.is_wanted(*case, l2=l2, launch=launch) for case in cases)
     if left < len(cases):
         notes.print(f"{len(cases) - left} of {len(cases)} cases are in {session.out} already", soft_wrap=True)

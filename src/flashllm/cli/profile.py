@@ -54,6 +54,7 @@ def command(
     """
     with usage_errors():
         from flashllm.bench.plan_cases import plan_work
+        from flashllm.matmul.auto import current_gpu
 
         work = plan_work(
             backend="cuda",
@@ -64,6 +65,7 @@ def command(
             pattern=pattern,
             seed=seed,
             formats=formats,
+            gpu=current_gpu(),
         )
         if work.cases != 1:
             raise BadUsage(f"profile takes one shape, one sparsity, one N and one format, got {work.cases} cases")
@@ -107,4 +109,4 @@ def _launch(work: Work) -> None:
         for _ in range(_WARMUP_LAUNCHES + 2):
             system.launch(0, stream)
         stream.synchronize()
-    click.echo(f"{system.plan.spec.label}: {_WARMUP_LAUNCHES + 2} launches", err=True)
+    click.echo(f"{system.plan.label}: {_WARMUP_LAUNCHES + 2} launches", err=True)

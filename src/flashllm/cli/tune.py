@@ -32,8 +32,9 @@ def command(
 ) -> None:
     """Measure the kernel choices for given shapes on this GPU and remember the best.
 
-    Later plans for the same format, shape, density, N and GPU use what was found. Needs a GPU. Without options: the
-    12 weight shapes of OPT-30B, 66B and 175B.
+    Later plans for the same format, shape, density, N and GPU use what was found, and so does the choice of the format:
+    without --format, or with `auto`, every format is measured. Needs a GPU. Without options: the 12 weight shapes of
+    OPT-30B, 66B and 175B.
     """
     with usage_errors():
         from flashllm import backends
@@ -53,6 +54,7 @@ def command(
             pattern=pattern,
             seed=seed,
             formats=formats,
+            gpu=None,
         )
         _print(_tune(work))
 
@@ -99,7 +101,7 @@ def _print(found: list[tuple[str, TuneResult]]) -> None:
             f"{result.heuristic_us:.2f}",
             str(result.measured),
             "x".join(map(str, result.plan.grid)),
-            escape(result.plan.spec.label),
+            escape(result.plan.label),
         )
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -117,11 +117,17 @@ def _pair_up(masks: Any, shape: tuple[int, int], window: int | None) -> tuple[in
     raise unpaired(window)
 
 
-def decode(w: Slot24, *, out: Any = None) -> Any:
+def scratch_bytes(w: Slot24) -> int:
+    """Bytes of the matrix of slots, which :func:`decode` passes through."""
+    rows, width = slots_shape(w.shape, w.window)
+    return 2 * rows * width
+
+
+def decode(w: Slot24, *, out: Any = None, scratch: Any = None) -> Any:
     """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
 
     ``out``, a C-contiguous CuPy array of that shape and type, is written when given. Memory beside it: the matrix of
-    slots, as in :func:`encode`.
+    slots, as in :func:`encode`, or ``scratch``, uint8 of :func:`scratch_bytes`; with both nothing is allocated.
     """
     import cupy
 
@@ -134,7 +140,9 @@ def decode(w: Slot24, *, out: Any = None) -> Any:
             out = cupy.empty(w.shape, numpy_dtype(w.dtype))
     else:
         check_dense_output(out, w.shape, w.dtype)
-    slots = bitmap.decode(w.slots)
+    if scratch is not None:
+        scratch = scratch.view(numpy_dtype(w.dtype)).reshape(slots_shape(w.shape, w.window))
+    slots = bitmap.decode(w.slots, out=scratch)
     size = (np.int32(rows), np.int32(columns), np.int32(w.window))
     launch(_spec("spread"), (len(w.columns) // 2,), (slots, w.picks, w.columns, out, *size))
     return out

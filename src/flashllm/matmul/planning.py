@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashllm.errors import ArgumentError
+from flashllm.gpus import gpu_of
 from flashllm.jit.spec import KernelSpec
-from flashllm.matmul import tune_cache
+from flashllm.matmul import expand as expanding
+from flashllm.matmul import model, tune_cache
+from flashllm.matmul.expand import Expansion
 from flashllm.matmul.kernel import KernelChoice, Split
 from flashllm.registry import kernel
 
@@ -36,6 +39,13 @@ class Plan:
     source: Literal["auto", "tuned", "forced"]
     """Heuristic, measured on this device, or given by the caller."""
     reason: str
+    expansion: Expansion | None = None
+    """On the GPU, W is expanded and cuBLAS multiplies; ``choice`` and ``split`` are for where that cannot be."""
+
+    @property
+    def label(self) -> str:
+        """The kernel instance, or that W is expanded, for tables and rows."""
+        return self.spec.label if self.expansion is None else expanding.LABEL
 
     @property
     def spec(self) -> KernelSpec:
@@ -49,16 +59,31 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the workspace: zero it once; every call leaves it zero, so plans may share one. 0: none needed."""
-        return self.split.workspace_bytes
+        """Bytes of the workspace: zero it once; every call leaves it zero, so plans may share one. 0: none needed.
+
+        For an expansion, those of the dense matrix, which a call leaves there: no plan of another kind may use it then.
+        """
+        return self.split.workspace_bytes if self.expansion is None else self.expansion.scratch_bytes
 
 
-def plan(w: SparseWeight, n: int, *, device: DeviceFacts | None = None, choice: KernelChoice | None = None) -> Plan:
+def plan(
+    w: SparseWeight,
+    n: int,
+    *,
+    device: DeviceFacts | None = None,
+    choice: KernelChoice | None = None,
+    expand: bool | None = None,
+) -> Plan:
     """Plan the product of ``w`` with ``n`` rows of x.
 
     ``device`` (default: the current GPU) may describe a GPU that is not there. ``choice``, of the class ``Choice`` of
     the format's kernel module, forces an instance; without one, a measured choice of ``flashllm tune`` is taken, else
     the heuristic's. ``n`` may be as large as 65,535 column blocks of the instance.
+
+    ``expand`` says whether to expand the weight to a dense matrix in the workspace, which cuBLAS then multiplies
+    (``flashllm.matmul.expand``). By default that is done where it was measured faster than the kernel, or, with nothing
+    measured, where the time model expects it: for more than 64 columns and large matrices. ``False`` keeps the
+    workspace small and sums those of our kernels.
 
     Raises :class:`ArgumentError` for an impossible ``n``, :class:`MissingDependencyError` without a GPU.
     """
@@ -71,8 +96,10 @@ def plan(w: SparseWeight, n: int, *, device: DeviceFacts | None = None, choice: 
     module = kernel(w.format)
     source: Literal["auto", "tuned", "forced"] = "forced"
     found: Any = choice
+    measured = None
     if found is None:
-        found, source = tune_cache.lookup(w, n, device=device), "tuned"
+        measured = tune_cache.find(w, n, device=device)
+        found, source = (None if measured is None else measured.choice), "tuned"
     if found is None:
         found, source = module.default_choice(w, n, arch=device.arch), "auto"
     if not isinstance(found, module.Choice):
@@ -85,6 +112,16 @@ def plan(w: SparseWeight, n: int, *, device: DeviceFacts | None = None, choice: 
     if split.grid[1] > MAX_COLUMN_BLOCKS:
         expected = f"columns for at most {MAX_COLUMN_BLOCKS} blocks of {found.n_block}"
         raise ArgumentError("n", expected=expected, got=str(n))
+    why = module.reason(w, found, split, sm_count=device.sm_count)
+    expansion = None
+    if expand is None and choice is None:
+        expand = measured.expanded if measured is not None else _expansion_pays(w, n, device)
+    if expand:
+        expansion = expanding.expansion_of(w)
+        if expansion is None:
+            raise ArgumentError("expand", expected="a format with a decoder on the GPU", got=w.format)
+        blocks = split.grid[1]
+        why = f"expanded to {expansion.scratch_bytes:,} bytes for cuBLAS, instead of {blocks} column blocks: {why}"
     return Plan(
         format=w.format,
         shape=w.shape,
@@ -93,5 +130,17 @@ def plan(w: SparseWeight, n: int, *, device: DeviceFacts | None = None, choice: 
         choice=found,
         split=split,
         source=source,
-        reason=f"{source}: {module.reason(w, found, split, sm_count=device.sm_count)}",
+        reason=f"{source}: {why}",
+        expansion=expansion,
     )
+
+
+def _expansion_pays(w: SparseWeight, n: int, device: DeviceFacts) -> bool:
+    """Whether the model expects an expansion to be faster than the kernel."""
+    if n < expanding.LEAST_N or not model.is_modelled(w.format):
+        return False
+    m, k = w.shape
+    gpu = gpu_of(device)
+    return expanding.expected(
+        w.format, m=m, k=k, n=n, weight_bytes=w.nbytes, density=w.density, gpu=gpu
+    ).expand  # fmt: skip

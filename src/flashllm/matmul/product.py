@@ -14,7 +14,7 @@ from flashllm.formats.base import DType
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.sources import is_cupy
 from flashllm.formats.weight import SparseWeight
-from flashllm.matmul import planning
+from flashllm.matmul import expand, planning
 from flashllm.matmul.planning import Plan
 from flashllm.registry import kernel
 
@@ -44,9 +44,10 @@ def spmm(
     on the CPU. bf16 arrays have the dtype ``ml_dtypes.bfloat16`` or hold its bits as uint16. N >= 1 is any number.
 
     With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed once by
-    the caller; every call leaves it zero, so one, as large as the largest, serves all products of a stream), a call
-    allocates nothing and can be captured in a CUDA graph. Runs on ``stream`` (default: CuPy's current one) and does
-    not wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
+    the caller; a call leaves it zero, so one, as large as the largest, serves all products of a stream), a call after
+    the first allocates nothing and can be captured in a CUDA graph. For wide x a plan may expand W to a dense matrix,
+    whose product is cuBLAS's, in a workspace of its own. Runs on ``stream`` (default: CuPy's current one) and does not
+    wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
     ``"reference"`` or ``None`` to go by where the operands are.
 
     Stored elements, NaN and infinities too, multiply as in dense arithmetic. So does a pruned zero, where the class of
@@ -117,12 +118,16 @@ def _cuda(x: Any, w: SparseWeight, *, out: Any, workspace: Any, stream: Any, giv
         _check("out", out, dtype=w.dtype, facts=facts, alignment=_ALIGNMENT["out"] if rows % 4 == 0 else 2)
     needed = chosen.workspace_bytes
     if workspace is None:
-        workspace = _allocate("workspace", (needed,), np.dtype(np.uint8), stream) if needed else None
+        what = "workspace" if chosen.expansion is None else "dense scratch matrix"
+        workspace = _allocate(what, (needed,), np.dtype(np.uint8), stream) if needed else None
     elif not is_cupy(workspace) or workspace.nbytes < needed:
         raise ArgumentError("workspace", expected=f"a CuPy array of >= {needed} bytes", got=_describe(workspace))
     else:
         _check("workspace", workspace, dtype=None, facts=facts, alignment=_ALIGNMENT["workspace"])
-    launch(w, chosen.spec, chosen.split, x, out, workspace, stream=stream)
+    if chosen.expansion is not None:
+        expand.run(w, x, out, workspace, stream=stream)
+    else:
+        launch(w, chosen.spec, chosen.split, x, out, workspace, stream=stream)
     return out
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flashllm import graphs
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import numpy_dtype
-from flashllm.matmul import tune_cache
+from flashllm.matmul import expand, tune_cache
 from flashllm.matmul.planning import Plan, plan
 from flashllm.matmul.product import spmm
 from flashllm.registry import kernel
@@ -46,6 +46,8 @@ class TuneResult:
 def tune(w: SparseWeight, n_list: Sequence[int]) -> list[TuneResult]:
     """Time every candidate for each N of ``n_list`` on the current GPU and store the best.
 
+    For N beyond the widest block of columns, so is expanding the weight for cuBLAS.
+
     The protocol is the benchmark's in small: a CUDA graph of launches over copies of the weight that together
     do not fit the L2. Needs memory for those copies (500 MB or two weights, whichever is more). Raises
     :class:`ArgumentError` for a weight on the host, :class:`DeviceMemoryError`, ``OSError`` when the choice cannot
@@ -69,7 +71,11 @@ def tune(w: SparseWeight, n_list: Sequence[int]) -> list[TuneResult]:
             candidate = plan(w, n, device=facts, choice=choice)
             timed.append((_time(candidate, x, copies, stream), candidate))
         best_us, best = min(timed, key=lambda pair: pair[0])
-        path = tune_cache.store(w, n, best.choice, device=facts)
+        if n >= expand.LEAST_N and expand.expansion_of(w) is not None:
+            expanded = plan(w, n, device=facts, choice=best.choice, expand=True)
+            timed.append((_time(expanded, x, copies, stream), expanded))
+            best_us, best = min(timed, key=lambda pair: pair[0])
+        path = tune_cache.store(w, n, best.choice, median_us=best_us, device=facts, expanded=best.expansion is not None)
         results.append(
             TuneResult(n=n, plan=best, median_us=best_us, heuristic_us=timed[0][0], measured=len(timed), path=path)
         )
@@ -88,8 +94,11 @@ def _copies(w: SparseWeight) -> list[SparseWeight]:
 def _time(candidate: Plan, x: Any, copies: Sequence[SparseWeight], stream: Any) -> float:
     import cupy
 
+    from flashllm.device import memory_errors
+
     out = cupy.empty((candidate.n, candidate.shape[0]), x.dtype)
-    workspace = cupy.zeros(max(candidate.workspace_bytes, 16), cupy.uint8)
+    with memory_errors("workspace to tune with", candidate.workspace_bytes):
+        workspace = cupy.zeros(max(candidate.workspace_bytes, 16), cupy.uint8)
     cupy.cuda.Device().synchronize()
     launches = max(_MIN_LAUNCHES, len(copies))  # every copy at least once, or the L2 would hold those in use
 

@@ -1,33 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured kernel choices: one JSON file per kind of GPU in the cache directory."""
+"""Measured kernel choices and their times: one JSON file per kind of GPU in the cache directory."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flashllm.io.files import locked
 from flashllm.jit.cache import tune_dir
 from flashllm.registry import FORMATS, kernel
 
 if TYPE_CHECKING:
-    from flashllm.device import DeviceFacts
     from flashllm.formats.weight import SparseWeight
     from flashllm.matmul.kernel import KernelChoice
 
-VERSION = 1
+VERSION = 2
 _LOCK = ".lock"
-_loaded: dict[tuple[Path, int, int, int], dict[str, KernelChoice]] = {}
+_SAME_DENSITY = 0.05
+"""Measured times are used for matrices whose density differs by less."""
 
 
-def path_for(device: DeviceFacts) -> Path:
+class Kind(Protocol):
+    """What tells one kind of GPU from another: a ``DeviceFacts`` or a ``Gpu``."""
+
+    @property
+    def name(self) -> str:
+        """The driver's full name."""
+
+    @property
+    def sm_count(self) -> int:
+        """Multiprocessors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The fastest choice for a weight and ``n`` rows of x, and its time."""
+
+    choice: KernelChoice
+    """The fastest instance of the kernel."""
+    expanded: bool
+    """Expanding the weight for cuBLAS was faster; ``median_us`` is the time of that."""
+    n: int
+    density: float
+    """Fraction of stored elements of the weight measured."""
+    weight_bytes: int
+    median_us: float
+    """L2-cold, in a CUDA graph."""
+
+
+_loaded: dict[tuple[Path, int, int, int], dict[str, Measurement]] = {}
+
+
+def path_for(device: Kind) -> Path:
     """The file of ``device``'s kind: its name and SM count decide which choice is fastest."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-").lower()
     return tune_dir() / f"{name}-{device.sm_count}sm.json"
@@ -35,16 +67,44 @@ def path_for(device: DeviceFacts) -> Path:
 
 def key_for(w: SparseWeight, n: int) -> str:
     """What a measured choice is valid for: format, type, shape and what the kernel adds. The format comes first."""
-    return f"{w.format} {w.dtype} {w.shape[0]}x{w.shape[1]} {kernel(w.format).tune_key(w, n)}"
+    return f"{_prefix(w.format, w.dtype, w.shape)}{kernel(w.format).tune_key(w, n)}"
 
 
-def lookup(w: SparseWeight, n: int, *, device: DeviceFacts) -> KernelChoice | None:
+def _prefix(format_name: str, dtype: str, shape: tuple[int, int]) -> str:
+    return f"{format_name} {dtype} {shape[0]}x{shape[1]} "
+
+
+def lookup(w: SparseWeight, n: int, *, device: Kind) -> KernelChoice | None:
     """The choice measured for ``w`` and ``n`` on this kind of device, if any."""
+    found = find(w, n, device=device)
+    return None if found is None else found.choice
+
+
+def find(w: SparseWeight, n: int, *, device: Kind) -> Measurement | None:
+    """What was measured for ``w`` and ``n``, or an N that takes the same blocks of columns, on this kind of device."""
     return _read(path_for(device)).get(key_for(w, n))
 
 
-def store(w: SparseWeight, n: int, choice: KernelChoice, *, device: DeviceFacts) -> Path:
-    """Record ``choice`` and return the file.
+def measured(
+    format_name: str, shape: tuple[int, int], n: int, *, dtype: str, density: float, device: Kind
+) -> Measurement | None:
+    """What was measured on this kind of device for a matrix like that and exactly ``n`` rows of x, if anything.
+
+    Of several densities the nearest, which may differ by 0.05.
+    """
+    prefix = _prefix(format_name, dtype, shape)
+    similar = [
+        found
+        for key, found in _read(path_for(device)).items()
+        if key.startswith(prefix) and found.n == n and abs(found.density - density) < _SAME_DENSITY
+    ]
+    return min(similar, key=lambda found: abs(found.density - density), default=None)
+
+
+def store(
+    w: SparseWeight, n: int, choice: KernelChoice, *, median_us: float, device: Kind, expanded: bool = False
+) -> Path:
+    """Record ``choice``, whether to expand the weight instead, and the time of the better; return the file.
 
     Written beside and renamed, so that readers see the old file or the new one; under a lock, so that
     processes that record at the same time keep each other's choices.
@@ -53,7 +113,14 @@ def store(w: SparseWeight, n: int, choice: KernelChoice, *, device: DeviceFacts)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _writing(path.parent):
         entries = _parse(path)
-        entries[key_for(w, n)] = choice
+        entries[key_for(w, n)] = Measurement(
+            choice=choice,
+            expanded=expanded,
+            n=n,
+            density=w.density,
+            weight_bytes=w.nbytes,
+            median_us=median_us,
+        )
         choices: dict[str, Any] = dict(sorted(entries.items()))
         payload = {"version": VERSION, "choices": {key: asdict(value) for key, value in choices.items()}}
         _replace(path, payload)
@@ -81,7 +148,7 @@ def _replace(path: Path, payload: dict[str, Any]) -> None:
         raise
 
 
-def _read(path: Path) -> dict[str, KernelChoice]:
+def _read(path: Path) -> dict[str, Measurement]:
     try:
         stat = path.stat()
     except OSError:
@@ -94,7 +161,7 @@ def _read(path: Path) -> dict[str, KernelChoice]:
     return known
 
 
-def _parse(path: Path) -> dict[str, KernelChoice]:
+def _parse(path: Path) -> dict[str, Measurement]:
     """Entries of the file; a damaged or foreign file, or an entry of another release, counts as not measured."""
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
@@ -105,10 +172,23 @@ def _parse(path: Path) -> dict[str, KernelChoice]:
     choices = payload.get("choices")
     found = {}
     for key, value in choices.items() if isinstance(choices, dict) else ():
-        choice = _choice(key.partition(" ")[0], value)
-        if choice is not None:
-            found[key] = choice
+        measurement = _measurement(key.partition(" ")[0], value)
+        if measurement is not None:
+            found[key] = measurement
     return found
+
+
+def _measurement(format_name: str, value: Any) -> Measurement | None:
+    """An entry whose choice can be launched and whose numbers make sense, or ``None``."""
+    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Measurement)}:
+        return None
+    choice = _choice(format_name, value["choice"])
+    expanded, n, weight_bytes = (value[name] for name in ("expanded", "n", "weight_bytes"))
+    density, us = value["density"], value["median_us"]
+    typed = type(expanded) is bool and type(n) is type(weight_bytes) is int and type(density) is type(us) is float
+    if choice is None or not typed or min(n - 1, weight_bytes) < 0 or not (0 <= density <= 1 and 0 < us < math.inf):
+        return None
+    return Measurement(choice=choice, expanded=expanded, n=n, density=density, weight_bytes=weight_bytes, median_us=us)
 
 
 def _choice(format_name: str, value: Any) -> KernelChoice | None:

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show what is in a weight, how its products would run, and which format suits it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from flashllm.cli._cases import BadUsage, usage_errors
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from flashllm.inspection import Inspection, Planned, Target
+    from flashllm.matmul.auto import Ranking
+
+_WIDTH = 100
+_MARK = {"measured": "*", "model and measured": "(*)", "model": ""}
+
+
+@click.command(epilog="Exit status: 0 fine, 2 bad usage or an unreadable file.")
+@click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False), metavar="[FILE]")
+@click.option("--tensor", metavar="NAME", help="Only this tensor of FILE; needed for one of several dense ones.")
+@click.option("--shape", "shapes", multiple=True, metavar="MxK", help="Instead of FILE: shapes, comma-separated.")
+@click.option("--sparsity", metavar="FRACTIONS", help="With --shape: fractions of zeros.  [default: 0.8]")
+@click.option("--dtype", metavar="TYPE", help="With --shape: fp16 or bf16.  [default: fp16]")
+@click.option("--n", "n", default="8,16,32", show_default=True, metavar="SIZES", help="Batch sizes N, comma-separated.")
+@click.option("--gpu", metavar="NAME", help="GPU to reckon for.  [default: the current one, else H100 80GB]")
+@click.option(
+    "--sample",
+    is_flag=True,
+    help="Decode packed weights, and pack rows of them to learn what other formats would take; otherwise that is "
+    "reckoned for zeros at random places. Dense matrices are always sampled.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per weight on stdout.")
+def command(
+    file: Path | None,
+    tensor: str | None,
+    shapes: tuple[str, ...],
+    sparsity: str | None,
+    dtype: str | None,
+    n: str,
+    gpu: str | None,
+    sample: bool,
+    as_json: bool,
+) -> None:
+    """Show what is in a weight, how its products would run, and which format suits it.
+
+    FILE is a .safetensors of packed weights, of which all are shown, or a dense matrix: .npy, .npz (SciPy) or a tensor
+    of a .safetensors, which is packed in the best format. Times are those of the model in docs/auto.md, or, marked *,
+    measured by `flashllm tune` on this GPU. Needs no GPU.
+    """
+    with usage_errors():
+        from flashllm import inspection
+        from flashllm.bench.cases import parse_batches, parse_shapes, parse_sparsities
+        from flashllm.formats.bits import check_dtype
+
+        if (file is None) == (not shapes):
+            raise BadUsage("give either FILE or --shape")
+        for option, given in (("--sparsity", sparsity), ("--dtype", dtype)):
+            if file is not None and given is not None:
+                raise BadUsage(f"{option}: expected nothing beside FILE, which has its own, got {given}")
+        if file is None and (tensor is not None or sample):
+            raise BadUsage("--tensor and --sample go with FILE")
+        batches = parse_batches(n)
+        target = _target(gpu)
+        if file is not None:
+            found = inspection.inspect_file(file, tensor, batches, target=target, sample=sample)
+        else:
+            kind = check_dtype(dtype or "fp16")
+            found = [
+                inspection.inspect_shape(shape, 1.0 - zeros, batches, target=target, dtype=kind)
+                for shape in parse_shapes(shapes)
+                for zeros in parse_sparsities(sparsity or "0.8")
+            ]
+    if as_json:
+        for one in found:
+            click.echo(json.dumps(inspection.as_json(one), allow_nan=False))
+        return
+    _print(found, target)
+
+
+def _target(name: str | None) -> Target:
+    from flashllm.gpus import DEFAULT_GPU, facts_of, find_gpu, gpu_of
+    from flashllm.inspection import Target
+
+    if name is None:
+        from flashllm.device import device_facts, gpu_problem
+
+        if gpu_problem() is None:
+            facts = device_facts()
+            return Target(gpu=gpu_of(facts), facts=facts)
+    gpu = find_gpu(name or DEFAULT_GPU)
+    return Target(gpu=gpu, facts=facts_of(gpu))
+
+
+def _print(found: list[Inspection], target: Target) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    gpu = target.gpu
+    console.print(
+        f"for {gpu.name}: {gpu.sm_count} multiprocessors, {gpu.clock_mhz:.0f} MHz, {gpu.read_gbps:.0f} GB/s "
+        f"({gpu.source})",
+        markup=False,
+    )
+    for one in found:
+        console.print()
+        _print_one(one, console)
+    marks = {candidate.source for one in found for candidate in one.ranking.candidates}
+    if marks - {"model"}:
+        console.print("* measured by `flashllm tune` on this GPU, (*) for some N", markup=False)
+
+
+def _print_one(found: Inspection, console: Console) -> None:
+    for line in _facts(found):
+        console.print(line, markup=False)
+    console.print(_ranking_table(found.ranking, None if found.weight is None else found.weight.format))
+    if found.plans:
+        console.print(_plan_table(found.plans))
+    for line in _advice(found):
+        console.print(line, markup=False)
+
+
+def _facts(found: Inspection) -> list[str]:
+    contents, w = found.contents, found.weight
+    m, k = contents.shape
+    density = contents.density if w is None else w.density
+    lines = [f"{found.name}: {m}x{k} {contents.dtype}, {100 * (1 - density):.2f} % zeros"]
+    if w is not None:
+        verb = "packed here as" if found.packed_here else "packed as"
+        lines.append(
+            f"  {verb} {w.format}: {w.nnz:,} stored in {w.nbytes:,} bytes, "
+            f"{w.bytes_per_element:.3f} per element (dense: 2)"
+        )
+    if found.fill is not None:
+        fill = found.fill
+        lines.append(f"  tiles filled {fill.least:.3f} to {fill.most:.3f}, mean {fill.mean:.3f}")
+    return lines
+
+
+def _ranking_table(ranking: Ranking, current: str | None) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="formats, fastest first", title_justify="left")
+    table.add_column("format", no_wrap=True)
+    for heading in ("MB", "% of dense", *(f"us at\nN = {n}" for n in ranking.dense.us)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for candidate in (*ranking.candidates, ranking.dense):
+        mark = _MARK[candidate.source]
+        table.add_row(
+            f"[bold]{candidate.format}[/]" if candidate.format == current else candidate.format,
+            f"{candidate.weight_bytes / 1e6:.2f}",
+            f"{100 * candidate.weight_bytes / ranking.dense.weight_bytes:.1f}",
+            *(f"{us:.1f}{mark}" for us in candidate.us.values()),
+            candidate.reason,
+        )
+    return table
+
+
+def _plan_table(plans: dict[int, Planned]) -> RenderableType:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="plans", title_justify="left")
+    for heading in ("N", "us", "reading", "decoding", "blocks", "workspace"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("kernel, and why", overflow="fold")
+    for n, planned in plans.items():
+        made, likely = planned.plan, planned.expected
+        times = ["-"] * 3
+        if likely is not None and made.expansion is not None:
+            times = [f"{likely.expand_us:.1f}", "-", "-"]
+        elif likely is not None:
+            times = [f"{us:.1f}" for us in (likely.kernel.us, likely.kernel.read_us, likely.kernel.decode_us)]
+        table.add_row(
+            str(n),
+            *times,
+            "x".join(map(str, made.grid)),
+            f"{made.workspace_bytes:,}",
+            escape(f"{made.label}\n{made.reason}"),
+        )
+    return table
+
+
+def _advice(found: Inspection) -> list[str]:
+    """Where the sizes come from; which format to take, and by how much."""
+    ranking, best = found.ranking, found.ranking.best
+    if found.contents.packed_rows:
+        lines = [f"MB of formats not packed whole: from packing {found.contents.packed_rows:,} rows"]
+    else:
+        lines = ["MB of formats not packed: reckoned for zeros at random places, on the high side"]
+    gain = ranking.dense.mean_us / best.mean_us
+    over = f"{gain:.2f} times as fast as dense"
+    if gain < 1:
+        over = f"slower than dense, which takes {gain:.2f} of its time"
+    own = next((c for c in ranking.candidates if found.weight and c.format == found.weight.format), None)
+    if found.weight is None or own is best:
+        lines.append(f"best, by the geometric mean over N: {best.format}, {over}")
+    else:
+        more = "" if own is None else f" {100 * (own.mean_us / best.mean_us - 1):.1f} % faster than {own.format} and"
+        lines.append(f"better, by the geometric mean over N: {best.format},{more} {over}")
+    return lines

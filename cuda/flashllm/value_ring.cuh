@@ -136,6 +136,25 @@ struct Streams {
     }
 };
 
+// The front behind tile `lane` of those from `tile` on, of a run of `count` tiles whose fronts begin at `fronts`.
+FLASHLLM_DEVICE int front_behind(const int* fronts, int count, int tile) {
+    return __ldg(fronts + min(tile + static_cast<int>(threadIdx.x & 31) + 1, count));
+}
+
+// Fronts that a block needs before anything else, asked for at one time: one latency, not two. (Opaque: or the compiler
+// might ask where it needs them.)
+struct FirstFronts {
+    int begin;      // where the run begins
+    int set, next;  // of the run's first 32 tiles and of the 32 after them, as the feeder keeps them
+
+    FLASHLLM_DEVICE FirstFronts(const int* fronts, int count) {
+        const int at_begin = ptx::opaque(__ldg(fronts));
+        set = ptx::opaque(front_behind(fronts, count, 0));
+        next = ptx::opaque(front_behind(fronts, count, 32));
+        begin = ptx::uniform(at_begin);
+    }
+};
+
 // Bytes that a tile needs besides value rows.
 struct Piece {
     unsigned target;  // shared address
@@ -171,16 +190,11 @@ struct Feeder {
     int before_set = 0, front_set, next_set;
 
     FLASHLLM_DEVICE Feeder(const ValueRing<kRing>& ring, const StageBarriers& barriers, const unsigned char* values,
-                           const int* fronts, int count, int first_front)
+                           const int* fronts, int count, const FirstFronts& first)
         : ring(ring), barriers(barriers),
           chunk(values + static_cast<long long>(ring.origin / bitmap::kChunkRows) * bitmap::kChunkBytes),
-          fronts(fronts), count(count), done_front(first_front), rows(ring.origin) {
-        front_set = load_fronts(1), next_set = load_fronts(33);
-    }
-
-    FLASHLLM_DEVICE int load_fronts(int behind) const {
-        return __ldg(fronts + min(behind + static_cast<int>(threadIdx.x & 31), count));
-    }
+          fronts(fronts), count(count), done_front(first.begin), rows(ring.origin), front_set(first.set),
+          next_set(first.next) {}
 
     // The row up to which the next tile needs value rows, in whole chunks. A stream that is through reads one more
     // value, unused.
@@ -271,7 +285,9 @@ struct Feeder {
 
     FLASHLLM_DEVICE void advance() {
         filled.advance();
-        if ((tile & 31) == 31) before_set = front_set, front_set = next_set, next_set = load_fronts(tile + 34);
+        if ((tile & 31) == 31) {
+            before_set = front_set, front_set = next_set, next_set = front_behind(fronts, count, tile + 33);
+        }
         ++tile;
     }
 };

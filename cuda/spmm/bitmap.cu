@@ -154,11 +154,11 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
     const int tile_k = first % split.tiles_k;
-    const int first_front = ptx::uniform(__ldg(fronts + first));
+    const FirstFronts first_fronts(fronts + first, count);
     // From the begin of a run of the format on, no row is needed from before it.
     const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
-    const typename L::Ring ring(layout.base, first_front, first == restart ? 0 : bitmap::kSlack);
+    const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
 
     if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
     __syncthreads();
@@ -166,7 +166,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     Accumulators<S> sum = {};
     Chains<S, T> chains(split, tile_k, count, y, n0, N, M);
     if (feeds) {
-        Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_front),
+        Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
                    typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0),
                                           lane),
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes);

@@ -87,6 +87,25 @@ __global__ void reach(const int* x, int* y, int count) {
     y[i] = sums[i / 32];
 }
 
+// y[b] = x[0] + ... + x[b], 128 of 16 bytes for each block b, which takes the sum before it from y as the others are still
+// at work. y must be zero before, x not. Mistake 1: waits for the block behind it, 2: does not wait, 3: block 1 writes
+// nothing.
+template <int kMistake>
+__global__ void chain(const float4* x, float4* y) {
+    const int block = static_cast<int>(blockIdx.x), i = block * 128 + static_cast<int>(threadIdx.x);
+    const int other = kMistake == 1 ? block + 1 : block - 1;
+    float4 sum = x[i];
+    if (other >= 0 && other < static_cast<int>(gridDim.x)) {
+        float4 before = ptx::load_relaxed(y + other * 128 + threadIdx.x);
+        while (kMistake != 2 && before.x == 0.0f) {
+            ptx::look_again();
+            before = ptx::load_relaxed(y + other * 128 + threadIdx.x);
+        }
+        sum = make_float4(sum.x + before.x, sum.y + before.y, sum.z + before.z, sum.w + before.w);
+    }
+    if (kMistake != 3 || block != 1) ptx::store_relaxed(y + i, sum);
+}
+
 // y = x. Mistake 1: one element too many, through plain pointers, 2: a signed sum overflows.
 template <int kMistake>
 __global__ void plain(const int* x, int* y, int count) {

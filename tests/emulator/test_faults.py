@@ -40,12 +40,13 @@ MULTIPLY = [spec("multiply", mistake, 72 * 128) for mistake in range(9)]
 TURN = [spec("turn", mistake, 0) for mistake in range(2)]
 RELAY = [spec("relay", mistake, 128 + 2 * 512) for mistake in range(7)]
 REGISTERS = [spec("multiply_registers", mistake, 8 * 128) for mistake in range(8)]
+CHAIN = [spec("chain", mistake, 0) for mistake in range(4)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     copies = [*COPY, *RING, *SHARE, *RELAY]
-    emulator.preload([*ROTATE, *MEET, *REACH, *TURN, *copies, *MULTIPLY, *REGISTERS], build=BUILD)
+    emulator.preload([*ROTATE, *MEET, *REACH, *TURN, *CHAIN, *copies, *MULTIPLY, *REGISTERS], build=BUILD)
 
 
 def rotate(kernel: KernelSpec, seed: int) -> bool:
@@ -106,6 +107,13 @@ def turn(kernel: KernelSpec, seed: int) -> bool:
     return bool((y == x.byteswap() + (1 * 3 + 2 * 10 + 255 + 7)).all())
 
 
+def chain(kernel: KernelSpec, seed: int) -> bool:
+    x = np.random.default_rng(seed).integers(1, 9, (7, 128, 4)).astype(np.float32)
+    y = np.zeros_like(x)
+    emulator.launch(kernel, (7,), (x, y), seed=seed, build=BUILD)
+    return bool((y == x.cumsum(axis=0)).all())
+
+
 def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> bool:
     return all(run(kernel, seed) for seed in SEEDS)
 
@@ -121,6 +129,7 @@ def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelS
         (share, SHARE),
         (multiply, MULTIPLY),
         (turn, TURN),
+        (chain, CHAIN),
         (share, RELAY),
         (multiply, REGISTERS),
     ],
@@ -166,6 +175,18 @@ def test_rings_out_of_step(run: Callable[[KernelSpec, int], bool], kernel: Kerne
     assert not all(right(seed) for seed in SEEDS)
 
 
+def test_a_block_that_does_not_wait_for_another_is_wrong() -> None:
+    assert not right_in_every_order(chain, CHAIN[2])
+
+
+def test_static_shared_memory_is_a_blocks_own() -> None:
+    kernel = KernelSpec(name="stamp", source="static_shared.cu", function="static_shared::stamp", threads=128)
+    for seed in SEEDS:
+        y = np.full((6, 128), -1, np.int32)
+        emulator.launch(kernel, (6,), (y,), seed=seed, build=BUILD)
+        assert (y == np.arange(6)[:, None]).all()
+
+
 def test_missing_wait_shows_in_every_order() -> None:
     assert not any(copy(COPY[1], seed) for seed in SEEDS)
 
@@ -200,6 +221,8 @@ def test_missing_wait_shows_in_every_order() -> None:
         (multiply, MULTIPLY[7], r"race: operand a of wgmma.mma_async changed|missing proxy fence"),
         (multiply, MULTIPLY[8], r"divergent warpgroup: warp 0 has issued 4 wgmma.mma_async, warp 2 3"),
         (turn, TURN[1], r"prmt: selector 0x0923 has a sign bit, which is not modelled"),
+        (chain, CHAIN[1], r"waits for global memory that no earlier block will write"),
+        (chain, CHAIN[3], r"waits for global memory that no earlier block will write"),
         (share, RELAY[2], r"deadlock: .* wait for 1 arrivals and 0 bytes at the mbarrier"),
         (share, RELAY[3], r"more than its 32 arrivals|deadlock"),
         (share, RELAY[5], r"the block ends with \d+ bulk copies not waited for"),

@@ -163,7 +163,7 @@ void work(Worker& worker) {
     Launch& launch = *worker.launch;
     const Module module = module_of_this_thread();
     // Blocks with static shared memory share their worker's only copy of it.
-    const bool statics = module.static_bytes > 64;
+    const bool statics = module.static_bytes > sizeof anchor;
     unsigned long long next = worker.index;
     for (unsigned i = 0; i < (statics ? 1 : kResidentBlocks) && next + i * worker.count < launch.blocks; ++i) {
         worker.blocks.push_back(make_block(worker));

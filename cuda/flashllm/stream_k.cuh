@@ -9,7 +9,8 @@
 // Nobody counts arrivals. A slot is zero until its piece comes, and a piece has no zero in the first word of a vector:
 // +0 is stored as -0, which adds up to the same. So the last block just looks at what it is going to add, and puts zeros
 // back. A fence and a counter would cost each row two trips to the L2 more, about a microsecond at the end of every
-// launch. The last block waits only for blocks before it, and those have started before it: blocks start in order.
+// launch. The last block waits only for blocks before it, and those have started before it: GPUs start blocks in order of
+// their numbers. (No specification says so, but CUB's decoupled look-back counts on it too.)
 //
 // Cost counts the end of a row like `row_cost` more tiles, since there a block stops to write its accumulators: a run
 // that reaches into another row gets so many tiles fewer, and does not keep the others waiting at the end.

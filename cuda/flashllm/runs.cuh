@@ -15,9 +15,7 @@ struct Runs {
 
     // First tile of `run`; of `run + 1`, one past its last.
     FLASHLLM_DEVICE unsigned first_tile(unsigned run) const {
-        const unsigned begin = cost() * run / count;
-        if (row_cost == 0) return begin;  // a division less before a block's first load
-        const unsigned row = begin / (tiles_k + row_cost);
+        const unsigned begin = cost() * run / count, row = begin / (tiles_k + row_cost);
         return row * tiles_k + min(begin - row * (tiles_k + row_cost), static_cast<unsigned>(tiles_k));
     }
 

@@ -97,30 +97,28 @@ def inspect_weight(
         contents = sampled(w.to_dense(), formats, dtype=w.dtype)
     else:
         contents = estimated(w.shape, w.density, formats, dtype=w.dtype)
-    if w.format in formats:
-        contents = replace(contents, weight_bytes={**contents.weight_bytes, w.format: w.nbytes})
-    return Inspection(
-        name=name,
-        contents=contents,
-        ranking=auto.rank(contents, n, gpu=target.gpu),
-        weight=w,
-        packed_here=False,
-        fill=tile_fill(w),
-        plans=_plans(w, n, target),
-    )
+    return _of_weight(name, w, contents, n, target=target, packed_here=False)
 
 
 def inspect_matrix(name: str, a: Any, n: Sequence[int], *, target: Target) -> Inspection:
     """A dense NumPy or ``scipy.sparse`` matrix: ranked by a sample, then packed whole in the best format."""
     ranking = auto.rank_formats_of(a, n, gpu=target.gpu)
     w = auto.pack(a, format=ranking.best.format, n=n)
-    contents = replace(ranking.contents, weight_bytes={**ranking.contents.weight_bytes, w.format: w.nbytes})
+    return _of_weight(name, w, ranking.contents, n, target=target, packed_here=True)
+
+
+def _of_weight(
+    name: str, w: SparseWeight, contents: Contents, n: Sequence[int], *, target: Target, packed_here: bool
+) -> Inspection:
+    """What is known of ``w``, with the bytes that it really takes among those of the formats."""
+    if w.format in contents.weight_bytes:
+        contents = replace(contents, weight_bytes={**contents.weight_bytes, w.format: w.nbytes})
     return Inspection(
         name=name,
         contents=contents,
         ranking=auto.rank(contents, n, gpu=target.gpu),
         weight=w,
-        packed_here=True,
+        packed_here=packed_here,
         fill=tile_fill(w),
         plans=_plans(w, n, target),
     )

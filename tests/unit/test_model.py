@@ -99,7 +99,7 @@ def test_the_formula_of_a_kernel() -> None:
 
 def test_small_n_takes_eight_columns_and_wide_x_several_blocks() -> None:
     def us(n: int, name: str = "bitmap") -> float:
-        return model.predicted_us(name, n=n, weight_bytes=120_000_000, gpu=GPU, **SHAPE)
+        return model.predict(name, n=n, weight_bytes=120_000_000, gpu=GPU, **SHAPE).us
 
     start = model.committed().kernels["bitmap"][64].start_us
     assert us(1) == pytest.approx(us(8), rel=0.01)
@@ -110,11 +110,11 @@ def test_small_n_takes_eight_columns_and_wide_x_several_blocks() -> None:
 
 def test_more_bytes_more_stored_elements_and_less_gpu_take_longer() -> None:
     for name in registry.FORMATS:
-        base = model.predicted_us(name, n=16, weight_bytes=200_000_000, gpu=GPU, **SHAPE)
-        more = model.predicted_us(name, n=16, weight_bytes=400_000_000, gpu=GPU, **SHAPE)
+        base = model.predict(name, n=16, weight_bytes=200_000_000, gpu=GPU, **SHAPE).us
+        more = model.predict(name, n=16, weight_bytes=400_000_000, gpu=GPU, **SHAPE).us
         assert more > 1.5 * base
         slow = replace(GPU, read_gbps=GPU.read_gbps / 4, clock_mhz=GPU.clock_mhz / 4)
-        assert 3 < model.predicted_us(name, n=16, weight_bytes=200_000_000, gpu=slow, **SHAPE) / base < 4
+        assert 3 < model.predict(name, n=16, weight_bytes=200_000_000, gpu=slow, **SHAPE).us / base < 4
 
 
 def test_slots_of_small_windows_cost_decoding_too() -> None:
@@ -137,7 +137,7 @@ def test_the_constant_of_slot_tiles_is_the_formats() -> None:
 
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ArgumentError, match="format: expected one of tiled-csl, bitmap, slot24, got 'csr'"):
-        model.predicted_us("csr", n=8, weight_bytes=1, gpu=GPU, **SHAPE)
+        model.predict("csr", n=8, weight_bytes=1, gpu=GPU, **SHAPE)
 
 
 def test_dense_reads_everything_or_multiplies_at_the_peak() -> None:

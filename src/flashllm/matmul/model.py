@@ -206,11 +206,6 @@ def predict(
     return widths[width].predict(load, n_block=width, column_blocks=-(-n // width), gpu=gpu)
 
 
-def predicted_us(format_name: str, *, m: int, k: int, n: int, weight_bytes: int, density: float, gpu: Gpu) -> float:
-    """Microseconds by :func:`predict`."""
-    return predict(format_name, m=m, k=k, n=n, weight_bytes=weight_bytes, density=density, gpu=gpu).us
-
-
 def expand_us(
     format_name: str,
     *,

@@ -102,13 +102,13 @@ bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* 
         for (int i = 0; i < kBatch; ++i) {
             if (tile + i >= end) break;
             unsigned packed[2] = {};
-            int gain = 0;
+            int ahead[kOwn], gain = 0;  // not max(gain, -lag): CUDA 13.2 drops that sign in VIMNMX3 for sm_90
 #pragma unroll
             for (int own = 0; own < kOwn; ++own) {
                 const int shift = own % 4 * 8;
                 packed[own / 4] |= static_cast<unsigned>(lag[own]) << shift;
-                lag[own] -= static_cast<int>((own < 4 ? batch[i].x : batch[i].y) >> shift & 0xff);  // < 0: ahead
-                gain = max(gain, -lag[own]);
+                ahead[own] = static_cast<int>((own < 4 ? batch[i].x : batch[i].y) >> shift & 0xff) - lag[own];
+                gain = max(gain, ahead[own]);
             }
             streams[at(tile + i)] = make_uint2(packed[0], packed[1]);
             if (threadIdx.x == 0) fronts[tile + i] = front;
@@ -116,7 +116,7 @@ bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* 
             for (int lanes = 16; lanes > 0; lanes /= 2) gain = max(gain, __shfl_xor_sync(0xffffffffu, gain, lanes));
             front += gain;
 #pragma unroll
-            for (int own = 0; own < kOwn; ++own) lag[own] = min(lag[own] + gain, bitmap::kSlack);
+            for (int own = 0; own < kOwn; ++own) lag[own] = min(gain - ahead[own], bitmap::kSlack);
         }
     }
     if (threadIdx.x == 0) lengths[blockIdx.x] = front;

@@ -3,7 +3,7 @@
 //
 // The tiles of an [M, K] weight, numbered row by row, are dealt to the G = gridDim.x blocks in contiguous runs of
 // equal cost. A row of tiles that one block covers alone is final; otherwise each block leaves its piece of it in the
-// workspace, and the row's last block adds the pieces in block order. (Stream-K: Osama et al., PPoPP'23.) A piece is the
+// workspace, and the row's last block adds the pieces in a fixed order. (Stream-K: Osama et al., PPoPP'23.) A piece is the
 // accumulators as the threads of the first K slice hold them, one 16-byte vector per thread after another.
 //
 // Nobody counts arrivals. A slot is zero until its piece comes, and a piece has no zero in the first word of a vector:
@@ -84,124 +84,85 @@ struct StreamK {
         });
     }
 
-    struct Piece {
-        bool whole;           // the block has all of K for this row of tiles
-        int pieces;           // blocks that share the row of tiles
-        float4* mine;         // this block's slot
-        float4* first_slot;   // slot of the row's first block
-        float4* other_slots;  // slot 0 of the row's second block
-
-        // Puts the accumulators of the first K slice into this block's slot and leaves them zero.
-        FLASHLLM_DEVICE void store(Accumulators<S>& sum) const {
-            if (S::slice() != 0) return;
-            for_each<S>(sum, [&](float (&part)[4], int v) {
-                const float4 vector = make_float4(ptx::not_plus_zero(part[0]), part[1], part[2], part[3]);
-                ptx::store_relaxed(mine + place(v), vector);
-                part[0] = part[1] = part[2] = part[3] = 0.0f;
-            });
-        }
-
-        // By the row's last block, when it has stored its own: puts the sum of all pieces, added in block order, into the
-        // accumulators, and leaves the slots zero. As many loads as registers allow are under way at one time: one after
-        // the other, their latencies cost more than all else.
-        FLASHLLM_DEVICE void add_up(Accumulators<S>& sum) const {
-            if (S::slice() != 0) return;
-            constexpr int kAhead = kVectors < 16 ? 16 / kVectors : 1;  // pieces, besides the first where registers allow
-            constexpr bool kFirstToo = kVectors < 16;
-            float4* const first = first_slot + place(0);
-            float4 total[1][kVectors] = {};
-            if constexpr (!kFirstToo) {
-                while (!look(total, first, 1)) ptx::look_again();
-            }
-            float4* slots = other_slots + place(0);
-#pragma unroll 1
-            for (int i = 1; i < pieces; i += kAhead, slots += kAhead * kSlotVectors) {
-                float4 loaded[kAhead][kVectors] = {};
-#pragma unroll 1
-                while (true) {
-                    const bool first_too = !kFirstToo || i != 1 || look(total, first, 1);
-                    if (look(loaded, slots, pieces - i) && first_too) break;
-                    ptx::look_again();
-                }
-                clear<kAhead>(slots, pieces - i);
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-                    for (int ahead = 0; ahead < kAhead; ++ahead) total[0][v] = added(total[0][v], loaded[ahead][v]);
-                }
-            }
-            clear<1>(first, 1);
-            for_each<S>(sum, [&](float (&part)[4], int v) {  // + 0: not -0 where all pieces are
-                part[0] = total[0][v].x + 0.0f, part[1] = total[0][v].y + 0.0f;
-                part[2] = total[0][v].z + 0.0f, part[3] = total[0][v].w + 0.0f;
-            });
-        }
-
-    private:
-        static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
-
-        // Loads what has not come yet of the first `count` of kCount pieces; whether all of it has come now.
-        template <int kCount>
-        FLASHLLM_DEVICE static bool look(float4 (&loaded)[kCount][kVectors], const float4* slots, int count) {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    if (i < count && !has_come(loaded[i][v].x)) {
-                        loaded[i][v] = ptx::load_relaxed(slots + i * kSlotVectors + v * kThreads);
-                    }
-                }
-            }
-            bool all = true;
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) all &= i >= count || has_come(loaded[i][v].x);
-            }
-            return all;
-        }
-
-        template <int kCount>
-        FLASHLLM_DEVICE static void clear(float4* slots, int count) {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    if (i < count) __stcg(slots + i * kSlotVectors + v * kThreads, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-                }
-            }
-        }
-
-        FLASHLLM_DEVICE static bool has_come(float first) { return __float_as_uint(first) != 0; }
-        FLASHLLM_DEVICE static float4 added(const float4& a, const float4& b) {
-            return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-        }
-    };
-
-    // The row of tiles of which `block` has the end and others the begin: the row its run begins in. -1: none.
-    FLASHLLM_DEVICE int row_to_add_up(int block) const {
-        const unsigned begin = first_tile(block), end = first_tile(block + 1), tile_m = begin / tiles_k;
-        return begin != tile_m * tiles_k && end >= (tile_m + 1) * tiles_k ? static_cast<int>(tile_m) : -1;
+    // A slot of a block: 0 is for the row its run begins in, 1 for the row it ends in, if another.
+    FLASHLLM_DEVICE float4* slot(int block, int which) const {
+        return reinterpret_cast<float4*>(workspace) + static_cast<long long>(blockIdx.y) * gridDim.x * kSlotVectors +
+               static_cast<long long>(block) * kSlotVectors + which * kPieceVectors;
     }
 
-    FLASHLLM_DEVICE Piece piece(int block, int tile_m, int column_block) const {
-        const unsigned row_first = tile_m * tiles_k;
-        const unsigned first_block = block_of(row_first), last_block = block_of(row_first + tiles_k - 1);
-        float4* const slots = reinterpret_cast<float4*>(workspace) +
-                              static_cast<long long>(column_block) * gridDim.x * kSlotVectors;
-        // Slot 0 of a block is for the row its run begins in, slot 1 for the row it ends in, if another.
-        auto slot = [&](unsigned b) {
-            const bool begins_in_row = first_tile(b) >= row_first;
-            return slots + static_cast<long long>(b) * kSlotVectors + (begins_in_row ? 0 : kPieceVectors);
-        };
-        Piece piece;
-        piece.pieces = last_block - first_block + 1;
-        piece.whole = piece.pieces == 1;
-        piece.mine = slot(block);
-        piece.first_slot = slot(first_block);
-        // Every later block of the row begins inside it, so its slot is its slot 0.
-        piece.other_slots = slots + static_cast<long long>(first_block + 1) * kSlotVectors;
-        return piece;
+    // Puts the accumulators of the first K slice into a slot of this block and leaves them zero.
+    FLASHLLM_DEVICE static void store(Accumulators<S>& sum, float4* slot) {
+        if (S::slice() != 0) return;
+        for_each<S>(sum, [&](float (&part)[4], int v) {
+            const float4 vector = make_float4(ptx::not_plus_zero(part[0]), part[1], part[2], part[3]);
+            ptx::store_relaxed(slot + place(v), vector);
+            part[0] = part[1] = part[2] = part[3] = 0.0f;
+        });
+    }
+
+    // Adds `count` pieces of a row, one block's after another, to the accumulators of the first K slice, and leaves their
+    // slots zero. first: the slot of the row's first block; rest: slot 0 of the second, since every later block of a row
+    // begins inside it. Where registers allow, a vector makes room for one of a later piece, so 16 are always under way.
+    FLASHLLM_DEVICE static void add(Accumulators<S>& sum, float4* first, float4* rest, int count) {
+        if (S::slice() != 0) return;
+        first += place(0), rest += place(0) - kSlotVectors;
+        // Slot of piece i. Behind the last one, the first again: loads that nobody waits for cost less than branches.
+        const auto slot = [&](int i) { return i > 0 && i < count ? rest + i * kSlotVectors : first; };
+        if constexpr (kVectors < 16) {
+            constexpr int kAhead = 16 / kVectors;
+            float4 loaded[kAhead][kVectors];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) load(loaded[i], slot(i));
+#pragma unroll 1
+            for (int begin = 0; begin < count; begin += kAhead) {
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    if (begin + i >= count) break;
+                    float4* const from = slot(begin + i);
+                    const float4* const next = slot(begin + i + kAhead);
+                    for_each<S>(sum, [&](float (&part)[4], int v) {
+                        float4& vector = loaded[i][v];
+                        while (!has_come(vector)) {
+                            ptx::look_again();
+                            vector = ptx::load_relaxed(from + v * kThreads);
+                        }
+                        accumulate(part, vector);
+                        clear(from + v * kThreads);
+                        vector = ptx::load_relaxed(next + v * kThreads);
+                    });
+                }
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < count; ++i) {
+                float4* const from = slot(i);
+                float4 loaded[kVectors];
+                while (!load(loaded, from)) {
+                    // Just one vector, until it comes: the L2 is for those that still work.
+                    while (!has_come(ptx::load_relaxed(from + (kVectors - 1) * kThreads))) ptx::look_again();
+                }
+                for_each<S>(sum, [&](float (&part)[4], int v) {
+                    accumulate(part, loaded[v]);
+                    clear(from + v * kThreads);
+                });
+            }
+        }
+    }
+
+private:
+    static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
+
+    FLASHLLM_DEVICE static bool has_come(const float4& vector) { return __float_as_uint(vector.x) != 0; }
+    FLASHLLM_DEVICE static void clear(float4* vector) { __stcg(vector, make_float4(0.0f, 0.0f, 0.0f, 0.0f)); }
+
+    // Loads this thread's vectors of a piece; whether all of them have come.
+    FLASHLLM_DEVICE static bool load(float4 (&loaded)[kVectors], const float4* from) {
+        bool all = true;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) loaded[v] = ptx::load_relaxed(from + v * kThreads);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) all &= has_come(loaded[v]);
+        return all;
     }
 };
 

@@ -102,68 +102,52 @@ struct StreamK {
 
     // Adds `count` pieces of a row, one block's after another, to the accumulators of the first K slice, and leaves their
     // slots zero. first: the slot of the row's first block; rest: slot 0 of the second, since every later block of a row
-    // begins inside it. Where registers allow, a vector makes room for one of a later piece, so 16 are always under way.
+    // begins inside it. As many loads as registers allow are under way at one time: one after the other, their latencies
+    // cost more than all else.
     FLASHLLM_DEVICE static void add(Accumulators<S>& sum, float4* first, float4* rest, int count) {
         if (S::slice() != 0) return;
-        first += place(0), rest += place(0) - kSlotVectors;
-        // Slot of piece i. Behind the last one, the first again: loads that nobody waits for cost less than branches.
-        const auto slot = [&](int i) { return i > 0 && i < count ? rest + i * kSlotVectors : first; };
-        if constexpr (kVectors < 16) {
-            constexpr int kAhead = 16 / kVectors;
-            float4 loaded[kAhead][kVectors];
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) load(loaded[i], slot(i));
+        constexpr int kAtOnce = kVectors < 16 ? 16 / kVectors : 1;  // pieces
+        first += place(0), rest += place(0);
 #pragma unroll 1
-            for (int begin = 0; begin < count; begin += kAhead) {
+        for (; count > 0; count -= kAtOnce) {
+            const auto slot = [&](int i) { return i == 0 ? first : rest + (i - 1) * kSlotVectors; };
+            float4 loaded[kAtOnce][kVectors] = {};
+            while (!look<kAtOnce>(loaded, slot, count)) ptx::look_again();
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    if (begin + i >= count) break;
-                    float4* const from = slot(begin + i);
-                    const float4* const next = slot(begin + i + kAhead);
-                    for_each<S>(sum, [&](float (&part)[4], int v) {
-                        float4& vector = loaded[i][v];
-                        while (!has_come(vector)) {
-                            ptx::look_again();
-                            vector = ptx::load_relaxed(from + v * kThreads);
-                        }
-                        accumulate(part, vector);
-                        clear(from + v * kThreads);
-                        vector = ptx::load_relaxed(next + v * kThreads);
-                    });
-                }
-            }
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < count; ++i) {
-                float4* const from = slot(i);
-                float4 loaded[kVectors];
-                while (!load(loaded, from)) {
-                    // Just one vector, until it comes: the L2 is for those that still work.
-                    while (!has_come(ptx::load_relaxed(from + (kVectors - 1) * kThreads))) ptx::look_again();
-                }
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (i >= count) break;
                 for_each<S>(sum, [&](float (&part)[4], int v) {
-                    accumulate(part, loaded[v]);
-                    clear(from + v * kThreads);
+                    accumulate(part, loaded[i][v]);
+                    __stcg(slot(i) + v * kThreads, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
                 });
             }
+            first = rest + (kAtOnce - 1) * kSlotVectors, rest = first + kSlotVectors;
         }
     }
 
 private:
     static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
 
-    FLASHLLM_DEVICE static bool has_come(const float4& vector) { return __float_as_uint(vector.x) != 0; }
-    FLASHLLM_DEVICE static void clear(float4* vector) { __stcg(vector, make_float4(0.0f, 0.0f, 0.0f, 0.0f)); }
-
-    // Loads this thread's vectors of a piece; whether all of them have come.
-    FLASHLLM_DEVICE static bool load(float4 (&loaded)[kVectors], const float4* from) {
+    // Loads what has not come yet of the first `count` of kCount pieces; whether all of it has come now.
+    template <int kCount, typename Slot>
+    FLASHLLM_DEVICE static bool look(float4 (&loaded)[kCount][kVectors], const Slot& slot, int count) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) {
+                if (i < count && !has_come(loaded[i][v])) loaded[i][v] = ptx::load_relaxed(slot(i) + v * kThreads);
+            }
+        }
         bool all = true;
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) loaded[v] = ptx::load_relaxed(from + v * kThreads);
+        for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) all &= has_come(loaded[v]);
+            for (int v = 0; v < kVectors; ++v) all &= i >= count || has_come(loaded[i][v]);
+        }
         return all;
     }
+
+    FLASHLLM_DEVICE static bool has_come(const float4& vector) { return __float_as_uint(vector.x) != 0; }
 };
 
 }  // namespace flashllm

@@ -102,52 +102,69 @@ struct StreamK {
 
     // Adds `count` pieces of a row, one block's after another, to the accumulators of the first K slice, and leaves their
     // slots zero. first: the slot of the row's first block; rest: slot 0 of the second, since every later block of a row
-    // begins inside it. As many loads as registers allow are under way at one time: one after the other, their latencies
-    // cost more than all else.
+    // begins inside it. Two groups of vectors take turns: one is under way while the other is added.
     FLASHLLM_DEVICE static void add(Accumulators<S>& sum, float4* first, float4* rest, int count) {
         if (S::slice() != 0) return;
-        constexpr int kAtOnce = kVectors < 16 ? 16 / kVectors : 1;  // pieces
-        first += place(0), rest += place(0);
+        Group<0> a{first + place(0), rest + place(0) - kSlotVectors, count};
+        Group<1> b{a.first, a.rest, count};
+        a.look(0);
 #pragma unroll 1
-        for (; count > 0; count -= kAtOnce) {
-            const auto slot = [&](int i) { return i == 0 ? first : rest + (i - 1) * kSlotVectors; };
-            float4 loaded[kAtOnce][kVectors] = {};
-            while (!look<kAtOnce>(loaded, slot, count)) ptx::look_again();
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (i >= count) break;
-                for_each<S>(sum, [&](float (&part)[4], int v) {
-                    accumulate(part, loaded[i][v]);
-                    __stcg(slot(i) + v * kThreads, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-                });
-            }
-            first = rest + (kAtOnce - 1) * kSlotVectors, rest = first + kSlotVectors;
+        for (int piece = 0; piece < count; piece += kTurnPieces) {
+            b.look(piece);
+            a.add(sum, piece);
+            a.look(piece + kTurnPieces);
+            b.add(sum, piece);
         }
     }
 
 private:
     static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
+    static constexpr int kGroup = 8;  // vectors; more would not fit in the registers
+    static constexpr int kTurnPieces = 2 * kGroup / kVectors;
+    static_assert(kTurnPieces >= 1 && 2 * kGroup % kVectors == 0, "two groups are whole pieces");
 
-    // Loads what has not come yet of the first `count` of kCount pieces; whether all of it has come now.
-    template <int kCount, typename Slot>
-    FLASHLLM_DEVICE static bool look(float4 (&loaded)[kCount][kVectors], const Slot& slot, int count) {
+    // Half kHalf of the vectors of kTurnPieces pieces.
+    template <int kHalf>
+    struct Group {
+        float4* first;
+        float4* rest;  // where slot 0 of the row's first block is
+        int count;
+        float4 vectors[kGroup] = {};
+
+        FLASHLLM_DEVICE static int piece_of(int i) { return (kHalf * kGroup + i) / kVectors; }
+        FLASHLLM_DEVICE static int vector_of(int i) { return (kHalf * kGroup + i) % kVectors; }
+        FLASHLLM_DEVICE static bool has_come(const float4& vector) { return __float_as_uint(vector.x) != 0; }
+
+        FLASHLLM_DEVICE float4* at(int piece, int i) const {
+            piece += piece_of(i);
+            return (piece == 0 ? first : rest + piece * kSlotVectors) + vector_of(i) * kThreads;
+        }
+
+        // Loads what has not come yet; whether all has come now. `piece`: the first of the turn.
+        FLASHLLM_DEVICE bool look(int piece) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
+            for (int i = 0; i < kGroup; ++i) {
+                if (piece + piece_of(i) < count && !has_come(vectors[i])) vectors[i] = ptx::load_relaxed(at(piece, i));
+            }
+            bool all = true;
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-                if (i < count && !has_come(loaded[i][v])) loaded[i][v] = ptx::load_relaxed(slot(i) + v * kThreads);
+            for (int i = 0; i < kGroup; ++i) all &= piece + piece_of(i) >= count || has_come(vectors[i]);
+            return all;
+        }
+
+        // Waits for the vectors, adds them, and leaves zeros here and there.
+        FLASHLLM_DEVICE void add(Accumulators<S>& sum, int piece) {
+            while (!look(piece)) ptx::look_again();
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) {
+                if (piece + piece_of(i) >= count) break;
+                const int v = vector_of(i);
+                accumulate(sum[v / S::kColumnFragments][v % S::kColumnFragments], vectors[i]);
+                __stcg(at(piece, i), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+                vectors[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             }
         }
-        bool all = true;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v) all &= i >= count || has_come(loaded[i][v]);
-        }
-        return all;
-    }
-
-    FLASHLLM_DEVICE static bool has_come(const float4& vector) { return __float_as_uint(vector.x) != 0; }
+    };
 };
 
 }  // namespace flashllm

@@ -112,16 +112,13 @@ struct Streams {
         }
         const uint2* before = reinterpret_cast<const uint2*>(masks) +
                               static_cast<long long>(known) * bitmap::kTileThreads + threadIdx.x;
-        uint2 mask[bitmap::kLagTiles - 1];  // no load waits for a branch: one latency, not seven
+        // No branches, for which loads would wait: one latency, not seven.
 #pragma unroll
         for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
-            mask[i] = __ldg(before + min(i, first - known) * bitmap::kTileThreads);
-        }
-#pragma unroll
-        for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
-            if (i >= first - known) break;
-            even_row += __popc(mask[i].x & bitmap::kEvenBits) + __popc(mask[i].y & bitmap::kEvenBits);
-            odd_row += __popc(mask[i].x & bitmap::kOddBits) + __popc(mask[i].y & bitmap::kOddBits);
+            const uint2 mask = __ldg(before + min(i, first - known) * bitmap::kTileThreads);
+            const unsigned counted = i < first - known ? ~0u : 0u;
+            even_row += __popc(mask.x & bitmap::kEvenBits & counted) + __popc(mask.y & bitmap::kEvenBits & counted);
+            odd_row += __popc(mask.x & bitmap::kOddBits & counted) + __popc(mask.y & bitmap::kOddBits & counted);
         }
         even = begin + even_row * bitmap::kRowBytes;
         odd = begin + 2 + odd_row * bitmap::kRowBytes;
@@ -178,8 +175,6 @@ struct Feeder {
     static constexpr unsigned kArrivals = bitmap::kLanes;
 #endif
 
-    static constexpr int kFirstTiles = 2;
-
     ValueRing<kRing> ring;
     StageBarriers barriers;
     const unsigned char* chunk;  // the next to be copied
@@ -213,12 +208,6 @@ struct Feeder {
     // behind every stream of the first tile not released.
     FLASHLLM_DEVICE bool has_room(int need) const {
         return tile - done < kStages && need - kRing <= done_front - bitmap::kSlack;
-    }
-
-    // Before each tile. All blocks begin at one time, and DRAM serves what they ask for in any order: so that the first
-    // tile does not wait for later ones of other blocks, few are asked for until it is there.
-    FLASHLLM_DEVICE void begin_slowly() const {
-        if (tile == kFirstTiles) ptx::mbarrier_wait(barriers.full(0), 0);
     }
 
     // Waits until one more tile is released. All lanes wait, for each of them writes where the tile was read.

@@ -110,7 +110,6 @@ struct Load {
 
     FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
         for (; feed.tile < feed.count; feed.advance(), masks += bitmap::kMaskBytes) {
-            feed.begin_slowly();
             const int need = feed.needed();
             while (!feed.has_room(need)) feed.wait_release();
             const int stage = feed.filled.stage;

@@ -66,7 +66,6 @@ template <typename L>
 FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, const unsigned char* masks,
                                 const unsigned char* picks, const unsigned char* columns) {
     for (; feed.tile < feed.count; feed.advance()) {
-        feed.begin_slowly();
         const int need = feed.needed();
         while (!feed.has_room(need)) feed.wait_release();
         const int stage = feed.filled.stage;

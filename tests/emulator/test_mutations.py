@@ -113,19 +113,13 @@ MUTATIONS = (
         "what was put aside stays there", STREAM_K, "__stcg(chains + place(v), make_float4(0.0f, 0.0f, 0.0f, 0.0f));"
     ),
     Mutation("a piece may hold +0", STREAM_K, "ptx::not_plus_zero(part[0])", "part[0]"),
-    Mutation("pieces are not waited for", STREAM_K, "while (!has_come(vector)) {", "while (false) {"),
-    Mutation(
-        "slots are not cleared", STREAM_K, "clear(from + v * kThreads);\n                        vector", "vector"
-    ),
-    Mutation(
-        "a piece is left out of the sum",
-        STREAM_K,
-        "for (int begin = 0; begin < count;",
-        "for (int begin = 1; begin < count;",
-    ),
-    Mutation("more pieces are added than there are", STREAM_K, "if (begin + i >= count) break;"),
-    Mutation("the next pieces are the same", STREAM_K, "slot(begin + i + kAhead)", "slot(begin + i)"),
-    Mutation("the row's first slot is not its first block's", STREAM_K, "i > 0 && i < count ?", "i < count ?"),
+    Mutation("pieces are not waited for", STREAM_K, "while (!look(piece)) ptx::look_again();"),
+    Mutation("slots are not cleared", STREAM_K, "__stcg(at(piece, i), make_float4(0.0f, 0.0f, 0.0f, 0.0f));"),
+    Mutation("vectors are taken for those to come", STREAM_K, "vectors[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);"),
+    Mutation("half the pieces are left out", STREAM_K, "b.add(sum, piece);"),
+    Mutation("more pieces are loaded than there are", STREAM_K, "if (piece + piece_of(i) < count && ", "if ("),
+    Mutation("more pieces are added than there are", STREAM_K, "if (piece + piece_of(i) >= count) break;"),
+    Mutation("the row's first slot is not its first block's", STREAM_K, "piece == 0 ? first : rest", "rest"),
     Mutation("scratch is written while it is cleared", KERNEL, "__syncthreads();  // the scratch", "// the scratch"),
     Mutation("nobody adds pieces up", CHAINS, "if (first_piece < 0) return;", "return;"),
     Mutation(

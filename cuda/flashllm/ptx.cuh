@@ -180,6 +180,12 @@ FLASHLLM_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
 }
 
+// Waits until kThreads threads of the block, whole warps, have come to barrier 1..15; 0 is that of __syncthreads.
+template <int kThreads>
+FLASHLLM_DEVICE void meet(int barrier) {
+    asm volatile("barrier.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
+}
+
 // ---- barriers in shared memory (sm_80), bulk copies (sm_90) -----------------------------------------------------
 
 // A barrier (8 bytes of shared memory) whose phase ends with its `arrivals` and when all announced bytes have come.

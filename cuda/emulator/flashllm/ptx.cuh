@@ -84,6 +84,11 @@ FLASHLLM_DEVICE void copy_async_wait() {
     emu::copy_async_wait(kPending);
 }
 
+template <int kThreads>
+FLASHLLM_DEVICE void meet(int barrier) {
+    emu::named_barrier(static_cast<unsigned>(barrier), kThreads);
+}
+
 // ---- barriers in shared memory (sm_80), bulk copies (sm_90) ----------------------------------------------------
 
 FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) { emu::mbarrier_init(address, arrivals); }

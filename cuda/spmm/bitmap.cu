@@ -133,7 +133,7 @@ struct Load {
 // of mma.sync. kAligned: K is a multiple of 8 and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
+spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost, int runs,
             int runs_row_cost) {
@@ -165,6 +165,8 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
 
     Accumulators<S> sum = {};
     Chains<S, T> chains(split, tile_k, count, y, n0, N, M);
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
     if (feeds) {
         Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
                    typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0),

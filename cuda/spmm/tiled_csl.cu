@@ -209,6 +209,8 @@ struct Walk {
 
     FLASHLLM_DEVICE void fill() {
         edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);
+        ptx::grid_dependency_wait();
+        ptx::grid_launch_dependents();
         x.template load<0>();
         ptx::copy_async_commit();
         load_next<0>(0);
@@ -276,7 +278,7 @@ struct Walk {
 template <typename T, int kN, int kSlices, int kVectors, int kPrefetch, int kMinBlocks, bool kAligned, bool kOverlap,
           bool kUndo>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const int* __restrict__ offsets,
+spmm_tiled_csl(const T* x, const uint4* __restrict__ words, const int* __restrict__ offsets,
                T* __restrict__ y, unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost) {
     using S = Shape<kN, kSlices>;
     static_assert(kOverlap || !S::kWarpgroup, "without overlap there is mma.sync only");

@@ -117,8 +117,8 @@ def launch(
     ``arch`` selects the code path. ``seed`` draws the order of warps and lanes and which asynchronous copies
     end early; equal seeds and ``workers`` (threads of the host, default: all cores) repeat a schedule. With
     ``sanitize`` the kernel runs under AddressSanitizer, which must be in the process
-    (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more. The arrays ``dependent``
-    are those among ``args`` that a block may touch only once it has waited for the launch before.
+    (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more. ``dependent`` are the
+    arrays among ``args`` that a block may touch only once it has waited for the launch before.
 
     Raises :class:`EmulationError` when the kernel misbehaves, :class:`ArgumentError` for arguments that do not fit
     it, :class:`MissingDependencyError` without a compiler, ``CompileError`` when it does not compile.
@@ -273,9 +273,7 @@ def _aligned(a: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _argument(
-    i: int, value: Any, size: int, extents: list[_Extent], dependent: Sequence[NDArray[Any]]
-) -> NDArray[Any]:
+def _argument(i: int, value: Any, size: int, extents: list[_Extent], dependent: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """One kernel argument as an array whose bytes are the argument; arrays become pointers."""
     name = f"args[{i}]"
     if value is None:

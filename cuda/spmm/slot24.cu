@@ -115,7 +115,7 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, const un
 // room. kWindows: of x. kAligned: K is a multiple of 8 and x 16-byte aligned.
 template <typename T, int kN, int kPartRows, int kRing, int kStages, int kWindows, int kMinBlocks, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
+spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags,
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int window_columns, int row_cost,
@@ -158,6 +158,8 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
         const int windows = (first + count - 1) / slot24::kWindowTiles - first / slot24::kWindowTiles + 1;
         Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
                        windows, warp, layout.base + L::kWindowsAt, layout.window_barriers());
+        ptx::grid_dependency_wait();  // the feeder need not: all it brings is constant
+        ptx::grid_launch_dependents();
         window.ask();
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {

@@ -15,26 +15,28 @@ namespace flashllm {
 // waited for. Tiles count from the run's first. write(sum, row) writes a row of tiles to y and leaves the accumulators zero.
 template <typename S>
 struct Chains {
-    int count;               // tiles of the run
-    int first_row;           // the row of tiles that the run begins in
-    int first_block;         // the block that has the begin of that row
-    bool adds;               // the run has the end of that row, and others its begin
-    int row;                 // the row at hand
-    int row_begin, row_end;  // the run's part of it
-    int chain_end;           // where the chain at hand ends
+    int count;                 // tiles of the run
+    int first_row;             // the row of tiles that the run begins in
+    int first_piece;           // where the run has the end of a row that others began: slot of its first piece; else -1
+    int row;                   // the row at hand
+    int row_begin, row_end;    // the run's part of it
+    int chain_end;             // where the chain at hand ends
 
     // first: the run's first tile, in the row of tiles first_row.
     FLASHLLM_DEVICE Chains(const StreamK<S>& split, int first, int first_row_, int count_)
-        : count(count_), first_row(first_row_), row(first_row_), row_begin(0) {
-        const int left = (first_row + 1) * split.tiles_k - first;  // of the row, from the run's begin on
-        row_end = min(count, left);
+        : count(count_), first_row(first_row_), first_piece(-1), row(first_row_), row_begin(0) {
+        const int row_tile = first_row * split.tiles_k, missing = first - row_tile;
+        row_end = min(count, split.tiles_k - missing);
         chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
-        first_block = static_cast<int>(split.block_of(first_row * split.tiles_k));
-        adds = left < split.tiles_k && row_end == left;
+        if (missing > 0 && row_end == split.tiles_k - missing) {
+            const unsigned block = split.block_of(row_tile);
+            const bool begins_elsewhere = split.first_tile(block) < static_cast<unsigned>(row_tile);
+            first_piece = static_cast<int>(2 * block + begins_elsewhere);
+        }
     }
 
     // Whether the accumulators stay what they are when the run is through: the last piece of the row to add up.
-    FLASHLLM_DEVICE bool keeps_piece() const { return adds && row_begin == 0 && row_end == count; }
+    FLASHLLM_DEVICE bool keeps_piece() const { return first_piece >= 0 && row_begin == 0 && row_end == count; }
 
     // Ends the chain before `tile`: stores the accumulators and leaves them zero. No barrier: a thread adds what it has
     // stored itself.
@@ -49,8 +51,7 @@ struct Chains {
         if (row_end - row_begin == split.tiles_k) {
             write(sum, row);
         } else if (!keeps_piece()) {
-            const bool begins_row = row_begin > 0 || first_block == static_cast<int>(blockIdx.x);
-            split.store(sum, split.slot(blockIdx.x, begins_row));
+            split.store(sum, split.slot(blockIdx.x, row_begin > 0));
         }
         if (tile == count) return;
         ++row;
@@ -64,8 +65,10 @@ struct Chains {
     // thread adds what threads of its number have stored: no barrier.
     template <typename Write>
     FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum, Write&& write) const {
-        if (!adds) return;
-        split.add(sum, first_block, static_cast<int>(blockIdx.x) - first_block + (keeps_piece() ? 0 : 1));
+        if (first_piece < 0) return;
+        const int first_block = first_piece / 2, others = static_cast<int>(blockIdx.x) - first_block;
+        split.add(sum, split.slot(first_block, first_piece % 2), split.slot(first_block + 1, 0),
+                  others + (keeps_piece() ? 0 : 1));
         write(sum, first_row);
     }
 };

@@ -16,7 +16,7 @@
 // that reaches into another row gets so many tiles fewer, and does not keep the others waiting at the end.
 //
 // Workspace, all of it zero before and after every launch, for C = gridDim.y column blocks, in pieces of kN * 128 * 4 bytes:
-//   C * G * 2   slots: a block has at most two unfinished rows, one that others begin and one that it begins
+//   C * G * 2   slots: a block has at most two unfinished rows, its first and its last
 //   C * G       where a row of tiles is longer than a chain: what a block's earlier chains of a row have added up to
 // src/flashllm/matmul/stream_k.py mirrors these formulas.
 #pragma once
@@ -84,10 +84,10 @@ struct StreamK {
         });
     }
 
-    // A slot of a block: 1 is for the row of which it has the begin, 0 for the one that others begin.
-    FLASHLLM_DEVICE float4* slot(int block, bool begins_row) const {
+    // A slot of a block: 0 is for the row its run begins in, 1 for the row it ends in, if another.
+    FLASHLLM_DEVICE float4* slot(int block, int which) const {
         return reinterpret_cast<float4*>(workspace) + static_cast<long long>(blockIdx.y) * gridDim.x * kSlotVectors +
-               static_cast<long long>(block) * kSlotVectors + (begins_row ? kPieceVectors : 0);
+               static_cast<long long>(block) * kSlotVectors + which * kPieceVectors;
     }
 
     // Puts the accumulators of the first K slice into a slot of this block and leaves them zero.
@@ -100,18 +100,20 @@ struct StreamK {
         });
     }
 
-    // Adds `count` pieces of a row, those of `first_block` and the blocks after it, to the accumulators of the first K
-    // slice, one after the other, and leaves their slots zero. Two groups of vectors take turns: one is under way while
-    // the other is added.
-    FLASHLLM_DEVICE void add(Accumulators<S>& sum, int first_block, int count) const {
+    // Adds `count` pieces of a row, one block's after another, to the accumulators of the first K slice, and leaves their
+    // slots zero. first: the slot of the row's first block; rest: slot 0 of the second, since every later block of a row
+    // begins inside it. Two groups of vectors take turns: one is under way while the other is added.
+    FLASHLLM_DEVICE static void add(Accumulators<S>& sum, float4* first, float4* rest, int count) {
         if (S::slice() != 0) return;
-        Group<0> a{slot(first_block, false) + place(0), count};
-        Group<1> b{a.slots, count};
-        a.look(0), b.look(0);
+        Group<0> a{first + place(0), rest + place(0) - kSlotVectors, count};
+        Group<1> b{a.first, a.rest, count};
+        a.look(0);
 #pragma unroll 1
         for (int piece = 0; piece < count; piece += kTurnPieces) {
-            a.add(sum, piece, b, piece);
-            b.add(sum, piece, a, piece + kTurnPieces);
+            b.look(piece);
+            a.add(sum, piece);
+            a.look(piece + kTurnPieces);
+            b.add(sum, piece);
         }
     }
 
@@ -124,7 +126,8 @@ private:
     // Half kHalf of the vectors of kTurnPieces pieces.
     template <int kHalf>
     struct Group {
-        float4* slots;  // slot 0 of the row's first block
+        float4* first;
+        float4* rest;  // where slot 0 of the row's first block is
         int count;
         float4 vectors[kGroup] = {};
 
@@ -133,9 +136,8 @@ private:
         FLASHLLM_DEVICE static bool has_come(const float4& vector) { return __float_as_uint(vector.x) != 0; }
 
         FLASHLLM_DEVICE float4* at(int piece, int i) const {
-            float4* const turn = slots + piece * kSlotVectors;
-            const int place = piece_of(i) * kSlotVectors + vector_of(i) * kThreads;
-            return (piece_of(i) == 0 && piece == 0 ? turn + kPieceVectors : turn) + place;  // the first is in slot 1
+            piece += piece_of(i);
+            return (piece == 0 ? first : rest + piece * kSlotVectors) + vector_of(i) * kThreads;
         }
 
         // Loads what has not come yet; whether all has come now. `piece`: the first of the turn.
@@ -150,26 +152,16 @@ private:
             return all;
         }
 
-        // Adds the vectors, asks for those of the next turn, and leaves zeros in the slots. While it waits it looks at the
-        // other group too, which then need not wait.
-        template <typename Other>
-        FLASHLLM_DEVICE void add(Accumulators<S>& sum, int piece, Other& other, int others_piece) {
-            while (!look(piece)) {
-                other.look(others_piece);
-                ptx::look_again();
-            }
+        // Waits for the vectors, adds them, and leaves zeros here and there.
+        FLASHLLM_DEVICE void add(Accumulators<S>& sum, int piece) {
+            while (!look(piece)) ptx::look_again();
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) {
                 if (piece + piece_of(i) >= count) break;
                 const int v = vector_of(i);
                 accumulate(sum[v / S::kColumnFragments][v % S::kColumnFragments], vectors[i]);
-                vectors[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            }
-            look(piece + kTurnPieces);
-#pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
-                if (piece + piece_of(i) >= count) break;
                 __stcg(at(piece, i), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+                vectors[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             }
         }
     };

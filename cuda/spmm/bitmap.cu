@@ -25,7 +25,6 @@ template <int kN, int kRing, int kStages>
 struct Layout {
     using Ring = ValueRing<kRing>;
     using Feed = Feeder<kRing, kStages>;
-    static constexpr int kTiles = kStages;
     static constexpr unsigned kXBytes = kN * kStageRowBytes;
     static constexpr unsigned kStageBytes = kXBytes + bitmap::kMaskBytes;
     static constexpr unsigned kBarriersAt = Ring::kBytes + kStages * kStageBytes;
@@ -99,9 +98,7 @@ FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& 
 }
 #endif
 
-// What a tile needs: every lane of a warp brings its part of x, the feeder masks and value rows. The first tiles, one for
-// each stage, get x from the multiplying warps: x may be what the launch before still writes, and the feeder, which need
-// not wait for that, fills the ring meanwhile. Once a tile is released, they have waited for it.
+// The feeding warp's loop: every lane brings its part of x, the feeder masks and value rows.
 template <typename S, typename L, bool kAligned>
 struct Load {
     struct OneWarp : S {
@@ -111,26 +108,20 @@ struct Load {
     using Loader = XLoader<OneWarp, kAligned>;
     static constexpr unsigned kArrivals = L::Feed::kArrivals + bitmap::kLanes;  // every lane arrives for its part of x
 
-    FLASHLLM_DEVICE static void bring_x(const L& layout, Loader& x, int stage) {
-        const unsigned full = layout.barriers().full(stage);
-        x.load(stage * L::kStageBytes);
-        if constexpr (kAligned) {
-            ptx::mbarrier_arrive_after_copies(full);
-        } else {
-#if __CUDA_ARCH__ >= 900
-            ptx::fence_async_proxy();
-#endif
-            ptx::mbarrier_arrive(full);  // ordinary stores: an arrival for copies does not release them
-        }
-    }
-
-    // x: from the first tile on that finds its stage used before.
     FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
         for (; feed.tile < feed.count; feed.advance(), masks += bitmap::kMaskBytes) {
             const int need = feed.needed();
             while (!feed.has_room(need)) feed.wait_release();
             const int stage = feed.filled.stage;
-            if (feed.tile >= L::kTiles) bring_x(layout, x, stage);
+            x.load(stage * L::kStageBytes);
+            if constexpr (kAligned) {
+                ptx::mbarrier_arrive_after_copies(feed.barrier());
+            } else {
+#if __CUDA_ARCH__ >= 900
+                ptx::fence_async_proxy();
+#endif
+                ptx::mbarrier_arrive(feed.barrier());  // ordinary stores: an arrival for copies does not release them
+            }
             const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
             feed.bring(pieces, need);
         }
@@ -142,12 +133,11 @@ struct Load {
 // of mma.sync. kAligned: K is a multiple of 8 and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
+spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost, int runs,
             int runs_row_cost) {
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
-    static_assert(kStages <= bitmap::kParts, "each multiplying warp brings x of at most one of the first tiles");
     using S = PartShape<kN>;
     using L = Layout<kN, kRing, kStages>;
     using Loads = Load<S, L, kAligned>;
@@ -173,20 +163,12 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
     __syncthreads();
 
-    const auto loader = [&](int tile) {  // of x, from a tile of the run on
-        return typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K,
-                                      (tile_k + tile) % split.tiles_k, layout.x(0), lane);
-    };
     if (feeds) {
         Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
-                   loader(kStages), masks + static_cast<long long>(first) * bitmap::kMaskBytes);
+                   typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0),
+                                          lane),
+                   masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
-        ptx::grid_dependency_wait();
-        ptx::grid_launch_dependents();
-        if (warp < min(kStages, count)) {
-            auto first_x = loader(warp);
-            Loads::bring_x(layout, first_x, warp);
-        }
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);

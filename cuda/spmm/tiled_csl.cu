@@ -23,7 +23,6 @@ namespace flashllm {
 constexpr int kThreads = 128;  // one warpgroup: what a block does once per tile costs four warps, not more
 constexpr int kWarps = kThreads / 32;
 constexpr int kImages = 3;
-constexpr int kFirstVectors = 1024;  // 16 KiB of words that a launch asks for before it may read x
 constexpr int kTileBytes = csl::kTileElements * 2;
 constexpr int kMaxChainSteps = 384;
 constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image is all 32 banks
@@ -211,11 +210,6 @@ struct Walk {
 
     FLASHLLM_DEVICE void fill() {
         edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);
-        // Words are constant, x is not: the first of them come to the L2 while the launch before still runs.
-        const int first_vectors = min(run_end - edge[0], kFirstVectors);
-        ptx::prefetch_to_l2(threadIdx.x == 0 && first_vectors > 0, words + edge[0], first_vectors * 16);
-        ptx::grid_dependency_wait();
-        ptx::grid_launch_dependents();
         x.template load<0>();
         ptx::copy_async_commit();
         load_next<0>(0);
@@ -283,7 +277,7 @@ struct Walk {
 template <typename T, int kN, int kSlices, int kVectors, int kPrefetch, int kMinBlocks, bool kAligned, bool kOverlap,
           bool kUndo>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-spmm_tiled_csl(const T* x, const uint4* __restrict__ words, const int* __restrict__ offsets,
+spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const int* __restrict__ offsets,
                T* __restrict__ y, unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost) {
     using S = Shape<kN, kSlices>;
     static_assert(kOverlap || !S::kWarpgroup, "without overlap there is mma.sync only");

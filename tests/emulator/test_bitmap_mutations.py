@@ -102,16 +102,11 @@ MUTATIONS = (
     Mutation("fronts are not bounded", RING, "min(tile + static_cast<int>(threadIdx.x & 31) + 1, count)", "tile + 32"),
     Mutation("a stage is filled twice", RING, "        filled.advance();\n"),
     # What it brings of every tile.
-    *both("x is not announced", KERNEL, "ptx::mbarrier_arrive_after_copies(full);", ";"),
-    Mutation("x is announced too early", KERNEL, "arrive_after_copies(full", "arrive(full", WGMMA),
+    *both("x is not announced", KERNEL, "ptx::mbarrier_arrive_after_copies(feed.barrier());", ";"),
+    Mutation("x is announced too early", KERNEL, "arrive_after_copies(feed", "arrive(feed", WGMMA),
     Mutation("arrivals for x are not counted", KERNEL, "L::Feed::kArrivals + bitmap::kLanes;", "L::Feed::kArrivals;"),
     Mutation("x goes to the first stage", KERNEL, "x.load(stage * L::kStageBytes);", "x.load(0);"),
     Mutation("turns of x keep their swizzle", X_STAGE, "(target ^ (turn * kOtherSwizzle % 8 << 4))", "target"),
-    *both("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();"),
-    Mutation("one warp brings x of the first tiles", KERNEL, "if (warp < min(kStages, count))", "if (warp == 0)"),
-    Mutation("the feeder brings x of the first tiles", KERNEL, "if (feed.tile >= L::kTiles) "),
-    Mutation("the feeder begins with x of the first tile", KERNEL, "loader(kStages)", "loader(0)"),
-    Mutation("the feeder begins with x beyond the row", KERNEL, "(tile_k + tile) % split.tiles_k", "tile_k + tile"),
     *both("masks stand still", KERNEL, "feed.advance(), masks += bitmap::kMaskBytes", "feed.advance()"),
     # By copies of all lanes.
     Mutation("half of the masks", RING, "at < pieces[i].bytes;", "at < pieces[i].bytes / 2;"),
@@ -159,7 +154,7 @@ MUTATIONS = (
     Mutation("a run has one row", CHAINS, "row_end = min(count, row_end + split.tiles_k);", ";"),
     Mutation("a later row goes beyond the run", CHAINS, "min(count, row_end + split", "(row_end + split"),
     Mutation("the first row goes beyond the run", CHAINS, "min(count, split.tiles_k", "(split.tiles_k"),
-    Mutation("the first row is a whole one", CHAINS, "min(count, split.tiles_k - missing)", "min(count, split.tiles_k)"),
+    Mutation("the first row is a whole one", CHAINS, "tiles_k - missing);\n", "tiles_k);\n"),
     Mutation("a chain goes beyond its row", CHAINS, "min(row_end, chain_end +", "(chain_end +"),
     Mutation("nobody adds pieces up", CHAINS, "if (first_piece < 0) return;", "return;"),
     Mutation("the row added up is the next", CHAINS, "write(sum, first_row);", "write(sum, first_row + 1);"),
@@ -177,8 +172,8 @@ MUTATIONS = (
 )  # fmt: skip
 
 UNALIGNED = (
-    Mutation("x is not announced, any K", KERNEL, "ptx::mbarrier_arrive(full);", ";"),
-    Mutation("stores pass for copies", KERNEL, "mbarrier_arrive(full", "mbarrier_arrive_after_copies(full", WGMMA),
+    Mutation("x is not announced, any K", KERNEL, "ptx::mbarrier_arrive(feed.barrier());", ";"),
+    Mutation("stores pass for copies", KERNEL, "mbarrier_arrive(feed", "mbarrier_arrive_after_copies(feed", WGMMA),
     Mutation("no proxy fence, any K", KERNEL, "ptx::fence_async_proxy();  // x came", "// x came", WGMMA),
     Mutation("even columns of x are not bounded", X_STAGE, "inside && column + 2 * j < K", "inside"),
     Mutation("odd columns of x are not bounded", X_STAGE, "inside && column + 2 * j + 1 < K", "inside"),

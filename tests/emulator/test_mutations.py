@@ -32,13 +32,6 @@ KERNEL, CHAINS = "spmm/tiled_csl.cu", "flashllm/chains.cuh"
 CLEARED = " " * 12 + "part[0] = part[1] = part[2] = part[3] = 0.0f;"
 
 MUTATIONS = (
-    Mutation("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();"),
-    Mutation(
-        "x is asked for before the launch before is through",
-        KERNEL,
-        "edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);",
-        "edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);\n        x.template load<0>();",
-    ),
     Mutation("x is not waited for", KERNEL, "ptx::copy_async_wait<kOverlap ? 1 : 0>();"),
     Mutation("x is waited for one stage late", KERNEL, "copy_async_wait<kOverlap ? 1 : 0>", "copy_async_wait<2>"),
     Mutation("no barrier between phases", KERNEL, "#endif\n        __syncthreads();\n    }\n", "#endif\n    }\n"),

@@ -132,7 +132,6 @@ void start_block(Worker& worker, Block& block, unsigned long long number) {
     const Request& request = *worker.launch->request;
     const dim3& grid = worker.launch->grid;
     block.number = number;
-    block.waited = false;
     block.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                    static_cast<unsigned>(number / grid.x / grid.y)};
     FLASHLLM_UNPOISON(block.shared, kSharedLimit + kCanaryBytes);
@@ -205,16 +204,14 @@ const char* position(const Launch& launch, const void* pointer, unsigned bytes, 
         hint = i;
         return write && !request.extents[i].writable ? "a read-only array" : nullptr;
     }
-    hint = request.extent_count;
     if (at >= launch.module_begin && at + bytes <= launch.module_end) return nullptr;
     return "no array of the launch";
 }
 
 void check_global(const char* what, const void* pointer, unsigned bytes, bool write) {
-    const Block& block = *current().owner;
-    Worker& worker = *block.worker;
-    const Request& request = *worker.launch->request;
+    Worker& worker = *current().owner->worker;
     if (const char* where = position(*worker.launch, pointer, bytes, write, worker.last_extent)) {
+        const Request& request = *worker.launch->request;
         for (std::size_t i = 0; i < request.extent_count; ++i) {
             const long long offset = static_cast<const char*>(pointer) - request.extents[i].begin;
             if (offset < -4096 || offset > static_cast<long long>(request.extents[i].bytes) + 4096) continue;
@@ -222,11 +219,6 @@ void check_global(const char* what, const void* pointer, unsigned bytes, bool wr
                  request.extents[i].argument, static_cast<unsigned long long>(request.extents[i].bytes), where);
         }
         fail("%s of %u bytes at %p: %s", what, bytes, pointer, where);
-    }
-    const std::size_t found = worker.last_extent;
-    if (!block.waited && found < request.extent_count && request.extents[found].dependent) {
-        fail("%s of argument %u, which the launch before may be using: nobody has waited for it", what,
-             request.extents[found].argument);
     }
     if (bytes <= 16 && reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) {
         fail("%s of %u bytes at %p: misaligned", what, bytes, pointer);
@@ -249,8 +241,6 @@ void fail(const char* format, ...) {
     switch_context(thread.context, block.worker->main);
     __builtin_unreachable();
 }
-
-void grid_dependency_wait() { current().owner->waited = true; }
 
 void read_global(const void* pointer, unsigned bytes) {
     check_global("read", pointer, bytes, false);

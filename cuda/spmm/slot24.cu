@@ -102,7 +102,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
-    const int row = first / split.tiles_k, tile_k = first - row * split.tiles_k;
+    const int tile_k = first % split.tiles_k;
 
     const FirstFronts first_fronts(fronts + first, count);
     // From the begin of a run of the format on, no row is needed from before it.
@@ -116,6 +116,8 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     }
     __syncthreads();
 
+    Accumulators<S> sum = {};
+    Chains<S, T> chains(split, tile_k, count, y, n0, N, M);
     if (feeds) {
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes,
@@ -126,16 +128,11 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
         Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
                        windows, warp, layout.base + L::kWindowsAt, layout.window_barriers());
         window.ask();
-        Accumulators<S> sum = {};
-        const auto write = [&](Accumulators<S>& sum, int row) {
-            store_fragments<S>(sum, y, n0, row * S::kM, N, M);
-        };
         Streams<kRing> streams(ring, masks, fronts, lags, first, restart, warp);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));
-        Chains<S> chains(split, first, row, count);
         int stop = min(chains.chain_end, restart);
 
         Cycle<kStages> cycle;
@@ -163,7 +160,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             if (second) window.leave();
             if (++tile != stop) continue;
             if (tile == chains.chain_end) {
-                chains.end(split, tile, sum, write);
+                chains.end(split, tile, sum);
                 if (tile == count) break;
             }
             if (tile == restart) {
@@ -173,7 +170,7 @@ spmm_slot24(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             }
             stop = min(chains.chain_end, restart);
         }
-        chains.finish(split, sum, write);
+        chains.finish(split, sum);
     }
 }
 

@@ -28,8 +28,9 @@ from mutations import (
 from flashllm.backends import emulator
 from flashllm.matmul import tiled_csl
 
-KERNEL, CHAINS = "spmm/tiled_csl.cu", "flashllm/chains.cuh"
+KERNEL = "spmm/tiled_csl.cu"
 CLEARED = " " * 12 + "part[0] = part[1] = part[2] = part[3] = 0.0f;"
+WAITS_NOT = "look(loaded, slots, pieces - i);\n                    break;"
 
 MUTATIONS = (
     Mutation("x is not waited for", KERNEL, "ptx::copy_async_wait<kOverlap ? 1 : 0>();"),
@@ -79,9 +80,7 @@ MUTATIONS = (
     Mutation("columns of y are not bounded", KERNEL, "if (n0 + n < N) store_y", "store_y"),
     Mutation("rows of y are not bounded", EPILOGUE, "if (m + i < M) target", "target"),
     Mutation("scratch is not cleared", KERNEL, "zero_image(base + ended * kTileBytes);"),
-    Mutation(
-        "earlier chains are forgotten", CHAINS, "split.take_back(sum, split.chains(blockIdx.x, blockIdx.y));", ";"
-    ),
+    Mutation("earlier chains are forgotten", KERNEL, "split.take_back(sum, split.chains(block, blockIdx.y));", ";"),
     Mutation("phases are run twice", KERNEL, "skip = (ended + 1) % kImages;", ""),
     Mutation(
         "no barrier before the slices are added",
@@ -107,37 +106,29 @@ MUTATIONS = (
     ),
     Mutation("no barrier after the drain", EPILOGUE, "        __syncthreads();\n    }\n}\n", "    }\n}\n"),
     Mutation("a written row stays in the accumulators", EPILOGUE, "sum[i][first / 8 + j][r] = 0.0f;"),
-    Mutation("a stored row stays in the accumulators", STREAM_K, f"vector);\n{CLEARED}", "vector);\n"),
+    Mutation("a stored row stays in the accumulators", STREAM_K, f"vector);\n    {CLEARED}", "vector);\n"),
     Mutation("what is put aside stays in the accumulators", STREAM_K, f"part[3]));\n{CLEARED}", "part[3]));\n"),
     Mutation(
         "what was put aside stays there", STREAM_K, "__stcg(chains + place(v), make_float4(0.0f, 0.0f, 0.0f, 0.0f));"
     ),
     Mutation("a piece may hold +0", STREAM_K, "ptx::not_plus_zero(part[0])", "part[0]"),
-    Mutation("pieces are not waited for", STREAM_K, "while (!look(piece)) ptx::look_again();"),
-    Mutation("slots are not cleared", STREAM_K, "__stcg(at(piece, i), make_float4(0.0f, 0.0f, 0.0f, 0.0f));"),
-    Mutation("vectors are taken for those to come", STREAM_K, "vectors[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);"),
-    Mutation("half the pieces are left out", STREAM_K, "b.add(sum, piece);"),
-    Mutation("more pieces are loaded than there are", STREAM_K, "if (piece + piece_of(i) < count && ", "if ("),
-    Mutation("more pieces are added than there are", STREAM_K, "if (piece + piece_of(i) >= count) break;"),
-    Mutation("the row's first slot is not its first block's", STREAM_K, "piece == 0 ? first : rest", "rest"),
-    Mutation("scratch is written while it is cleared", KERNEL, "__syncthreads();  // the scratch", "// the scratch"),
-    Mutation("nobody adds pieces up", CHAINS, "if (first_piece < 0) return;", "return;"),
     Mutation(
-        "rows that others begin are added up early",
-        CHAINS,
-        "missing > 0 && row_end == split.tiles_k - missing",
-        "missing > 0",
+        "pieces are not waited for", STREAM_K, "if (look(loaded, slots, pieces - i) && first_too) break;", WAITS_NOT
     ),
-    Mutation("whole rows are added up", CHAINS, "missing > 0 && row_end", "row_end"),
-    Mutation("a piece that is kept is waited for", CHAINS, "(keeps_piece() ? 0 : 1)", "1"),
-    Mutation("a piece that is stored is not added", CHAINS, "(keeps_piece() ? 0 : 1)", "0"),
-    Mutation("pieces are kept beyond their row", CHAINS, "row_begin == 0 && row_end == count; }", "row_begin == 0; }"),
-    Mutation("all first rows are kept", CHAINS, "return first_piece >= 0 && row_begin", "return row_begin"),
-    Mutation("the first slot is the first row's", CHAINS, "2 * block + begins_elsewhere", "2 * block"),
+    Mutation("the first piece is not waited for", STREAM_K, "pieces - i) && first_too)", "pieces - i))"),
+    Mutation("slots are not cleared", STREAM_K, "clear<kAhead>(slots, pieces - i);"),
+    Mutation("the first slot is not cleared", STREAM_K, "clear<1>(first, 1);"),
+    Mutation("slots of others are cleared", STREAM_K, "if (i < count) __stcg", "__stcg"),
+    Mutation("a piece is left out of the sum", STREAM_K, "for (int i = 1; i < pieces;", "for (int i = 2; i < pieces;"),
+    Mutation("more pieces are added than there are", STREAM_K, "if (i < count && !has_come", "if (!has_come"),
+    Mutation("scratch is written while it is cleared", KERNEL, "__syncthreads();  // the scratch", "// the scratch"),
+    Mutation("nobody adds pieces up", STREAM_K, "begin != tile_m * tiles_k && end", "false && end"),
+    Mutation("rows that others begin are added up early", STREAM_K, "&& end >= (tile_m + 1) * tiles_k ?", "?"),
+    Mutation("whole rows are added up", STREAM_K, "return begin != tile_m * tiles_k && end", "return end"),
     Mutation(
         "tiles after the end of a row are dealt twice", "flashllm/runs.cuh", "tile + tile / tiles_k * row_cost", "tile"
     ),
-    Mutation("two rows share a slot", CHAINS, "split.slot(blockIdx.x, row_begin > 0)", "split.slot(blockIdx.x, 0)"),
+    Mutation("two rows share a slot", STREAM_K, "(begins_in_row ? 0 : kPieceVectors)", "0"),
 )
 
 

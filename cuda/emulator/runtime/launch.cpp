@@ -252,8 +252,8 @@ void write_global(const void* pointer, unsigned bytes) {
     current().owner->worker->add(Counter::global_write_bytes, bytes);
 }
 
-// Not one access on the host, but whoever sees the first 8 bytes sees the others too. Looks are not counted: how many
-// there are is up to the schedule.
+// Not one access on the host, but whoever sees the first 8 bytes sees the others too. A look that finds a zero is not
+// counted: how many there are is up to the schedule.
 float4 load_relaxed(const float4* pointer) {
     check_global("read", pointer, sizeof(float4), false);
     std::uint64_t bits[2];
@@ -262,6 +262,7 @@ float4 load_relaxed(const float4* pointer) {
     bits[1] = __atomic_load_n(from + 1, __ATOMIC_RELAXED);
     float4 value;
     std::memcpy(&value, bits, sizeof value);
+    if ((bits[0] & 0xffffffffu) != 0) current().owner->worker->add(Counter::global_read_bytes, sizeof value);
     return value;
 }
 

@@ -93,3 +93,9 @@ def choice_of(spec: KernelSpec) -> Any:
 def format_of(spec: KernelSpec) -> str:
     """The format that ``spec`` multiplies."""
     return next(name for name in registry.FORMATS if spec in registry.kernel(name).specs())
+
+
+def packed_for(spec: KernelSpec, w: NDArray[Any]) -> SparseWeight:
+    """``w`` as ``spec`` multiplies it."""
+    name, choice = format_of(spec), choice_of(spec)
+    return packed(name, w, **{field: getattr(choice, field) for field in registry.weight_class(name).LAYOUT})

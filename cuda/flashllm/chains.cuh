@@ -11,51 +11,62 @@
 
 namespace flashllm {
 
-template <typename S, typename T>
+// All that needs a division is worked out before the first tile, while its data are on their way: at the end it would be
+// waited for. Tiles count from the run's first. write(sum, row) writes a row of tiles to y and leaves the accumulators zero.
+template <typename S>
 struct Chains {
-    T* y;
-    int n0, N, M;
-    int count;      // tiles of the run
-    int row_end;    // the first tile, of the run, that belongs to the next row of tiles
-    int chain_end;  // and that belongs to the next chain
+    int count;               // tiles of the run
+    int first_row;           // the row of tiles that the run begins in
+    int first_block;         // the block that has the begin of that row
+    bool adds;               // the run has the end of that row, and others its begin
+    int row;                 // the row at hand
+    int row_begin, row_end;  // the run's part of it
+    int chain_end;           // where the chain at hand ends
 
-    FLASHLLM_DEVICE Chains(const StreamK<S>& split, int tile_k, int count, T* y, int n0, int N, int M)
-        : y(y), n0(n0), N(N), M(M), count(count), row_end(min(count, split.tiles_k - tile_k)),
-          chain_end(split.first_chain(row_end, S::kMaxChain, blockIdx.x)) {}
+    // first: the run's first tile, in the row of tiles first_row.
+    FLASHLLM_DEVICE Chains(const StreamK<S>& split, int first, int first_row_, int count_)
+        : count(count_), first_row(first_row_), row(first_row_), row_begin(0) {
+        const int left = (first_row + 1) * split.tiles_k - first;  // of the row, from the run's begin on
+        row_end = min(count, left);
+        chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
+        first_block = static_cast<int>(split.block_of(first_row * split.tiles_k));
+        adds = left < split.tiles_k && row_end == left;
+    }
 
-    // Ends the chain before `tile`: stores the accumulators and leaves them zero. Rare, so this is where the row of
-    // tiles is worked out: the loop needs the registers more. No barrier: a thread adds what it has stored itself.
-    FLASHLLM_DEVICE void end(const StreamK<S>& split, int tile, Accumulators<S>& sum) {
-        const int block = ptx::opaque(blockIdx.x);
-        const unsigned run_begin = split.first_tile(block);
-        const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
-        const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
-        const auto piece = split.piece(block, tile_m, blockIdx.y);
-        const bool row_ends = tile == row_end;
-        if (run_begin + tile - row_begin > S::kMaxChain) split.take_back(sum, split.chains(block, blockIdx.y));
-        if (!row_ends) {
-            split.put_aside(sum, split.chains(block, blockIdx.y));
-        } else if (piece.whole) {
-            store_fragments<S>(sum, y, n0, static_cast<int>(tile_m) * S::kM, N, M);
-        } else {
-            piece.store(sum);
-        }
-        if (row_ends) {
-            row_end = min(count, row_end + split.tiles_k);
-            chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
-        } else {
+    // Whether the accumulators stay what they are when the run is through: the last piece of the row to add up.
+    FLASHLLM_DEVICE bool keeps_piece() const { return adds && row_begin == 0 && row_end == count; }
+
+    // Ends the chain before `tile`: stores the accumulators and leaves them zero. No barrier: a thread adds what it has
+    // stored itself.
+    template <typename Write>
+    FLASHLLM_DEVICE void end(const StreamK<S>& split, int tile, Accumulators<S>& sum, Write&& write) {
+        if (tile - row_begin > S::kMaxChain) split.take_back(sum, split.chains(blockIdx.x, blockIdx.y));
+        if (tile != row_end) {
+            split.put_aside(sum, split.chains(blockIdx.x, blockIdx.y));
             chain_end = min(row_end, chain_end + S::kMaxChain);
+            return;
         }
+        if (row_end - row_begin == split.tiles_k) {
+            write(sum, row);
+        } else if (!keeps_piece()) {
+            const bool begins_row = row_begin > 0 || first_block == static_cast<int>(blockIdx.x);
+            split.store(sum, split.slot(blockIdx.x, begins_row));
+        }
+        if (tile == count) return;
+        ++row;
+        row_begin = row_end;
+        row_end = min(count, row_end + split.tiles_k);
+        chain_end += split.first_chain(row_end - row_begin, S::kMaxChain, blockIdx.x);
     }
 
     // When the run is through, by the threads that multiply: where it has the end of a row of tiles that others began, adds
     // up all pieces of the row. Not when the row ends already: it would stand still until the others are through. A
     // thread adds what threads of its number have stored: no barrier.
-    FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum) const {
-        const int block = ptx::opaque(blockIdx.x), tile_m = split.row_to_add_up(block);
-        if (tile_m < 0) return;
-        split.piece(block, tile_m, blockIdx.y).add_up(sum);
-        store_fragments<S>(sum, y, n0, tile_m * S::kM, N, M);
+    template <typename Write>
+    FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum, Write&& write) const {
+        if (!adds) return;
+        split.add(sum, first_block, static_cast<int>(blockIdx.x) - first_block + (keeps_piece() ? 0 : 1));
+        write(sum, first_row);
     }
 };
 

@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include "flashllm/portable.cuh"
+#include "flashllm/ptx.cuh"
 
 namespace flashllm {
 
@@ -51,6 +52,29 @@ FLASHLLM_DEVICE void combine_slices(Accumulators<S>& sum, float* scratch) {
             });
         }
         __syncthreads();  // the other slice's warps may write here again
+    }
+}
+
+// The same for kernels with warps that cannot come: pairs of warps meet by themselves, barriers 1 on, and hand over a
+// fragment at a time through two places in turn, for which kSumBytes are enough. (A warp reads a fragment before it
+// comes for the next, and a place is written again behind that.)
+template <typename S>
+inline constexpr int kSumBytes = S::kSlices == 2 ? 2 * S::kBlockWarps / 2 * 32 * 16 : 0;
+
+template <typename S>
+FLASHLLM_DEVICE void add_slices(Accumulators<S>& sum, float4* scratch) {
+    static_assert(S::kSlices <= 2 && S::kRowFragments % 2 == 0, "two slices; the next call begins with the first place");
+    if constexpr (S::kSlices == 2) {
+        const int pair = threadIdx.x >> 6;
+        float4* const cell = scratch + pair * 64 + (threadIdx.x & 31);
+        for_each<S>(sum, [&](float (&part)[4], int v) {
+            if (S::slice() == 1) {
+                cell[v % 2 * 32] = make_float4(part[0], part[1], part[2], part[3]);
+                part[0] = part[1] = part[2] = part[3] = 0.0f;
+            }
+            ptx::meet<64>(1 + pair);
+            if (S::slice() == 0) accumulate(part, cell[v % 2 * 32]);
+        });
     }
 }
 
@@ -99,10 +123,11 @@ FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// y[n, m] of every accumulator, in 2-byte stores: for kernels that write rarely and have no shared memory to turn the
-// fragments in. Columns from N on and rows from M on do not exist. Leaves the accumulators zero.
+// y[n, m] of every accumulator of the first K slice, in 2-byte stores: for kernels that write rarely and have no shared
+// memory to turn the fragments in. Columns from N on and rows from M on do not exist. Leaves the accumulators zero.
 template <typename S, typename T>
 FLASHLLM_DEVICE void store_fragments(Accumulators<S>& sum, T* y, int n0, int m0, int N, int M) {
+    if (S::slice() != 0) return;
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < S::kRowFragments; ++i)

@@ -164,6 +164,24 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
 // Between two looks at what another block will write. Nothing to do: a look takes long enough.
 FLASHLLM_DEVICE void look_again() {}
 
+// ---- the launch before and the one after (sm_90) ------------------------------------------------------------------
+// docs/kernels/pdl.md. Both do nothing in a launch that overlaps no other, nor before sm_90.
+
+// Returns when the launch before is through and all that it wrote is there. Reads that the compiler takes for constant
+// (__ldg, const __restrict__) may move up past it: they are for weights.
+FLASHLLM_DEVICE void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the launch after this one start once a thread of every block has come here.
+FLASHLLM_DEVICE void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- asynchronous copies (sm_80) --------------------------------------------------------------------------
 
 // 16 bytes global -> shared, bypassing L1; `bytes` = 0 writes zeros and reads nothing (the pointer must
@@ -178,6 +196,12 @@ FLASHLLM_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;"
 template <int kPending>
 FLASHLLM_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
+}
+
+// Waits until kThreads threads of the block, whole warps, have come to barrier 1..15; 0 is that of __syncthreads.
+template <int kThreads>
+FLASHLLM_DEVICE void meet(int barrier) {
+    asm volatile("barrier.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
 }
 
 // ---- barriers in shared memory (sm_80), bulk copies (sm_90) -----------------------------------------------------

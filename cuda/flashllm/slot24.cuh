@@ -2,8 +2,9 @@
 // Slot24: constants of the format beyond those of a bitmap. Mirrors src/flashllm/formats/slot24.py; the specification is
 // docs/formats/slot24.md.
 //
-// Columns of W are paired, per window of K and per part of a tile, so that no row of the part has two nonzeros in a pair.
-// A pair is a slot of the 2:4 sparse tensor cores, and the matrix of slots [M, 128 * windows] is stored as a bitmap.
+// Columns of W are paired, per window of K and per band of 32 or 64 rows of a tile, so that no row of the band has two
+// nonzeros in a pair. A pair is a slot of the 2:4 sparse tensor cores, and the matrix of slots, 128 per window, is stored
+// as a bitmap.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -15,10 +16,28 @@ constexpr int kWindowTiles = 2;                       // tiles of slots of a win
 constexpr int kPairs = kWindowTiles * bitmap::kTileK;  // pairs of columns of a window, and slots of a row in it
 constexpr int kSteps = 4;                             // m16n8k32 steps of a tile: 16 slots each
 constexpr int kPickBytes = bitmap::kTileThreads * 8;    // picks of a tile: [part][lane] of two words
-constexpr int kColumnBytes = bitmap::kTileThreads * 4;  // columns of a tile: [part][lane][step]
+
+// Bands of kPartRows rows and the parts of a bitmap tile. Bands of 32 are the parts: 16b..16b+15 and 64+16b..64+16b+15,
+// with all four steps. A band of 64, rows 64b..64b+63, has two parts with two of the steps each; a mask word of a lane
+// is then about one step, its two halves about rows 0..31 and 32..63 of the band.
+template <int kPartRows>
+struct Bands {
+    static_assert(kPartRows == 32 || kPartRows == 64);
+    static constexpr int kBands = bitmap::kTileM / kPartRows;
+    static constexpr int kHalves = bitmap::kParts / kBands;  // parts of a band
+    static constexpr int kPartSteps = kSteps / kHalves;
+    static constexpr int kColumnBytes = bitmap::kTileThreads * kPartSteps;  // columns of a tile: [part][lane][step]
+    static constexpr int kBandColumnBytes = kColumnBytes / kBands;
+
+    // Byte in a band's columns of a tile, of the left (side 0) or right column of a slot of the window.
+    FLASHLLM_DEVICE static int column_byte(int slot, int side) {
+        const int step = slot >> 4 & 3, half = step / kPartSteps;
+        return (half * bitmap::kLanes + (slot & 15) * 2 + side) * kPartSteps + step % kPartSteps;
+    }
+};
 
 // A pick is one bit for each slot: which of its two columns. Position of slot 0 in its group of four: 0 or 1; of slot 1:
-// 2 or 3. Picks of two steps' worth of metadata words lie in one word, those of the second 16 rows one bit higher.
+// 2 or 3. Picks of two metadata words lie in one word, those of the second 16 rows one bit higher.
 FLASHLLM_DEVICE unsigned metadata(unsigned picks, int rows) { return ((picks >> rows) & 0x55555555u) | 0x88888888u; }
 
 }  // namespace slot24

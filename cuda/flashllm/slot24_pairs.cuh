@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which columns of a window share a slot: the pairing of slot24 by one warp, for one part of one window; a lane has
+// Which columns of a window share a slot: the pairing of slot24 by one warp, for one band of one window; a lane has
 // four lefts and four rights. The same pairs in the same order as from src/flashllm/formats/slot24_pairs.py; the rules
 // are in docs/formats/slot24.md.
 #pragma once
@@ -10,16 +10,26 @@
 namespace flashllm {
 namespace slot24 {
 
-constexpr int kPartRows = bitmap::kTileM / bitmap::kParts;  // as many as a word has bits
 constexpr int kOwn = kPairs / bitmap::kLanes;  // places of a list that a lane has
 constexpr int kClasses = 4;                    // residues of lefts, and of rights, modulo 8
 constexpr int kOrders = 24;                    // permutations of the classes
 constexpr unsigned kWarp = 0xffffffffu;
 constexpr unsigned char kNone = 0xff;
 
-// What a warp knows of its part of a window. Places are those in the lists of lefts and rights.
+// A bit for each row of a band.
+template <int kPartRows> struct RowsOf { using Type = unsigned; };
+template <> struct RowsOf<64> { using Type = unsigned long long; };
+template <int kPartRows> using Rows = typename RowsOf<kPartRows>::Type;
+
+FLASHLLM_DEVICE int weight_of(unsigned rows) { return __popc(rows); }
+FLASHLLM_DEVICE int weight_of(unsigned long long rows) {
+    return __popc(static_cast<unsigned>(rows)) + __popc(static_cast<unsigned>(rows >> 32));
+}
+
+// What a warp knows of its band of a window. Places are those in the lists of lefts and rights.
+template <int kPartRows>
 struct alignas(16) Problem {
-    unsigned rows[2][kPairs];        // elements of each left and right: a bit for each row of the part
+    Rows<kPartRows> rows[2][kPairs];  // elements of each left and right
     unsigned keys[kPairs];
     unsigned counts[kClasses];       // pairs of each class of lefts, a byte for each class of rights
     unsigned char order[2][kPairs];  // lefts and rights, the heaviest first
@@ -27,7 +37,7 @@ struct alignas(16) Problem {
     unsigned char owner[kPairs];     // left of each right
     unsigned char parent[kPairs];    // left from which the search saw each right
     unsigned char queue[kPairs];     // lefts of the search; then lefts by class
-    unsigned char listed[kWindowTiles * bitmap::kLanes * kSteps];  // columns of both tiles of the part
+    unsigned char listed[kWindowTiles * Bands<kPartRows>::kBandColumnBytes];  // columns of both tiles
 };
 
 // Column in the window of a place in the list of lefts (side 0) or rights (1): the real ones; then the copies of the
@@ -38,14 +48,9 @@ FLASHLLM_DEVICE int column_at(int place, int side, int window) {
     return window + side * 4 + ((dummy & 4) == 0 ? residue : 3 - residue);
 }
 
-// Place in columns of both tiles, [tile][lane][step], of the left or right column of a slot of the window.
-FLASHLLM_DEVICE int listed_at(int slot, int side) {
-    const int tile = slot >> 6, step = slot >> 4 & 3, pair = slot & 15;
-    return (tile * bitmap::kLanes + pair * 2 + side) * kSteps + step;
-}
-
 // The places 32 j + lane by rising key[j]; keys are all different, and below 2^31.
-FLASHLLM_DEVICE void sort_places(Problem& p, const unsigned (&key)[kOwn], unsigned char* sorted, int lane) {
+template <int kPartRows>
+FLASHLLM_DEVICE void sort_places(Problem<kPartRows>& p, const unsigned (&key)[kOwn], unsigned char* sorted, int lane) {
     unsigned rank[kOwn] = {};
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) p.keys[j * 32 + lane] = key[j];
@@ -67,24 +72,26 @@ FLASHLLM_DEVICE void sort_places(Problem& p, const unsigned (&key)[kOwn], unsign
     __syncwarp();
 }
 
-// Loads the columns of both sides and sorts them by falling weight.
-FLASHLLM_DEVICE void load_problem(Problem& p, const unsigned* masks, int columns, int window, int lane) {
+// Loads the columns of both sides and sorts them by falling weight. rows_of(column): of the `columns` in the matrix.
+template <int kPartRows, typename RowsOfColumn>
+FLASHLLM_DEVICE void load_problem(Problem<kPartRows>& p, RowsOfColumn&& rows_of, int columns, int window, int lane) {
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
         unsigned key[kOwn];
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
             const int place = j * 32 + lane, column = column_at(place, side, window);
-            const unsigned rows = column < columns ? masks[column] : 0;
+            const Rows<kPartRows> rows = column < columns ? rows_of(column) : 0;
             p.rows[side][place] = rows;
-            key[j] = static_cast<unsigned>((kPartRows - __popc(rows)) * kPairs + place);
+            key[j] = static_cast<unsigned>((kPartRows - weight_of(rows)) * kPairs + place);
         }
         sort_places(p, key, p.order[side], lane);
     }
 }
 
 // A bit for each of the lane's rights that has no row in common with a left.
-FLASHLLM_DEVICE unsigned compatible(unsigned left, const unsigned (&rights)[kOwn]) {
+template <typename Rows>
+FLASHLLM_DEVICE unsigned compatible(Rows left, const Rows (&rights)[kOwn]) {
     unsigned fits = 0;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) fits |= static_cast<unsigned>((left & rights[j]) == 0) << j;
@@ -93,7 +100,9 @@ FLASHLLM_DEVICE unsigned compatible(unsigned left, const unsigned (&rights)[kOwn
 
 // Gives the left `start` a partner by the shortest alternating path, rights by place: 32 j + lane here. `open`: bits of
 // the lane's rights without an owner.
-FLASHLLM_DEVICE bool search(Problem& p, int start, const unsigned (&rights)[kOwn], unsigned& open, int lane) {
+template <int kPartRows>
+FLASHLLM_DEVICE bool search(Problem<kPartRows>& p, int start, const Rows<kPartRows> (&rights)[kOwn], unsigned& open,
+                            int lane) {
     unsigned unseen = (1u << kOwn) - 1;
     int tail = 1;
     if (lane == 0) p.queue[0] = static_cast<unsigned char>(start);
@@ -137,8 +146,9 @@ FLASHLLM_DEVICE bool search(Problem& p, int start, const unsigned (&rights)[kOwn
 }
 
 // Fills partner and owner; false when a left has no partner in any matching.
-FLASHLLM_DEVICE bool match(Problem& p, int lane) {
-    unsigned rights[kOwn];
+template <int kPartRows>
+FLASHLLM_DEVICE bool match(Problem<kPartRows>& p, int lane) {
+    Rows<kPartRows> rights[kOwn];
     reinterpret_cast<unsigned*>(p.partner)[lane] = kNone * 0x01010101u;
     reinterpret_cast<unsigned*>(p.owner)[lane] = kNone * 0x01010101u;
     // Ranks 4 lane + j here, so that the first lane that has one has the heaviest.
@@ -193,15 +203,17 @@ FLASHLLM_DEVICE unsigned permutation(int number) {
 
 // Orders the pairs: 32 rounds, of which lane n in the end holds the n-th, make 32 sets of columns with 8 different
 // residues. Fills `listed`.
-FLASHLLM_DEVICE void arrange(Problem& p, int window, int lane) {
+template <int kPartRows>
+FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
+    using Shape = Bands<kPartRows>;
     unsigned key[kOwn], class_at[kOwn];
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
         const int left = j * 32 + lane, right = p.partner[left];
         const int a = column_at(left, 0, window) & 3, b = column_at(right, 1, window) & 3;
-        const int weight = __popc(p.rows[0][left] | p.rows[1][right]);
+        const int weight = weight_of(p.rows[0][left] | p.rows[1][right]);
         class_at[j] = static_cast<unsigned>(a * kClasses + b);
-        key[j] = (class_at[j] << 6 | static_cast<unsigned>(kPartRows - weight)) * kPairs + static_cast<unsigned>(left);
+        key[j] = (class_at[j] << 7 | static_cast<unsigned>(kPartRows - weight)) * kPairs + static_cast<unsigned>(left);
     }
     unsigned char* const by_class = p.queue;
     if (lane < kClasses) p.counts[lane] = 0;
@@ -231,7 +243,9 @@ FLASHLLM_DEVICE void arrange(Problem& p, int window, int lane) {
             waiting[a] -= 1u << (best >> 8 * a & 0xff);
         }
     }
-    const int step = lane / kClasses, turn = lane % kClasses, set = step % 2 == 0 ? turn : kClasses - 1 - turn;
+    const int rank = lane / kClasses, turn = lane % kClasses, set = rank % 2 == 0 ? turn : kClasses - 1 - turn;
+    // Of the four steps of a tile, from heavy to light, one of two parts has the first and the last.
+    const int step = Shape::kHalves == 1 ? rank : (rank & 4) | (0x1320 >> (rank & 3) * 4 & 3);
 #pragma unroll
     for (int a = 0; a < kClasses; ++a) {
         // Each class of lefts has 32 pairs, in the order of the classes of rights.
@@ -239,8 +253,9 @@ FLASHLLM_DEVICE void arrange(Problem& p, int window, int lane) {
         const unsigned first = all * 0x01010100u >> shift & 0xff;
         const unsigned used = (all >> shift & 0xff) - (found[a] >> shift & 0xff);
         const int place = by_class[a * 32 + first + used], slot = (step * kClasses + set) * kClasses + a;
-        p.listed[listed_at(slot, 0)] = static_cast<unsigned char>(column_at(place, 0, window));
-        p.listed[listed_at(slot, 1)] = static_cast<unsigned char>(column_at(p.partner[place], 1, window));
+        unsigned char* const listed = p.listed + slot / bitmap::kTileK * Shape::kBandColumnBytes;
+        listed[Shape::column_byte(slot, 0)] = static_cast<unsigned char>(column_at(place, 0, window));
+        listed[Shape::column_byte(slot, 1)] = static_cast<unsigned char>(column_at(p.partner[place], 1, window));
     }
     __syncwarp();
 }

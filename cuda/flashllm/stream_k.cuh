@@ -3,7 +3,7 @@
 //
 // The tiles of an [M, K] weight, numbered row by row, are dealt to the G = gridDim.x blocks in contiguous runs of
 // equal cost. A row of tiles that one block covers alone is final; otherwise each block leaves its piece of it in the
-// workspace, and the row's last block adds the pieces in block order. (Stream-K: Osama et al., PPoPP'23.) A piece is the
+// workspace, and the row's last block adds the pieces in a fixed order. (Stream-K: Osama et al., PPoPP'23.) A piece is the
 // accumulators as the threads of the first K slice hold them, one 16-byte vector per thread after another.
 //
 // Nobody counts arrivals. A slot is zero until its piece comes, and a piece has no zero in the first word of a vector:
@@ -16,7 +16,7 @@
 // that reaches into another row gets so many tiles fewer, and does not keep the others waiting at the end.
 //
 // Workspace, all of it zero before and after every launch, for C = gridDim.y column blocks, in pieces of kN * 128 * 4 bytes:
-//   C * G * 2   slots: a block has at most two unfinished rows, its first and its last
+//   C * G * 2   slots: a block has at most two unfinished rows, one that others begin and one that it begins
 //   C * G       where a row of tiles is longer than a chain: what a block's earlier chains of a row have added up to
 // src/flashllm/matmul/stream_k.py mirrors these formulas.
 #pragma once
@@ -84,125 +84,115 @@ struct StreamK {
         });
     }
 
-    struct Piece {
-        bool whole;           // the block has all of K for this row of tiles
-        int pieces;           // blocks that share the row of tiles
-        float4* mine;         // this block's slot
-        float4* first_slot;   // slot of the row's first block
-        float4* other_slots;  // slot 0 of the row's second block
+    // A slot of a block: 1 is for the row of which it has the begin, 0 for the one that others begin.
+    FLASHLLM_DEVICE float4* slot(int block, bool begins_row) const {
+        return reinterpret_cast<float4*>(workspace) + static_cast<long long>(blockIdx.y) * gridDim.x * kSlotVectors +
+               static_cast<long long>(block) * kSlotVectors + (begins_row ? kPieceVectors : 0);
+    }
 
-        // Puts the accumulators of the first K slice into this block's slot and leaves them zero.
-        FLASHLLM_DEVICE void store(Accumulators<S>& sum) const {
-            if (S::slice() != 0) return;
-            for_each<S>(sum, [&](float (&part)[4], int v) {
-                const float4 vector = make_float4(ptx::not_plus_zero(part[0]), part[1], part[2], part[3]);
-                ptx::store_relaxed(mine + place(v), vector);
-                part[0] = part[1] = part[2] = part[3] = 0.0f;
-            });
-        }
+    // Puts the accumulators of the first K slice into a slot of this block and leaves them zero.
+    FLASHLLM_DEVICE static void store(Accumulators<S>& sum, float4* slot) {
+        if (S::slice() != 0) return;
+        for_each<S>(sum, [&](float (&part)[4], int v) {
+            const float4 vector = make_float4(ptx::not_plus_zero(part[0]), part[1], part[2], part[3]);
+            ptx::store_relaxed(slot + place(v), vector);
+            part[0] = part[1] = part[2] = part[3] = 0.0f;
+        });
+    }
 
-        // By the row's last block, when it has stored its own: puts the sum of all pieces, added in block order, into the
-        // accumulators, and leaves the slots zero. As many loads as registers allow are under way at one time: one after
-        // the other, their latencies cost more than all else.
-        FLASHLLM_DEVICE void add_up(Accumulators<S>& sum) const {
-            if (S::slice() != 0) return;
-            constexpr int kAhead = kVectors < 16 ? 16 / kVectors : 1;  // pieces, besides the first where registers allow
-            constexpr bool kFirstToo = kVectors < 16;
-            float4* const first = first_slot + place(0);
-            float4 total[1][kVectors] = {};
-            if constexpr (!kFirstToo) {
-                while (!look(total, first, 1)) ptx::look_again();
-            }
-            float4* slots = other_slots + place(0);
+    // Adds `count` pieces of a row, those of `first_block` and the blocks after it, to the accumulators of the first K
+    // slice, one after the other, and leaves their slots zero. Two groups of vectors take turns: one is under way while
+    // the other is added.
+    FLASHLLM_DEVICE void add(Accumulators<S>& sum, int first_block, int count) const {
+        if (S::slice() != 0) return;
+        Group<0> a{slot(first_block, false) + place(0), count};
+        Group<1> b{a.slots, count};
+        a.look({0, 0}), b.look({0, 0});
 #pragma unroll 1
-            for (int i = 1; i < pieces; i += kAhead, slots += kAhead * kSlotVectors) {
-                float4 loaded[kAhead][kVectors] = {};
-#pragma unroll 1
-                while (true) {
-                    const bool first_too = !kFirstToo || i != 1 || look(total, first, 1);
-                    if (look(loaded, slots, pieces - i) && first_too) break;
-                    ptx::look_again();
-                }
-                clear<kAhead>(slots, pieces - i);
+        for (int piece = 0; piece < count; piece += kTurnPieces) {
 #pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-                    for (int ahead = 0; ahead < kAhead; ++ahead) total[0][v] = added(total[0][v], loaded[ahead][v]);
-                }
-            }
-            clear<1>(first, 1);
-            for_each<S>(sum, [&](float (&part)[4], int v) {  // + 0: not -0 where all pieces are
-                part[0] = total[0][v].x + 0.0f, part[1] = total[0][v].y + 0.0f;
-                part[2] = total[0][v].z + 0.0f, part[3] = total[0][v].w + 0.0f;
-            });
-        }
-
-    private:
-        static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
-
-        // Loads what has not come yet of the first `count` of kCount pieces; whether all of it has come now.
-        template <int kCount>
-        FLASHLLM_DEVICE static bool look(float4 (&loaded)[kCount][kVectors], const float4* slots, int count) {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    if (i < count && !has_come(loaded[i][v].x)) {
-                        loaded[i][v] = ptx::load_relaxed(slots + i * kSlotVectors + v * kThreads);
-                    }
-                }
-            }
-            bool all = true;
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) all &= i >= count || has_come(loaded[i][v].x);
-            }
-            return all;
-        }
-
-        template <int kCount>
-        FLASHLLM_DEVICE static void clear(float4* slots, int count) {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    if (i < count) __stcg(slots + i * kSlotVectors + v * kThreads, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-                }
+            for (int part = 0; part < kParts; ++part) {
+                const Turn now{piece, part};
+                a.add(sum, now, b, now);
+                b.add(sum, now, a, now.next());
             }
         }
+    }
 
-        FLASHLLM_DEVICE static bool has_come(float first) { return __float_as_uint(first) != 0; }
-        FLASHLLM_DEVICE static float4 added(const float4& a, const float4& b) {
-            return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+private:
+    static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    static constexpr int kGroup = 8;  // vectors
+#else
+    static constexpr int kGroup = 4;  // where mma.sync leaves fewer registers
+#endif
+    static constexpr int kTurnPieces = 2 * kGroup > kVectors ? 2 * kGroup / kVectors : 1;
+    static constexpr int kParts = 2 * kGroup < kVectors ? kVectors / (2 * kGroup) : 1;
+    static_assert(kTurnPieces * kVectors == kParts * 2 * kGroup, "two groups are whole pieces, or whole parts of one");
+
+    // What both groups add once: some pieces, from `piece` on, or a part of that one.
+    struct Turn {
+        int piece, part;
+        FLASHLLM_DEVICE Turn next() const {
+            return part + 1 < kParts ? Turn{piece, part + 1} : Turn{piece + kTurnPieces, 0};
         }
     };
 
-    // The row of tiles of which `block` has the end and others the begin: the row its run begins in. -1: none.
-    FLASHLLM_DEVICE int row_to_add_up(int block) const {
-        const unsigned begin = first_tile(block), end = first_tile(block + 1), tile_m = begin / tiles_k;
-        return begin != tile_m * tiles_k && end >= (tile_m + 1) * tiles_k ? static_cast<int>(tile_m) : -1;
-    }
+    // Half kHalf of the vectors of a turn.
+    template <int kHalf>
+    struct Group {
+        float4* slots;  // slot 0 of the row's first block
+        int count;
+        float4 vectors[kGroup] = {};
 
-    FLASHLLM_DEVICE Piece piece(int block, int tile_m, int column_block) const {
-        const unsigned row_first = tile_m * tiles_k;
-        const unsigned first_block = block_of(row_first), last_block = block_of(row_first + tiles_k - 1);
-        float4* const slots = reinterpret_cast<float4*>(workspace) +
-                              static_cast<long long>(column_block) * gridDim.x * kSlotVectors;
-        // Slot 0 of a block is for the row its run begins in, slot 1 for the row it ends in, if another.
-        auto slot = [&](unsigned b) {
-            const bool begins_in_row = first_tile(b) >= row_first;
-            return slots + static_cast<long long>(b) * kSlotVectors + (begins_in_row ? 0 : kPieceVectors);
-        };
-        Piece piece;
-        piece.pieces = last_block - first_block + 1;
-        piece.whole = piece.pieces == 1;
-        piece.mine = slot(block);
-        piece.first_slot = slot(first_block);
-        // Every later block of the row begins inside it, so its slot is its slot 0.
-        piece.other_slots = slots + static_cast<long long>(first_block + 1) * kSlotVectors;
-        return piece;
-    }
+        FLASHLLM_DEVICE static int piece_of(int i) { return (kHalf * kGroup + i) / kVectors; }
+        FLASHLLM_DEVICE static int vector_of(Turn turn, int i) {
+            return ((2 * turn.part + kHalf) * kGroup + i) % kVectors;
+        }
+        FLASHLLM_DEVICE static bool has_come(const float4& vector) { return __float_as_uint(vector.x) != 0; }
+        FLASHLLM_DEVICE bool there_is(Turn turn, int i) const { return turn.piece + piece_of(i) < count; }
+
+        FLASHLLM_DEVICE float4* at(Turn turn, int i) const {
+            float4* const first = slots + turn.piece * kSlotVectors;
+            const int place = piece_of(i) * kSlotVectors + vector_of(turn, i) * kThreads;
+            return (piece_of(i) == 0 && turn.piece == 0 ? first + kPieceVectors : first) + place;  // the first is in slot 1
+        }
+
+        // Loads what has not come yet; whether all has come now.
+        FLASHLLM_DEVICE bool look(Turn turn) {
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) {
+                if (there_is(turn, i) && !has_come(vectors[i])) vectors[i] = ptx::load_relaxed(at(turn, i));
+            }
+            bool all = true;
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) all &= !there_is(turn, i) || has_come(vectors[i]);
+            return all;
+        }
+
+        // Adds the vectors, asks for those of the next turn, and leaves zeros in the slots. While it waits it looks at the
+        // other group too, which then need not wait.
+        template <typename Other>
+        FLASHLLM_DEVICE void add(Accumulators<S>& sum, Turn turn, Other& other, Turn others) {
+            while (!look(turn)) {
+                other.look(others);
+                ptx::look_again();
+            }
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) {
+                if (!there_is(turn, i)) break;
+                const int v = vector_of(turn, i);
+                accumulate(sum[v / S::kColumnFragments][v % S::kColumnFragments], vectors[i]);
+                vectors[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+            look(turn.next());
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) {
+                if (!there_is(turn, i)) break;
+                __stcg(at(turn, i), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            }
+        }
+    };
 };
 
 }  // namespace flashllm

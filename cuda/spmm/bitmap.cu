@@ -25,6 +25,7 @@ template <int kN, int kRing, int kStages>
 struct Layout {
     using Ring = ValueRing<kRing>;
     using Feed = Feeder<kRing, kStages>;
+    static constexpr int kTiles = kStages;
     static constexpr unsigned kXBytes = kN * kStageRowBytes;
     static constexpr unsigned kStageBytes = kXBytes + bitmap::kMaskBytes;
     static constexpr unsigned kBarriersAt = Ring::kBytes + kStages * kStageBytes;
@@ -98,7 +99,9 @@ FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& 
 }
 #endif
 
-// The feeding warp's loop: every lane brings its part of x, the feeder masks and value rows.
+// What a tile needs: every lane of a warp brings its part of x, the feeder masks and value rows. The first tiles, one for
+// each stage, get x from the multiplying warps: x may be what the launch before still writes, and the feeder, which need
+// not wait for that, fills the ring meanwhile. Once a tile is released, they have waited for it.
 template <typename S, typename L, bool kAligned>
 struct Load {
     struct OneWarp : S {
@@ -108,20 +111,26 @@ struct Load {
     using Loader = XLoader<OneWarp, kAligned>;
     static constexpr unsigned kArrivals = L::Feed::kArrivals + bitmap::kLanes;  // every lane arrives for its part of x
 
+    FLASHLLM_DEVICE static void bring_x(const L& layout, Loader& x, int stage) {
+        const unsigned full = layout.barriers().full(stage);
+        x.load(stage * L::kStageBytes);
+        if constexpr (kAligned) {
+            ptx::mbarrier_arrive_after_copies(full);
+        } else {
+#if __CUDA_ARCH__ >= 900
+            ptx::fence_async_proxy();
+#endif
+            ptx::mbarrier_arrive(full);  // ordinary stores: an arrival for copies does not release them
+        }
+    }
+
+    // x: from the first tile on that finds its stage used before.
     FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
         for (; feed.tile < feed.count; feed.advance(), masks += bitmap::kMaskBytes) {
             const int need = feed.needed();
             while (!feed.has_room(need)) feed.wait_release();
             const int stage = feed.filled.stage;
-            x.load(stage * L::kStageBytes);
-            if constexpr (kAligned) {
-                ptx::mbarrier_arrive_after_copies(feed.barrier());
-            } else {
-#if __CUDA_ARCH__ >= 900
-                ptx::fence_async_proxy();
-#endif
-                ptx::mbarrier_arrive(feed.barrier());  // ordinary stores: an arrival for copies does not release them
-            }
+            if (feed.tile >= L::kTiles) bring_x(layout, x, stage);
             const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
             feed.bring(pieces, need);
         }
@@ -133,11 +142,12 @@ struct Load {
 // of mma.sync. kAligned: K is a multiple of 8 and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
+spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
             unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost, int runs,
             int runs_row_cost) {
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
+    static_assert(kStages <= bitmap::kParts, "each multiplying warp brings x of at most one of the first tiles");
     using S = PartShape<kN>;
     using L = Layout<kN, kRing, kStages>;
     using Loads = Load<S, L, kAligned>;
@@ -153,7 +163,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
-    const int tile_k = first % split.tiles_k;
+    const int row = first / split.tiles_k, tile_k = first - row * split.tiles_k;
     const FirstFronts first_fronts(fronts + first, count);
     // From the begin of a run of the format on, no row is needed from before it.
     const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
@@ -163,19 +173,30 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
     if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
     __syncthreads();
 
-    Accumulators<S> sum = {};
-    Chains<S, T> chains(split, tile_k, count, y, n0, N, M);
+    const auto loader = [&](int tile) {  // of x, from a tile of the run on
+        return typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K,
+                                      (tile_k + tile) % split.tiles_k, layout.x(0), lane);
+    };
     if (feeds) {
         Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
-                   typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K, tile_k, layout.x(0),
-                                          lane),
-                   masks + static_cast<long long>(first) * bitmap::kMaskBytes);
+                   loader(kStages), masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
+        ptx::grid_dependency_wait();
+        ptx::grid_launch_dependents();
+        if (warp < min(kStages, count)) {
+            auto first_x = loader(warp);
+            Loads::bring_x(layout, first_x, warp);
+        }
+        Accumulators<S> sum = {};
+        const auto write = [&](Accumulators<S>& sum, int row) {
+            store_fragments<S>(sum, y, n0, row * S::kM, N, M);
+        };
         Streams<kRing> streams(ring, masks, fronts, lags, first, restart, warp);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));
+        Chains<S> chains(split, first, row, count);
         int stop = min(chains.chain_end, restart);
         Cycle<kStages> cycle;
         int tile = 0;
@@ -203,7 +224,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             cycle.advance();
             if (++tile != stop) continue;
             if (tile == chains.chain_end) {
-                chains.end(split, tile, sum);
+                chains.end(split, tile, sum, write);
                 if (tile == count) break;
             }
             if (tile == restart) {
@@ -213,7 +234,7 @@ spmm_bitmap(const T* __restrict__ x, const unsigned char* __restrict__ masks, co
             }
             stop = min(chains.chain_end, restart);
         }
-        chains.finish(split, sum);
+        chains.finish(split, sum, write);
     }
 }
 

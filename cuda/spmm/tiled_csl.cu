@@ -11,6 +11,7 @@
 // of them. Where a row of tiles ends, the accumulators are written: to y if the block saw the whole row, else to the
 // workspace. When its run is through, a block that has the end of a row adds the pieces of the row in block order (a fixed
 // order: results are bit-reproducible).
+#include "flashllm/chains.cuh"
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
 #include "flashllm/stream_k.cuh"
@@ -22,6 +23,7 @@ namespace flashllm {
 constexpr int kThreads = 128;  // one warpgroup: what a block does once per tile costs four warps, not more
 constexpr int kWarps = kThreads / 32;
 constexpr int kImages = 3;
+constexpr int kFirstVectors = 1024;  // 16 KiB of words that a launch asks for before it may read x
 constexpr int kTileBytes = csl::kTileElements * 2;
 constexpr int kMaxChainSteps = 384;
 constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image is all 32 banks
@@ -209,6 +211,11 @@ struct Walk {
 
     FLASHLLM_DEVICE void fill() {
         edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);
+        // Words are constant, x is not: the first of them come to the L2 while the launch before still runs.
+        const int first_vectors = min(run_end - edge[0], kFirstVectors);
+        ptx::prefetch_to_l2(threadIdx.x == 0 && first_vectors > 0, words + edge[0], first_vectors * 16);
+        ptx::grid_dependency_wait();
+        ptx::grid_launch_dependents();
         x.template load<0>();
         ptx::copy_async_commit();
         load_next<0>(0);
@@ -276,7 +283,7 @@ struct Walk {
 template <typename T, int kN, int kSlices, int kVectors, int kPrefetch, int kMinBlocks, bool kAligned, bool kOverlap,
           bool kUndo>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const int* __restrict__ offsets,
+spmm_tiled_csl(const T* x, const uint4* __restrict__ words, const int* __restrict__ offsets,
                T* __restrict__ y, unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost) {
     using S = Shape<kN, kSlices>;
     static_assert(kOverlap || !S::kWarpgroup, "without overlap there is mma.sync only");
@@ -288,7 +295,7 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
     const unsigned first = split.first_tile(blockIdx.x);
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1) - first);
     const int n0 = blockIdx.y * kN;
-    const int tile_k = static_cast<int>(first % split.tiles_k);
+    const int row = static_cast<int>(first / split.tiles_k), tile_k = static_cast<int>(first) - row * split.tiles_k;
 
     Walk<T, S, kVectors, kPrefetch, kAligned, kOverlap, kUndo> walk(
         words, offsets + first, count, base,
@@ -296,70 +303,46 @@ spmm_tiled_csl(const T* __restrict__ x, const uint4* __restrict__ words, const i
                              base + kImages * kTileBytes));
     walk.fill();
     Accumulators<S> sum = {};
-    const auto write = [&](Accumulators<S>& sum, float* scratch, unsigned tile_m) {
+    const auto write = [&](Accumulators<S>& sum, float* scratch, int row) {
         drain<S>(sum, scratch, [&](int n, int m, const float4& value) {
-            if (n0 + n < N) store_y(y, n0 + n, static_cast<int>(tile_m) * csl::kTileM + m, M, value);
+            if (n0 + n < N) store_y(y, n0 + n, row * csl::kTileM + m, M, value);
         });
     };
-
-    int row_end = min(count, split.tiles_k - tile_k);  // first tile of the next row of tiles
-    int chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
+    Chains<S> chains(split, static_cast<int>(first), row, count);
     int skip = 0;  // phases of the next round that the last one has run already
     while (true) {
         int ended = -1;  // the phase whose tile ended a chain
         if (skip < 1) {
             walk.template phase<0>(sum);
-            if (++walk.tile == chain_end) ended = 0;
+            if (++walk.tile == chains.chain_end) ended = 0;
         }
         if (ended < 0 && skip < 2) {
             walk.template phase<1>(sum);
-            if (++walk.tile == chain_end) ended = 1;
+            if (++walk.tile == chains.chain_end) ended = 1;
         }
         if (ended < 0) {
             walk.template phase<2>(sum);
-            if (++walk.tile == chain_end) ended = 2;
+            if (++walk.tile == chains.chain_end) ended = 2;
         }
         skip = 0;
         if (ended < 0) continue;
 
-        // A chain ends: rare, so there is one copy of this code, and its fetch from memory is paid once. Which row of
-        // tiles this is, is worked out here: phases need the registers more.
-        const int block = ptx::opaque(blockIdx.x);
-        const unsigned run_begin = split.first_tile(block);
-        const unsigned tile_m = (run_begin + row_end - 1) / split.tiles_k;
-        const unsigned row_begin = max(run_begin, tile_m * split.tiles_k);
-        const auto piece = split.piece(block, tile_m, blockIdx.y);
-        const bool row_ends = walk.tile == row_end;
-        // The present image has been read and not yet cleared: it serves as scratch. What is left there are zeros and
-        // values that the coming undo will clear.
+        // A chain ends: rare, so there is one copy of this code, and its fetch from memory is paid once. The present
+        // image has been read and not yet cleared: it serves as scratch. What is left there are zeros and values that
+        // the coming undo will clear.
         float* const scratch = reinterpret_cast<float*>(shared + ended * kTileBytes);
         combine_slices<S>(sum, scratch);
-        if (run_begin + walk.tile - row_begin > S::kMaxChain) split.take_back(sum, split.chains(block, blockIdx.y));
-        if (!row_ends) {
-            split.put_aside(sum, split.chains(block, blockIdx.y));
-        } else if (piece.whole) {
-            write(sum, scratch, tile_m);
+        chains.end(split, walk.tile, sum, [&](Accumulators<S>& sum, int row) {
+            write(sum, scratch, row);
             zero_image(base + ended * kTileBytes);
-        } else {
-            piece.store(sum);
-        }
+        });
         if (walk.tile == walk.count) break;
-        if (row_ends) {
-            row_end = min(walk.count, row_end + split.tiles_k);
-            chain_end += split.first_chain(row_end - chain_end, S::kMaxChain, block);
-        } else {
-            chain_end = min(row_end, chain_end + S::kMaxChain);
-        }
         skip = (ended + 1) % kImages;
     }
-
-    // Where the run has the end of a row of tiles that others began, it adds up all pieces of the row. Not when the row
-    // ends already: it would stand still until the others are through.
-    const int block = ptx::opaque(blockIdx.x), tile_m = split.row_to_add_up(block);
-    if (tile_m < 0) return;
     __syncthreads();  // the scratch of a row that was written last has been cleared
-    split.piece(block, tile_m, blockIdx.y).add_up(sum);
-    write(sum, reinterpret_cast<float*>(shared), tile_m);
+    chains.finish(split, sum, [&](Accumulators<S>& sum, int row) {
+        write(sum, reinterpret_cast<float*>(shared), row);
+    });
 }
 
 }  // namespace flashllm

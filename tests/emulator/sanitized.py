@@ -39,10 +39,11 @@ def products() -> None:
         ("slot24", "90a", 33, (130, 203), "full"),
         ("slot24", "90a", 5, (129, 1540), "empty-tiles"),
     )
+    tall = ("slot24", "80", 9, (260, 704), "skewed"), ("slot24", "90a", 33, (130, 203), "uniform")
     jobs = []
-    for name, arch, n, shape, pattern in cases:
+    for number, (name, arch, n, shape, pattern) in enumerate((*cases, *tall)):
         w = weight(pattern, shape, 0.4, "fp16")
-        sparse = packed(name, w)
+        sparse = packed(name, w, **({} if number < len(cases) else {"part_rows": 64}))
         choice = registry.kernel(name).default_choice(sparse, n, arch=arch)
         emulator.preload([choice.spec], build=BuildOptions(arch=arch, sanitize=True))
         jobs.append((arch, integers(np.random.default_rng(n), (n, shape[1]), "fp16"), w, sparse))
@@ -63,9 +64,11 @@ def encoders() -> None:
     test_bitmap_encode.assert_same(test_bitmap_encode.encode(a, "fp16", sanitize=True)[0], bitmap)
     np.testing.assert_array_equal(test_bitmap_encode.decode(bitmap, sanitize=True), a)
     a = weight("skewed", (130, 600), 0.2, "fp16").view(np.uint16)
-    slot24 = Slot24.from_dense(a.view(np.float16))
-    test_slot24_encode.assert_same(test_slot24_encode.encode(a, "fp16", sanitize=True)[0], slot24)
-    np.testing.assert_array_equal(test_slot24_encode.decode(slot24, sanitize=True), a)
+    for part_rows in (32, 64):
+        slot24 = Slot24.from_dense(a.view(np.float16), part_rows=part_rows)
+        same, _ = test_slot24_encode.encode(a, "fp16", part_rows=part_rows, sanitize=True)
+        test_slot24_encode.assert_same(same, slot24)
+        np.testing.assert_array_equal(test_slot24_encode.decode(slot24, sanitize=True), a)
 
 
 def plain(mistake: int) -> None:

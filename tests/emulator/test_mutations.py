@@ -28,11 +28,17 @@ from mutations import (
 from flashllm.backends import emulator
 from flashllm.matmul import tiled_csl
 
-KERNEL = "spmm/tiled_csl.cu"
+KERNEL, CHAINS = "spmm/tiled_csl.cu", "flashllm/chains.cuh"
 CLEARED = " " * 12 + "part[0] = part[1] = part[2] = part[3] = 0.0f;"
-WAITS_NOT = "look(loaded, slots, pieces - i);\n                    break;"
 
 MUTATIONS = (
+    Mutation("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();"),
+    Mutation(
+        "x is asked for before the launch before is through",
+        KERNEL,
+        "edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);",
+        "edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);\n        x.template load<0>();",
+    ),
     Mutation("x is not waited for", KERNEL, "ptx::copy_async_wait<kOverlap ? 1 : 0>();"),
     Mutation("x is waited for one stage late", KERNEL, "copy_async_wait<kOverlap ? 1 : 0>", "copy_async_wait<2>"),
     Mutation("no barrier between phases", KERNEL, "#endif\n        __syncthreads();\n    }\n", "#endif\n    }\n"),
@@ -80,7 +86,9 @@ MUTATIONS = (
     Mutation("columns of y are not bounded", KERNEL, "if (n0 + n < N) store_y", "store_y"),
     Mutation("rows of y are not bounded", EPILOGUE, "if (m + i < M) target", "target"),
     Mutation("scratch is not cleared", KERNEL, "zero_image(base + ended * kTileBytes);"),
-    Mutation("earlier chains are forgotten", KERNEL, "split.take_back(sum, split.chains(block, blockIdx.y));", ";"),
+    Mutation(
+        "earlier chains are forgotten", CHAINS, "split.take_back(sum, split.chains(blockIdx.x, blockIdx.y));", ";"
+    ),
     Mutation("phases are run twice", KERNEL, "skip = (ended + 1) % kImages;", ""),
     Mutation(
         "no barrier before the slices are added",
@@ -106,29 +114,32 @@ MUTATIONS = (
     ),
     Mutation("no barrier after the drain", EPILOGUE, "        __syncthreads();\n    }\n}\n", "    }\n}\n"),
     Mutation("a written row stays in the accumulators", EPILOGUE, "sum[i][first / 8 + j][r] = 0.0f;"),
-    Mutation("a stored row stays in the accumulators", STREAM_K, f"vector);\n    {CLEARED}", "vector);\n"),
+    Mutation("a stored row stays in the accumulators", STREAM_K, f"vector);\n{CLEARED}", "vector);\n"),
     Mutation("what is put aside stays in the accumulators", STREAM_K, f"part[3]));\n{CLEARED}", "part[3]));\n"),
     Mutation(
         "what was put aside stays there", STREAM_K, "__stcg(chains + place(v), make_float4(0.0f, 0.0f, 0.0f, 0.0f));"
     ),
     Mutation("a piece may hold +0", STREAM_K, "ptx::not_plus_zero(part[0])", "part[0]"),
-    Mutation(
-        "pieces are not waited for", STREAM_K, "if (look(loaded, slots, pieces - i) && first_too) break;", WAITS_NOT
-    ),
-    Mutation("the first piece is not waited for", STREAM_K, "pieces - i) && first_too)", "pieces - i))"),
-    Mutation("slots are not cleared", STREAM_K, "clear<kAhead>(slots, pieces - i);"),
-    Mutation("the first slot is not cleared", STREAM_K, "clear<1>(first, 1);"),
-    Mutation("slots of others are cleared", STREAM_K, "if (i < count) __stcg", "__stcg"),
-    Mutation("a piece is left out of the sum", STREAM_K, "for (int i = 1; i < pieces;", "for (int i = 2; i < pieces;"),
-    Mutation("more pieces are added than there are", STREAM_K, "if (i < count && !has_come", "if (!has_come"),
+    Mutation("pieces are not waited for", STREAM_K, "while (!look(turn)) {", "look(turn); while (false) {"),
+    Mutation("slots are not cleared", STREAM_K, "__stcg(at(turn, i), make_float4(0.0f, 0.0f, 0.0f, 0.0f));"),
+    Mutation("vectors are taken for those to come", STREAM_K, "vectors[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);"),
+    Mutation("half the pieces are left out", STREAM_K, "b.add(sum, now, a, now.next());"),
+    Mutation("more pieces are loaded than there are", STREAM_K, "if (there_is(turn, i) && ", "if ("),
+    Mutation("more pieces are added than there are", STREAM_K, "piece_of(i) < count; }", "piece_of(i) <= count; }"),
+    Mutation("the row's first slot is not its first block's", STREAM_K, "turn.piece == 0 ? first +", "false ? first +"),
     Mutation("scratch is written while it is cleared", KERNEL, "__syncthreads();  // the scratch", "// the scratch"),
-    Mutation("nobody adds pieces up", STREAM_K, "begin != tile_m * tiles_k && end", "false && end"),
-    Mutation("rows that others begin are added up early", STREAM_K, "&& end >= (tile_m + 1) * tiles_k ?", "?"),
-    Mutation("whole rows are added up", STREAM_K, "return begin != tile_m * tiles_k && end", "return end"),
+    Mutation("nobody adds pieces up", CHAINS, "if (!adds) return;", "return;"),
+    Mutation("rows that others begin are added up early", CHAINS, "split.tiles_k && row_end == left", "split.tiles_k"),
+    Mutation("whole rows are added up", CHAINS, "left < split.tiles_k && row_end", "row_end"),
+    Mutation("a piece that is kept is waited for", CHAINS, "(keeps_piece() ? 0 : 1)", "1"),
+    Mutation("a piece that is stored is not added", CHAINS, "(keeps_piece() ? 0 : 1)", "0"),
+    Mutation("pieces are kept beyond their row", CHAINS, "row_begin == 0 && row_end == count; }", "row_begin == 0; }"),
+    Mutation("all first rows are kept", CHAINS, "return adds && row_begin", "return row_begin"),
+    Mutation("the first slot is the first row's", CHAINS, " || first_block == static_cast<int>(blockIdx.x)"),
     Mutation(
         "tiles after the end of a row are dealt twice", "flashllm/runs.cuh", "tile + tile / tiles_k * row_cost", "tile"
     ),
-    Mutation("two rows share a slot", STREAM_K, "(begins_in_row ? 0 : kPieceVectors)", "0"),
+    Mutation("two rows share a slot", CHAINS, "begins_row = row_begin > 0 || ", "begins_row = "),
 )
 
 

@@ -22,6 +22,7 @@ from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_encode import slots_shape
+from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.sources import cuda_root
 from flashllm.jit.spec import KernelSpec
@@ -29,6 +30,7 @@ from products import NUMPY_DTYPE
 from weight_cases import PATTERNS, bits, pruned
 
 SPECS = {(spec.name, tuple(text for _, text in spec.template)): spec for spec in encoder.specs()}
+both_parts = pytest.mark.parametrize("part_rows", [32, 64])
 SHAPES = ((1, 1), (128, 256), (127, 65), (130, 257), (33, 700))
 
 
@@ -37,8 +39,8 @@ def _compiled() -> None:
     emulator.preload([*encoder.specs(), *bitmap_encoder.specs()])
 
 
-def kernel(name: str, *template: str) -> KernelSpec:
-    return SPECS[f"slot24_{name}", template]
+def kernel(name: str, *template: object) -> KernelSpec:
+    return SPECS[f"slot24_{name}", tuple(map(str, template))]
 
 
 def encode(
@@ -46,6 +48,7 @@ def encode(
     dtype: str,
     *,
     window: int | None = None,
+    part_rows: int | None = None,
     shape: tuple[int, int] | None = None,
     seed: int = 0,
     sanitize: bool = False,
@@ -63,24 +66,25 @@ def encode(
     grid = (strips * 4 * -(-columns // 128),)
     emulator.launch(kernel("mark", source), grid, (*matrix, masks, rounding, *size), **run)
     masks.flags.writeable = False
-    for chosen in slot24_pairs.WINDOWS if window is None else (window,):
-        width = slots_shape((rows, columns), chosen)[1]
-        pairs = np.full((strips * width // 64, 4, 32, 4), 0xEE, np.uint8)
+    for parts, chosen in slot24_pairs.tried(window, part_rows):
+        slots_of = slots_shape((rows, columns), chosen)
+        pairs = np.full((strips * slots_of[1] // 64, 4, 32, parts.steps), 0xEE, np.uint8)
         failed = np.zeros(1, np.int32)
         problem = (masks, pairs, failed, np.int32(columns), np.int32(chosen))
-        emulator.launch(kernel("pair"), (len(pairs) // 2,), problem, **run)
+        emulator.launch(kernel("pair", parts.rows), (len(pairs) // 2,), problem, **run)
         if not failed[0]:
             break
     else:
         return None, rounding
     pairs.flags.writeable = False
-    slots = np.full((rows, width), 0x7E5A, np.uint16)
+    slots = np.full(slots_of, 0x7E5A, np.uint16)
     picks = np.full((len(pairs), 4, 32, 2), 0xDEADBEEF, np.uint32)
     filled = (masks, pairs, slots, picks, *size, np.int32(chosen))
-    emulator.launch(kernel("fill", source), (len(pairs) // 2,), (*matrix, *filled), **run)
+    emulator.launch(kernel("fill", source, parts.rows), (len(pairs) // 2,), (*matrix, *filled), **run)
     packed, _ = test_bitmap_encode.encode(slots, dtype, **run)
     buffers = {name: getattr(packed, name) for name in Bitmap.BUFFERS}
-    w = Slot24(shape=(rows, columns), dtype=dtype, nnz=packed.nnz, window=chosen, picks=picks, columns=pairs, **buffers)
+    fields: dict[str, Any] = {"shape": (rows, columns), "dtype": dtype, "nnz": packed.nnz, "window": chosen}
+    w = Slot24(**fields, part_rows=parts.rows, picks=picks, columns=pairs, **buffers)
     return w, rounding
 
 
@@ -89,7 +93,7 @@ def decode(w: Slot24, seed: int = 0, *, sanitize: bool = False) -> NDArray[np.ui
     out = np.full(w.shape, 0x7E5A, np.uint16)
     size = (np.int32(w.shape[0]), np.int32(w.shape[1]), np.int32(w.window))
     arguments = (slots, w.picks, w.columns, out, *size)
-    emulator.launch(kernel("spread"), (len(w.columns) // 2,), arguments, seed=seed, sanitize=sanitize)
+    emulator.launch(kernel("spread", w.part_rows), (len(w.columns) // 2,), arguments, seed=seed, sanitize=sanitize)
     return out
 
 
@@ -101,28 +105,38 @@ def assert_same(got: Slot24 | None, want: Slot24) -> None:
 
 
 def same_bytes(
-    patterns: NDArray[np.uint16], *, window: int | None = None, seed: int = 0, dtype: str = "fp16"
+    patterns: NDArray[np.uint16],
+    *,
+    window: int | None = None,
+    part_rows: int | None = None,
+    seed: int = 0,
+    dtype: str = "fp16",
 ) -> Slot24:
-    want = Slot24.from_dense(patterns.view(NUMPY_DTYPE[dtype]), window=window)
-    assert_same(encode(patterns, dtype, window=window, seed=seed)[0], want)
+    want = Slot24.from_dense(patterns.view(NUMPY_DTYPE[dtype]), window=window, part_rows=part_rows)
+    assert_same(encode(patterns, dtype, window=window, part_rows=part_rows, seed=seed)[0], want)
     np.testing.assert_array_equal(decode(want, seed), pruned(patterns))
     return want
 
 
+@pytest.mark.parametrize("part_rows", [None, 32, 64])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_same_bytes_for_every_pattern(pattern: str) -> None:
+def test_same_bytes_for_every_pattern(pattern: str, part_rows: int | None) -> None:
     for seed, (shape, density) in enumerate(zip(SHAPES, (1.0, 0.2, 0.02, 0.24, 0.1), strict=True)):
-        same_bytes(bits(pattern, *shape, density, seed), seed=seed, dtype=("fp16", "bf16")[seed % 2])
+        a = bits(pattern, *shape, density, seed)
+        same_bytes(a, part_rows=part_rows, seed=seed, dtype=("fp16", "bf16")[seed % 2])
 
 
+@both_parts
 @pytest.mark.parametrize("window", range(128, 257, 8))
-def test_same_bytes_for_every_window(window: int) -> None:
+def test_same_bytes_for_every_window(window: int, part_rows: int) -> None:
     """Dummies of all numbers of copies; a last window of one column, and of all."""
-    same_bytes(bits("uniform", 70, 2 * window + 1, 0.05, window), window=window, seed=window)
-    same_bytes(bits("per-row", 128, window, 0.15, window), window=window, seed=window + 1)
+    options = {"window": window, "part_rows": part_rows}
+    same_bytes(bits("uniform", 70, 2 * window + 1, 0.05, window), seed=window, **options)
+    same_bytes(bits("per-row", 128, window, 0.09, window), seed=window + 1, **options)
 
 
-def test_same_bytes_where_greedy_pairs_must_change(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_parts
+def test_same_bytes_where_greedy_pairs_must_change(part_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lefts that find no partner at first, long paths, and windows that are given up in the search."""
     outcomes = []
     augment = slot24_pairs._augment
@@ -137,7 +151,8 @@ def test_same_bytes_where_greedy_pairs_must_change(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(slot24_encode, "has_lonely_column", lambda masks, window: False)
     windows = set()
     for seed, density in enumerate((0.21, 0.23, 0.25, 0.26, 0.28, 0.3, 0.33, 0.4)):
-        windows.add(same_bytes(bits("uniform", 128, 500, density, seed), seed=seed).window)
+        a = bits("uniform", 128, 500, density * (1 if part_rows == 32 else 0.7), seed)
+        windows.add(same_bytes(a, part_rows=part_rows, seed=seed).window)
     assert len(windows) > 4
     assert {done for done, _, _ in outcomes} == {True, False}
     assert max(missing for done, missing, _ in outcomes if done) > 2
@@ -160,14 +175,16 @@ def test_windows_in_which_columns_do_not_pair_up() -> None:
     a = np.zeros((130, 600), np.uint16)
     a[129, 256:512] = 0x3C00
     for window, fits in ((256, False), (248, False), (136, False), (128, True)):
-        assert (encode(a, "fp16", window=window, seed=window)[0] is not None) == fits
+        for part_rows in (None, 32, 64):
+            found = encode(a, "fp16", window=window, part_rows=part_rows, seed=window)[0]
+            assert (found is not None) == fits
 
 
 def test_empty_matrix() -> None:
     """Zeros of either sign: every pair is as good as any other."""
     for shape in ((3, 300), (129, 8)):
         w = same_bytes(np.full(shape, 0x8000, np.uint16))
-        assert (w.nnz, w.window) == (0, 256)
+        assert (w.nnz, w.window, w.part_rows) == (0, 256, 64)
 
 
 def test_rows_of_a_wider_matrix() -> None:
@@ -218,13 +235,17 @@ def test_the_host_side(launched: list[str]) -> None:
         assert w.is_device
         assert_same(w, want)
     assert reports == [RoundingReport(total=want.nnz, changed=0, became_zero=0, became_infinite=0)] * 2
-    tries = slot24_pairs.WINDOWS.index(want.window) + 1
+    assert want.part_rows == 32
+    tries = 2 + slot24_pairs.WINDOWS.index(want.window) + 1
     assert launched[: tries + 2] == ["slot24_mark", *["slot24_pair"] * tries, "slot24_fill"]
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), pruned(a))
     out = emulated_cupy.asarray(np.ones(a.shape, np.float16))
     assert encoder.decode(w, out=out) is out
     np.testing.assert_array_equal(out.view(np.uint16), pruned(a))
-    assert_same(Slot24.from_dense(emulated_cupy.asarray(a), window=152), Slot24.from_dense(a, window=152))
+    for options in ({"window": 152}, {"part_rows": 64}):
+        tall = Slot24.from_dense(emulated_cupy.asarray(a), **options)
+        assert_same(tall, Slot24.from_dense(a, **options))
+        np.testing.assert_array_equal(tall.to_dense().view(np.uint16), pruned(a))
 
 
 def test_the_host_side_with_float32(launched: list[str]) -> None:
@@ -243,6 +264,7 @@ def test_what_the_host_side_refuses(launched: list[str]) -> None:
     for source, options, argument in (
         (full, {"window": 256}, "window"),
         (full, {"window": 130}, "window"),
+        (full, {"part_rows": 48}, "part_rows"),
         (full, {"dtype": "bf16"}, "dtype"),
         (full.view(np.uint16), {}, "dtype"),
     ):
@@ -261,18 +283,21 @@ def test_what_the_host_side_refuses(launched: list[str]) -> None:
     assert "slot24_spread" not in launched
 
 
-def test_host_and_device_agree_on_the_constants() -> None:
-    constants: dict[str, int] = {}
+@both_parts
+def test_host_and_device_agree_on_the_constants(part_rows: int) -> None:
+    constants = {"kPartRows": part_rows}
     for header in ("bitmap", "slot24", "slot24_pairs"):
         source = (cuda_root() / f"flashllm/{header}.cuh").read_text(encoding="utf-8")
         for name, text in re.findall(r"constexpr int (k\w+) = ([^;]+);", source):
             text = text.replace("bitmap::", "").replace("slot24::", "").replace("/", "//")
             if re.fullmatch(r"[\w\s()*/+-]+", text):
                 constants.setdefault(name, eval(text, {}, constants))
-    w = Slot24.from_dense(np.ones((1, 1), np.float16))
+    parts = PARTS_OF[part_rows]
+    w = Slot24.from_dense(np.ones((1, 1), np.float16), part_rows=part_rows)
+    assert (constants["kBands"], constants["kHalves"]) == (parts.bands, parts.halves)
+    assert (constants["kSteps"], constants["kPartSteps"]) == (STEPS, parts.steps)
     assert constants["kWindowTiles"] == slot24_encode.TILES
     assert constants["kPairs"] == slot24_pairs.PAIRS
-    assert constants["kSteps"] == slot24_encode.STEPS
     assert constants["kPickBytes"] * slot24_encode.TILES == w.picks.nbytes
     assert constants["kColumnBytes"] * slot24_encode.TILES == w.columns.nbytes
     assert constants["kClasses"] == slot24_pairs._CLASSES

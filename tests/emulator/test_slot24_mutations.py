@@ -3,8 +3,9 @@
 
 Not here, because nothing depends on them: the barrier of the warp in ``leave()``, which follows that of the tile's
 release; the address of a copy of no bytes. The emulator does not model the fence behind the making of barriers, nor
-which kind of arrival releases ordinary stores. How long a chain may be shows in random values alone. Value rings,
-chains and decoding are mutated with the bitmap kernel.
+which kind of arrival releases ordinary stores, nor that barriers lie in memory, where sums might be stored over them.
+How long a chain may be shows in random values alone. Value rings, chains and decoding are mutated with the bitmap
+kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutations import MMA, SEEDS, WGMMA, Mutation, Outcomes, build_of, outcomes
+from mutations import EPILOGUE, MMA, SEEDS, WGMMA, Mutation, Outcomes, build_of, outcomes
 from numpy.typing import NDArray
 
 from flashllm.backends import emulator
@@ -29,12 +30,19 @@ BULK = WGMMA
 """The architecture with bulk copies; of slot24 it has no other multiplication."""
 
 WRAP, RELEASE = "            streams.wrap();\n", "            barriers.release(cycle.stage);\n"
-STEP_0, STEP_1, STEP_2, STEP_3 = (
-    f"            multiply_step<T, S, Windows, {step}>(sum, streams.even, streams.odd, mask.{word}, pick.{word}, "
+WORD_0, WORD_1 = (
+    f"            multiply_word<T, S, Windows, {number}>(sum, streams.even, streams.odd, mask.{word}, pick.{word}, "
     "column, here);\n"
-    for step, word in enumerate("xxyy")
+    for number, word in enumerate("xy")
 )
-STEPS = WRAP + STEP_0 + STEP_1 + WRAP + STEP_2 + STEP_3
+WORDS = WRAP + WORD_0 + WRAP + WORD_1
+HAND_OVER = """                cell[v % 2 * 32] = make_float4(part[0], part[1], part[2], part[3]);
+                part[0] = part[1] = part[2] = part[3] = 0.0f;
+            }
+            ptx::meet<64>(1 + pair);
+            if (S::slice() == 0) accumulate(part, cell[v % 2 * 32]);
+"""
+ZEROS = "                part[0] = part[1] = part[2] = part[3] = 0.0f;\n"
 
 MUTATIONS = (
     Mutation("the tile is not waited for", KERNEL, "ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);"),
@@ -42,21 +50,21 @@ MUTATIONS = (
              "ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);", "", BULK),
     Mutation("the stage does not advance", KERNEL, "            cycle.advance();\n"),
     Mutation("the tile is not released", KERNEL, RELEASE),
-    Mutation("the tile is released before it is decoded", KERNEL, STEPS + RELEASE, RELEASE + STEPS),
-    Mutation("no wrap before a tile", KERNEL, WRAP + STEP_0, STEP_0),
-    Mutation("no wrap within a tile", KERNEL, WRAP + STEP_2, STEP_2),
+    Mutation("the tile is released before it is decoded", KERNEL, WORDS + RELEASE, RELEASE + WORDS),
+    Mutation("no wrap before a tile", KERNEL, WRAP + WORD_0, WORD_0),
+    Mutation("no wrap within a tile", KERNEL, WRAP + WORD_1, WORD_1),
     Mutation("the feeder does not wait for room", KERNEL, "while (!feed.has_room(need)) feed.wait_release();"),
     Mutation("the feeder waits once", KERNEL, "while (!feed.has_room(need))", "if (!feed.has_room(need))"),
     Mutation("masks stand still", KERNEL, "masks += bitmap::kMaskBytes, picks", "picks"),
     Mutation("picks stand still", KERNEL, "picks += slot24::kPickBytes, columns", "columns"),
-    Mutation("columns stand still", KERNEL, ", columns += slot24::kColumnBytes;", ";"),
+    Mutation("columns stand still", KERNEL, ", columns += L::kColumnBytes;", ";"),
     Mutation("masks of the first run", KERNEL, "masks + static_cast<long long>(first) * bitmap::kMaskBytes", "masks"),
     Mutation("picks of the first run", KERNEL, "picks + static_cast<long long>(first) * slot24::kPickBytes", "picks"),
-    Mutation("columns of the first run", KERNEL, "columns + static_cast<long long>(first) * slot24::kColumnBytes",
+    Mutation("columns of the first run", KERNEL, "columns + static_cast<long long>(first) * L::kColumnBytes",
              "columns"),
     Mutation("picks are not copied", KERNEL, "{layout.picks(stage), picks, slot24::kPickBytes},"),
     Mutation("columns are not copied", KERNEL, ",\n                                {layout.columns(stage), columns, "
-             "slot24::kColumnBytes}};", "};"),
+             "L::kColumnBytes}};", "};"),
     Mutation("picks lie on the masks", KERNEL, "return masks(stage) + bitmap::kMaskBytes;", "return masks(stage);"),
     Mutation("columns lie on the picks", KERNEL, "return picks(stage) + slot24::kPickBytes;", "return picks(stage);"),
     Mutation("stages overlap", KERNEL, "kStagesAt + stage * kStageBytes;", "kStagesAt + stage * bitmap::kMaskBytes;"),
@@ -64,8 +72,8 @@ MUTATIONS = (
     Mutation("windows lie on the rings", KERNEL, "kWindowsAt = Ring::kBytes;", "kWindowsAt = 0;"),
     Mutation("barriers of x are those of tiles", KERNEL, "kBarriersAt + kStages * 16;", "kBarriersAt + kStages * 8;"),
     Mutation("barriers of x are not made", KERNEL, "Windows::init(layout.window_barriers());"),
-    Mutation("barriers are used before they are there", KERNEL, "    __syncthreads();\n\n    Acc", "\n    Acc"),
-    Mutation("the feeder adds", KERNEL, "    chains.finish(split, sum);\n    }", "}\n    chains.finish(split, sum);"),
+    Mutation("barriers are used before they are there", KERNEL, "    __syncthreads();\n\n    if (feeds)", "\n    if (feeds)"),
+    Mutation("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();"),
     Mutation("the first window is not asked for", KERNEL, "window.ask();"),
     Mutation("a window too many is asked for", KERNEL, "/ slot24::kWindowTiles + 1;", "/ slot24::kWindowTiles + 2;"),
     Mutation("a window too few is asked for", KERNEL, "/ slot24::kWindowTiles + 1;", "/ slot24::kWindowTiles;"),
@@ -83,13 +91,33 @@ MUTATIONS = (
     Mutation("columns of the first step", KERNEL, "<< (8 * kStep), window)", "<< 0, window)"),
     Mutation("columns of the first window", KERNEL, "<< (8 * kStep), window)", "<< (8 * kStep), 0)"),
     Mutation("x of the first eight", KERNEL, "column + j * 16);", "column);"),
-    Mutation("masks of the first step", KERNEL, "decode_step<kStep % 2>", "decode_step<0>"),
-    Mutation("picks of the first step", KERNEL, "mma_sp_m16n8k32<T, kStep % 2>", "mma_sp_m16n8k32<T, 0>"),
-    Mutation("picks of the first two steps", KERNEL, "3>(sum, streams.even, streams.odd, mask.y, pick.y",
-             "3>(sum, streams.even, streams.odd, mask.y, pick.x"),
-    Mutation("masks of the first two steps", KERNEL, "3>(sum, streams.even, streams.odd, mask.y, pick.y",
-             "3>(sum, streams.even, streams.odd, mask.x, pick.y"),
-    Mutation("a step is left out", KERNEL, STEP_3),
+    Mutation("masks of the first step", KERNEL, "decode_step<kHalf>", "decode_step<0>"),
+    Mutation("picks of the first step", KERNEL, "mma_sp_m16n8k32<T, kHalf>", "mma_sp_m16n8k32<T, 0>"),
+    Mutation("picks of the first two steps", KERNEL, "1>(sum, streams.even, streams.odd, mask.y, pick.y",
+             "1>(sum, streams.even, streams.odd, mask.y, pick.x"),
+    Mutation("masks of the first two steps", KERNEL, "1>(sum, streams.even, streams.odd, mask.y, pick.y",
+             "1>(sum, streams.even, streams.odd, mask.x, pick.y"),
+    Mutation("a word is left out", KERNEL, WORD_1),
+    Mutation("half of a word is left out", KERNEL, "    multiply_rows<T, S, 1, kTwoSteps ? 0 : 2>(sum, even, odd, "
+             "mask, picks, b);\n"),
+    Mutation("x of the first of two steps", KERNEL, "if constexpr (kTwoSteps) gather<S, Windows, 2 * kWord + 1>(b, "
+             "columns, window);"),
+    Mutation("two steps are one", KERNEL, "kTwoSteps ? 2 * kWord : kWord>", "kWord>"),
+    Mutation("one step is two", KERNEL, "kTwoSteps ? 2 * kWord : kWord>", "2 * kWord>"),
+    Mutation("all of 64 rows are the first 32", KERNEL, "kTwoSteps ? 0 : 2>", "0>"),
+    Mutation("all rows of fragments are the first", KERNEL, "sum[kFirst + i][j]", "sum[kFirst][j]"),
+    Mutation("columns of four steps each", KERNEL, "threadIdx.x * S::Bands::kPartSteps", "threadIdx.x * 4"),
+    Mutation("all bands of 64 are the first", KERNEL, "static_cast<int>(threadIdx.x >> 6) * 64 + i * 16", "i * 16"),
+    Mutation("slices are not added", KERNEL, "add_slices<S>(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));"),
+    Mutation("all warps are of the first slice", KERNEL, "kSlices == 1 ? 0 : threadIdx.x >> 5 & 1", "0"),
+    Mutation("sums lie on the stages", KERNEL, "kSumsAt = kStagesAt + kStages * kStageBytes;", "kSumsAt = kStagesAt;"),
+    Mutation("slices do not meet", EPILOGUE, "            ptx::meet<64>(1 + pair);\n"),
+    Mutation("pairs of slices meet at one barrier", EPILOGUE, "ptx::meet<64>(1 + pair)", "ptx::meet<64>(1)"),
+    Mutation("slices hand over in one place", EPILOGUE, HAND_OVER, HAND_OVER.replace("v % 2 * 32", "0")),
+    Mutation("pairs of slices share a place", EPILOGUE, "scratch + pair * 64 +", "scratch +"),
+    Mutation("the second slice keeps its sums", EPILOGUE, HAND_OVER, HAND_OVER.replace(ZEROS, "")),
+    Mutation("the first slice does not add", EPILOGUE, "if (S::slice() == 0) accumulate(part, cell[v % 2 * 32]);"),
+    Mutation("both slices store y", EPILOGUE, "    if (S::slice() != 0) return;\n"),
     Mutation("picks of the first 16 rows", SLOTS, "picks >> rows", "picks"),
     Mutation("picks of the other 16 rows too", SLOTS, "& 0x55555555u"),
     Mutation("a pick of a half is lost", SLOTS, "0x55555555u", "0x55455555u"),
@@ -164,18 +192,18 @@ PRODUCTS: tuple[tuple[tuple[int, int], str, float, int | None, int, int], ...] =
 
 
 def choices_for(arch: str) -> tuple[slot24.Choice, ...]:
-    """Two windows of x, one, and a K that is no multiple of 8."""
-    wanted = ((32, True), (16, True), (8, False))
+    """Two windows of x, one, and a K that is no multiple of 8; parts of either shape."""
+    wanted = ((32, 64, True), (16, 32, True), (8, 64, False))
     instances = [c for c in slot24.instances() if c.dtype == "fp16" and c.spec.supports(arch)]
-    return tuple(next(c for c in instances if (c.n_block, c.aligned) == one) for one in wanted)
+    return tuple(next(c for c in instances if (c.n_block, c.part_rows, c.aligned) == one) for one in wanted)
 
 
 @cache
 def encoded(
-    shape: tuple[int, int], pattern: str, density: float, window: int | None, seed: int
+    shape: tuple[int, int], pattern: str, density: float, window: int | None, part_rows: int, seed: int
 ) -> tuple[NDArray[Any], Slot24]:
     w = weight(pattern, shape, density, "fp16", seed)
-    return w, Slot24.from_dense(w, window=window)
+    return w, Slot24.from_dense(w, window=window, part_rows=part_rows)
 
 
 def run(build: emulator.BuildOptions) -> str | None:
@@ -194,7 +222,7 @@ def failure_of(
     row_cost: int, seed: int, build: emulator.BuildOptions,
 ) -> str | None:  # fmt: skip
     """What goes wrong in one product of integers, an infinity among them in the first row of x."""
-    w, sparse = encoded(shape, pattern, density, window, seed)
+    w, sparse = encoded(shape, pattern, density, window, choice.part_rows, seed)
     x = integers(np.random.default_rng(seed), (choice.n_block - seed % 3, shape[1]), "fp16")
     want = exact(x, w, "fp16")
     column = min(sparse.window, shape[1] - 1)  # the first that is a dummy's number in the window before

@@ -15,6 +15,7 @@ from flashllm.backends import emulator
 from flashllm.formats import slot24_encode
 from flashllm.formats.bitmap_encode import CHUNK_ROWS
 from flashllm.formats.slot24 import Slot24
+from flashllm.formats.slot24_parts import PARTS_OF
 from flashllm.matmul import slot24
 from flashllm.matmul.stream_k import StreamK
 from products import NUMPY_DTYPE, assert_exact, exact, integers, weight
@@ -22,14 +23,21 @@ from products import NUMPY_DTYPE, assert_exact, exact, integers, weight
 CHUNK_BYTES = 8192
 pytestmark = pytest.mark.usefixtures("kernels")
 every_arch = pytest.mark.parametrize("arch", ["80", "90a", "120a"])
+both_parts = pytest.mark.parametrize("part_rows", [32, 64])
 both_paths = pytest.mark.parametrize("arch", ["80", "90a"])
 
 
 def check(
-    w: NDArray[Any], n: int, arch: str, seed: int = 0, window: int | None = None, **split: int
+    w: NDArray[Any],
+    n: int,
+    arch: str,
+    seed: int = 0,
+    window: int | None = None,
+    part_rows: int | None = None,
+    **split: int,
 ) -> emulator.Counts:
     """The product is exact; ``split``: blocks and row_cost."""
-    return check_packed(Slot24.from_dense(w, window=window), w, n, arch, seed, **split)
+    return check_packed(Slot24.from_dense(w, window=window, part_rows=part_rows), w, n, arch, seed, **split)
 
 
 def check_packed(sparse: Slot24, w: NDArray[Any], n: int, arch: str, seed: int = 0, **split: int) -> emulator.Counts:
@@ -41,11 +49,17 @@ def check_packed(sparse: Slot24, w: NDArray[Any], n: int, arch: str, seed: int =
 
 @cache
 def encoded(
-    pattern: str, shape: tuple[int, int], density: float, dtype: str, seed: int, window: int | None
+    pattern: str,
+    shape: tuple[int, int],
+    density: float,
+    dtype: str,
+    seed: int,
+    window: int | None,
+    part_rows: int | None = None,
 ) -> tuple[NDArray[Any], Slot24]:
     """What many instances multiply, and its slots: packing takes as long as a product."""
     w = weight(pattern, shape, density, dtype, seed)
-    return w, Slot24.from_dense(w, window=window)
+    return w, Slot24.from_dense(w, window=window, part_rows=part_rows)
 
 
 def runs(sparse: Slot24, blocks: int, row_cost: int = 0) -> list[tuple[int, int]]:
@@ -66,7 +80,7 @@ def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
     for seed, (pattern, density, window) in enumerate(
         (("uniform", 0.1, 256), ("uniform", 0.3, None), ("skewed", 0.3, None), ("full", 1.0, None))
     ):
-        w, sparse = encoded(pattern, (200, columns), density, choice.dtype, seed, window)
+        w, sparse = encoded(pattern, (200, columns), density, choice.dtype, seed, window, choice.part_rows)
         tiles = sparse.tiles[0] * sparse.tiles[1]
         x = integers(np.random.default_rng(seed), (choice.n_block - seed % 3, columns), choice.dtype)
         for blocks in (1, 5, tiles):
@@ -75,38 +89,42 @@ def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
 
 
 @every_arch
+@both_parts
 @pytest.mark.parametrize("pattern", ["uniform", "full", "skewed", "column", "even-columns", "block"])
-def test_exact_while_the_ring_turns(pattern: str, arch: str) -> None:
+def test_exact_while_the_ring_turns(pattern: str, part_rows: int, arch: str) -> None:
     """Rows of tiles whose values go through the ring many times over, in one run and in several."""
     for seed, (columns, n, blocks) in enumerate(((2555, 9, 1), (2107, 24, 2), (1659, 40, 3))):
-        w, sparse = encoded(pattern, (130, columns), 0.6, "fp16", seed, None)
-        assert sparse.fronts[-1] >= 4.5 * slot24.RING_ROWS
+        w, sparse = encoded(pattern, (130, columns), 0.6, "fp16", seed, None, part_rows)
+        assert sparse.fronts[-1] >= 4 * slot24.RING_ROWS
         check_packed(sparse, w, n, arch, seed=seed, blocks=blocks)
 
 
 @every_arch
+@both_parts
 @pytest.mark.parametrize("n", [8, 13, 30])
 @pytest.mark.parametrize("window", [128, 136, 192, 200, 248, 256])
-def test_exact_for_every_window(window: int, n: int, arch: str) -> None:
+def test_exact_for_every_window(window: int, n: int, part_rows: int, arch: str) -> None:
     """Windows that end with the matrix, and last ones of one column, of eight, of one less than the others."""
     for seed, extra in enumerate((0, 1, 8, 65, window - 1)):
         w = weight("uniform", (130, 2 * window + extra), 0.08, "fp16", seed)
-        check(w, n, arch, seed, window, blocks=1 + seed)
+        check(w, n, arch, seed, window, part_rows, blocks=1 + seed)
 
 
 @both_paths
-def test_exact_for_every_width_of_the_last_window(arch: str) -> None:
+@both_parts
+def test_exact_for_every_width_of_the_last_window(part_rows: int, arch: str) -> None:
     for columns in range(1, 281, 9):
         w = weight("uniform", (100, columns), 0.12, "fp16", columns)
-        check(w, 8 + columns % 25, arch, columns, blocks=2)
+        check(w, 8 + columns % 25, arch, columns, part_rows=part_rows, blocks=2)
 
 
 @every_arch
+@both_parts
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "empty-tiles"])
-def test_exact_for_runs_that_start_at_any_tile(pattern: str, arch: str) -> None:
+def test_exact_for_runs_that_start_at_any_tile(pattern: str, part_rows: int, arch: str) -> None:
     """At both tiles of a window, at every tile since lags were stored, with streams that lag by up to the slack."""
-    for seed, (density, columns) in enumerate(((0.5, 1300), (0.2, 2500), (0.1, 2500), (0.03, 2500))):
-        w, sparse = encoded(pattern, (256, columns), density, "bf16", seed, None)
+    for seed, (density, columns) in enumerate(((0.5, 1300), (0.2, 2400), (0.1, 2400), (0.03, 2400))):
+        w, sparse = encoded(pattern, (256, columns), density, "bf16", seed, None, part_rows)
         assert seed == 3 or np.unique(sparse.lags[1:]).size > 10
         tiles = sparse.tiles[0] * sparse.tiles[1]
         for blocks in (tiles, tiles * 2 // 3, tiles // 2 - 1, 7):
@@ -117,57 +135,62 @@ def test_exact_for_runs_that_start_at_any_tile(pattern: str, arch: str) -> None:
 
 
 @both_paths
+@both_parts
 @pytest.mark.parametrize("n", [8, 16, 32])
-def test_exact_for_runs_over_rows_of_tiles(n: int, arch: str) -> None:
+def test_exact_for_runs_over_rows_of_tiles(n: int, part_rows: int, arch: str) -> None:
     """Blocks that end a row of tiles and begin the next: the windows of x start over, once or many times."""
     splits = ((100, 1, 0), (100, 3, 0), (300, 2, 0), (700, 4, 2), (700, 3, 1))
     for seed, (columns, blocks, row_cost) in enumerate(splits):
         w = weight("uniform", (128 * 5 - 3, columns), 0.1, "fp16", seed)
-        sparse = Slot24.from_dense(w)
+        sparse = Slot24.from_dense(w, part_rows=part_rows)
         tiles_k = sparse.tiles[1]
         assert any((end - 1) // tiles_k > first // tiles_k for first, end in runs(sparse, blocks, row_cost))
         check_packed(sparse, w, n, arch, seed, blocks=blocks, row_cost=row_cost)
 
 
 @both_paths
-def test_exact_for_every_n(arch: str) -> None:
+@both_parts
+def test_exact_for_every_n(part_rows: int, arch: str) -> None:
     """1 to 70 columns of x: one block of them to three."""
     w = weight("uniform", (130, 392), 0.2, "fp16")
     other = weight("skewed", (130, 395), 0.2, "bf16")
-    sparse, unaligned = Slot24.from_dense(w), Slot24.from_dense(other)
+    sparse, unaligned = (Slot24.from_dense(one, part_rows=part_rows) for one in (w, other))
     for n in range(1, 71):
         check_packed(sparse, w, n, arch, n, blocks=1 + n % 4)
         check_packed(unaligned, other, n, arch, n, blocks=1 + n % 4)
 
 
 @every_arch
+@both_parts
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_exact_for_dense_and_empty_matrices(dtype: str, arch: str) -> None:
+def test_exact_for_dense_and_empty_matrices(dtype: str, part_rows: int, arch: str) -> None:
     for seed, rows in enumerate((1, 64, 127, 129)):
         dense = weight("full", (rows, 700), 1.0, dtype, seed)
         assert Slot24.from_dense(dense).window == 128
-        check(dense, 12, arch, seed, blocks=3)
-        check(np.zeros_like(dense), 12, arch, seed, blocks=3)
+        check(dense, 12, arch, seed, part_rows=part_rows, blocks=3)
+        check(np.zeros_like(dense), 12, arch, seed, part_rows=part_rows, blocks=3)
         one = np.zeros_like(dense)
         one[rows - 1, 699 - seed] = 3
-        check(one, 31, arch, seed, blocks=2)
+        check(one, 31, arch, seed, part_rows=part_rows, blocks=2)
 
 
 @every_arch
-def test_exact_where_one_row_is_dense(arch: str) -> None:
-    """All columns meet in that row, so none of its part shares a slot; other parts have as many dummies, unneeded."""
+@both_parts
+def test_exact_where_one_row_is_dense(part_rows: int, arch: str) -> None:
+    """All columns meet in that row, so none of its band shares a slot; other bands have as many dummies, unneeded."""
     for seed, row in enumerate((0, 15, 64, 100)):
         w = weight("uniform", (128, 900), 0.05, "fp16", seed)
         w[row] = integers(np.random.default_rng(seed), (1, 900), "fp16")
-        check(w, 9 + 8 * seed, arch, seed, blocks=1 + seed)
+        check(w, 9 + 8 * seed, arch, seed, part_rows=part_rows, blocks=1 + seed)
 
 
 @both_paths
-def test_exact_for_rows_of_several_chains(arch: str) -> None:
+@both_parts
+def test_exact_for_rows_of_several_chains(part_rows: int, arch: str) -> None:
     """More tiles than one chain has: with a window of 128, two for each 128 columns."""
     w = weight("uniform", (128, 128 * 104), 0.03, "fp16")
     for seed, blocks in enumerate((1, 2)):
-        sparse = Slot24.from_dense(w, window=128)
+        sparse = Slot24.from_dense(w, window=128, part_rows=part_rows)
         choice = slot24.default_choice(sparse, 8, arch=arch)
         split = slot24.split_for(sparse, 8, choice, sm_count=1)
         assert split.tiles_k > 2 * split.max_chain
@@ -175,11 +198,12 @@ def test_exact_for_rows_of_several_chains(arch: str) -> None:
 
 
 @both_paths
-def test_exact_for_any_pairing_in_any_order(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@both_parts
+def test_exact_for_any_pairing_in_any_order(part_rows: int, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results do not depend on the order of the pairs; only that there are no bank conflicts does."""
 
-    def shuffled(masks: Any, window: int) -> Any:
-        pairs = real(masks, window)
+    def shuffled(masks: Any, window: int, parts: Any) -> Any:
+        pairs = real(masks, window, parts)
         if pairs is None:
             return None
         order = np.random.default_rng(5).permuted(np.broadcast_to(np.arange(128), pairs[0].shape), axis=-1)
@@ -188,32 +212,35 @@ def test_exact_for_any_pairing_in_any_order(arch: str, monkeypatch: pytest.Monke
     real = slot24_encode.pair_up
     w = weight("uniform", (200, 700), 0.2, "fp16")
     for n in (8, 16, 32):
-        assert check(w, n, arch, n, blocks=3).ldmatrix.conflicts == 0
+        assert check(w, n, arch, n, part_rows=part_rows, blocks=3).ldmatrix.conflicts == 0
         with monkeypatch.context() as patch:
             patch.setattr(slot24_encode, "pair_up", shuffled)
-            assert check(w, n, arch, n, blocks=3).ldmatrix.conflicts > 0
+            assert check(w, n, arch, n, part_rows=part_rows, blocks=3).ldmatrix.conflicts > 0
 
 
 @every_arch
+@both_parts
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_value_read_ahead_is_not_used(dtype: str, arch: str) -> None:
+def test_a_value_read_ahead_is_not_used(dtype: str, part_rows: int, arch: str) -> None:
     """Lanes without a value load the next one of their stream all the same: NaN or infinity of a later tile."""
     w = weight("uniform", (256, 1536), 0.2, dtype)
     w[128:][w[128:] != 0] = np.nan
     w[200:][w[200:] != 0] = np.inf
     x = integers(np.random.default_rng(1), (9, w.shape[1]), dtype)
     for seed, blocks in enumerate((1, 5, 16)):
-        got, _ = emulator.spmm(x, Slot24.from_dense(w), arch=arch, seed=seed, blocks=blocks)
+        sparse = Slot24.from_dense(w, part_rows=part_rows)
+        got, _ = emulator.spmm(x, sparse, arch=arch, seed=seed, blocks=blocks)
         assert_exact(np.ascontiguousarray(got[:, :128]), exact(x, w[:128], dtype))
         assert not np.isfinite(got[:, 128:].astype(np.float32)).any()
 
 
 @both_paths
+@both_parts
 @pytest.mark.parametrize("n", [8, 13, 40])
-def test_infinities_of_x_reach_only_the_rows_that_may_meet_them(n: int, arch: str) -> None:
+def test_infinities_of_x_reach_only_the_rows_that_may_meet_them(n: int, part_rows: int, arch: str) -> None:
     """An infinity in every column of x in turn: rows of W with an element there, and at most those with a zero."""
-    w = weight("uniform", (64, 300), 0.15, "fp16")
-    sparse = Slot24.from_dense(w)
+    w = weight("uniform", (100, 300), 0.15, "fp16")
+    sparse = Slot24.from_dense(w, part_rows=part_rows)
     x = integers(np.random.default_rng(2), (n, 300), "fp16")
     for column in (0, 5, 127, 128, 255, 256, 299):
         special = x.copy()
@@ -229,13 +256,14 @@ def test_infinities_of_x_reach_only_the_rows_that_may_meet_them(n: int, arch: st
 
 
 @both_paths
+@both_parts
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_repeats_give_the_same_bits(dtype: str, arch: str) -> None:
+def test_repeats_give_the_same_bits(dtype: str, part_rows: int, arch: str) -> None:
     """Whatever the schedule; also in splits that the planner would not take."""
     rng = np.random.default_rng(7)
     w = rng.standard_normal((300, 1500)).astype(NUMPY_DTYPE[dtype])
     w[rng.random(w.shape) >= 0.2] = 0
-    sparse = Slot24.from_dense(w)
+    sparse = Slot24.from_dense(w, part_rows=part_rows)
     for n in (7, 40):
         x = rng.standard_normal((n, 1500)).astype(NUMPY_DTYPE[dtype])
         for blocks in (None, 5, 29):
@@ -243,41 +271,44 @@ def test_repeats_give_the_same_bits(dtype: str, arch: str) -> None:
             assert len(set(results)) == 1
 
 
+@both_parts
 @pytest.mark.parametrize("n", [8, 16, 32])
-def test_counts(n: int) -> None:
+def test_counts(n: int, part_rows: int) -> None:
     """Every byte of W once and by bulk copies, x once for a row of tiles; no bank conflict in gather or transposing.
 
-    But the chunks at the first places of the ring, which it holds twice.
+    But the chunks at the first places of the ring, which it holds twice. Warps with 64 rows gather half as much.
     """
     w = weight("uniform", (256, 1000), 0.2, "fp16")
-    sparse = Slot24.from_dense(w)
+    sparse = Slot24.from_dense(w, part_rows=part_rows)
     tiles_m, tiles_k = sparse.tiles
     windows = tiles_m * tiles_k // 2
     mirrored = -(-len(sparse.values) // (slot24.RING_ROWS // CHUNK_ROWS)) * CHUNK_BYTES
     whole = mirrored + sum(array.nbytes for name, array in sparse.arrays().items() if name not in ("fronts", "lags"))
-    bulk = check(w, n, "90a", blocks=1)
+    bulk = check(w, n, "90a", part_rows=part_rows, blocks=1)
     assert bulk.bulk_copy_bytes == whole
     assert bulk.copy_async_bytes == tiles_m * n * 1000 * 2
     assert bulk.copy_async_zeros == windows * n * 256 * 2 - bulk.copy_async_bytes
-    single = check(w, n, "80", blocks=1)
+    single = check(w, n, "80", part_rows=part_rows, blocks=1)
     assert single.bulk_copy_bytes == 0
     assert single.copy_async_bytes == whole + bulk.copy_async_bytes
     for counts in (bulk, single):
         assert counts.mma == {"sp.m16n8k32": tiles_m * tiles_k * 4 * 4 * 2 * n // 8}
-        gathers, turns = tiles_m * tiles_k * 4 * 4 * n // 8, windows * 4 * 2 * n // 8
+        gathers, turns = tiles_m * tiles_k * 4 * PARTS_OF[part_rows].steps * n // 8, windows * 4 * 2 * n // 8
         assert counts.ldmatrix.requests == gathers + turns
         assert counts.ldmatrix.conflicts == counts.stmatrix.conflicts == 0
-        assert counts.barriers == 1  # the warps of a block meet at its begin
+        # The warps of a block meet at its begin; those of a band of 64 rows for every fragment of every row of tiles.
+        assert counts.barriers == 1 + (tiles_m * 2 * 4 * n // 8 if part_rows == 64 else 0)
     # Runs that start amid the values bring what the slowest stream may still need: the slack, to whole chunks.
-    shared = check(w, n, "90a", blocks=4)
+    shared = check(w, n, "90a", part_rows=part_rows, blocks=4)
     assert whole < shared.bulk_copy_bytes <= whole + 3 * 5 * CHUNK_BYTES
 
 
-def test_no_conflicts_whatever_the_window() -> None:
+@both_parts
+def test_no_conflicts_whatever_the_window(part_rows: int) -> None:
     for n, window in ((8, 128), (16, 176), (32, 248), (24, 256)):
         w = weight("uniform", (130, 700), 0.08, "fp16", n)
         for arch in ("80", "90a"):
-            counts = check(w, n, arch, n, window, blocks=3)
+            counts = check(w, n, arch, n, window, part_rows, blocks=3)
             assert counts.ldmatrix.conflicts == counts.stmatrix.conflicts == 0
 
 

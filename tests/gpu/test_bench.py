@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from flashllm.backends import dependent
 from flashllm.bench import bandwidth, data, results, timing
 from flashllm.bench.cases import PATTERNS
 from flashllm.cli import bench, profile, tune
+from flashllm.device import device_facts
 from flashllm.formats.tiled_csl import TiledCSL
 
 pytestmark = pytest.mark.gpu
@@ -78,6 +80,18 @@ def test_bench_command(cp: Any, options: tuple[str, ...]) -> None:
         assert row.read_gbps
         assert row.speedup
         assert row.rotated_mb >= (500 if "warm" not in options else 0)
+
+
+def test_bench_command_with_overlapping_launches(cp: Any) -> None:
+    if device_facts().cc < dependent.LEAST_CC:
+        pytest.skip("needs compute capability 9.0")
+    case = ("--shape", "1024x2048", "--sparsity", "0.7,0.9", "--n", "8,64", "--time-cap", "0.02", "--pdl", "--json")
+    for name in ("tiled-csl", "bitmap"):
+        result = CliRunner().invoke(bench.command, [*case, "--format", name])
+        assert result.exit_code == 0, result.output
+        rows = [results.from_dict(json.loads(line)) for line in result.stdout.splitlines()]
+        assert sum(row.system == "flashllm-pdl" and row.launch == "graph-pdl" for row in rows) == 4
+        assert all(row.check == "pass" for row in rows)
 
 
 def test_bench_command_on_odd_shapes_and_patterns(cp: Any) -> None:

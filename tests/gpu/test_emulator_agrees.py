@@ -11,7 +11,7 @@ import pytest
 from flashllm import plan, registry, spmm
 from flashllm.backends import emulator
 from flashllm.device import device_facts
-from products import choice_of, format_of, integers, packed, weight
+from products import choice_of, integers, packed_for, weight
 
 SPECS = tuple(dict.fromkeys(spec for name in registry.FORMATS for spec in registry.kernel(name).specs()))
 
@@ -26,7 +26,7 @@ def test_equal_bits(cp: Any, spec: Any) -> None:
     choice = choice_of(spec)
     shape = (264, 520) if choice.aligned else (263, 519)
     for seed, (pattern, density) in enumerate((("uniform", 0.15), ("skewed", 0.4), ("empty-tiles", 0.9))):
-        host = packed(format_of(spec), weight(pattern, shape, density, choice.dtype, seed=seed))
+        host = packed_for(spec, weight(pattern, shape, density, choice.dtype, seed=seed))
         x = integers(np.random.default_rng(seed), (choice.n_block, shape[1]), choice.dtype)
         emulated, _ = emulator.spmm(x, host, choice=choice, arch=arch, seed=seed)
         device = host.to_device()

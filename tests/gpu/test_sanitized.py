@@ -81,12 +81,13 @@ def test_bitmap_encoder_and_decoder(cp: Any, shape: tuple[int, int]) -> None:
         np.testing.assert_array_equal(sparse.to_dense().get().view(np.uint16), pruned(a))
 
 
+@pytest.mark.parametrize("part_rows", [32, 64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_slot24_encoder_and_decoder(cp: Any, shape: tuple[int, int]) -> None:
+def test_slot24_encoder_and_decoder(cp: Any, shape: tuple[int, int], part_rows: int) -> None:
     """Also where windows are tried that are too large, and where pairs must change."""
     for density in (0.05, 0.22, 0.3):
         a = matrix("uniform", *shape, density, 1, "fp16")
-        sparse, want = Slot24.from_dense(cp.asarray(a)), Slot24.from_dense(a)
+        sparse, want = (Slot24.from_dense(side, part_rows=part_rows) for side in (cp.asarray(a), a))
         for name, array in want.arrays().items():
             np.testing.assert_array_equal(getattr(sparse, name).get(), array)
         np.testing.assert_array_equal(sparse.to_dense().get().view(np.uint16), pruned(a))

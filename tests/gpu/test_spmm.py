@@ -22,9 +22,9 @@ from products import (
     assert_special,
     choice_of,
     exact,
-    format_of,
     integers,
     packed,
+    packed_for,
     special,
     weight,
 )
@@ -116,7 +116,7 @@ def test_exact_for_every_instance(cp: Any, spec: Any) -> None:
     for pattern, density in masks:
         w = weight(pattern, shape, density, choice.dtype)
         x = integers(np.random.default_rng(3), (choice.n_block - 1, shape[1]), choice.dtype)
-        assert_exact(multiply(cp, x, packed(format_of(spec), w).to_device(), choice), exact(x, w, choice.dtype))
+        assert_exact(multiply(cp, x, packed_for(spec, w).to_device(), choice), exact(x, w, choice.dtype))
 
 
 @every_format

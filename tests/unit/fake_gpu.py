@@ -179,8 +179,13 @@ class Plan:
         return self.spec.label if self.expansion is None else LABEL
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None) -> Blas:
-    """Put the pretended GPU in place of the real packages; ``wrong_column`` of every sparse product is spoilt."""
+def install(
+    monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None, only_overlapping: bool = False
+) -> Blas:
+    """Put the pretended GPU in place of the real packages.
+
+    ``wrong_column`` of every sparse product is spoilt, or only where launches may overlap in a graph.
+    """
     blas = Blas()
     stream_now: list[Stream] = []
     cupy: Any = types.ModuleType("cupy")
@@ -221,12 +226,17 @@ def install(monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None)
 
     monkeypatch.setattr("flashllm.matmul.plan", plan)
 
-    def product(x: Any, w: Any, *, out: Any, workspace: Any, stream: Stream, plan: Plan) -> Any:
+    def product(
+        x: Any, w: Any, *, out: Any, workspace: Any, stream: Stream, plan: Plan, overlap_previous: bool = False
+    ) -> Any:
         from flashllm.backends.reference import spmm as reference
+
+        overlaps = overlap_previous and stream.captured is not None
+        spoilt = wrong_column is not None and (overlaps or not only_overlapping)
 
         def run() -> None:
             out[...] = reference(np.asarray(x), w)
-            if wrong_column is not None:
+            if spoilt:
                 out[:, wrong_column] += 1
 
         stream.do(run)

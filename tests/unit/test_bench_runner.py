@@ -30,10 +30,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systems, "_SEARCH_ROUNDS", 1)
 
 
-def _run(launch: str = "graph", skip: Any = lambda *case: False, ablation: bool = False, **group: Any) -> list[Row]:
+def _run(
+    launch: str = "graph", skip: Any = lambda *case: False, ablation: bool = False, pdl: bool = False, **group: Any
+) -> list[Row]:
     rows: list[Row] = []
     method = timing.Method(launch=launch, warmup_ms=0.01, cap_s=0.001)
-    settings = Settings(method=method, check_rows=16, ablation=ablation)
+    settings = Settings(method=method, check_rows=16, ablation=ablation, pdl=pdl)
     runner = CudaRunner(FACTS, settings, RandomSource(), rows.append)
     done: list[int] = []
     groups = [Group(**{**GROUP.__dict__, **group})]
@@ -72,6 +74,27 @@ def test_ablation_leaves_out_one_idea_at_a_time(monkeypatch: pytest.MonkeyPatch)
     assert "kOverlap=false" in variants[1].kernel
     assert "kUndo=false" in variants[2].kernel
     assert len(latest(rows)) == len(rows), "variants of one case are cases of their own"
+
+
+def test_overlapping_launches_are_a_system_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    rows = _run(pdl=True, batches=(8,))
+    assert [(r.system, r.launch, r.sparsity) for r in rows] == [
+        ("cublas", "graph", 0.9),
+        ("flashllm", "graph", 0.7), ("flashllm-pdl", "graph-pdl", 0.7),
+        ("flashllm", "graph", 0.9), ("flashllm-pdl", "graph-pdl", 0.9),
+    ]  # fmt: skip
+    plain, overlapping = rows[1:3]
+    assert (overlapping.kernel, overlapping.choice, overlapping.check) == (plain.kernel, plain.choice, "pass")
+    assert overlapping.median_us
+    assert overlapping.speedup is overlapping.cublas_us is None, "cuBLAS was not launched so"
+    assert len(latest(rows)) == len(rows)
+
+
+def test_what_overlapping_launches_leave_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch, wrong_column=40, only_overlapping=True)
+    rows = _run(pdl=True, batches=(8,), sparsities=(0.8,))
+    assert {r.system: r.check for r in rows} == {"cublas": "pass", "flashllm": "pass", "flashllm-pdl": "fail"}
 
 
 def test_stream_launches_add_cupy(monkeypatch: pytest.MonkeyPatch) -> None:

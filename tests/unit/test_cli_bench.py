@@ -82,6 +82,7 @@ def test_list_models() -> None:
         ("--model-gpu", "TPU"),
         ("--weights", "absent.npy", "--model", "opt-30b"),
         ("--out", "a", "--resume", "b"),
+        ("--pdl", "--launch", "stream"),
         ("--out", "/nowhere/at/all.jsonl"),
         ("--l2", "lukewarm"),
     ],
@@ -189,6 +190,29 @@ def test_gpu_run(gpu: None, tmp_path: Path) -> None:
     assert "2 of 2 cases are in" in again.stderr
     assert len(results.read(path)) == 3
     assert _run(*case, "--device", "3").exit_code == 2
+
+
+def test_overlapping_launches_stand_beside_the_others_and_are_resumed(gpu: None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    case = ("--shape", "96x72", "--sparsity", "0.7", "--n", "8", "--time-cap", "0.01", "--resume", str(path))
+    assert _run(*case).exit_code == 0
+    result = _run(*case, "--pdl")
+    assert result.exit_code == 0, result.output
+    assert "flashllm-pdl" in result.stdout
+    assert "cublas" in result.stdout
+    assert [(r.system, r.launch) for r in results.read(path)[2:]] == [
+        ("cublas", "graph"), ("flashllm", "graph"), ("flashllm-pdl", "graph-pdl"),
+    ]  # fmt: skip
+    assert "1 of 1 cases are in" in _run(*case, "--pdl").stderr
+
+
+def test_overlapping_launches_need_hopper(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashllm.backends import dependent
+
+    monkeypatch.setattr(dependent, "LEAST_CC", (9, 1))
+    result = _run("--shape", "96x72", "--sparsity", "0.7", "--n", "8", "--pdl")
+    assert result.exit_code == 2
+    assert "needs compute capability" in result.stderr
 
 
 def test_weights_too_big_for_the_gpu(gpu: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from test_matmul import A100, H100
 from flashllm import Slot24, plan
 from flashllm.formats.base import DTYPES
 from flashllm.formats.bitmap_encode import LANES, PARTS
-from flashllm.formats.slot24_encode import STEPS
 from flashllm.formats.slot24_pairs import MAX_WINDOW
+from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.sources import cuda_root
 from flashllm.jit.spec import ALL_ARCHS
 from flashllm.matmul import bitmap, slot24
@@ -27,8 +28,8 @@ SYSTEM_SHARED = 1 << 10
 """What the driver takes of it for each block."""
 
 
-def packed(shape: tuple[int, int] = (256, 512), density: float = 0.2) -> Slot24:
-    return Slot24.from_dense(weight("uniform", shape, density, "fp16"))
+def packed(shape: tuple[int, int] = (256, 512), density: float = 0.2, part_rows: int | None = None) -> Slot24:
+    return Slot24.from_dense(weight("uniform", shape, density, "fp16"), part_rows=part_rows)
 
 
 def constants(header: str) -> dict[str, str]:
@@ -47,12 +48,15 @@ def test_host_and_device_agree_on_the_constants() -> None:
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
-def test_one_instance_for_each_width_type_and_alignment(arch: str) -> None:
-    found = [(c.n_block, c.dtype, c.aligned) for c in slot24.instances() if c.spec.supports(arch)]
-    want = {(n, dtype, aligned) for n in slot24.N_BLOCKS for dtype in DTYPES for aligned in (True, False)}
+def test_one_instance_for_each_width_shape_of_parts_type_and_alignment(arch: str) -> None:
+    def facts(c: slot24.Choice) -> tuple[int, int, str, bool]:
+        return c.n_block, c.part_rows, c.dtype, c.aligned
+
+    found = [facts(c) for c in slot24.instances() if c.spec.supports(arch)]
+    want = set(product(slot24.N_BLOCKS, PARTS_OF, DTYPES, (True, False)))
     assert len(found) == len(want)
     assert set(found) == want
-    assert {(c.n_block, c.dtype, c.aligned) for c in slot24.typical(arch)} == want
+    assert {facts(c) for c in slot24.typical(arch)} == want
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
@@ -74,7 +78,20 @@ def test_plan_covers_n(n: int, blocks: tuple[int, int]) -> None:
 
 def test_reason_names_the_window() -> None:
     w = packed(density=0.3)
-    assert f"windows of {w.window} columns" in plan(w, 8, device=H100).reason
+    assert f"windows of {w.window} columns for 32 rows" in plan(w, 8, device=H100).reason
+
+
+def test_the_instance_is_one_for_the_shape_of_parts_of_the_weight() -> None:
+    """Whichever is found or forced; what is measured for one shape is not found for the other."""
+    low, high = (packed(density=0.05, part_rows=rows) for rows in (32, 64))
+    assert packed(density=0.05).part_rows == 64
+    forced = plan(low, 16, device=H100).choice
+    for w in (low, high):
+        for choice in (None, forced):
+            chosen: slot24.Choice = plan(w, 16, device=H100, choice=choice).choice  # type: ignore[assignment]
+            assert chosen.part_rows == w.part_rows
+            assert chosen.spec in slot24.specs()
+    assert slot24.tune_key(low, 16) != slot24.tune_key(high, 16)
 
 
 def test_tiles_are_those_of_the_slots() -> None:
@@ -88,7 +105,14 @@ def test_tiles_are_those_of_the_slots() -> None:
 def test_choices_of_a_file_are_checked() -> None:
     choice = slot24.default_choice(packed(), 16, arch="90a")
     assert slot24.usable(choice)
-    for change in ({"n_block": 64}, {"stages": 7}, {"windows": 3}, {"blocks_per_sm": 0}, {"blocks_per_sm": 65}):
+    for change in (
+        {"n_block": 64},
+        {"stages": 7},
+        {"part_rows": 48},
+        {"windows": 3},
+        {"blocks_per_sm": 0},
+        {"blocks_per_sm": 65},
+    ):
         assert not slot24.usable(replace(choice, **change)), change
 
 

@@ -21,7 +21,8 @@ from flashllm.formats import bitmap_encode, slot24_encode
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.slot24 import Slot24
-from flashllm.formats.slot24_encode import unpack_columns, unpack_picks
+from flashllm.formats.slot24_encode import unpack_picks
+from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
 
@@ -30,14 +31,17 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "slot24_v1.safetens
 sizes = st.one_of(st.sampled_from([1, 2, 127, 128, 129, 247, 248, 255, 256, 257]), st.integers(1, 600))
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 0.2, 0.25, 1.0]), st.floats(0, 0.5))
 windows = st.sampled_from([None, None, 128, 136, 200, 248, 256])
+shapes_of_parts = st.sampled_from([None, 32, 64])
+both_parts = pytest.mark.parametrize("part_rows", [32, 64])
 settings.register_profile("slot24", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def listed(w: Slot24) -> np.ndarray:
-    """Columns in the window [strips, 4 parts, windows, 128, 2]."""
+    """Columns in the window [strips, bands, windows, 128, 2]."""
     tiles_m, tiles_k = w.tiles
-    rows = w.columns.reshape(tiles_m, tiles_k, 4, 32, 4)
-    return np.stack([unpack_columns(row) for row in rows]).reshape(tiles_m, 4, -1, 128, 2)
+    parts = PARTS_OF[w.part_rows]
+    rows = w.columns.reshape(tiles_m, tiles_k, 4, 32, parts.steps)
+    return np.stack([parts.unpack_columns(row) for row in rows]).reshape(tiles_m, parts.bands, -1, 128, 2)
 
 
 def same(a: Slot24, b: Slot24) -> bool:
@@ -53,18 +57,27 @@ def same(a: Slot24, b: Slot24) -> bool:
     pattern=st.sampled_from(cases.PATTERNS),
     dtype=st.sampled_from(["fp16", "bf16"]),
     window=windows,
+    part_rows=shapes_of_parts,
     seed=st.integers(0, 2**32 - 1),
 )
 def test_round_trip(
-    rows: int, columns: int, density: float, pattern: str, dtype: str, window: int | None, seed: int
+    rows: int,
+    columns: int,
+    density: float,
+    pattern: str,
+    dtype: str,
+    window: int | None,
+    part_rows: int | None,
+    seed: int,
 ) -> None:
     a = cases.matrix(pattern, rows, columns, density, seed, dtype)
     try:
-        w = Slot24.from_dense(a, window=window)
+        w = Slot24.from_dense(a, window=window, part_rows=part_rows)
     except ArgumentError:  # the next test says when
         assert window not in (None, 128)
         return
     assert window in (None, w.window)
+    assert part_rows in (None, w.part_rows)
     w.validate()
     want = cases.pruned(a)
     back = w.to_dense()
@@ -86,46 +99,56 @@ def test_round_trip(
     pattern=st.sampled_from(cases.PATTERNS),
     dtype=st.sampled_from(["fp16", "bf16"]),
     window=windows,
+    part_rows=shapes_of_parts,
     seed=st.integers(0, 2**32 - 1),
 )
 def test_bytes_equal_the_written_format(
-    rows: int, columns: int, density: float, pattern: str, dtype: str, window: int | None, seed: int
+    rows: int,
+    columns: int,
+    density: float,
+    pattern: str,
+    dtype: str,
+    window: int | None,
+    part_rows: int | None,
+    seed: int,
 ) -> None:
     bits = cases.bits(pattern, rows, columns, density, seed)
-    want = reference.encode(bits, window)
+    want = reference.encode(bits, window, part_rows)
+    a = bits.view(cases.NUMPY_DTYPE[dtype])
     if want is None:
         with pytest.raises(ArgumentError, match="window"):
-            Slot24.from_dense(bits.view(cases.NUMPY_DTYPE[dtype]), window=window)
+            Slot24.from_dense(a, window=window, part_rows=part_rows)
         return
-    reference.assert_as_written(Slot24.from_dense(bits.view(cases.NUMPY_DTYPE[dtype]), window=window), want)
+    reference.assert_as_written(Slot24.from_dense(a, window=window, part_rows=part_rows), want)
 
 
+@both_parts
 @pytest.mark.parametrize("pattern", cases.PATTERNS)
 @pytest.mark.parametrize(
     ("shape", "density", "window"),
     [((130, 257), 0.2, None), ((64, 300), 0.27, None), ((129, 500), 0.05, 248), ((33, 131), 0.5, 128)],
 )
 def test_bytes_equal_the_written_format_in_every_pattern(
-    pattern: str, shape: tuple[int, int], density: float, window: int | None
+    pattern: str, shape: tuple[int, int], density: float, window: int | None, part_rows: int
 ) -> None:
     bits = cases.bits(pattern, *shape, density, 7)
-    want = reference.encode(bits, window)
+    want = reference.encode(bits, window, part_rows)
     if want is None:
         assert (pattern, window) == ("full", 248)
         return
-    reference.assert_as_written(Slot24.from_dense(bits.view(np.float16), window=window), want)
-    decoded = reference.decode(want.slots, want.picks, want.columns, shape, want.window)
-    np.testing.assert_array_equal(decoded, cases.pruned(bits.view(np.float16)))
+    w = Slot24.from_dense(bits.view(np.float16), window=window, part_rows=part_rows)
+    reference.assert_as_written(w, want)
+    np.testing.assert_array_equal(reference.decode(want, shape), cases.pruned(bits.view(np.float16)))
 
 
+@both_parts
 @pytest.mark.parametrize("window", [None, 128, 240])
-def test_product_as_the_instruction_reads_it(window: int | None) -> None:
+def test_product_as_the_instruction_reads_it(window: int | None, part_rows: int) -> None:
     """Metadata out of the picks, operands by the logical columns: what the sparse instruction would add up."""
     a = cases.mask("uniform", 130, 500, 0.15, 3) * np.random.default_rng(4).integers(-3, 4, (130, 500))
-    w = Slot24.from_dense(a.astype(np.float16), window=window)
+    w = Slot24.from_dense(a.astype(np.float16), window=window, part_rows=part_rows)
     x = np.random.default_rng(5).integers(-4, 5, 500)
-    slots = np.zeros((256, w.slots.shape[1]), np.int64)
-    slots[:130] = w.slots.to_dense()
+    stored = w.slots.to_dense().astype(np.int64)
     y = np.zeros(256, np.int64)
     tiles_m, tiles_k = w.tiles
     for tile, part, lane in np.ndindex(tiles_m * tiles_k, 4, 32):
@@ -133,17 +156,19 @@ def test_product_as_the_instruction_reads_it(window: int | None) -> None:
         window_first = tile % tiles_k // 2 * w.window
         g, t = divmod(lane, 4)
         for v, i in np.ndindex(2, 2):
-            step, half = 2 * v + t // 2, t % 2
+            word_half, half = divmod(t, 2)  # the instruction's selector, and its half of 8 slots
+            step = 2 * v + word_half if part_rows == 32 else v
             metadata = int(w.picks[tile, part, lane, v]) >> i & 0x55555555 | 0x88888888
             for b, group in np.ndindex(2, 4):
-                row = top + 64 * i + 16 * part + 8 * b + g
+                stored_row = top + 64 * i + 16 * part + 8 * b + g
+                row = stored_row if part_rows == 32 else top + 64 * (part // 2) + 32 * word_half + 16 * i + 8 * b + g
                 first, second = (metadata >> (16 * b + 4 * group + 2 * e) & 3 for e in range(2))
                 assert first < second
                 for e, position in ((0, first), (1, second)):
                     logical = 4 * (4 * half + group) + position
                     column = int(w.columns[tile, part, logical, step])
                     real = column < w.window and window_first + column < 500
-                    value = slots[row, left + 16 * step + 8 * half + 2 * group + e]
+                    value = stored[stored_row, left + 32 * v + 16 * word_half + 8 * half + 2 * group + e]
                     y[row] += value * (x[window_first + column] if real else 0)
     np.testing.assert_array_equal(y[:130], a @ x)
 
@@ -198,14 +223,18 @@ def test_host_and_device_agree_on_the_constants() -> None:
     header = (cuda_root() / "flashllm/slot24.cuh").read_text(encoding="utf-8")
     constants = dict(re.findall(r"constexpr int (k\w+) = ([^;]+);", header))
     assert int(constants["kWindowTiles"]) == slot24_encode.TILES
-    assert int(constants["kSteps"]) == slot24_encode.STEPS
-    w = Slot24.from_dense(np.ones((1, 1), np.float16))
-    tiles = w.tiles[0] * w.tiles[1]
-    threads = bitmap_encode.PARTS * bitmap_encode.LANES
-    for name, buffer in (("kPickBytes", w.picks), ("kColumnBytes", w.columns)):
-        each = re.fullmatch(r"bitmap::kTileThreads \* (\d+)", constants[name])
-        assert each is not None
-        assert threads * int(each.group(1)) * tiles == buffer.nbytes
+    assert int(constants["kSteps"]) == STEPS
+    assert constants["kPickBytes"] == "bitmap::kTileThreads * 8"
+    assert constants["kBands"] == "bitmap::kTileM / kPartRows"
+    assert constants["kHalves"] == "bitmap::kParts / kBands"
+    assert constants["kPartSteps"] == "kSteps / kHalves"
+    assert constants["kColumnBytes"] == "bitmap::kTileThreads * kPartSteps"
+    for parts in PARTS_OF.values():
+        w = Slot24.from_dense(np.ones((1, 1), np.float16), part_rows=parts.rows)
+        tiles = w.tiles[0] * w.tiles[1]
+        threads = bitmap_encode.PARTS * bitmap_encode.LANES
+        assert (w.picks.nbytes, w.columns.nbytes) == (threads * 8 * tiles, threads * parts.steps * tiles)
+        assert (parts.bands, parts.halves) == (128 // parts.rows, parts.rows // 32)
 
 
 def test_empty_matrix() -> None:
@@ -226,30 +255,55 @@ def test_facts() -> None:
     assert (w.format, w.shape, w.dtype, w.tiles, w.window) == ("slot24", (200, 300), "fp16", (2, 6), 128)
     assert (w.nnz, w.density, w.sparsity) == (15_000, 0.25, 0.75)
     assert w.nbytes == 12 * (1024 + 1024 + 512) + w.values.nbytes + 4 * 13 + 512
+    tall = Slot24.from_dense(a, window=128, part_rows=64)
+    assert tall.nbytes == 12 * (1024 + 1024 + 256) + tall.values.nbytes + 4 * 13 + 512
     assert not w.is_device
     assert w.to_host() is w
     assert set(w.arrays()) == {"masks", "values", "fronts", "lags", "picks", "columns"}
-    assert w.metadata() == {"shape": [200, 300], "dtype": "fp16", "nnz": 15_000, "window": 128}
+    metadata = {"shape": [200, 300], "dtype": "fp16", "nnz": 15_000, "window": 128, "part_rows": 32}
+    assert w.metadata() == metadata
     assert "array" not in repr(w)
     for options in Slot24.ENCODINGS.values():
         np.testing.assert_array_equal(Slot24.from_dense(a, **options).to_dense(), a)
 
 
-def test_slots_are_a_bitmap_that_shares_the_buffers() -> None:
-    w = Slot24.from_dense(cases.matrix("uniform", 200, 700, 0.2, 5, "bf16"))
+@both_parts
+def test_slots_are_a_bitmap_that_shares_the_buffers(part_rows: int) -> None:
+    w = Slot24.from_dense(cases.matrix("uniform", 200, 700, 0.2, 5, "bf16"), part_rows=part_rows)
     s = w.slots
     s.validate()
-    assert (s.shape, s.dtype, s.nnz, s.tiles) == ((200, w.tiles[1] * 64), "bf16", w.nnz, w.tiles)
+    assert (s.shape, s.dtype, s.nnz, s.tiles) == ((256, w.tiles[1] * 64), "bf16", w.nnz, w.tiles)
     assert all(s.arrays()[name] is w.arrays()[name] for name in Bitmap.BUFFERS)
-    picks = unpack_picks(w.picks.reshape(2, -1, 4, 32, 2)[1])
+    picks = PARTS_OF[part_rows].restored(unpack_picks(w.picks.reshape(2, -1, 4, 32, 2)[1]))
     assert not picks[72:].any()
     assert 0.4 < picks.sum() / np.count_nonzero(s.to_dense().view(np.uint16)[128:]) < 0.6
 
 
-def test_files(tmp_path: Path) -> None:
-    w = Slot24.from_dense(cases.matrix("uniform", 200, 300, 0.2, 5, "bf16"), window=240)
+def test_the_order_of_slots_in_a_tile() -> None:
+    """Each of the two shapes, against the written one; arrays and single places say the same."""
+    tiles = np.arange(128 * 192, dtype=np.uint16).reshape(128, 192)
+    for rows, parts in PARTS_OF.items():
+        stored = parts.stored(tiles)
+        for row, slot in np.ndindex(128, 192):
+            place = reference.stored_place(rows, row, slot % 64)
+            assert parts.place(row, slot) == (place[0], slot // 64 * 64 + place[1])
+            assert stored[parts.place(row, slot)] == tiles[row, slot]
+        np.testing.assert_array_equal(parts.restored(stored), tiles)
+
+
+@both_parts
+def test_files(part_rows: int, tmp_path: Path) -> None:
+    a = cases.matrix("uniform", 200, 300, 0.2, 5, "bf16")
+    w = Slot24.from_dense(a, window=176, part_rows=part_rows)
     w.save(tmp_path / "w")
     assert same(Slot24.load(tmp_path / "w"), w)
+
+
+def test_files_that_do_not_say_how_many_rows_pair_alike() -> None:
+    w = Slot24.from_dense(cases.matrix("uniform", 200, 300, 0.2, 5, "bf16"), part_rows=32)
+    metadata = w.metadata()
+    del metadata["part_rows"]
+    assert same(Slot24.from_parts(metadata, w.arrays()), w)
 
 
 def test_layouts_of_the_source() -> None:
@@ -272,7 +326,8 @@ def test_scipy_equals_dense(layout: str, value: Any) -> None:
     for dtype in ("fp16", "bf16"):
         dense = a.astype(cases.NUMPY_DTYPE[dtype])
         assert same(Slot24.from_scipy(s, dtype=dtype), Slot24.from_dense(dense))
-        assert same(Slot24.from_scipy(s, dtype=dtype, window=128), Slot24.from_dense(dense, window=128))
+        for options in ({"window": 128}, {"part_rows": 64}, {"part_rows": 32}):
+            assert same(Slot24.from_scipy(s, dtype=dtype, **options), Slot24.from_dense(dense, **options))
 
 
 def test_scipy_duplicates_explicit_zeros_and_special_values() -> None:
@@ -323,6 +378,7 @@ def test_report_and_rounding() -> None:
         (np.ones((2, 2), np.float16), {"dtype": "fp8"}, "dtype"),
         *((np.ones((2, 2), np.float16), {"window": w}, "window") for w in (0, 120, 132, 257, 264, 128.0, True, "256")),
         (np.ones((2, 200), np.float16), {"window": 256}, "window"),
+        *((np.ones((2, 2), np.float16), {"part_rows": r}, "part_rows") for r in (0, 16, 128, 64.0, True, "32")),
     ],
 )
 def test_refused_sources(a: object, options: dict[str, Any], argument: str) -> None:

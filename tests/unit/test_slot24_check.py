@@ -21,9 +21,11 @@ Parts = dict[str, Any]
 WINDOW = 232
 
 
-def weight() -> Slot24:
+def weight(part_rows: int = 32) -> Slot24:
     """200 x 600 in windows of 232: 2 x 6 tiles that reach over both edges, three copies of each dummy."""
-    w = Slot24.from_dense(cases.matrix("uniform", 200, 600, 0.27, 21, "fp16"), window=WINDOW)
+    density = 0.27 if part_rows == 32 else 0.17
+    a = cases.matrix("uniform", 200, 600, density, 21, "fp16")
+    w = Slot24.from_dense(a, window=WINDOW, part_rows=part_rows)
     assert w.tiles == (2, 6)
     assert w.lags[1].max() > 10
     return w
@@ -36,14 +38,12 @@ def byte_of(tile: int, part: int, pair: int, side: int) -> int:
 
 def word_and_bit(tile: int, row: int, pair: int) -> tuple[int, int]:
     """Index in ``picks`` of the word of a slot, and its bit."""
-    word, bit = reference.place_of_pick(row, pair // 16, pair % 16)
-    return (tile * 4 + row % 64 // 16) * 64 + word, bit
+    return reference.place_of_pick(32, tile, row, pair // 16, pair % 16)
 
 
 def slots_of(w: Slot24) -> np.ndarray:
     """Patterns of the slots [256, 384]."""
-    slots = np.zeros((256, 384), np.uint16)
-    slots[:200] = w.slots.to_dense().view(np.uint16)
+    slots: np.ndarray = w.slots.to_dense().view(np.uint16)
     return slots
 
 
@@ -82,6 +82,9 @@ setter("nnz", "nnz_zero", nnz=0)
 setter("nnz", "nnz_one_too_many", nnz=weight().nnz + 1)
 for _number, _window in enumerate((0, -8, 120, 264, 244, 240.0, True, "240", None, [240], 2**70)):
     setter("window", f"window_{_number}", window=_window)
+for _number, _rows in enumerate((0, 16, 48, 128, 32.0, True, "32", None, [32])):
+    setter("part_rows", f"part_rows_{_number}", part_rows=_rows)
+setter("columns", "part_rows_of_other_columns", part_rows=64)
 setter("masks", "window_of_other_tiles", window=128)
 setter("columns", "window_of_the_same_tiles", window=240)
 setter("masks", "shape_of_another_tile_grid", shape=(300, 600))
@@ -261,6 +264,50 @@ def test_mutation_is_found(name: str) -> None:
         assert f"some/file: {field}[{index}]" in str(error.value)
 
 
+@pytest.mark.parametrize("part_rows", [32, 64])
+def test_places_are_named(part_rows: int) -> None:
+    """Of a column, of a pick and of a value behind the last row, wherever they stand."""
+    w = weight(part_rows)
+    slots = reference_slots(w)
+    rng = np.random.default_rng(4)
+    for _ in range(30):
+        tile, band, pair, side = (int(rng.integers(n)) for n in (12, 128 // part_rows, 64, 2))
+        at = reference.place_of_column(part_rows, tile, band, pair // 16, pair % 16, side)
+        columns = w.columns.copy()
+        columns.reshape(-1)[at] = 240
+        refused(w.with_arrays({"columns": columns}), "columns", at)
+
+        row, pair = int(rng.integers(128)), int(rng.integers(64))
+        if slots[tile // 6 * 128 + row, tile % 6 * 64 + pair] == 0:
+            at, bit = reference.place_of_pick(part_rows, tile, row, pair // 16, pair % 16)
+            picks = w.picks.copy()
+            picks.reshape(-1)[at] ^= np.uint32(1 << bit)
+            refused(w.with_arrays({"picks": picks}), "picks", at)
+    for rows in (199, 192, 130):
+        with pytest.raises(FormatError, match=f"values only in rows of the matrix, below {rows}, got one at row") as e:
+            dataclasses.replace(w, shape=(rows, 600)).validate()
+        assert e.value.field == "masks"
+        row, slot = np.argwhere(slots[rows:])[0].tolist()
+        down, across = reference.stored_place(part_rows, rows + row - 128, slot % 64)
+        lane = down % 8 * 4 + across % 8 // 2
+        assert e.value.index == (((6 + slot // 64) * 4 + down // 16 % 4) * 32 + lane) * 2 + across // 32
+
+
+def reference_slots(w: Slot24) -> np.ndarray:
+    """Patterns of the slots [256, 384] in the order of the pairs."""
+    stored, slots = slots_of(w), np.zeros((256, 384), np.uint16)
+    for row, slot in np.ndindex(*slots.shape):
+        down, across = reference.stored_place(w.part_rows, row % 128, slot % 64)
+        slots[row, slot] = stored[row // 128 * 128 + down, slot // 64 * 64 + across]
+    return slots
+
+
+def refused(w: Slot24, field: str, index: int) -> None:
+    with pytest.raises(FormatError) as error:
+        w.validate()
+    assert (error.value.field, error.value.index) == (field, index)
+
+
 def test_messages() -> None:
     w = weight()
     columns = w.columns.copy()
@@ -278,41 +325,44 @@ def test_messages() -> None:
         w.with_arrays({"picks": picks}).validate()
 
 
-def test_any_pairing_in_any_order_is_valid() -> None:
+@pytest.mark.parametrize("part_rows", [32, 64])
+def test_any_pairing_in_any_order_is_valid(part_rows: int) -> None:
     """A weight with other pairs than the encoder's, written by hand: each column beside a dummy or an empty one."""
     bits = cases.bits("uniform", 150, 300, 0.3, 8)
     rng = np.random.default_rng(3)
     lefts, rights = reference.lists_of(128)
     pairs = {}
-    for strip, number, part in np.ndindex(2, 3, 4):
+    for strip, number, band in np.ndindex(2, 3, 128 // part_rows):
         alone = [(lefts[n], rights[127 - n]) for n in range(128)]  # real ones with dummies: both lists end with these
-        pairs[strip, number, part] = [alone[n] for n in rng.permutation(128)]
-    written = reference.write(bits, 128, pairs)
+        pairs[strip, number, band] = [alone[n] for n in rng.permutation(128)]
+    written = reference.write(bits, 128, part_rows, pairs)
     w = Slot24(
         shape=(150, 300),
         dtype="fp16",
         nnz=written.bitmap.nnz,
         window=128,
+        part_rows=part_rows,
         masks=np.array(written.bitmap.masks, np.uint32).reshape(-1, 4, 32, 2),
         values=np.array(written.bitmap.values, np.uint16).reshape(-1, 4, 16, 32, 2),
         fronts=np.array(written.bitmap.fronts, np.int32),
         lags=np.array(written.bitmap.lags, np.uint8).reshape(-1, 4, 64),
         picks=np.array(written.picks, np.uint32).reshape(-1, 4, 32, 2),
-        columns=np.array(written.columns, np.uint8).reshape(-1, 4, 32, 4),
+        columns=np.array(written.columns, np.uint8).reshape(-1, 4, 32, 128 // part_rows),
     )
     w.validate()
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(bits.view(np.float16)))
-    assert (w.columns != Slot24.from_dense(bits.view(np.float16), window=128).columns).any()
+    usual = Slot24.from_dense(bits.view(np.float16), window=128, part_rows=part_rows)
+    assert (w.columns != usual.columns).any()
 
 
-FLIPPED = weight()
+FLIPPED = {part_rows: weight(part_rows) for part_rows in (32, 64)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_flipped_bits_never_pass_as_another_shape(data: st.DataObject) -> None:
     """A flipped bit gives FormatError or a weight that decodes; nothing else is ever raised."""
-    w = FLIPPED
+    w = FLIPPED[data.draw(st.sampled_from([32, 64]))]
     arrays = {name: array.copy() for name, array in w.arrays().items()}
     flat = arrays[data.draw(st.sampled_from(w.BUFFERS))].reshape(-1)
     at = data.draw(st.integers(0, flat.size - 1))
@@ -326,11 +376,15 @@ def test_flipped_bits_never_pass_as_another_shape(data: st.DataObject) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), kinds=st.sets(st.sampled_from(Slot24.BUFFERS), min_size=1))
-def test_random_buffers_are_refused_and_nothing_else(seed: int, kinds: set[str]) -> None:
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kinds=st.sets(st.sampled_from(Slot24.BUFFERS), min_size=1),
+    part_rows=st.sampled_from([32, 64]),
+)
+def test_random_buffers_are_refused_and_nothing_else(seed: int, kinds: set[str], part_rows: int) -> None:
     """Whatever a file holds, what would lead a kernel astray is a FormatError."""
     rng = np.random.default_rng(seed)
-    w = FLIPPED
+    w = FLIPPED[part_rows]
     arrays = {
         name: rng.integers(0, 256, array.nbytes, np.uint8).view(array.dtype).reshape(array.shape)
         if name in kinds

@@ -19,14 +19,14 @@ from flashllm.formats import slot24_encode, slot24_pairs
 from flashllm.formats.slot24 import Slot24
 
 
-def pairs_up(a: np.ndarray, window: int) -> bool:
-    """Whether every part of every window has 128 pairs, by SciPy's matching."""
+def pairs_up(a: np.ndarray, window: int, part_rows: int) -> bool:
+    """Whether every band of every window has 128 pairs, by SciPy's matching."""
     stored = np.zeros((-(-a.shape[0] // 128) * 128, -(-a.shape[1] // window) * window), bool)
     stored[: a.shape[0], : a.shape[1]] = cases.pruned(a) != 0
     lefts, rights = ([c if c < window else window for c in side] for side in reference.lists_of(window))
     for strip in stored.reshape(-1, 128, stored.shape[1] // window, window):
-        for part in range(4):
-            rows = strip[reference.part_rows(part)]
+        for band in range(128 // part_rows):
+            rows = strip[reference.band_rows(part_rows, band)]
             for columns in np.moveaxis(np.pad(rows, ((0, 0), (0, 0), (0, 1))), 1, 0).astype(np.int32):
                 compatible = columns[:, lefts].T @ columns[:, rights] == 0
                 if (maximum_bipartite_matching(sp.csr_array(compatible)) < 0).any():
@@ -41,24 +41,29 @@ def pairs_up(a: np.ndarray, window: int) -> bool:
     density=st.floats(0.1, 0.4),
     pattern=st.sampled_from(cases.PATTERNS),
     window=st.sampled_from([None, None, 128, 136, 200, 248, 256]),
+    part_rows=st.sampled_from([None, 32, 64]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_windows_are_refused_when_columns_cannot_pair_up(
-    rows: int, columns: int, density: float, pattern: str, window: int | None, seed: int
+    rows: int, columns: int, density: float, pattern: str, window: int | None, part_rows: int | None, seed: int
 ) -> None:
     a = cases.matrix(pattern, rows, columns, density, seed, "fp16")
-    if window is None:
-        taken = slot24_pairs.WINDOWS.index(Slot24.from_dense(a).window)
-        assert pairs_up(a, slot24_pairs.WINDOWS[taken])
-        assert not any(pairs_up(a, larger) for larger in slot24_pairs.WINDOWS[:taken])
-    elif pairs_up(a, window):
-        assert Slot24.from_dense(a, window=window).window == window
+    sizes = slot24_pairs.WINDOWS if window is None else (window,)
+    shapes = [64, 32] if part_rows is None else [part_rows]
+    tries = [(size, r) for r in shapes for size in sizes if part_rows is not None or r == 32 or size >= 248]
+    first = next((one for one in tries if pairs_up(a, *one)), None)
+    if first is not None:
+        w = Slot24.from_dense(a, window=window, part_rows=part_rows)
+        assert (w.window, w.part_rows) == first
     else:
         with pytest.raises(ArgumentError, match=f"window: expected a size in which all columns .*, got {window}"):
-            Slot24.from_dense(a, window=window)
+            Slot24.from_dense(a, window=window, part_rows=part_rows)
 
 
-def test_bytes_equal_the_written_format_where_greedy_pairs_must_change(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part_rows", [32, 64])
+def test_bytes_equal_the_written_format_where_greedy_pairs_must_change(
+    part_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dense enough that lefts find no partner at first, that paths are long, and that one window is too large."""
     outcomes = []
     augment = slot24_pairs._augment
@@ -71,11 +76,12 @@ def test_bytes_equal_the_written_format_where_greedy_pairs_must_change(monkeypat
 
     monkeypatch.setattr(slot24_pairs, "_augment", counted)
     monkeypatch.setattr(slot24_encode, "has_lonely_column", lambda masks, window: False)
-    for density, seed in ((0.23, 0), (0.26, 1), (0.3, 2)):
+    rows = {32: (0.23, 0.26, 0.3), 64: (0.15, 0.17, 0.21)}
+    for seed, density in enumerate(rows[part_rows]):
         bits = cases.bits("uniform", 128, 256, density, seed)
-        want = reference.encode(bits)
+        want = reference.encode(bits, part_rows=part_rows)
         assert want is not None
-        reference.assert_as_written(Slot24.from_dense(bits.view(np.float16)), want)
+        reference.assert_as_written(Slot24.from_dense(bits.view(np.float16), part_rows=part_rows), want)
     assert {done for done, _, _ in outcomes} == {True, False}
     assert max(missing for done, missing, _ in outcomes if done) > 2
     assert max(changed for done, _, changed in outcomes if done) > 3
@@ -121,10 +127,14 @@ def test_lists_of_columns(window: int) -> None:
         assert np.bincount(side % 8, minlength=8).max() == 32
 
 
-@pytest.mark.parametrize(("density", "window"), [(0.05, 256), (0.1, 256), (0.2, 240), (0.25, 232), (0.3, 152)])
-def test_random_matrices_have_large_windows_and_few_zeros(density: float, window: int) -> None:
+@pytest.mark.parametrize(
+    ("density", "window", "part_rows"),
+    [(0.05, 256, 64), (0.1, 256, 64), (0.16, 248, 64), (0.2, 240, 32), (0.25, 232, 32), (0.3, 152, 32)],
+)
+def test_random_matrices_have_large_windows_and_few_zeros(density: float, window: int, part_rows: int) -> None:
     rng = np.random.default_rng(1)
     w = Slot24.from_dense((rng.random((1024, 2048)) < density).astype(np.float16))
     assert w.window >= window
+    assert w.part_rows == part_rows
     bits = int(np.bitwise_count(w.masks).sum())
     assert 1 <= bits / w.nnz < 1.12

@@ -185,9 +185,14 @@ def test_every_instance_of_an_architecture_is_covered(arch: str, name: str) -> N
         assert case.choice is not None
         assert (case.data.k % 8 == 0) == case.choice.aligned
         assert case.data.dtype == case.choice.dtype
+        assert all(getattr(case.choice, field) == value for field, value in case.data.layout)
     quick = {case.choice for case in cases.build_cases(backend="cuda", archs=(arch,), formats=(name,), quick=True)}
     widths = {choice.n_block for choice in registry.kernel(name).instances()}
-    assert len(quick) == 4 * len(widths)  # 2 types, aligned or not
+    layouts = {
+        tuple(getattr(choice, field) for field in registry.weight_class(name).LAYOUT)
+        for choice in registry.kernel(name).instances()
+    }
+    assert len(quick) == 4 * len(widths) * len(layouts)  # 2 types, aligned or not
 
 
 @pytest.mark.parametrize("arch", cases.EMULATED_ARCHS)
@@ -271,7 +276,8 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_gpu(monkeypatch)
     result = _run("--quick", "--kernel", "kN=16,")
     assert result.exit_code == 0, result.output
-    assert f"{QUICK} of {QUICK} cases right, {QUICK // 5} kernels" in result.stdout
+    kernels = 4 * (len(registry.FORMATS) + 1)  # slot24 has two shapes of parts
+    assert f"{5 * kernels} of {5 * kernels} cases right, {kernels} kernels" in result.stdout
     assert _run("--arch", "80").exit_code == 2
 
 

@@ -42,6 +42,7 @@ struct Extent {
     std::uint64_t bytes;
     std::uint32_t writable;
     std::uint32_t argument;
+    std::uint32_t dependent;  // not constant: nobody may touch it before the launch before is through
 };
 
 struct Request {

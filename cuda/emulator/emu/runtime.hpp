@@ -60,6 +60,9 @@ void prefetch_global(const void* pointer, unsigned bytes);
 float4 load_relaxed(const float4* pointer);  // 16 bytes at one time
 void store_relaxed(float4* pointer, const float4& value);
 
+// From here on this block may touch arrays that are not constant, see Extent.
+void grid_dependency_wait();
+
 unsigned shared_address(const void* pointer);
 void read_shared(void* value, unsigned address, unsigned bytes);
 template <typename T>

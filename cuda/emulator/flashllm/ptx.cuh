@@ -71,6 +71,11 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
 }
 FLASHLLM_DEVICE void look_again() { emu::look_again(); }
 
+// ---- the launch before and the one after (sm_90) ---------------------------------------------------------------
+
+FLASHLLM_DEVICE void grid_dependency_wait() { emu::grid_dependency_wait(); }
+FLASHLLM_DEVICE void grid_launch_dependents() {}
+
 // ---- asynchronous copies (sm_80) -------------------------------------------------------------------------------
 
 FLASHLLM_DEVICE void copy_async16(bool active, unsigned address, const void* pointer, unsigned bytes) {
@@ -82,6 +87,11 @@ FLASHLLM_DEVICE void copy_async_commit() { emu::copy_async_commit(); }
 template <int kPending>
 FLASHLLM_DEVICE void copy_async_wait() {
     emu::copy_async_wait(kPending);
+}
+
+template <int kThreads>
+FLASHLLM_DEVICE void meet(int barrier) {
+    emu::named_barrier(static_cast<unsigned>(barrier), kThreads);
 }
 
 // ---- barriers in shared memory (sm_80), bulk copies (sm_90) ----------------------------------------------------

@@ -132,6 +132,7 @@ void start_block(Worker& worker, Block& block, unsigned long long number) {
     const Request& request = *worker.launch->request;
     const dim3& grid = worker.launch->grid;
     block.number = number;
+    block.waited = false;
     block.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                    static_cast<unsigned>(number / grid.x / grid.y)};
     FLASHLLM_UNPOISON(block.shared, kSharedLimit + kCanaryBytes);
@@ -204,14 +205,16 @@ const char* position(const Launch& launch, const void* pointer, unsigned bytes, 
         hint = i;
         return write && !request.extents[i].writable ? "a read-only array" : nullptr;
     }
+    hint = request.extent_count;
     if (at >= launch.module_begin && at + bytes <= launch.module_end) return nullptr;
     return "no array of the launch";
 }
 
 void check_global(const char* what, const void* pointer, unsigned bytes, bool write) {
-    Worker& worker = *current().owner->worker;
+    const Block& block = *current().owner;
+    Worker& worker = *block.worker;
+    const Request& request = *worker.launch->request;
     if (const char* where = position(*worker.launch, pointer, bytes, write, worker.last_extent)) {
-        const Request& request = *worker.launch->request;
         for (std::size_t i = 0; i < request.extent_count; ++i) {
             const long long offset = static_cast<const char*>(pointer) - request.extents[i].begin;
             if (offset < -4096 || offset > static_cast<long long>(request.extents[i].bytes) + 4096) continue;
@@ -219,6 +222,11 @@ void check_global(const char* what, const void* pointer, unsigned bytes, bool wr
                  request.extents[i].argument, static_cast<unsigned long long>(request.extents[i].bytes), where);
         }
         fail("%s of %u bytes at %p: %s", what, bytes, pointer, where);
+    }
+    const std::size_t found = worker.last_extent;
+    if (!block.waited && found < request.extent_count && request.extents[found].dependent) {
+        fail("%s of argument %u, which the launch before may be using: nobody has waited for it", what,
+             request.extents[found].argument);
     }
     if (bytes <= 16 && reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) {
         fail("%s of %u bytes at %p: misaligned", what, bytes, pointer);
@@ -242,6 +250,8 @@ void fail(const char* format, ...) {
     __builtin_unreachable();
 }
 
+void grid_dependency_wait() { current().owner->waited = true; }
+
 void read_global(const void* pointer, unsigned bytes) {
     check_global("read", pointer, bytes, false);
     current().owner->worker->add(Counter::global_read_bytes, bytes);
@@ -252,8 +262,8 @@ void write_global(const void* pointer, unsigned bytes) {
     current().owner->worker->add(Counter::global_write_bytes, bytes);
 }
 
-// Not one access on the host, but whoever sees the first 8 bytes sees the others too. A look that finds a zero is not
-// counted: how many there are is up to the schedule.
+// Not one access on the host, but whoever sees the first 8 bytes sees the others too. Looks are not counted: how many
+// there are is up to the schedule.
 float4 load_relaxed(const float4* pointer) {
     check_global("read", pointer, sizeof(float4), false);
     std::uint64_t bits[2];
@@ -262,7 +272,6 @@ float4 load_relaxed(const float4* pointer) {
     bits[1] = __atomic_load_n(from + 1, __ATOMIC_RELAXED);
     float4 value;
     std::memcpy(&value, bits, sizeof value);
-    if ((bits[0] & 0xffffffffu) != 0) current().owner->worker->add(Counter::global_read_bytes, sizeof value);
     return value;
 }
 

@@ -124,6 +124,7 @@ struct Block : BlockView {
     Worker* worker = nullptr;
     unsigned long long number = 0;
     bool running = false;
+    bool waited = false;  // a thread has waited for the launch before; what orders the others is checked elsewhere
     unsigned live_threads = 0;
     unsigned ready_warps = 0;
     unsigned warp_count = 0;

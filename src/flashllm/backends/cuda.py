@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from flashllm.backends import dependent
 from flashllm.device import current_device, device_facts
 from flashllm.errors import CompileError, UnsupportedDeviceError
 from flashllm.jit.compile import Cubin, compile_kernel
@@ -33,14 +34,20 @@ def load(spec: KernelSpec) -> Any:
     return kernel
 
 
-def launch(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any], *, stream: Any = None) -> None:
+def launch(
+    spec: KernelSpec, grid: Sequence[int], args: Sequence[Any], *, stream: Any = None, overlap_previous: bool = False
+) -> None:
     """Launch ``spec`` on ``grid`` (1 to 3 block counts) with CuPy arrays and NumPy scalars as ``args``.
 
     Runs on ``stream`` (a CuPy stream; the current one for ``None``) and allocates nothing, so it can be
     captured in a CUDA graph once :func:`load` has run. Pointers are passed as they are: shapes, types,
-    strides and alignment are the caller's to check.
+    strides and alignment are the caller's to check. With ``overlap_previous`` it may start while the launch before
+    still runs; the kernel has to wait for that one (docs/kernels/pdl.md).
     """
     kernel = load(spec)
+    if overlap_previous:
+        dependent.launch(kernel, grid, spec.threads, args, shared_bytes=spec.shared_bytes, stream=stream)
+        return
     block = (spec.threads,)
     if stream is None:
         kernel(tuple(grid), block, tuple(args), shared_mem=spec.shared_bytes)

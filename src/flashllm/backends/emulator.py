@@ -66,6 +66,7 @@ class _Extent(ctypes.Structure):
         ("bytes", ctypes.c_uint64),
         ("writable", ctypes.c_uint32),
         ("argument", ctypes.c_uint32),
+        ("dependent", ctypes.c_uint32),
     )
 
 
@@ -109,13 +110,15 @@ def launch(
     sanitize: bool = False,
     workers: int | None = None,
     build: BuildOptions | None = None,
+    dependent: Sequence[NDArray[Any]] = (),
 ) -> Counts:
     """Run ``spec`` on ``grid`` (1 to 3 block counts) with C-contiguous NumPy arrays and NumPy scalars as ``args``.
 
     ``arch`` selects the code path. ``seed`` draws the order of warps and lanes and which asynchronous copies
     end early; equal seeds and ``workers`` (threads of the host, default: all cores) repeat a schedule. With
     ``sanitize`` the kernel runs under AddressSanitizer, which must be in the process
-    (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more.
+    (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more. ``dependent`` are the
+    arrays among ``args`` that a block may touch only once it has waited for the launch before.
 
     Raises :class:`EmulationError` when the kernel misbehaves, :class:`ArgumentError` for arguments that do not fit
     it, :class:`MissingDependencyError` without a compiler, ``CompileError`` when it does not compile.
@@ -128,7 +131,7 @@ def launch(
     if len(args) != len(loaded.sizes):
         raise ArgumentError("args", expected=f"{len(loaded.sizes)} arguments of {spec.label}", got=str(len(args)))
     extents: list[_Extent] = []
-    values = [_argument(i, value, loaded.sizes[i], extents) for i, value in enumerate(args)]
+    values = [_argument(i, value, loaded.sizes[i], extents, dependent) for i, value in enumerate(args)]
     pointers = (ctypes.c_void_p * max(len(values), 1))(*(value.ctypes.data for value in values))
     counts = (ctypes.c_uint64 * len(loaded.counters))()
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
@@ -240,8 +243,9 @@ def spmm(
     needed = plan.workspace_bytes
     workspace = _aligned(np.zeros(needed, np.uint8) if needed else np.full(16, 0xFF, np.uint8))
     w = w.with_arrays({name: _aligned(array) for name, array in w.arrays().items()})
-    args = kernel(w.format).arguments(w, plan.split, _fenced(x), y, workspace)
-    counts = launch(plan.spec, plan.grid, args, seed=seed, build=build)
+    inner = _fenced(x)
+    args = kernel(w.format).arguments(w, plan.split, inner, y, workspace)
+    counts = launch(plan.spec, plan.grid, args, seed=seed, build=build, dependent=(inner, y, workspace))
     if needed and workspace.any():
         raise EmulationError(f"{plan.spec.label} (seed {seed}): the workspace is not zero after the launch")
     for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):
@@ -269,7 +273,7 @@ def _aligned(a: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _argument(i: int, value: Any, size: int, extents: list[_Extent]) -> NDArray[Any]:
+def _argument(i: int, value: Any, size: int, extents: list[_Extent], dependent: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """One kernel argument as an array whose bytes are the argument; arrays become pointers."""
     name = f"args[{i}]"
     if value is None:
@@ -278,7 +282,8 @@ def _argument(i: int, value: Any, size: int, extents: list[_Extent]) -> NDArray[
         if not value.flags.c_contiguous:
             raise ArgumentError(name, expected="a C-contiguous array", got=f"strides {value.strides}")
         address = value.ctypes.data
-        extents.append(_Extent(begin=address, bytes=value.nbytes, writable=value.flags.writeable, argument=i))
+        writable, waits = value.flags.writeable, any(value is array for array in dependent)
+        extents.append(_Extent(begin=address, bytes=value.nbytes, writable=writable, argument=i, dependent=waits))
         value = np.uint64(address)
     elif not isinstance(value, np.generic):
         raise ArgumentError(name, expected="a NumPy array or scalar", got=type(value).__name__)

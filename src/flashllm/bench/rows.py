@@ -32,6 +32,8 @@ class Measured:
     reference: str
     timing: Timing | None = None
     cublas_us: float | None = None
+    overlaps: bool = False
+    """Launches may have overlapped each other."""
 
 
 def make_row(
@@ -75,7 +77,7 @@ def make_row(
         choice=measured.choice,
         deterministic=measured.deterministic,
         l2=method.l2 if method else None,
-        launch=method.launch if method else None,
+        launch=method.launch + "-pdl" * measured.overlaps if method else None,
         copies=measured.copies,
         rotated_mb=round(measured.copies * measured.weight_bytes / 1e6, 3),
         read_gbps=_rounded(read_gbps, 1),

@@ -34,6 +34,8 @@ class Settings:
     check_rows: int = 512
     ablation: bool = False
     """Measure our kernel without each of its ideas too, where such instances exist (fp16, N = 9 to 16)."""
+    pdl: bool = False
+    """Measure launches of our kernel that may overlap each other too, in graphs."""
 
 
 Packing = tuple["float | None", str, str]
@@ -221,6 +223,9 @@ class CudaRunner:
         for sparsity, name in packings:
             ours = systems.FlashLLM(loaded.packed[sparsity, name, "default"], x, group.dtype)
             runs.append(Run.of_ours(ours, loaded.prepared[sparsity], group))
+            if self._settings.pdl and ours.plan.expansion is None:
+                overlapping = systems.FlashLLM(ours.weights, x, group.dtype, overlaps=True)
+                runs.append(Run.of_ours(overlapping, loaded.prepared[sparsity], group))
             runs += self._ablation(loaded, ours, (sparsity, name))
         if method.launch == "stream" and group.dtype == "fp16":
             y = systems.empty_output(n, group.m, group.dtype)
@@ -236,6 +241,8 @@ class CudaRunner:
             under_load=lambda: readings.append(telemetry.read()),
         )
         for run in runs:
+            if run.overlaps:  # what a graph of them has left: one launch alone overlaps nothing
+                run.compare(x, group.dtype)
             run.check(run.system.copies - 1, x, group.dtype, self._stream)
         for run, result in zip(runs, timings, strict=True):
             row = make_row(

@@ -44,6 +44,8 @@ class Run:
     """Where the output is written."""
     item: Prepared
     weight_bytes: int
+    overlaps: bool = False
+    """Its launches may overlap each other."""
     limit: float = 1.0
     """The system passes up to this many times the error bound."""
     ratio: float = 0.0
@@ -53,8 +55,9 @@ class Run:
     def of_ours(cls, system: systems.FlashLLM, item: Prepared, group: Group, *, ablation: str | None = None) -> Run:
         """Our kernel, or with ``ablation``, the name of one of its ideas, our kernel without that idea."""
         plan, weight = system.plan, system.weights[0]
+        variant = "-pdl" if system.overlaps else "" if ablation is None else "-ablation"
         return cls(
-            name="flashllm" if ablation is None else "flashllm-ablation",
+            name=f"flashllm{variant}",
             format=weight.format,
             kernel=plan.label if ablation is None else f"{ablation}: {plan.label}",
             choice=system.choice if ablation is not None else group.choice(system.choice),
@@ -64,6 +67,7 @@ class Run:
             buffer=system.y,
             item=item,
             weight_bytes=weight.nbytes,
+            overlaps=system.overlaps,
             limit=1.0 if plan.expansion is None else check.BASELINE_LIMIT,
         )
 
@@ -102,10 +106,14 @@ class Run:
         )
 
     def check(self, copy: int, x: Any, dtype: str, stream: Any) -> None:
-        """Launch once on weight copy ``copy``, compare with both references and keep the worst ratios."""
-        n, item = x.shape[0], self.item
+        """Launch once on weight copy ``copy`` and :meth:`compare`."""
         check.poison(self.buffer, dtype)
         self.system.launch(copy, stream)
+        self.compare(x, dtype)
+
+    def compare(self, x: Any, dtype: str) -> None:
+        """Compare what the last launch has left with both references and keep the worst ratios."""
+        n, item = x.shape[0], self.item
         y64 = to_float64(self.output(), dtype)
         self.ratio = max(self.ratio, check.error_over_bound(y64, item.references[n]))
         other, x64 = to_float64(item.outputs[n], dtype), to_float64(x, dtype)
@@ -129,5 +137,6 @@ class Run:
             passed=self.ratio <= self.limit and self.whole_ratio <= 1.0,
             reference=f"float64 on {rows} rows, cublas on all",
             timing=result,
-            cublas_us=cublas_us,
+            cublas_us=None if self.overlaps else cublas_us,  # cuBLAS's launches do not
+            overlaps=self.overlaps,
         )

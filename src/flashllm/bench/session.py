@@ -32,7 +32,7 @@ class Session:
                 *(r.format, r.l2, r.launch),
             )
             for r in self.earlier
-            if r.system == "flashllm" and r.check == "pass"
+            if r.system in ("flashllm", "flashllm-pdl") and r.check == "pass"
         }
 
     @property

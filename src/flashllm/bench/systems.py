@@ -35,16 +35,25 @@ def empty_output(n: int, m: int, dtype: str) -> Any:
 
 
 class FlashLLM:
-    """Our kernel: one plan, one workspace, rotating weights. ``choice`` forces an instance of the kernel."""
+    """Our kernel: one plan, one workspace, rotating weights. ``choice`` forces an instance of the kernel.
+
+    With ``overlaps`` a launch may begin before the one before has ended, though both use the workspace and the output.
+    """
 
     def __init__(
-        self, weights: Sequence[SparseWeight], x: Any, dtype: str, *, choice: KernelChoice | None = None
+        self,
+        weights: Sequence[SparseWeight],
+        x: Any,
+        dtype: str,
+        *,
+        choice: KernelChoice | None = None,
+        overlaps: bool = False,
     ) -> None:
         import cupy
 
         from flashllm.matmul import plan
 
-        self.weights, self.x = weights, x
+        self.weights, self.x, self.overlaps = weights, x, overlaps
         self.copies = len(weights)
         self.y = empty_output(x.shape[0], weights[0].shape[0], dtype)
         self.plan = plan(weights[0], x.shape[0], choice=choice)
@@ -55,7 +64,15 @@ class FlashLLM:
         """Queue y = x @ W^T with weight copy ``copy``."""
         from flashllm.matmul import spmm
 
-        spmm(self.x, self.weights[copy], out=self.y, workspace=self._workspace, stream=stream, plan=self.plan)
+        spmm(
+            self.x,
+            self.weights[copy],
+            out=self.y,
+            workspace=self._workspace,
+            stream=stream,
+            plan=self.plan,
+            overlap_previous=self.overlaps,
+        )
 
 
 class CublasSystem:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flashllm.backends.emulator_counts import Counts
+    from flashllm.bench.cases import Group
     from flashllm.bench.environment import Environment
     from flashllm.bench.plan_cases import Work
     from flashllm.bench.results import Row
+    from flashllm.bench.runner_types import Wanted
     from flashllm.bench.session import Session
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -92,6 +94,12 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     help="Also measure our kernel without word reordering, without overlap, and clearing whole tiles "
     "(fp16, N = 9 to 16, on a GPU); of Tiled-CSL where no --format is named.",
 )
+@click.option(
+    "--pdl",
+    is_flag=True,
+    help="Also measure launches of our kernel that may overlap each other, as flashllm-pdl (in CUDA graphs, on a GPU "
+    "of compute capability 9.0 or newer).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON Lines on stdout; everything else on stderr.")
 @click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows as CSV too.")
 @click.option(
@@ -143,6 +151,7 @@ def command(
     check_rows: int,
     model_gpu: str | None,
     ablation: bool,
+    pdl: bool,
     as_json: bool,
     csv_file: Path | None,
     out: Path | None,
@@ -170,6 +179,8 @@ def command(
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
+        if pdl and launch != "graph":
+            raise BadUsage(f"--pdl: expected --launch graph beside it, got {launch}")
         gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU, argument="model-gpu")
         if device is not None and backend in ("emulator", "reference"):
             raise BadUsage(f"--device: expected nothing with --backend {backend}, which uses no GPU")
@@ -227,6 +238,7 @@ def command(
                 time_cap=time_cap,
                 check_rows=check_rows,
                 ablation=ablation,
+                pdl=pdl,
             )
         else:
             _run_host(work, session, facts, emit, notes, counted, check_rows=check_rows)
@@ -243,10 +255,10 @@ def command(
         sys.exit(INTERRUPTED)
 
 
-def _remaining(work: Work, session: Session, notes: Console, l2: str | None, launch: str | None) -> int:
+def _remaining(work: Work, session: Session, notes: Console, wanted: Wanted) -> int:
     """How many cases are to be measured; says how many are skipped."""
     cases = [(group, *case) for group in work.groups for case in group.cases]
-    left = sum(session.is_wanted(*case, l2=l2, launch=launch) for case in cases)
+    left = sum(wanted(*case) for case in cases)
     if left < len(cases):
         notes.print(f"{len(cases) - left} of {len(cases)} cases are in {session.out} already", soft_wrap=True)
     return left
@@ -265,9 +277,12 @@ def _run_cuda(
     time_cap: float,
     check_rows: int,
     ablation: bool,
+    pdl: bool,
 ) -> None:
+    from flashllm.backends import dependent
     from flashllm.bench import systems, timing
     from flashllm.bench.runner import CudaRunner, Settings, check_memory
+    from flashllm.device import device_facts
     from flashllm.errors import DeviceMemoryError
 
     settings = Settings(
@@ -275,19 +290,23 @@ def _run_cuda(
         layouts=systems.LAYOUTS_BOTH if layouts == "both" else systems.LAYOUTS_ROW,
         check_rows=check_rows,
         ablation=ablation,
+        pdl=pdl,
     )
-    left = _remaining(work, session, notes, l2, launch)
+    launches = (launch, f"{launch}-pdl") if pdl else (launch,)
+
+    def wanted(group: Group, sparsity: float | None, n: int, name: str) -> bool:
+        return any(session.is_wanted(group, sparsity, n, name, l2=l2, launch=style) for style in launches)
+
+    left = _remaining(work, session, notes, wanted)
     if left == 0:
         return
     with usage_errors():
+        if pdl:
+            dependent.check(device_facts())
         check_memory(work.groups, work.source, settings)
     runner = CudaRunner(facts, settings, work.source, emit)
     with progress(notes, left) as advance, usage_errors(DeviceMemoryError):
-        runner.run(
-            work.groups,
-            wanted=lambda g, s, n, f: session.is_wanted(g, s, n, f, l2=l2, launch=launch),
-            advance=advance,
-        )
+        runner.run(work.groups, wanted=wanted, advance=advance)
     notes.print(f"pure read bandwidth of this run: {runner.read_gbps:.0f} GB/s")
 
 
@@ -303,7 +322,10 @@ def _run_host(
 ) -> None:
     from flashllm.bench.runner_host import run_host
 
-    left = _remaining(work, session, notes, None, None)
+    def wanted(group: Group, sparsity: float | None, n: int, name: str) -> bool:
+        return session.is_wanted(group, sparsity, n, name, l2=None, launch=None)
+
+    left = _remaining(work, session, notes, wanted)
     with progress(notes, left) as advance:
         run_host(
             work.groups,
@@ -311,7 +333,7 @@ def _run_host(
             work.source,
             check_rows=check_rows,
             emit=emit,
-            wanted=lambda g, s, n, f: session.is_wanted(g, s, n, f, l2=None, launch=None),
+            wanted=wanted,
             advance=advance,
             note_counts=lambda row, counts: counted.append((row, counts)),
         )
@@ -343,5 +365,5 @@ def _finish(
 
 
 def _method(row: Row) -> tuple[object, ...]:
-    """What rows of one table have in common."""
-    return row.backend, row.dtype, row.pattern, row.l2, row.launch
+    """What rows of one table have in common; overlapping launches, systems of their own, stand beside the others."""
+    return row.backend, row.dtype, row.pattern, row.l2, row.launch and row.launch.removesuffix("-pdl")

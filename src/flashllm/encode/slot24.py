@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,46 +24,56 @@ from flashllm.formats.base import ReportCallback
 from flashllm.formats.bitmap_encode import LANES, PARTS
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.slot24 import Slot24
-from flashllm.formats.slot24_encode import STEPS, slots_shape, unpaired
-from flashllm.formats.slot24_pairs import WINDOWS, check_window
+from flashllm.formats.slot24_encode import slots_shape, unpaired
+from flashllm.formats.slot24_pairs import check_window, tried
+from flashllm.formats.slot24_parts import PARTS_OF, Parts, check_part_rows
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 
 _THREADS = PARTS * LANES
 
 
-def _spec(name: str, *source: str) -> KernelSpec:
+def _spec(name: str, source: str | None = None, parts: Parts | None = None) -> KernelSpec:
+    sources = () if source is None else (("Source", source),)
     return KernelSpec(
         name=f"slot24_{name}",
         source="encode/slot24.cu",
         function=f"flashllm::slot24_{name}",
-        template=tuple(("Source", text) for text in source),
-        threads=_THREADS,
+        template=sources if parts is None else (*sources, ("kPartRows", str(parts.rows))),
+        threads=_THREADS if name != "pair" or parts is None else parts.bands * LANES,
     )
 
 
 def specs() -> list[KernelSpec]:
     """Every kernel of its own that this module can launch; those of the encoder of bitmap are used too."""
-    by_source = [_spec(name, source) for name in ("mark", "fill") for source in SOURCES]
-    return [*by_source, _spec("pair"), _spec("spread")]
+    mark = [_spec("mark", source) for source in SOURCES]
+    fill = [_spec("fill", source, parts) for source in SOURCES for parts in PARTS_OF.values()]
+    return [*mark, *fill, *(_spec(name, None, parts) for name in ("pair", "spread") for parts in PARTS_OF.values())]
 
 
 def encode(
-    a: Any, *, dtype: str | None = None, report: ReportCallback | None = None, window: int | None = None
+    a: Any,
+    *,
+    dtype: str | None = None,
+    report: ReportCallback | None = None,
+    window: int | None = None,
+    part_rows: int | None = None,
 ) -> Slot24:
     """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
 
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
     ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
-    else fp16. ``report`` receives what the rounding did. ``window`` is as for ``Slot24.from_dense``.
+    else fp16. ``report`` receives what the rounding did. ``window`` and ``part_rows`` are as for
+    ``Slot24.from_dense``.
 
-    Memory beside the result: the matrix of slots, 256 bytes a row for each window (half the dense matrix of 16 bits
-    when windows have 256 columns), and M K / 8 bytes. Waits for the device once for each window size that it tries, and
-    once more. Raises ``ArgumentError``, also for a window in which the columns do not pair up.
+    Memory beside the result: the matrix of slots, 256 bytes a row of whole tiles for each window (half the dense matrix
+    of 16 bits when windows have 256 columns), and M K / 8 bytes. Waits for the device once for each window size that it
+    tries, and once more. Raises ``ArgumentError``, also for a window in which the columns do not pair up.
     """
     import cupy
 
     check_window(window)
+    check_part_rows(part_rows)
     source, kind = source_of(a, dtype)
     shape, pitch = layout_of(a)
     check_on_device(a, "a")
@@ -75,14 +86,15 @@ def encode(
     rounding = cupy.zeros(4, np.uint64)
     groups = -(-columns // _THREADS)
     launch(_spec("mark", source), (strips * PARTS * groups,), (*matrix, masks, rounding, *size))
-    chosen, pairs = _pair_up(masks, shape, window)
+    parts, chosen, pairs = _pair_up(masks, shape, window, part_rows)
 
-    width = slots_shape(shape, chosen)[1]
-    with memory_errors("matrix of slots", 2 * rows * width + 2 * pairs.nbytes):
-        slots = cupy.empty((rows, width), np.uint16)
-        picks = cupy.empty((len(pairs), PARTS, LANES, 2), np.uint32)
+    slots_of = slots_shape(shape, chosen)
+    picks_of = (len(pairs), PARTS, LANES, 2)
+    with memory_errors("matrix of slots", 2 * slots_of[0] * slots_of[1] + 4 * math.prod(picks_of)):
+        slots = cupy.empty(slots_of, np.uint16)
+        picks = cupy.empty(picks_of, np.uint32)
     filled = (masks, pairs, slots, picks, *size, np.int32(chosen))
-    launch(_spec("fill", source), (len(pairs) // 2,), (*matrix, *filled))
+    launch(_spec("fill", source, parts), (len(pairs) // 2,), (*matrix, *filled))
     del masks, filled
     packed = bitmap.encode(slots, dtype=kind)
     send_report(report, source, packed.nnz, rounding)
@@ -91,6 +103,7 @@ def encode(
         dtype=kind,
         nnz=packed.nnz,
         window=chosen,
+        part_rows=parts.rows,
         masks=packed.masks,
         values=packed.values,
         fronts=packed.fronts,
@@ -100,20 +113,20 @@ def encode(
     )
 
 
-def _pair_up(masks: Any, shape: tuple[int, int], window: int | None) -> tuple[int, Any]:
-    """The window, and ``columns`` for it: of the largest window in which all columns pair up."""
+def _pair_up(masks: Any, shape: tuple[int, int], window: int | None, part_rows: int | None) -> tuple[Parts, int, Any]:
+    """The shape of parts, the window, and ``columns`` for them: of the first with which all columns pair up."""
     import cupy
 
     failed = cupy.empty(1, np.int32)
-    for size in WINDOWS if window is None else (window,):
+    for parts, size in tried(window, part_rows):
         tiles_m, tiles_k = tile_grid(slots_shape(shape, size))
         tiles = tiles_m * tiles_k
-        with memory_errors("pairs of columns", tiles * _THREADS * STEPS):
-            columns = cupy.empty((tiles, PARTS, LANES, STEPS), np.uint8)
+        with memory_errors("pairs of columns", tiles * _THREADS * parts.steps):
+            columns = cupy.empty((tiles, PARTS, LANES, parts.steps), np.uint8)
         failed.fill(0)
-        launch(_spec("pair"), (tiles // 2,), (masks, columns, failed, np.int32(shape[1]), np.int32(size)))
+        launch(_spec("pair", None, parts), (tiles // 2,), (masks, columns, failed, np.int32(shape[1]), np.int32(size)))
         if int(failed[0]) == 0:
-            return size, columns
+            return parts, size, columns
     raise unpaired(window)
 
 
@@ -144,5 +157,7 @@ def decode(w: Slot24, *, out: Any = None, scratch: Any = None) -> Any:
         scratch = scratch.view(numpy_dtype(w.dtype)).reshape(slots_shape(w.shape, w.window))
     slots = bitmap.decode(w.slots, out=scratch)
     size = (np.int32(rows), np.int32(columns), np.int32(w.window))
-    launch(_spec("spread"), (len(w.columns) // 2,), (slots, w.picks, w.columns, out, *size))
+    launch(
+        _spec("spread", None, PARTS_OF[w.part_rows]), (len(w.columns) // 2,), (slots, w.picks, w.columns, out, *size)
+    )
     return out

@@ -17,6 +17,7 @@ from flashllm.formats.decoded import csr_of, dense_of
 from flashllm.formats.slot24_check import check_buffers, check_content, check_fields
 from flashllm.formats.slot24_encode import EncodedSlots, decode_strips, encode, slots_shape
 from flashllm.formats.slot24_pairs import RESIDUES, check_window
+from flashllm.formats.slot24_parts import PARTS_OF, Parts, check_part_rows
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 from flashllm.formats.weight import SparseWeight
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TILE_BYTES = 1024 + 1024 + 512 + 36  # masks, picks, columns; front and lags
+_TALL_SAVES = 256  # of them, where parts have 64 rows
 _DENSITIES = (0.17, 0.25, 0.29, 0.35)
 _WINDOWS = (256, 240, 176, 128)  # the largest in which the columns of large random matrices pair up, about
+_TALL_DENSITY = 0.17  # up to which they pair up for 64 rows too, in windows of 248 at the least
 _SMALL = 1 << 15  # rows of values that are not full at the end, bytes
 
 
@@ -34,18 +37,26 @@ _SMALL = 1 << 15  # rows of values that are not full at the end, bytes
 class Slot24(SparseWeight):
     """A sparse weight W [M, K] as a matrix of slots, each of which holds a value of one of two columns.
 
-    ``window`` columns of W go into 128 slots, in pairs that each of the four parts of 128 rows has for itself.
-    ``masks``, ``values``, ``fronts`` and ``lags`` are those of the ``Bitmap`` of the slots [M, 128 * windows].
-    ``picks`` is uint32 [tiles, 4, 32, 2]: a bit for each slot, 1 where its value is the right column's. ``columns`` is
-    uint8 [tiles, 4, 32, 4]: for each lane and step of a tile, the column in the window.
+    ``window`` columns of W go into 128 slots, in pairs that each band of ``part_rows`` of 128 rows, 32 or 64, has for
+    itself. ``masks``, ``values``, ``fronts`` and ``lags`` are those of the ``Bitmap`` of the slots, 128 per window;
+    where bands have 64 rows, it has them in another order in each tile. ``picks`` is uint32 [tiles, 4, 32, 2]: a bit
+    for each slot, 1 where its value is the right column's. ``columns`` is uint8 [tiles, 4, 32, 4], for bands of 64 rows
+    [tiles, 4, 32, 2]: for each lane and step of a part, the column in the window.
     """
 
     FORMAT: ClassVar[str] = "slot24"
     BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags", "picks", "columns")
-    ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "window-128": {"window": 128}}
+    ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "window-128": {"window": 128},
+        "part-rows-32": {"part_rows": 32},
+        "part-rows-64": {"part_rows": 64},
+    }
+    LAYOUT: ClassVar[tuple[str, ...]] = ("part_rows",)
     MULTIPLIES_ZEROS: ClassVar[bool] = False
 
     window: int
+    part_rows: int = 32  # files from before there was a choice do not say it
     masks: Any = field(repr=False)
     values: Any = field(repr=False)
     fronts: Any = field(repr=False)
@@ -57,7 +68,8 @@ class Slot24(SparseWeight):
     def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
         """``FormatError`` unless fields, types and lengths are legal."""
         check_fields(**fields, path=path)
-        check_buffers(shape=tuple(fields["shape"]), window=fields["window"], **arrays, path=path)
+        shape, window, part_rows = tuple(fields["shape"]), fields["window"], fields["part_rows"]
+        check_buffers(shape=shape, window=window, part_rows=part_rows, **arrays, path=path)
 
     def check_content(self, *, path: str | None) -> None:
         """``FormatError`` at the first breach of what a kernel relies on, or when values and ``nnz`` do not agree.
@@ -68,6 +80,7 @@ class Slot24(SparseWeight):
             slots=self.slots,
             shape=self.shape,
             window=self.window,
+            parts=self._parts,
             picks=self.picks,
             columns=self.columns,
             path=path,
@@ -80,11 +93,18 @@ class Slot24(SparseWeight):
         tiles_m, tiles_k = grid = tile_grid(slots_shape(shape, window))
         slots = tiles_m * tiles_k * TILE_M * TILE_K
         values = estimated_value_bytes(grid, density * shape[0] * shape[1] / slots)
-        return int(tiles_m * tiles_k * _TILE_BYTES) + values + _SMALL
+        tile_bytes = _TILE_BYTES - (_TALL_SAVES if density <= _TALL_DENSITY else 0)
+        return tiles_m * tiles_k * tile_bytes + values + _SMALL
 
     @classmethod
     def from_dense(
-        cls, a: Any, *, dtype: str | None = None, window: int | None = None, report: ReportCallback | None = None
+        cls,
+        a: Any,
+        *,
+        dtype: str | None = None,
+        window: int | None = None,
+        part_rows: int | None = None,
+        report: ReportCallback | None = None,
     ) -> Slot24:
         """Encode a dense matrix [M, K].
 
@@ -92,36 +112,45 @@ class Slot24(SparseWeight):
         bfloat16, float32 or, with ``dtype="bf16"``, uint16 bit patterns; a CuPy array is encoded on its device.
         ``dtype`` is ``"fp16"`` or ``"bf16"``; by default bf16 for bf16 input, else fp16. Other types are rounded to
         nearest even; ``report`` is called once with the ``RoundingReport`` of that. ``window`` is how many columns
-        share 128 slots, a multiple of 8 in 128..256; by default the largest of a list that the matrix allows. Raises
-        ``ArgumentError``, also for a window in which the columns do not pair up.
+        share 128 slots, a multiple of 8 in 128..256; by default the largest of a list that the matrix allows.
+        ``part_rows`` is how many rows pair their columns alike, 32 or 64; by default 64 where windows can be nearly as
+        large as they get. Raises ``ArgumentError``, also for a window in which the columns do not pair up.
         """
         check_window(window)
+        check_part_rows(part_rows)
         if is_cupy(a):
             from flashllm.encode import slot24 as device
 
-            return device.encode(a, dtype=dtype, window=window, report=report)
+            return device.encode(a, dtype=dtype, window=window, part_rows=part_rows, report=report)
         shape = check_dense(a)
         kind = check_dtype(dtype) if dtype is not None else default_dtype(a)
         tally = RoundingTally() if report is not None else None
-        encoded = encode(lambda counted: dense_strips(a, kind, TILE_M, counted), shape, window, tally)
+        encoded = encode(lambda counted: dense_strips(a, kind, TILE_M, counted), shape, window, part_rows, tally)
         return cls._from_encoded(encoded, shape, kind, tally, report)
 
     @classmethod
     def from_scipy(
-        cls, s: Any, *, dtype: str = "fp16", window: int | None = None, report: ReportCallback | None = None
+        cls,
+        s: Any,
+        *,
+        dtype: str = "fp16",
+        window: int | None = None,
+        part_rows: int | None = None,
+        report: ReportCallback | None = None,
     ) -> Slot24:
         """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
 
         Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as in
-        ``from_dense``, whose ``window`` this takes too. Raises ``ArgumentError`` for another type, ``FormatError`` for
-        index arrays that are not sound.
+        ``from_dense``, whose ``window`` and ``part_rows`` this takes too. Raises ``ArgumentError`` for another type,
+        ``FormatError`` for index arrays that are not sound.
         """
         check_window(window)
+        check_part_rows(part_rows)
         kind = check_dtype(dtype)
         csr = canonical_csr(s)
         shape = (int(csr.shape[0]), int(csr.shape[1]))
         tally = RoundingTally() if report is not None else None
-        encoded = encode(lambda counted: scipy_strips(csr, kind, TILE_M, counted), shape, window, tally)
+        encoded = encode(lambda counted: scipy_strips(csr, kind, TILE_M, counted), shape, window, part_rows, tally)
         return cls._from_encoded(encoded, shape, kind, tally, report)
 
     @classmethod
@@ -140,6 +169,7 @@ class Slot24(SparseWeight):
             dtype=dtype,
             nnz=encoded.bitmap.nnz,
             window=encoded.window,
+            part_rows=encoded.part_rows,
             masks=encoded.bitmap.masks,
             values=encoded.bitmap.values,
             fronts=encoded.bitmap.fronts,
@@ -155,7 +185,7 @@ class Slot24(SparseWeight):
 
     @property
     def slots(self) -> Bitmap:
-        """The matrix of slots [M, 128 * windows]; it shares the buffers."""
+        """The matrix of slots as it is stored, in whole tiles; it shares the buffers."""
         return Bitmap(
             shape=slots_shape(self.shape, self.window),
             dtype=self.dtype,
@@ -177,4 +207,8 @@ class Slot24(SparseWeight):
 
     def strips(self) -> Iterator[NDArray[np.uint16]]:
         """Patterns [up to 128, K] of each row of tiles (host buffers)."""
-        return decode_strips(self.slots.strips(), self.picks, self.columns, self.shape, self.window)
+        return decode_strips(self.slots.strips(), self.picks, self.columns, self.shape, self.window, self._parts)
+
+    @property
+    def _parts(self) -> Parts:
+        return PARTS_OF[self.part_rows]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which columns of a window share a slot: the pairing of slot24 on the CPU; see docs/formats/slot24.md.
 
-The rows of a strip fall into the four parts of a bitmap tile. A *problem* is one part of one window: 128 left and 128
-right columns, each a mask of the part's 32 rows. A left and a right may pair where no row has both. The docs page fixes
-every choice made here, so that another encoder can give the same bytes.
+The rows of a strip fall into bands of 32 or 64 rows. A *problem* is one band of one window: 128 left and 128 right
+columns, each a mask of the band's rows. A left and a right may pair where no row has both. The docs page fixes every
+choice made here, so that another encoder can give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from flashllm.errors import ArgumentError, brief
 from flashllm.formats.bitmap_encode import PARTS
 from flashllm.formats.check import is_int
+from flashllm.formats.slot24_parts import PARTS_OF, STEPS, Columns, Masks, Parts
 from flashllm.formats.tiles import TILE_M
 
 PAIRS = 128
@@ -28,15 +29,16 @@ SETS = 4
 """Sets of a step, and pairs of a set."""
 WINDOWS = (256, 248, 240, 232, 224, 216, 208, 192, 176, 160, 144, 128)
 """Window sizes that are tried, in this order."""
+_LEAST_TALL_WINDOW = 248
+"""Parts of 64 rows are only tried from here on where the encoder has the choice: see :func:`tried`."""
 LEGAL_WINDOW = f"a multiple of {RESIDUES} in {MIN_WINDOW}..{MAX_WINDOW}"
 """What :func:`legal_window` accepts, for messages."""
 
 _CLASSES = RESIDUES // 2
 _SIGMAS = np.array(list(permutations(range(_CLASSES))))  # [24, 4], lexicographic
-_TAKEN = np.uint64(1 << 32)
 _HEAVIEST = 4
 
-Problems = tuple[NDArray[np.uint32], NDArray[np.uint32]]
+Problems = tuple[Masks, Masks]
 """Row masks of the lefts and of the rights, each [problems, 128] by list position."""
 
 
@@ -62,8 +64,21 @@ def column_lists(window: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return left, right
 
 
+def tried(window: int | None, part_rows: int | None) -> list[tuple[Parts, int]]:
+    """Shapes of parts and windows that an encoder tries, in this order, when these are given.
+
+    Parts of 64 rows halve what a kernel gathers, 64 of 425 wavefronts of a tile at the least. So they come first, but
+    not in windows that make more than 7 % more tiles of it than parts of 32 rows would.
+    """
+    windows = WINDOWS if window is None else (window,)
+    if part_rows is not None:
+        return [(PARTS_OF[part_rows], size) for size in windows]
+    tall = [(PARTS_OF[64], size) for size in windows if size >= _LEAST_TALL_WINDOW]
+    return [*tall, *((PARTS_OF[32], size) for size in windows)]
+
+
 def column_masks(stored: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """[4 parts, K]: for every column the rows of each part that are ``stored`` [up to 128, K], a bit per row."""
+    """[4, K]: for every column the rows of each band of 32 that are ``stored`` [up to 128, K], a bit per row."""
     rows = np.zeros((TILE_M, stored.shape[1]), np.bool_)
     rows[: len(stored)] = stored
     octets = np.packbits(rows.reshape(2, PARTS, 2, 8, -1), axis=3, bitorder="little")[:, :, :, 0]
@@ -71,14 +86,14 @@ def column_masks(stored: NDArray[np.bool_]) -> NDArray[np.uint32]:
     return masks.astype(np.uint32, copy=False).reshape(PARTS, -1)
 
 
-def problems_of(masks: NDArray[np.uint32], window: int) -> Problems:
-    """The problems of column masks [..., 4, K]; problem number = (index * 4 + part) * windows + window."""
+def problems_of(masks: Masks, window: int) -> Problems:
+    """The problems of column masks [bands, K]; problem number = band * windows + window."""
     columns = masks.shape[-1]
     windows = -(-columns // window)
-    whole = np.zeros((masks.size // columns, windows * window), np.uint32)
-    whole[:, :columns] = masks.reshape(-1, columns)
+    whole = np.zeros((len(masks), windows * window), masks.dtype)
+    whole[:, :columns] = masks
     split = whole.reshape(-1, window // RESIDUES, 2, _CLASSES)
-    both = np.zeros((2, len(split), PAIRS), np.uint32)
+    both = np.zeros((2, len(split), PAIRS), masks.dtype)
     for side in range(2):
         both[side, :, : window // 2] = split[:, :, side].reshape(len(split), -1)
     return both[0], both[1]
@@ -88,16 +103,18 @@ def match(problems: Problems) -> NDArray[np.int64] | None:
     """List position [problems, 128] of the right that each left pairs with; ``None`` when one cannot be matched."""
     lefts, rights = problems
     left_order, right_order = (np.argsort(-np.bitwise_count(side).astype(np.int8), kind="stable") for side in problems)
-    probes = np.take_along_axis(lefts, left_order, axis=1).astype(np.uint64) | _TAKEN
-    free = np.take_along_axis(rights, right_order, axis=1).astype(np.uint64)
+    probes = np.take_along_axis(lefts, left_order, axis=1)
+    ordered = np.take_along_axis(rights, right_order, axis=1)
+    free = np.ones(ordered.shape, np.bool_)
     number = np.arange(len(lefts))
     partner = np.full(lefts.shape, -1, np.int64)
     for turn in range(PAIRS):
-        fits = (free & probes[:, turn, None]) == 0
+        fits = (ordered & probes[:, turn, None]) == 0
+        fits &= free
         at = fits.argmax(axis=1)
         found = fits[number, at]
         which, at = number[found], at[found]
-        free[which, at] |= _TAKEN
+        free[which, at] = False
         partner[which, left_order[found, turn]] = right_order[found, at]
     for problem in np.flatnonzero((partner < 0).any(axis=1)):
         if not _augment(lefts[problem], rights[problem], left_order[problem], partner[problem]):
@@ -105,9 +122,7 @@ def match(problems: Problems) -> NDArray[np.int64] | None:
     return partner
 
 
-def _augment(
-    lefts: NDArray[np.uint32], rights: NDArray[np.uint32], left_order: NDArray[np.int64], partner: NDArray[np.int64]
-) -> bool:
+def _augment(lefts: Masks, rights: Masks, left_order: NDArray[np.int64], partner: NDArray[np.int64]) -> bool:
     """Give every left of one problem a partner along alternating paths; False when one has none."""
     octets = np.packbits((lefts[:, None] & rights) == 0, axis=1, bitorder="little")
     reaches = [int.from_bytes(row.tobytes(), "little") for row in octets]
@@ -143,11 +158,12 @@ def _augment(
     return True
 
 
-def arrange(problems: Problems, partner: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+def arrange(problems: Problems, partner: NDArray[np.int64], window: int, parts: Parts) -> NDArray[np.int64]:
     """Left list positions [problems, 128] in the order of the slots: 32 sets of columns with 8 different residues.
 
     Heavy pairs come first. So the pairs of a set weigh about the same, and the streams of values that pass through
-    them go on at one speed; sets of odd steps are filled from the last, since a lane reads every other set.
+    them go on at one speed; every second step is filled from its last set, since a lane reads every other set. Where
+    two parts share the steps of a tile, one has the heaviest and the lightest of them.
     """
     lefts, rights = column_lists(window)
     kind = (lefts % _CLASSES) * np.int64(_CLASSES) + rights[partner] % _CLASSES
@@ -157,7 +173,7 @@ def arrange(problems: Problems, partner: NDArray[np.int64], window: int) -> NDAr
     following = np.cumsum(counts, axis=1) - counts
     number = np.arange(len(partner))[:, None]
     kinds = np.arange(_CLASSES) * _CLASSES + _SIGMAS
-    sets = np.arange(PAIRS // _CLASSES).reshape(-1, SETS)
+    sets = np.arange(PAIRS // _CLASSES).reshape(-1, STEPS, SETS)[:, parts.step_order].reshape(-1, SETS)
     sets[1::2] = sets[1::2, ::-1]
     out = np.empty((len(partner), sets.size, _CLASSES), np.int64)
     for place in sets.ravel():
@@ -168,22 +184,22 @@ def arrange(problems: Problems, partner: NDArray[np.int64], window: int) -> NDAr
     return out.reshape(partner.shape)
 
 
-def pair_up(masks: NDArray[np.uint32], window: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
-    """Window-relative left and right columns, each [..., 4 parts, windows, 128] in the order of the slots.
+def pair_up(masks: Masks, window: int, parts: Parts) -> tuple[Columns, Columns] | None:
+    """Window-relative left and right columns, each [bands, windows, 128] in the order of the slots.
 
-    For column masks [..., 4, K]; ``None`` when a window of some part cannot be paired up.
+    For column masks [bands, K]; ``None`` when a window of some band cannot be paired up.
     """
     problems = problems_of(masks, window)
     partner = match(problems)
     if partner is None:
         return None
-    order = arrange(problems, partner, window)
+    order = arrange(problems, partner, window, parts)
     lefts, rights = column_lists(window)
-    shape = (*masks.shape[:-1], -1, PAIRS)
+    shape = (len(masks), -1, PAIRS)
     return lefts[order].reshape(shape), rights[np.take_along_axis(partner, order, axis=1)].reshape(shape)
 
 
-def has_lonely_column(masks: NDArray[np.uint32], window: int) -> bool:
+def has_lonely_column(masks: Masks, window: int) -> bool:
     """Whether one of the heaviest columns of some problem fits none of the other side: then nothing pairs up."""
     sides = problems_of(masks, window)
     for side, other in (sides, sides[::-1]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +36,8 @@ class SparseWeight(ABC):
     """Names of the buffers, in the order of ``arrays()``."""
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Options of ``from_dense`` that give different legal encodings of a matrix, by a name for them."""
+    LAYOUT: ClassVar[tuple[str, ...]] = ()
+    """Fields that a kernel is compiled for: its choices have them too. ``from_dense`` takes them."""
     MULTIPLIES_ZEROS: ClassVar[bool] = True
     """Whether a product multiplies every pruned zero, so that 0 * infinity and 0 * NaN of x are NaN, as in a dense
     product. Where ``False`` it may leave any of them out; for finite x that makes no difference."""
@@ -131,7 +133,11 @@ class SparseWeight(ABC):
 
     @classmethod
     def from_parts(cls, metadata: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None = None) -> Self:
-        """A weight from ``metadata()`` and ``arrays()``, or ``FormatError``; ``path`` is for messages."""
+        """A weight from ``metadata()`` and ``arrays()``, or ``FormatError``; ``path`` is for messages.
+
+        Fields with a default may be missing: older files do not have them.
+        """
+        metadata = {**cls._defaults(), **metadata}
         for name in cls._field_names():
             if name not in metadata:
                 raise FormatError(field=name, expected="an entry in the metadata", got="none", path=path)
@@ -205,6 +211,10 @@ class SparseWeight(ABC):
     @classmethod
     def _field_names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls) if field.name not in cls.BUFFERS)
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
 
     def _check(self, path: str | None) -> None:
         arrays = self.arrays()

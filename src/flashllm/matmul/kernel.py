@@ -17,7 +17,8 @@ class KernelChoice(Protocol):
     """One compiled instance and how it is spread over the device: what the heuristic, the tuner or a caller decides.
 
     A hashable frozen dataclass whose fields are of type ``int``, ``bool`` or ``str``, so that a file can hold it. The
-    attributes here but ``spec`` are fields; a kernel adds its own.
+    attributes here but ``spec`` are fields; a kernel adds its own, and those that its weights name in ``LAYOUT``, which
+    planning sets to the weight's.
     """
 
     @property

@@ -105,7 +105,8 @@ def plan(
     if not isinstance(found, module.Choice):
         expected = f"one of the kernel for {w.format}, {module.Choice.__module__}.{module.Choice.__qualname__}"
         raise ArgumentError("choice", expected=expected, got=f"{type(found).__module__}.{type(found).__qualname__}")
-    found = replace(found, dtype=w.dtype, aligned=w.shape[1] % 8 == 0)
+    layout = {name: getattr(w, name) for name in w.LAYOUT}
+    found = replace(found, dtype=w.dtype, aligned=w.shape[1] % 8 == 0, **layout)
     if not found.spec.supports(device.arch):
         raise ArgumentError("choice", expected=f"an instance for {device.arch}", got=found.spec.label)
     split = module.split_for(w, n, found, sm_count=device.sm_count)

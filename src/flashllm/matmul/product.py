@@ -36,6 +36,7 @@ def spmm(
     stream: Any = None,
     plan: Plan | None = None,
     backend: str | None = None,
+    overlap_previous: bool = False,
 ) -> Any:
     """y[N, M] = x[N, K] @ W[M, K]^T, accumulated in fp32 and rounded once to W's type.
 
@@ -50,6 +51,11 @@ def spmm(
     wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
     ``"reference"`` or ``None`` to go by where the operands are.
 
+    ``overlap_previous`` lets the kernel start, on a GPU of compute capability 9.0 or newer, while the one before it on
+    the stream still runs: it reads weights until that one is through, and only then x. The condition is that the launch
+    just before writes none of ``w``; it may write x, and use the same out and workspace (docs/kernels/pdl.md). An
+    expanded weight and a product on the host overlap nothing.
+
     Stored elements, NaN and infinities too, multiply as in dense arithmetic. So does a pruned zero, where the class of
     ``w`` says ``MULTIPLIES_ZEROS``: times an infinity or a NaN in x it gives NaN, in every output of that row of x,
     as a dense matrix with zeros would. In other formats (slot24) any of these products may be left out: such an output
@@ -57,7 +63,8 @@ def spmm(
 
     Raises :class:`ArgumentError`, naming the argument, for a wrong type, shape, dtype, layout, alignment or
     device, :class:`DeviceMemoryError` when out or workspace does not fit, :class:`MissingDependencyError` when the
-    emulator lacks its compiler.
+    emulator lacks its compiler, or ``overlap_previous`` the package it launches by, and
+    :class:`UnsupportedDeviceError` for ``overlap_previous`` on an older GPU.
     """
     if not isinstance(w, SparseWeight):
         raise ArgumentError("w", expected="a sparse weight such as flashllm.TiledCSL", got=type(w).__name__)
@@ -66,7 +73,7 @@ def spmm(
     if backend in ("emulator", "reference") or (backend is None and not w.is_device):
         return _on_host(x, w, out, plan, emulated=backend == "emulator")
     backends.select("cuda")
-    return _cuda(x, w, out=out, workspace=workspace, stream=stream, given=plan)
+    return _cuda(x, w, out=out, workspace=workspace, stream=stream, given=plan, overlap_previous=overlap_previous)
 
 
 def _on_host(x: Any, w: SparseWeight, out: Any, given: Plan | None, *, emulated: bool) -> Any:
@@ -91,8 +98,10 @@ def _on_host(x: Any, w: SparseWeight, out: Any, given: Plan | None, *, emulated:
     return out
 
 
-def _cuda(x: Any, w: SparseWeight, *, out: Any, workspace: Any, stream: Any, given: Plan | None) -> Any:
-
+def _cuda(
+    x: Any, w: SparseWeight, *, out: Any, workspace: Any, stream: Any, given: Plan | None, overlap_previous: bool
+) -> Any:
+    from flashllm.backends import dependent
     from flashllm.device import device_facts
 
     if not w.is_device:
@@ -102,6 +111,8 @@ def _cuda(x: Any, w: SparseWeight, *, out: Any, workspace: Any, stream: Any, giv
     if not is_cupy(x):
         x = _from_dlpack(x, stream)
     facts = device_facts()
+    if overlap_previous:
+        dependent.check(facts)
     rows, columns = w.shape
     if x.ndim != 2 or x.shape[1] != columns or x.shape[0] < 1:
         raise ArgumentError("x", expected=f"shape [N >= 1, K = {columns}]", got=f"shape {list(x.shape)}")
@@ -127,12 +138,20 @@ def _cuda(x: Any, w: SparseWeight, *, out: Any, workspace: Any, stream: Any, giv
     if chosen.expansion is not None:
         expand.run(w, x, out, workspace, stream=stream)
     else:
-        launch(w, chosen.spec, chosen.split, x, out, workspace, stream=stream)
+        launch(w, chosen.spec, chosen.split, x, out, workspace, stream=stream, overlap_previous=overlap_previous)
     return out
 
 
 def launch(
-    w: SparseWeight, spec: KernelSpec, split: Split, x: Any, out: Any, workspace: Any, *, stream: Any = None
+    w: SparseWeight,
+    spec: KernelSpec,
+    split: Split,
+    x: Any,
+    out: Any,
+    workspace: Any,
+    *,
+    stream: Any = None,
+    overlap_previous: bool = False,
 ) -> None:
     """Multiply checked operands by instance ``spec`` of the kernel for ``w``; nothing is allocated.
 
@@ -141,7 +160,8 @@ def launch(
     from flashllm.backends import cuda
 
     workspace = out if workspace is None else workspace  # a valid address that nobody uses
-    cuda.launch(spec, split.grid, kernel(w.format).arguments(w, split, x, out, workspace), stream=stream)
+    args = kernel(w.format).arguments(w, split, x, out, workspace)
+    cuda.launch(spec, split.grid, args, stream=stream, overlap_previous=overlap_previous)
 
 
 def _from_dlpack(x: Any, stream: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from flashllm.formats.bitmap_encode import LANES, PARTS
 from flashllm.formats.runs import runs_of
-from flashllm.formats.slot24_encode import STEPS
+from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
 from flashllm.matmul.stream_k import StreamK, stream_k_for_runs
@@ -27,7 +27,7 @@ THREADS = (PARTS + 1) * LANES
 RING_ROWS = 80
 """Value rows that a block keeps in shared memory."""
 _WINDOW_COLUMNS = 256
-_STAGE_BYTES = PARTS * LANES * 20  # masks, picks and columns of a tile
+_SUM_BYTES = 2048  # of sums on their way between the parts of a band of 64 rows
 _ROW_COST = 2  # see matmul/bitmap.py
 
 
@@ -58,6 +58,8 @@ class Choice:
 
     dtype: str
     n_block: int
+    part_rows: int = 32
+    """Of the weight; planning sets it."""
     stages: int = 4
     windows: int = 2
     """Windows of x that have room in shared memory."""
@@ -80,6 +82,8 @@ def _spec(choice: Choice) -> KernelSpec:
     n = choice.n_block
     column_bytes = (n // 8 | 1) * 16
     window_bytes = choice.windows * _WINDOW_COLUMNS * column_bytes + n * _WINDOW_COLUMNS * 2
+    parts = PARTS_OF[choice.part_rows]
+    stage_bytes = PARTS * LANES * (8 + 8 + parts.steps)  # masks, picks and columns of a tile
     barriers = 2 * choice.stages + 2 * choice.windows + PARTS
     return KernelSpec(
         name="slot24",
@@ -88,6 +92,7 @@ def _spec(choice: Choice) -> KernelSpec:
         template=(
             ("T", CXX_TYPE[choice.dtype]),
             ("kN", str(n)),
+            ("kPartRows", str(parts.rows)),
             ("kRing", str(RING_ROWS)),
             ("kStages", str(choice.stages)),
             ("kWindows", str(choice.windows)),
@@ -97,7 +102,8 @@ def _spec(choice: Choice) -> KernelSpec:
         threads=THREADS,
         shared_bytes=PARTS * (RING_ROWS + MIRROR_ROWS) * ROW_BYTES
         + window_bytes
-        + choice.stages * _STAGE_BYTES
+        + choice.stages * stage_bytes
+        + (_SUM_BYTES if parts.halves == 2 else 0)
         + barriers * 8,
         archs=tuple(arch for arch in ALL_ARCHS if _room(arch, n) == room),
     )
@@ -109,14 +115,15 @@ def _room(arch: str, n_block: int) -> _Room:
 
 def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
     """What the heuristic takes for ``n`` columns of x on ``arch``."""
-    return _choice(w.dtype, n_block_for(n, N_BLOCKS), arch, aligned=w.shape[1] % 8 == 0)
+    return _choice(w.dtype, n_block_for(n, N_BLOCKS), w.part_rows, arch, aligned=w.shape[1] % 8 == 0)
 
 
-def _choice(dtype: str, n_block: int, arch: str, *, aligned: bool) -> Choice:
+def _choice(dtype: str, n_block: int, part_rows: int, arch: str, *, aligned: bool) -> Choice:
     room = _room(arch, n_block)
     return Choice(
         dtype=dtype,
         n_block=n_block,
+        part_rows=part_rows,
         stages=room.stages,
         windows=room.windows,
         resident_blocks=room.resident_blocks,
@@ -140,7 +147,7 @@ def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
 def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:
     """One line on how the tiles are dealt and what they hold."""
     n_blocks = f"N blocks of {choice.n_block}"
-    window = f"windows of {w.window} columns"
+    window = f"windows of {w.window} columns for {w.part_rows} rows"
     return f"{split.describe(sm_count)}, mma.sp, {n_blocks}, {window}, {w.bytes_per_element:.3f} bytes per element"
 
 
@@ -165,14 +172,15 @@ def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
 
 
 def tune_key(w: Slot24, n: int) -> str:
-    """Class of density, in tenths, and column blocks."""
+    """Class of density, in tenths, shape of parts and column blocks."""
     columns = n_block_for(n, N_BLOCKS)
-    return f"d{round(10 * w.density)} n{columns}x{-(-n // columns)}"
+    return f"d{round(10 * w.density)} r{w.part_rows} n{columns}x{-(-n // columns)}"
 
 
 def usable(choice: Choice) -> bool:
     """Whether a choice that comes from a file may be launched."""
-    return choice.n_block in N_BLOCKS and choice.spec in specs() and 1 <= choice.blocks_per_sm <= MAX_BLOCKS_PER_SM
+    known = choice.n_block in N_BLOCKS and choice.part_rows in PARTS_OF
+    return known and choice.spec in specs() and 1 <= choice.blocks_per_sm <= MAX_BLOCKS_PER_SM
 
 
 def ablation(choice: Choice) -> dict[str, Choice]:
@@ -184,9 +192,10 @@ def ablation(choice: Choice) -> dict[str, Choice]:
 def instances() -> tuple[Choice, ...]:
     """One choice for every instance that a plan or the tuner can ask for."""
     choices = [
-        _choice(dtype, n_block, arch, aligned=aligned)
+        _choice(dtype, n_block, part_rows, arch, aligned=aligned)
         for arch in ALL_ARCHS
         for n_block in N_BLOCKS
+        for part_rows in PARTS_OF
         for dtype in CXX_TYPE
         for aligned in (True, False)
     ]
@@ -194,7 +203,7 @@ def instances() -> tuple[Choice, ...]:
 
 
 def typical(arch: str) -> tuple[Choice, ...]:
-    """The instances that the heuristic takes on ``arch``: for every width, type and alignment one."""
+    """The instances that the heuristic takes on ``arch``: for every width, shape of parts, type and alignment one."""
     return tuple(choice for choice in instances() if choice.spec.supports(arch))
 
 

@@ -35,7 +35,7 @@ WARPGROUP = 0
 """Value of ``slices`` that selects wgmma."""
 X_ALIGNMENT = 16
 # K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
-_SLICES = {8: 2, 16: 2, 32: 2, 64: 1}
+_SLICES = {8: 2, 16: 2, 32: 1, 64: 1}
 # What writing the accumulators costs a block, in tiles, by n_block (measured).
 _ROW_COST = {8: 3, 16: 3, 32: 3, 64: 4}
 

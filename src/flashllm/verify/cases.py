@@ -64,6 +64,8 @@ class Data:
     """Small integers; random values; small integers with NaN, infinities and sums that overflow."""
     encoding: str = "default"
     """Which of the ``ENCODINGS`` of the format."""
+    layout: tuple[tuple[str, int], ...] = ()
+    """Options beside it, of the ``LAYOUT`` that the kernel multiplies."""
     seed: int = 0
 
     @property
@@ -76,6 +78,7 @@ class Data:
     def text(self) -> str:
         """One line that names the case."""
         packed = self.format if self.encoding == "default" else f"{self.format} in {self.encoding}"
+        packed += "".join(f" {name}={value}" for name, value in self.layout)
         return f"{self.m}x{self.k} N={self.n} {self.dtype} {self.pattern_text} {self.operands}, {packed}"
 
 
@@ -148,9 +151,12 @@ def _host_cases(name: str, kernel: str, quick: bool, seed: int) -> Iterator[Case
 def _kernel_cases(name: str, arch: str, kernel: str, quick: bool, large: bool, seed: int) -> Iterator[Case]:
     for choice in _instances(name, arch, quick):
         if kernel in choice.spec.label:
+            made = registry.weight_class(name)
+            layout = tuple((field, getattr(choice, field)) for field in made.LAYOUT)
             found = _data(name, check_dtype(choice.dtype), choice.n_block, choice.aligned, quick, large, seed)
             for i, data in enumerate(found):
-                yield Case(choice=choice, arch=arch, data=data, schedule=seed + i)
+                if made.ENCODINGS[data.encoding].keys().isdisjoint(made.LAYOUT):
+                    yield Case(choice=choice, arch=arch, data=replace(data, layout=layout), schedule=seed + i)
 
 
 def _instances(name: str, arch: str, quick: bool) -> list[KernelChoice]:

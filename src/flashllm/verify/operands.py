@@ -53,7 +53,8 @@ def make_problem(data: Data) -> Problem:
         w, x = w.astype(numpy_dtype(data.dtype)), x.astype(numpy_dtype(data.dtype))
     w64, x64 = to_float64(w, data.dtype), to_float64(x, data.dtype)
     made = weight_class(data.format)
-    packed = made.from_dense(w, dtype=data.dtype, **made.ENCODINGS[data.encoding])
+    options = {**made.ENCODINGS[data.encoding], **dict(data.layout)}
+    packed = made.from_dense(w, dtype=data.dtype, **options)
     if data.operands == "random":
         reference = check.make_reference(x64, w64, np.arange(data.m), data.dtype)
         return Problem(x=x, w=packed, expected=reference.values, reference=reference)

@@ -72,7 +72,7 @@ MUTATIONS = (
     Mutation("windows lie on the rings", KERNEL, "kWindowsAt = Ring::kBytes;", "kWindowsAt = 0;"),
     Mutation("barriers of x are those of tiles", KERNEL, "kBarriersAt + kStages * 16;", "kBarriersAt + kStages * 8;"),
     Mutation("barriers of x are not made", KERNEL, "Windows::init(layout.window_barriers());"),
-    Mutation("barriers are used before they are there", KERNEL, "    __syncthreads();\n\n    if (feeds)", "\n    if (feeds)"),
+    Mutation("barriers are not there yet", KERNEL, "    __syncthreads();\n\n    if (feeds)", "\n    if (feeds)"),
     Mutation("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();"),
     Mutation("the first window is not asked for", KERNEL, "window.ask();"),
     Mutation("a window too many is asked for", KERNEL, "/ slot24::kWindowTiles + 1;", "/ slot24::kWindowTiles + 2;"),

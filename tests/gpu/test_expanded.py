@@ -151,12 +151,12 @@ def test_slots_are_decoded_through_the_scratch_given(cp: Any, dtype: str) -> Non
 def test_tuning_compares_the_expansion_with_the_kernels(cp: Any) -> None:
     from flashllm.matmul.tune import tune
 
-    w = packed("bitmap", weight("uniform", (4096, 2048), 0.1, "fp16")).to_device()
-    (result,) = tune(w, [1024])
-    made = plan(w, 1024)
+    w = packed("bitmap", weight("uniform", (8192, 4096), 0.1, "fp16")).to_device()
+    (result,) = tune(w, [2048])
+    made = plan(w, 2048)
     assert made.source == "tuned"
     assert (made.expansion is None) == (result.plan.expansion is None)
-    assert result.plan.expansion is not None, "16 passes over the weight against one dense product"
+    assert result.plan.expansion is not None, "32 passes over the weight against one dense product"
 
 
 def test_bench_names_the_expansion(cp: Any) -> None:

@@ -68,9 +68,10 @@ ONLY ?= memcheck racecheck initcheck synccheck
 sanitize: $(test_env) $(ONLY:%=sanitize-%) ## Small GPU cases under compute-sanitizer; ONLY="memcheck racecheck" for some tools
 
 # CuPy's memory pool hides out-of-bounds accesses, so it is off; a hang prints nothing, so there is a time limit.
+# Racecheck gets kernels of its own: see cuda/flashllm/warp_arrival.cuh.
 .PHONY: $(ONLY:%=sanitize-%)
 $(ONLY:%=sanitize-%): sanitize-%: $(test_env)
-	FLASHLLM_REQUIRE_GPU=1 FLASHLLM_NO_POOL=1 $(if $(filter PYTHONPATH=%,$(RUN)),PYTHONPATH=$(CURDIR)/src) \
+	FLASHLLM_REQUIRE_GPU=1 FLASHLLM_NO_POOL=1 $(if $(filter racecheck,$*),FLASHLLM_RACECHECK=1) $(if $(filter PYTHONPATH=%,$(RUN)),PYTHONPATH=$(CURDIR)/src) \
 	timeout $(SANITIZER_LIMIT) $(SANITIZER) --tool $* --error-exitcode 9 $(PY) -m pytest -m sanitize -x -q $(ARGS)
 
 .PHONY: soak

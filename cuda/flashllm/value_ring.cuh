@@ -10,6 +10,7 @@
 #include "flashllm/bitmap.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
+#include "flashllm/warp_arrival.cuh"
 
 namespace flashllm {
 
@@ -54,17 +55,14 @@ struct StageBarriers {
     FLASHLLM_DEVICE void init(int stages, unsigned arrivals) const {
         for (int i = 0; i < stages; ++i) {
             ptx::mbarrier_init(full(i), arrivals);
-            ptx::mbarrier_init(empty(i), bitmap::kParts);
+            ptx::mbarrier_init(empty(i), bitmap::kParts * kWarpArrivals);
         }
         ptx::mbarrier_init_fence();
     }
 
     // By a multiplying warp: all its lanes have read the stage, and the value rows that only its tile and those before
     // needed.
-    FLASHLLM_DEVICE void release(int stage) const {
-        __syncwarp();
-        if (ptx::elect()) ptx::mbarrier_arrive(empty(stage));
-    }
+    FLASHLLM_DEVICE void release(int stage) const { warp_arrive(empty(stage)); }
 };
 
 // Rows are numbered as in the matrix. Row r of a part lies at place (r - origin) % kRing, and rows at the first places

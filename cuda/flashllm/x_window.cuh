@@ -12,6 +12,7 @@
 
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
+#include "flashllm/warp_arrival.cuh"
 
 namespace flashllm {
 
@@ -51,7 +52,7 @@ struct XWindows {
 
     // By one thread; then a barrier of the block.
     FLASHLLM_DEVICE static void init(unsigned barriers) {
-        for (int i = 0; i < 2 * kWindows; ++i) ptx::mbarrier_init(barriers + i * 8, kWarps);
+        for (int i = 0; i < 2 * kWindows; ++i) ptx::mbarrier_init(barriers + i * 8, kWarps * kWarpArrivals);
         for (int i = 0; i < kWarps; ++i) ptx::mbarrier_init(barriers + (2 * kWindows + i) * 8, 32);
     }
 
@@ -110,8 +111,7 @@ struct XWindows {
 #pragma unroll
             for (int n = 0; n < kN / 8; ++n) ptx::store_matrix_x4(to + half * 32 * kColumnBytes + n * 16, block[n]);
         }
-        __syncwarp();
-        if (ptx::elect()) ptx::mbarrier_arrive(full(next_place));
+        warp_arrive(full(next_place));
         if (++next_place == kWindows) next_place = 0, next_parity ^= 1;
         if (++written < windows) ask();
     }
@@ -124,8 +124,7 @@ struct XWindows {
 
     // This warp has done with it.
     FLASHLLM_DEVICE void leave() {
-        __syncwarp();
-        if (ptx::elect()) ptx::mbarrier_arrive(empty(place));
+        warp_arrive(empty(place));
         if (++place == kWindows) place = 0, parity ^= 1;
     }
 };

@@ -30,6 +30,7 @@ from flashllm.matmul import bitmap
 
 KERNEL, DECODE = "spmm/bitmap.cu", "flashllm/bitmap.cuh"
 RING, CHAINS = "flashllm/value_ring.cuh", "flashllm/chains.cuh"
+ARRIVAL = "flashllm/warp_arrival.cuh"
 
 
 def both(name: str, file: str, old: str, new: str = "") -> tuple[Mutation, Mutation]:
@@ -65,8 +66,8 @@ MUTATIONS = (
     Mutation("wgmma is not started in order", KERNEL, "    ptx::warpgroup_begin();\n", "", WGMMA),
     Mutation("steps are not committed", KERNEL, "    ptx::warpgroup_commit();\n", "", WGMMA),
     Mutation("a stage is released under wgmma", KERNEL, "ptx::warpgroup_wait();\n#endif", "#endif", WGMMA),
-    Mutation("all lanes release", RING, "if (ptx::elect()) ptx::mbarrier_arrive(empty", "ptx::mbarrier_arrive(empty"),
-    *both("three warps release for four", RING, "empty(i), bitmap::kParts)", "empty(i), bitmap::kParts - 1)"),
+    Mutation("all lanes release", ARRIVAL, "if (kWarpArrivals == 32 || ptx::elect()) ", ""),
+    *both("three warps release for four", RING, "empty(i), bitmap::kParts *", "empty(i), (bitmap::kParts - 1) *"),
     *both("parity does not turn", RING, "stage = 0, parity ^= 1;", "stage = 0;"),
     Mutation("barriers are used before they are there", KERNEL, "kArrivals);\n    __syncthreads();", "kArrivals);"),
     # Where a run begins.

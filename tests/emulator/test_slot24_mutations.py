@@ -26,6 +26,7 @@ from flashllm.matmul import slot24
 from products import exact, integers, weight
 
 KERNEL, WINDOWS, SLOTS = "spmm/slot24.cu", "flashllm/x_window.cuh", "flashllm/slot24.cuh"
+ARRIVAL = "flashllm/warp_arrival.cuh"
 BULK = WGMMA
 """The architecture with bulk copies; of slot24 it has no other multiplication."""
 
@@ -128,7 +129,7 @@ MUTATIONS = (
     Mutation("arrivals do not wait for copies", WINDOWS, "arrive_after_copies(landed())", "arrive(landed())"),
     Mutation("stores of x do not arrive", WINDOWS, "ptx::mbarrier_arrive(landed());"),
     Mutation("one lane's copies are waited for", WINDOWS, "(2 * kWindows + i) * 8, 32)", "(2 * kWindows + i) * 8, 1)"),
-    Mutation("one warp's part is waited for", WINDOWS, "barriers + i * 8, kWarps)", "barriers + i * 8, 1)"),
+    Mutation("one warp's part is waited for", WINDOWS, "barriers + i * 8, kWarps *", "barriers + i * 8, 1 *"),
     Mutation("warps share a barrier of copies", WINDOWS, "kWindows * 16 + warp * 8;", "kWindows * 16;"),
     Mutation("a window is written while it is read", WINDOWS,
              "if (written >= kWindows) ptx::mbarrier_wait(empty(next_place), next_parity ^ 1);"),
@@ -140,15 +141,11 @@ MUTATIONS = (
     Mutation("places written do not turn", WINDOWS, "if (++next_place == kWindows) next_place = 0, next_parity ^= 1;"),
     Mutation("parity of places read stands", WINDOWS, "place = 0, parity ^= 1;\n    }\n};", "place = 0;\n    }\n};"),
     Mutation("places read do not turn", WINDOWS, "if (++place == kWindows) place = 0, parity ^= 1;"),
-    Mutation("a window is announced before all lanes have written", WINDOWS,
-             "        __syncwarp();\n        if (ptx::elect()) ptx::mbarrier_arrive(full",
-             "        if (ptx::elect()) ptx::mbarrier_arrive(full"),
-    Mutation("a window is not announced", WINDOWS, "if (ptx::elect()) ptx::mbarrier_arrive(full(next_place));"),
+    Mutation("a window is announced before all lanes have written", ARRIVAL, "__syncwarp();"),
+    Mutation("a window is not announced", WINDOWS, "warp_arrive(full(next_place));"),
     Mutation("a window is not waited for", WINDOWS, "ptx::mbarrier_wait(full(place), parity);"),
-    Mutation("a window is not given back", WINDOWS,
-             "if (ptx::elect()) ptx::mbarrier_arrive(empty(place));"),
-    Mutation("all lanes give a window back", WINDOWS, "if (ptx::elect()) ptx::mbarrier_arrive(empty",
-             "ptx::mbarrier_arrive(empty"),
+    Mutation("a window is not given back", WINDOWS, "warp_arrive(empty(place));"),
+    Mutation("all lanes give a window back", ARRIVAL, "if (kWarpArrivals == 32 || ptx::elect()) ", ""),
     Mutation("the next window is not asked for", WINDOWS, "if (++written < windows) ask();", "++written;"),
     Mutation("a window behind the last is asked for", WINDOWS, "if (++written < windows) ask();", "++written, ask();"),
     Mutation("columns behind the window are x", WINDOWS, "within() < window_columns && column < K", "column < K"),

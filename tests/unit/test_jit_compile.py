@@ -103,6 +103,15 @@ def test_template_arguments_make_separate_kernels(root: Path, store: Path) -> No
     assert a.path != b.path
 
 
+def test_racecheck_gets_kernels_of_its_own(root: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = root / "flashllm/factor.cuh"
+    header.write_text(header.read_text() + '#ifdef FLASHLLM_RACECHECK\n#error "seen"\n#endif\n')
+    compile_kernel(SPEC, "90a", source_root=root, cache_dir=store)
+    monkeypatch.setenv("FLASHLLM_RACECHECK", "1")
+    with pytest.raises(CompileError, match="seen"):
+        compile_kernel(SPEC, "90a", source_root=root, cache_dir=store)
+
+
 def test_edited_header_rebuilds(root: Path, store: Path) -> None:
     before = compile_kernel(SPEC, "90a", source_root=root, cache_dir=store)
     header = root / "flashllm/factor.cuh"

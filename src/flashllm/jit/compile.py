@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import os
 import shutil
 import tempfile
 import threading
@@ -126,6 +127,7 @@ def build(spec: KernelSpec, arch: str, root: Path) -> tuple[bytes, dict[str, Any
         lineinfo=True,
         include_path=[str(root), str(tools.include_dir)],
         ptxas_options=list(_PTXAS_OPTIONS),
+        define_macro=list(_macros()) or None,
         no_cache=True,  # where a driver is present NVRTC 13 has a cache of its own; a hit has no ptxas log
     )
     program = None
@@ -186,6 +188,11 @@ def _compile(
     return Cubin(path=path, lowered_name=str(meta["lowered_name"]), resources=resources, arch=arch, cached=cached)
 
 
+def _macros() -> tuple[str, ...]:
+    """``FLASHLLM_RACECHECK=1`` in the environment asks for kernels that compute-sanitizer's racecheck can follow."""
+    return ("FLASHLLM_RACECHECK",) if os.environ.get("FLASHLLM_RACECHECK") == "1" else ()
+
+
 def _key(spec: KernelSpec, arch: str, root: Path) -> str:
     return cache.make_key(
         {
@@ -195,6 +202,7 @@ def _key(spec: KernelSpec, arch: str, root: Path) -> str:
             "digest": sources.source_digest(root / spec.source, root),
             "std": _STD,
             "ptxas": list(_PTXAS_OPTIONS),
+            "macros": list(_macros()),
             "lineinfo": True,
             "arch": arch,
             "toolchain": toolchain().identity,

@@ -9,8 +9,11 @@
 // Nobody counts arrivals. A slot is zero until its piece comes, and a piece has no zero in the first word of a vector:
 // +0 is stored as -0, which adds up to the same. So the last block just looks at what it is going to add, and puts zeros
 // back. A fence and a counter would cost each row two trips to the L2 more, about a microsecond at the end of every
-// launch. The last block waits only for blocks before it, and those have started before it: GPUs start blocks in order of
-// their numbers. (No specification says so, but CUB's decoupled look-back counts on it too.)
+// launch. A block waits only for blocks before it, and those have started before it: GPUs start blocks in order of their
+// numbers. (No specification says so, but CUB's decoupled look-back counts on it too.)
+//
+// Where pieces are large and many, the one in the middle of the row adds up those before it, and what it stores is their
+// sum: the last block adds half of them meanwhile.
 //
 // Cost counts the end of a row like `row_cost` more tiles, since there a block stops to write its accumulators: a run
 // that reaches into another row gets so many tiles fewer, and does not keep the others waiting at the end.
@@ -100,13 +103,19 @@ struct StreamK {
         });
     }
 
-    // Adds `count` pieces of a row, those of `first_block` and the blocks after it, to the accumulators of the first K
-    // slice, one after the other, and leaves their slots zero. Two groups of vectors take turns: one is under way while
-    // the other is added.
-    FLASHLLM_DEVICE void add(Accumulators<S>& sum, int first_block, int count) const {
+    // The block between those that have the begin and the end of a row, which adds up the pieces before its own; the
+    // first where there is none.
+    FLASHLLM_DEVICE static int middle(int first_block, int last_block) {
+        return kHalfway && last_block - first_block >= 3 ? (first_block + last_block) / 2 : first_block;
+    }
+
+    // Adds `count` pieces of a row to the accumulators of the first K slice, one after the other, and leaves their slots
+    // zero. One is in slot `first` of block `from`, the others are in slots 0 of the blocks after it. Two groups of
+    // vectors take turns: one is under way while the other is added.
+    FLASHLLM_DEVICE void add(Accumulators<S>& sum, int from, bool first, int count) const {
         if (S::slice() != 0) return;
-        Group<0> a{slot(first_block, false) + place(0), count};
-        Group<1> b{a.slots, count};
+        Group<0> a{slot(from, first) + place(0), slot(from + kHalfway, false) + place(0), count};
+        Group<1> b{a.from, a.others, count};
         a.look({0, 0}), b.look({0, 0});
 #pragma unroll 1
         for (int piece = 0; piece < count; piece += kTurnPieces) {
@@ -121,6 +130,7 @@ struct StreamK {
 
 private:
     static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
+    static constexpr bool kHalfway = kVectors >= 8;  // small pieces come many at a time: no gain
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     static constexpr int kGroup = 8;  // vectors
 #else
@@ -141,7 +151,8 @@ private:
     // Half kHalf of the vectors of a turn.
     template <int kHalf>
     struct Group {
-        float4* slots;  // slot 0 of the row's first block
+        float4* from;    // the piece of the first block: added last where it may be a sum, and come last
+        float4* others;  // piece 0, were it like the others
         int count;
         float4 vectors[kGroup] = {};
 
@@ -153,9 +164,9 @@ private:
         FLASHLLM_DEVICE bool there_is(Turn turn, int i) const { return turn.piece + piece_of(i) < count; }
 
         FLASHLLM_DEVICE float4* at(Turn turn, int i) const {
-            float4* const first = slots + turn.piece * kSlotVectors;
-            const int place = piece_of(i) * kSlotVectors + vector_of(turn, i) * kThreads;
-            return (piece_of(i) == 0 && turn.piece == 0 ? first + kPieceVectors : first) + place;  // the first is in slot 1
+            const bool special = turn.piece + piece_of(i) == (kHalfway ? count - 1 : 0);
+            float4* const piece = others + turn.piece * kSlotVectors + piece_of(i) * kSlotVectors;
+            return (special ? from : piece) + vector_of(turn, i) * kThreads;
         }
 
         // Loads what has not come yet; whether all has come now.

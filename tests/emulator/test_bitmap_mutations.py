@@ -162,7 +162,7 @@ MUTATIONS = (
     Mutation("the first row goes beyond the run", CHAINS, "min(count, left)", "left"),
     Mutation("the first row is a whole one", CHAINS, "min(count, left)", "min(count, split.tiles_k)"),
     Mutation("a chain goes beyond its row", CHAINS, "min(row_end, chain_end +", "(chain_end +"),
-    Mutation("nobody adds pieces up", CHAINS, "if (!adds) return;", "return;"),
+    Mutation("nobody adds pieces up", CHAINS, "if (!part.adds()) return;", "return;"),
     Mutation("the row added up is the next", CHAINS, "write(sum, first_row);", "write(sum, first_row + 1);"),
     Mutation("columns of y are not bounded", EPILOGUE, "if (n < N && m < M)", "if (m < M)"),
     Mutation("rows of y are not bounded", EPILOGUE, "if (n < N && m < M)", "if (n < N)"),

@@ -126,20 +126,23 @@ MUTATIONS = (
     Mutation("half the pieces are left out", STREAM_K, "b.add(sum, now, a, now.next());"),
     Mutation("more pieces are loaded than there are", STREAM_K, "if (there_is(turn, i) && ", "if ("),
     Mutation("more pieces are added than there are", STREAM_K, "piece_of(i) < count; }", "piece_of(i) <= count; }"),
-    Mutation("the row's first slot is not its first block's", STREAM_K, "turn.piece == 0 ? first +", "false ? first +"),
+    Mutation("the row's first slot is not its first block's", STREAM_K, "(special ? from : piece)", "piece"),
     Mutation("scratch is written while it is cleared", KERNEL, "__syncthreads();  // the scratch", "// the scratch"),
-    Mutation("nobody adds pieces up", CHAINS, "if (!adds) return;", "return;"),
+    Mutation("nobody adds pieces up", CHAINS, "if (!part.adds()) return;", "return;"),
     Mutation("rows that others begin are added up early", CHAINS, "split.tiles_k && row_end == left", "split.tiles_k"),
     Mutation("whole rows are added up", CHAINS, "left < split.tiles_k && row_end", "row_end"),
     Mutation("a piece that is kept is waited for", CHAINS, "(keeps_piece() ? 0 : 1)", "1"),
     Mutation("a piece that is stored is not added", CHAINS, "(keeps_piece() ? 0 : 1)", "0"),
     Mutation("pieces are kept beyond their row", CHAINS, "row_begin == 0 && row_end == count; }", "row_begin == 0; }"),
-    Mutation("all first rows are kept", CHAINS, "return adds && row_begin", "return row_begin"),
-    Mutation("the first slot is the first row's", CHAINS, " || first_block == static_cast<int>(blockIdx.x)"),
+    Mutation("all first rows are kept", CHAINS, "return part.adds() && row_begin", "return row_begin"),
+    Mutation("the first slot is the first row's", CHAINS, " || part.begins()"),
     Mutation(
         "tiles after the end of a row are dealt twice", "flashllm/runs.cuh", "tile + tile / tiles_k * row_cost", "tile"
     ),
-    Mutation("two rows share a slot", CHAINS, "begins_row = row_begin > 0 || ", "begins_row = "),
+    Mutation("two rows share a slot", CHAINS, "row_begin > 0 || ", ""),
+    Mutation("the middle of a row adds nothing", CHAINS, "ptx::opaque(packed) & 3;", "ptx::opaque(packed) & 2;"),
+    Mutation("the middle of a row writes it", CHAINS, "if (part.ends()) {", "if (true) {"),
+    Mutation("pieces are added by the middle and the last", CHAINS, "halfway ? first_block : middle;", "first_block;"),
 )
 
 

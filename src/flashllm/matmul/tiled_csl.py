@@ -132,13 +132,12 @@ def _choice(dtype: str, n_block: int, vectors: int, path: tuple[int, int], *, al
     return Choice(
         dtype=dtype,
         n_block=n_block,
-        vectors=vectors,
+        # Accumulators for 64 columns and three sets of 5 vectors exceed 168 registers.
+        vectors=min(vectors, VECTORS[1]) if n_block == N_BLOCKS[-1] else vectors,
         slices=slices,
         aligned=aligned,
         resident_blocks=resident_blocks,
         blocks_per_sm=resident_blocks,
-        # Accumulators for 64 columns and three sets of 5 vectors exceed 168 registers; undo needs the third set.
-        undo=not (n_block == N_BLOCKS[-1] and vectors == VECTORS[-1]),
     )
 
 
@@ -173,16 +172,15 @@ def arguments(w: TiledCSL, split: StreamK, x: Any, out: Any, workspace: Any) -> 
 def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:
     """Choices worth measuring for ``n`` columns of x, the heuristic's first; every one is a compiled spec."""
     base = default_choice(w, n, arch=arch)
-    yield base
-    if not base.aligned:
-        return
-    for path in paths_for(base.n_block, arch):
-        for vectors in VECTORS:
-            for blocks_per_sm in (1, 2, 3, 4, 6):
-                choice = _choice(base.dtype, base.n_block, vectors, path)
-                choice = replace(choice, blocks_per_sm=blocks_per_sm)
-                if choice != base:
-                    yield choice
+    choices = [base]
+    if base.aligned:
+        choices += [
+            replace(_choice(base.dtype, base.n_block, vectors, path), blocks_per_sm=blocks_per_sm)
+            for path in paths_for(base.n_block, arch)
+            for vectors in VECTORS
+            for blocks_per_sm in (1, 2, 3, 4, 6)
+        ]
+    yield from dict.fromkeys(choices)
 
 
 def tune_key(w: TiledCSL, n: int) -> str:

@@ -78,13 +78,23 @@ struct StreamK {
         });
     }
 
-    // Adds what this block has put aside, and leaves zeros there.
+    // Adds what this block has put aside, and leaves zeros there. Some vectors at a time: one after the other each would
+    // take a trip to the L2, 2 us where it is busy.
     FLASHLLM_DEVICE static void take_back(Accumulators<S>& sum, float4* chains) {
         if (S::slice() != 0) return;
-        for_each<S>(sum, [&](float (&part)[4], int v) {
-            accumulate(part, ptx::load_relaxed(chains + place(v)));
-            __stcg(chains + place(v), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        });
+        constexpr int kTaken = kVectors > 8 ? 4 : kVectors;  // as many as the registers have room for
+#pragma unroll
+        for (int begin = 0; begin < kVectors; begin += kTaken) {
+            float4 vectors[kTaken];
+#pragma unroll
+            for (int i = 0; i < kTaken; ++i) vectors[i] = ptx::load_relaxed(chains + place(begin + i));
+#pragma unroll
+            for (int i = 0; i < kTaken; ++i) {
+                const int v = begin + i;
+                accumulate(sum[v / S::kColumnFragments][v % S::kColumnFragments], vectors[i]);
+                __stcg(chains + place(v), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+            }
+        }
     }
 
     // A slot of a block: 1 is for the row of which it has the begin, 0 for the one that others begin.

@@ -132,8 +132,8 @@ def _choice(dtype: str, n_block: int, vectors: int, path: tuple[int, int], *, al
     return Choice(
         dtype=dtype,
         n_block=n_block,
-        # Accumulators for 64 columns and three sets of 5 vectors exceed 168 registers.
-        vectors=min(vectors, VECTORS[1]) if n_block == N_BLOCKS[-1] else vectors,
+        # Accumulators for 64 columns and three sets of 5 vectors exceed 168 registers; loads of elements take some too.
+        vectors=min(vectors, VECTORS[1 if aligned else 0]) if n_block == N_BLOCKS[-1] else vectors,
         slices=slices,
         aligned=aligned,
         resident_blocks=resident_blocks,
@@ -222,14 +222,11 @@ def instances() -> tuple[Choice, ...]:
 
 def typical(arch: str) -> tuple[Choice, ...]:
     """The instances that the heuristic takes most on ``arch``: for every width, type and alignment one."""
-    preferred = {(n_block, *paths_for(n_block, arch)[0]) for n_block in N_BLOCKS}
     return tuple(
         choice
         for choice in instances()
-        if choice.vectors == VECTORS[1]
-        and (choice.n_block, choice.slices, choice.resident_blocks) in preferred
-        and choice.overlap
-        and choice.undo
+        if choice
+        == _choice(choice.dtype, choice.n_block, VECTORS[1], paths_for(choice.n_block, arch)[0], aligned=choice.aligned)
     )
 
 

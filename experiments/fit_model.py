@@ -7,7 +7,8 @@
     python experiments/fit_model.py --write    # fit anew to all rows of that GPU, write model and docs/auto.md
 
 Takes the rows of ``experiments/results`` that were measured on an H100 80GB, L2-cold in graphs, fp16, uniform zeros,
-with a right result; of repeated measurements the last counts. For each format and width of the column block the four
+with a right result; of repeated measurements the last counts. Tiled-CSL only where its registers hold most tiles:
+beyond that it takes a path of its own, and bitmap is far ahead. For each format and width of the column block the four
 constants of ``KernelTime`` are those with the least sum of squared errors of the logarithm of the time, the two of
 ``DenseTime`` likewise from the rows of cuBLAS. A row's own read bandwidth stands in for that of the GPU.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +33,10 @@ from scipy.optimize import least_squares
 
 from flashllm.bench import results, roofline
 from flashllm.bench.results import Row
+from flashllm.formats.tiled_csl import WORDS_PER_VECTOR
+from flashllm.formats.tiles import TILE_K, TILE_M
 from flashllm.gpus import Gpu, find_gpu
-from flashllm.matmul import expand, model
+from flashllm.matmul import expand, model, tiled_csl
 from flashllm.matmul.model import DenseTime, KernelTime, Model
 from flashllm.matmul.tensor_cores import n_block_for
 from flashllm.registry import FORMATS, kernel, weight_class
@@ -100,7 +104,15 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
         and row.read_gbps is not None
         and words.issubset((row.gpu or "").lower().split())
         and (row.check, row.l2, row.launch, row.dtype, row.pattern) == ("pass", "cold", "graph", "fp16", "uniform")
+        and _in_registers(row)
     ]
+
+
+def _in_registers(row: Row) -> bool:
+    """Not a product by Tiled-CSL of tiles with more words than its threads have vectors for."""
+    vectors = re.search(r"tiled_csl<.*kVectors=(\d+)", row.kernel or "")
+    words = (1 - row.sparsity_real) * TILE_M * TILE_K
+    return vectors is None or words <= int(vectors[1]) * tiled_csl.THREADS * WORDS_PER_VECTOR
 
 
 def default_files() -> list[Path]:

@@ -7,10 +7,9 @@
     python experiments/fit_model.py --write    # fit anew to all rows of that GPU, write model and docs/auto.md
 
 Takes the rows of ``experiments/results`` that were measured on an H100 80GB, L2-cold in graphs, fp16, uniform zeros,
-with a right result; of repeated measurements the last counts. Tiled-CSL only where its registers hold most tiles:
-beyond that it takes a path of its own, and bitmap is far ahead. For each format and width of the column block the four
-constants of ``KernelTime`` are those with the least sum of squared errors of the logarithm of the time, the two of
-``DenseTime`` likewise from the rows of cuBLAS. A row's own read bandwidth stands in for that of the GPU.
+with a right result, in formats named on the command line, and in one block of columns; of repeated measurements the
+last counts. For each format and width of the column block the constants of ``KernelTime`` are those with the least
+squared errors of log time, those of ``DenseTime`` likewise. A row's own read bandwidth stands in for the GPU's.
 
 Regret is what the choice by the model loses: the measured time of the format that the model takes over that of the
 fastest format, less 1, over the cases for which several formats were measured.
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,10 +31,8 @@ from scipy.optimize import least_squares
 
 from flashllm.bench import results, roofline
 from flashllm.bench.results import Row
-from flashllm.formats.tiled_csl import WORDS_PER_VECTOR
-from flashllm.formats.tiles import TILE_K, TILE_M
 from flashllm.gpus import Gpu, find_gpu
-from flashllm.matmul import expand, model, tiled_csl
+from flashllm.matmul import expand, model
 from flashllm.matmul.model import DenseTime, KernelTime, Model
 from flashllm.matmul.tensor_cores import n_block_for
 from flashllm.registry import FORMATS, kernel, weight_class
@@ -94,7 +90,7 @@ class Choice:
 
 def read_rows(files: Iterable[Path]) -> list[Row]:
     """The rows to fit to: the last of each case, in the order of the files' names."""
-    rows = [row for file in sorted(files, key=lambda file: file.name) for row in results.read(file)]
+    rows = [row for file in sorted(files) for row in results.read(file) if row.choice != "auto-format"]
     words = set(GPU.name.lower().split())
     return [
         row
@@ -104,15 +100,8 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
         and row.read_gbps is not None
         and words.issubset((row.gpu or "").lower().split())
         and (row.check, row.l2, row.launch, row.dtype, row.pattern) == ("pass", "cold", "graph", "fp16", "uniform")
-        and _in_registers(row)
+        and (row.system == "cublas" or widths_of(row.format)[-1] >= row.N)
     ]
-
-
-def _in_registers(row: Row) -> bool:
-    """Not a product by Tiled-CSL of tiles with more words than its threads have vectors for."""
-    vectors = re.search(r"tiled_csl<.*kVectors=(\d+)", row.kernel or "")
-    words = (1 - row.sparsity_real) * TILE_M * TILE_K
-    return vectors is None or words <= int(vectors[1]) * tiled_csl.THREADS * WORDS_PER_VECTOR
 
 
 def default_files() -> list[Path]:

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // All inline PTX of the project: one small named wrapper per instruction, with the reason it is used.
 //
-// Shared-memory pointers travel as 32-bit addresses ("shared addresses"): the instructions want them so,
-// and one register instead of two per pointer matters in the inner loops.
+// Shared-memory pointers travel as 32-bit addresses ("shared addresses"): the instructions want them so, and one register
+// instead of two per pointer matters in the inner loops.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
 #include "flashllm/portable.cuh"
 
 namespace flashllm::ptx {
@@ -161,26 +160,21 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
                  :: "l"(pointer), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
 }
 
-// Between two looks at what another block will write. Nothing to do: a look takes long enough.
+// Between two looks at what another block will write: a look takes long enough.
 FLASHLLM_DEVICE void look_again() {}
 
 // ---- the launch before and the one after (sm_90) ------------------------------------------------------------------
 // docs/kernels/pdl.md. Both do nothing in a launch that overlaps no other, nor before sm_90.
 
-// Returns when the launch before is through and all that it wrote is there. Reads that the compiler takes for constant
-// (__ldg, const __restrict__) may move up past it: they are for weights.
-FLASHLLM_DEVICE void grid_dependency_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Returns when the launch before is through and all it wrote is there. Reads by __ldg or const __restrict__ may move past.
+FLASHLLM_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Lets the launch after this one start once a thread of every block has come here.
-FLASHLLM_DEVICE void grid_launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+FLASHLLM_DEVICE void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+FLASHLLM_DEVICE void grid_dependency_wait() {}
+FLASHLLM_DEVICE void grid_launch_dependents() {}
 #endif
-}
 
 // ---- asynchronous copies (sm_80) --------------------------------------------------------------------------
 

@@ -78,20 +78,21 @@ struct StreamK {
         });
     }
 
-    // Adds what this block has put aside, and leaves zeros there. Some vectors at a time: one after the other each would
-    // take a trip to the L2, 2 us where it is busy.
+    // Adds what this block has put aside, and leaves zeros there. Some vectors at a time: one after the other, each would
+    // wait for the L2, 2 us where that is busy.
     FLASHLLM_DEVICE static void take_back(Accumulators<S>& sum, float4* chains) {
         if (S::slice() != 0) return;
-        constexpr int kTaken = kVectors > 8 ? 4 : kVectors;  // as many as the registers have room for
+        constexpr int kTaken = kVectors > 8 ? 6 : kVectors;  // there are registers for so many
 #pragma unroll
         for (int begin = 0; begin < kVectors; begin += kTaken) {
             float4 vectors[kTaken];
 #pragma unroll
-            for (int i = 0; i < kTaken; ++i) vectors[i] = ptx::load_relaxed(chains + place(begin + i));
+            for (int v = begin; v < min(begin + kTaken, kVectors); ++v) {
+                vectors[v - begin] = ptx::load_relaxed(chains + place(v));
+            }
 #pragma unroll
-            for (int i = 0; i < kTaken; ++i) {
-                const int v = begin + i;
-                accumulate(sum[v / S::kColumnFragments][v % S::kColumnFragments], vectors[i]);
+            for (int v = begin; v < min(begin + kTaken, kVectors); ++v) {
+                accumulate(sum[v / S::kColumnFragments][v % S::kColumnFragments], vectors[v - begin]);
                 __stcg(chains + place(v), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
             }
         }

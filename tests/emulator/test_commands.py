@@ -28,7 +28,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_without_a_gpu_runs_the_kernels(no_gpu: None) -> None:
-    result = _run(bench.command, *CASE)
+    result = _run(bench.command, *CASE, "--format", "tiled-csl")
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("emulated, not GPU times: the GPU's kernels on this CPU (the driver reports")
     assert "emulated, not GPU times" in result.stdout
@@ -42,14 +42,14 @@ def test_bench_without_a_gpu_runs_the_kernels(no_gpu: None) -> None:
 
 
 def test_bench_rows_claim_no_times(no_gpu: None) -> None:
-    result = _run(bench.command, *CASE, "--backend", "emulator", "--json")
+    result = _run(bench.command, *CASE, "--format", "tiled-csl", "--backend", "emulator", "--json")
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(row["sparsity"], row["N"]) for row in rows] == [(0.7, 8), (0.7, 32), (0.9, 8), (0.9, 32)]
     for row in rows:
         assert (row["backend"], row["check"], row["choice"], row["deterministic"]) == (
             "emulator",
             "pass",
-            "auto-format",
+            "auto",
             True,
         )
         assert row["kernel"].startswith("tiled_csl<T=__half")

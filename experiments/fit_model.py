@@ -90,11 +90,11 @@ class Choice:
 
 def read_rows(files: Iterable[Path]) -> list[Row]:
     """The rows to fit to: the last of each case, in the order of the files' names."""
-    rows = [row for file in sorted(files) for row in results.read(file) if row.choice != "auto-format"]
+    rows = [row for file in sorted(files, key=lambda file: file.name) for row in results.read(file)]
     words = set(GPU.name.lower().split())
     return [
         row
-        for row in results.latest(rows)
+        for row in results.latest([row for row in rows if row.choice != "auto-format"])
         if row.system in ("flashllm", "cublas")
         and row.median_us is not None
         and row.read_gbps is not None

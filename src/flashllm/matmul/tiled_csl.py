@@ -34,7 +34,7 @@ VECTORS = (2, 4, 5)
 WARPGROUP = 0
 """Value of ``slices`` that selects wgmma."""
 X_ALIGNMENT = 16
-# K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x.
+# K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x. Two at 32 spill on sm_120a.
 _SLICES = {8: 2, 16: 2, 32: 1, 64: 1}
 # What writing the accumulators costs a block, in tiles, by n_block (measured).
 _ROW_COST = {8: 3, 16: 3, 32: 3, 64: 4}

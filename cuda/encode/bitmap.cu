@@ -18,27 +18,31 @@ constexpr int kStreamBytes = kStreams * kParts;  // one byte per stream of a til
 
 using source::is_stored;
 
-// The elements of a lane in one tile, as pairs of an even and the odd column behind it: pair (s, i, h, b) in this order
-// is element 8 s + 4 i + 2 h + b of both streams.
+// The elements of a lane in one tile: two streams, one for each half of steps. Element (s, i, b, e), in this order 8 s + 4
+// i + 2 b + e of its stream, is column e of two of row b of two, eight apart, in the i-th 16 rows and in step s.
 struct LaneElements {
-    int M, K, row, column;  // row and column of pair 0
+    int M, K, row, column;  // row and column of element 0
 
     FLASHLLM_DEVICE LaneElements(int M, int K) : M(M), K(K) {
         const int tiles_k = (K + kTileK - 1) / kTileK, lane = threadIdx.x & 31, part = threadIdx.x >> 5;
         row = static_cast<int>(blockIdx.x) / tiles_k * kTileM + part * 16 + (lane >> 2);
         column = static_cast<int>(blockIdx.x) % tiles_k * kTileK + (lane & 3) * 2;
     }
-    FLASHLLM_DEVICE int row_of(int pair) const { return row + (pair >> 2 & 1) * 64 + (pair & 1) * 8; }
-    FLASHLLM_DEVICE int column_of(int pair) const { return column + (pair >> 3) * 16 + (pair >> 1 & 1) * 8; }
-    FLASHLLM_DEVICE bool inside(int pair, int stream) const { return row_of(pair) < M && column_of(pair) + stream < K; }
+    FLASHLLM_DEVICE int row_of(int element) const { return row + (element >> 2 & 1) * 64 + (element >> 1 & 1) * 8; }
+    FLASHLLM_DEVICE int column_of(int element, int stream) const {
+        return column + (element >> 3) * 16 + stream * 8 + (element & 1);
+    }
+    FLASHLLM_DEVICE bool inside(int element, int stream) const {
+        return row_of(element) < M && column_of(element, stream) < K;
+    }
 };
 
 // The pattern of one element, zero outside the matrix.
 template <typename Source>
 FLASHLLM_DEVICE unsigned short pattern(const typename Source::Element* a, long long pitch, const LaneElements& at,
-                                       int pair, int stream, source::Rounding& rounding) {
-    const bool inside = at.inside(pair, stream);
-    const long long index = inside ? at.row_of(pair) * pitch + at.column_of(pair) + stream : 0;
+                                       int element, int stream, source::Rounding& rounding) {
+    const bool inside = at.inside(element, stream);
+    const long long index = inside ? at.row_of(element) * pitch + at.column_of(element, stream) : 0;
     return inside ? Source::convert(a[index], rounding) : static_cast<unsigned short>(0);
 }
 
@@ -48,15 +52,29 @@ FLASHLLM_DEVICE uint2 find_stored(const typename Source::Element* a, long long p
                                   source::Rounding& rounding) {
     uint2 stored = make_uint2(0, 0);
 #pragma unroll 4
-    for (int pair = 0; pair < kStreamElements; ++pair) {
-        if (is_stored(pattern<Source>(a, pitch, at, pair, 0, rounding))) stored.x |= 1u << pair;
-        if (is_stored(pattern<Source>(a, pitch, at, pair, 1, rounding))) stored.y |= 1u << pair;
+    for (int element = 0; element < kStreamElements; ++element) {
+        if (is_stored(pattern<Source>(a, pitch, at, element, 0, rounding))) stored.x |= 1u << element;
+        if (is_stored(pattern<Source>(a, pitch, at, element, 1, rounding))) stored.y |= 1u << element;
     }
     return stored;
 }
 
-// Bit of a mask word for element `pair` (0..31) of the even stream; that of the odd stream is 8 higher. Word pair / 16.
-FLASHLLM_DEVICE int mask_bit(int pair) { return (pair & 1) * 16 + (pair >> 1 & 7); }
+// Bit of a mask word for an element (0..31) of a stream. Word element / 16.
+FLASHLLM_DEVICE int mask_bit(int element, int stream) {
+    return (element & 3) * 8 + (element >> 3 & 1) * 4 + (element >> 2 & 1) * 2 + stream;
+}
+
+// The first zero of a stream in a group, four neighbours, of fewer than kValues elements: one bit, or none.
+template <int kValues>
+FLASHLLM_DEVICE unsigned first_room(unsigned bits) {
+    unsigned room = ~bits;
+    if constexpr (kValues == 2) {
+        const unsigned pairs = bits - (bits >> 1 & 0x55555555u);               // elements of each two neighbours
+        const unsigned groups = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);  // and of each four
+        room &= ~(((groups >> 1 | groups >> 2) & 0x11111111u) * 0xfu);
+    }
+    return room & (0u - room);
+}
 
 // Index of a value, in halves: row `row` of the part's stream.
 FLASHLLM_DEVICE long long value_index(int row, int part, int lane, int stream) {
@@ -74,10 +92,10 @@ bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, un
              unsigned long long* __restrict__ totals, int M, int K) {
     source::Rounding rounding;
     const uint2 stored = bitmap::find_stored<Source>(a, pitch, bitmap::LaneElements(M, K), rounding);
-    const int even = __popc(stored.x), odd = __popc(stored.y);
+    const int low = __popc(stored.x), high = __popc(stored.y);
     unsigned char* target = counts + (static_cast<long long>(blockIdx.x) * bitmap::kThreads + threadIdx.x) * 2;
-    target[0] = static_cast<unsigned char>(even), target[1] = static_cast<unsigned char>(odd);
-    source::add_warp_sum(even + odd, totals);
+    target[0] = static_cast<unsigned char>(low), target[1] = static_cast<unsigned char>(high);
+    source::add_warp_sum(low + high, totals);
     if constexpr (Source::kRounds) rounding.add_warp_to(totals + 1);
 }
 
@@ -138,9 +156,9 @@ bitmap_join(const int* __restrict__ lengths, int* __restrict__ fronts, int tiles
     if (lane == 0 && run == runs - 1) fronts[end] = begin + lengths[run];
 }
 
-// Grid: tiles. lags as bitmap_place, fronts as bitmap_join leaves them. Writes masks, values (which must be zero where no
+// Grid: tiles. No group has more than kGroupValues elements. lags as bitmap_place, fronts as bitmap_join leaves them. Writes masks, values (which must be zero where no
 // stream has one) and every kLagTiles-th tile's lags.
-template <typename Source>
+template <typename Source, int kGroupValues>
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, const unsigned char* __restrict__ lags,
              const int* __restrict__ fronts, uint2* __restrict__ masks, unsigned short* __restrict__ values,
@@ -161,15 +179,17 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
     for (int stream = 0; stream < 2; ++stream) {
         unsigned bits = stream == 0 ? stored.x : stored.y;
         int row = front - lag[stream];
-        // Zeros that let the stream catch up, at its first places without an element.
-        for (int missing = end - bitmap::kSlack - (row + __popc(bits)); missing > 0; --missing) bits |= bits + 1;
+        // Zeros that let the stream catch up, at its first places without an element in groups that have room.
+        for (int missing = end - bitmap::kSlack - (row + __popc(bits)); missing > 0; --missing) {
+            bits |= bitmap::first_room<kGroupValues>(bits);
+        }
 #pragma unroll 1
-        for (int pair = 0; pair < bitmap::kStreamElements; ++pair) {
-            if ((bits >> pair & 1) == 0) continue;
-            const unsigned short value = bitmap::pattern<Source>(a, pitch, at, pair, stream, rounding);
+        for (int element = 0; element < bitmap::kStreamElements; ++element) {
+            if ((bits >> element & 1) == 0) continue;
+            const unsigned short value = bitmap::pattern<Source>(a, pitch, at, element, stream, rounding);
             values[bitmap::value_index(row, part, lane, stream)] = bitmap::is_stored(value) ? value : 0;
-            const unsigned bit = 1u << (bitmap::mask_bit(pair) + stream * 8);
-            if (pair < 16) mask.x |= bit;
+            const unsigned bit = 1u << bitmap::mask_bit(element, stream);
+            if (element < 16) mask.x |= bit;
             else mask.y |= bit;
             ++row;
         }
@@ -193,19 +213,19 @@ bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict_
     for (int stream = 0; stream < 2; ++stream) rows[stream] = fronts[first] - (first == restart ? 0 : lag[stream]);
     for (long long before = first; before < tile; ++before) {
         const uint2 mask = masks[before * bitmap::kThreads + threadIdx.x];
-        rows[0] += __popc(mask.x & bitmap::kEvenBits) + __popc(mask.y & bitmap::kEvenBits);
-        rows[1] += __popc(mask.x & bitmap::kOddBits) + __popc(mask.y & bitmap::kOddBits);
+        rows[0] += __popc(mask.x & bitmap::kLowBits) + __popc(mask.y & bitmap::kLowBits);
+        rows[1] += __popc(mask.x & bitmap::kHighBits) + __popc(mask.y & bitmap::kHighBits);
     }
     const uint2 mask = masks[tile * bitmap::kThreads + threadIdx.x];
-    for (int pair = 0; pair < bitmap::kStreamElements; ++pair) {
+    for (int element = 0; element < bitmap::kStreamElements; ++element) {
         for (int stream = 0; stream < 2; ++stream) {
-            const unsigned word = pair < 16 ? mask.x : mask.y;
+            const unsigned word = element < 16 ? mask.x : mask.y;
             unsigned short value = 0;
-            if ((word >> (bitmap::mask_bit(pair) + stream * 8) & 1) != 0) {
+            if ((word >> bitmap::mask_bit(element, stream) & 1) != 0) {
                 value = values[bitmap::value_index(rows[stream]++, part, lane, stream)];
             }
-            if (at.inside(pair, stream)) {
-                w[static_cast<long long>(at.row_of(pair)) * K + at.column_of(pair) + stream] = value;
+            if (at.inside(element, stream)) {
+                w[static_cast<long long>(at.row_of(element)) * K + at.column_of(element, stream)] = value;
             }
         }
     }

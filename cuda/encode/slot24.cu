@@ -3,10 +3,11 @@
 // cuda/flashllm/slot24.cuh. What becomes of the slots is in bitmap.cu.
 //
 // slot24_mark finds the rows in which each column has an element; slot24_pair forms the pairs from that alone, once for
-// each shape of parts and window size that are tried; slot24_fill writes slots and picks. A warp pairs the columns of one
+// each arrangement that is tried; slot24_fill writes slots and picks. A warp pairs the columns of one
 // band of one window, or fills 32 rows of it. The same bytes as from src/flashllm/formats/slot24_encode.py.
 #include "flashllm/portable.cuh"
 #include "flashllm/slot24.cuh"
+#include "flashllm/slot24_groups.cuh"
 #include "flashllm/slot24_pairs.cuh"
 #include "flashllm/source.cuh"
 
@@ -97,8 +98,8 @@ FLASHLLM_DEVICE unsigned from_picks(unsigned picks) {
 }  // namespace slot24
 
 // Grid: strips x 4 bands of 32 rows x groups of 128 columns. a [M, K], `pitch` elements from row to row. masks
-// [strips][4][K]: a bit for each row of the band in which the column has an element; totals[4]: added to, what rounding
-// did.
+// [strips][4][K]: a bit for each row of the band in which the column has an element; totals[5]: added to, nnz and what
+// rounding did.
 template <typename Source>
 __global__ void __launch_bounds__(slot24::kThreads)
 slot24_mark(const typename Source::Element* __restrict__ a, long long pitch, unsigned* __restrict__ masks,
@@ -117,22 +118,25 @@ slot24_mark(const typename Source::Element* __restrict__ a, long long pitch, uns
         }
         masks[static_cast<long long>(both) * K + column] = mask;
     }
-    if constexpr (Source::kRounds) rounding.add_warp_to(totals);
+    source::add_warp_sum(__popc(mask), totals);
+    if constexpr (Source::kRounds) rounding.add_warp_to(totals + 1);
 }
 
 // Grid: strips x windows; a warp for each band. columns [tiles][4][32][steps]. *failed must be 0 and becomes 1 when the
-// columns of some band of some window do not pair up; then what `columns` holds is of no use.
-template <int kPartRows>
+// columns of some band of some window do not pair up, or not so that groups have at most kGroupValues values; then what
+// `columns` holds is of no use.
+template <int kPartRows, int kGroupValues>
 __global__ void __launch_bounds__(slot24::Bands<kPartRows>::kBands * 32, slot24::kBlocks * kPartRows / 32)
 slot24_pair(const unsigned* __restrict__ masks, unsigned* __restrict__ columns, int* failed, int K, int window) {
     using Shape = slot24::Bands<kPartRows>;
-    __shared__ slot24::Problem<kPartRows> problems[Shape::kBands];
+    using Problem = typename slot24::ProblemFor<kPartRows, kGroupValues>::Type;
+    __shared__ Problem problems[Shape::kBands];
     const slot24::Place at(K, window);
     const int lane = threadIdx.x & 31, band = threadIdx.x >> 5;
     // One lane reads for all: another warp may write in between.
     const int already = lane == 0 ? *static_cast<const volatile int*>(failed) : 0;
     if (__shfl_sync(slot24::kWarp, already, 0) != 0) return;
-    slot24::Problem<kPartRows>& p = problems[band];
+    Problem& p = problems[band];
     const auto rows_of = [&](int column) {
         const unsigned* const own = at.masks(masks, K);
         slot24::Rows<kPartRows> rows = 0;
@@ -144,11 +148,17 @@ slot24_pair(const unsigned* __restrict__ masks, unsigned* __restrict__ columns, 
         return rows;
     };
     slot24::load_problem(p, rows_of, at.width, window, lane);
-    if (!slot24::match(p, lane)) {
+    bool paired;
+    if constexpr (kGroupValues < bitmap::kGroup) {
+        paired = slot24::pair_in_groups(p, window, lane);
+    } else {
+        paired = slot24::match(p.columns, lane);
+        if (paired) slot24::arrange(p, window, lane);
+    }
+    if (!paired) {
         if (lane == 0) *static_cast<volatile int*>(failed) = 1;
         return;
     }
-    slot24::arrange(p, window, lane);
     for (int tile = 0; tile < slot24::kWindowTiles; ++tile) {
         const long long to = (static_cast<long long>(blockIdx.x) * slot24::kWindowTiles + tile) * Shape::kBands + band;
         columns[to * 32 + lane] = reinterpret_cast<const unsigned*>(p.listed)[tile * 32 + lane];

@@ -14,7 +14,7 @@
 
 namespace flashllm {
 
-constexpr int kMirrorRows = 16;  // a pointer wraps once per mask word: 16 elements of a stream
+constexpr int kMirrorRows = 16;  // a pointer wraps once per mask word, and before a load moves by less than its elements
 static_assert(bitmap::kStreamElements == 2 * kMirrorRows, "a mask word is half of a stream's elements");
 
 constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds
@@ -69,15 +69,16 @@ struct StageBarriers {
 // once more behind the last, so that a pointer may run kMirrorRows over the end before it wraps.
 //
 // No weight stops the ring. When all tiles before one are released and the front is at row f, streams need rows from
-// f - kSlack on. The tile itself needs none behind row f + kStreamElements, the one behind its front, and these come
-// with the rest of their chunk: at most kSlack + kStreamElements + kChunkRows rows have to be there at one time.
-template <int kRing>
+// f - kSlack on. The tile moves the front by kTileValues at most, reads one row behind it, and rows come in whole chunks:
+// at most kSlack + kTileValues + 1 + kChunkRows rows have to be there at one time.
+template <int kRing, int kTileValues = bitmap::kStreamElements>
 struct ValueRing {
+    static constexpr int kRows = kRing;
     static constexpr unsigned kWrapBytes = kRing * bitmap::kRowBytes;
     static constexpr unsigned kPartBytes = (kRing + kMirrorRows) * bitmap::kRowBytes;
     static constexpr unsigned kBytes = bitmap::kParts * kPartBytes;
     static_assert(kRing % bitmap::kChunkRows == 0 && kMirrorRows == bitmap::kChunkRows, "mirrored is the first chunk");
-    static_assert(kRing >= bitmap::kSlack + bitmap::kStreamElements + bitmap::kChunkRows,
+    static_assert(kRing >= bitmap::kSlack + kTileValues + 1 + bitmap::kChunkRows,
                   "or a full tile of a stream could wait for rows that wait for the slowest stream");
 
     unsigned base;  // shared address
@@ -91,22 +92,22 @@ struct ValueRing {
 };
 
 // The next values of the two streams of one lane, as shared addresses.
-template <int kRing>
+template <typename Ring>
 struct Streams {
-    unsigned even, odd, begin;  // begin: of the part's ring
+    unsigned low, high, begin;  // begin: of the part's ring
 
     // Before tile `first`, in the format's run that begins at tile `restart`. There streams stand at the front, every
     // kLagTiles tiles where the lags say; from the last such place on masks are counted.
-    FLASHLLM_DEVICE Streams(const ValueRing<kRing>& ring, const unsigned char* masks, const int* fronts,
+    FLASHLLM_DEVICE Streams(const Ring& ring, const unsigned char* masks, const int* fronts,
                             const unsigned short* lags, int first, int restart, int part) {
         const int lane = threadIdx.x & 31;
         begin = ring.part(part) + lane * 4;
         const int stored = first / bitmap::kLagTiles * bitmap::kLagTiles, known = max(stored, restart);
         const int front = __ldg(fronts + known) - ring.origin;
-        int even_row = front, odd_row = front;
+        int low_row = front, high_row = front;
         if (known != restart) {
             const unsigned lag = __ldg(lags + stored / bitmap::kLagTiles * bitmap::kTileThreads + threadIdx.x);
-            even_row -= static_cast<int>(lag & 0xff), odd_row -= static_cast<int>(lag >> 8);
+            low_row -= static_cast<int>(lag & 0xff), high_row -= static_cast<int>(lag >> 8);
         }
         const uint2* before = reinterpret_cast<const uint2*>(masks) +
                               static_cast<long long>(known) * bitmap::kTileThreads + threadIdx.x;
@@ -115,23 +116,23 @@ struct Streams {
         for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
             const uint2 mask = __ldg(before + min(i, first - known) * bitmap::kTileThreads);
             const unsigned counted = i < first - known ? ~0u : 0u;
-            even_row += __popc(mask.x & bitmap::kEvenBits & counted) + __popc(mask.y & bitmap::kEvenBits & counted);
-            odd_row += __popc(mask.x & bitmap::kOddBits & counted) + __popc(mask.y & bitmap::kOddBits & counted);
+            low_row += __popc(mask.x & bitmap::kLowBits & counted) + __popc(mask.y & bitmap::kLowBits & counted);
+            high_row += __popc(mask.x & bitmap::kHighBits & counted) + __popc(mask.y & bitmap::kHighBits & counted);
         }
-        even = begin + even_row * bitmap::kRowBytes;
-        odd = begin + 2 + odd_row * bitmap::kRowBytes;
+        low = begin + low_row * bitmap::kRowBytes;
+        high = begin + 2 + high_row * bitmap::kRowBytes;
     }
 
     // At the begin of a run: both go on at value row `front`.
-    FLASHLLM_DEVICE void restart(const ValueRing<kRing>& ring, int front) {
-        even = begin + (front - ring.origin) % kRing * bitmap::kRowBytes;
-        odd = even + 2;
+    FLASHLLM_DEVICE void restart(const Ring& ring, int front) {
+        low = begin + (front - ring.origin) % Ring::kRows * bitmap::kRowBytes;
+        high = low + 2;
     }
 
     // Before each mask word.
     FLASHLLM_DEVICE void wrap() {
-        if (even >= begin + ValueRing<kRing>::kWrapBytes) even -= ValueRing<kRing>::kWrapBytes;
-        if (odd >= begin + ValueRing<kRing>::kWrapBytes) odd -= ValueRing<kRing>::kWrapBytes;
+        if (low >= begin + Ring::kWrapBytes) low -= Ring::kWrapBytes;
+        if (high >= begin + Ring::kWrapBytes) high -= Ring::kWrapBytes;
     }
 };
 
@@ -165,7 +166,7 @@ struct Piece {
 //
 // One warp does this for four, beside them, so each instruction counts: addresses move on by additions, and value rows
 // come in whole chunks, since a copy of few rows takes as long as one of many.
-template <int kRing, int kStages>
+template <typename Ring, int kStages>
 struct Feeder {
 #if __CUDA_ARCH__ >= 900
     static constexpr unsigned kArrivals = 1;  // at `full`, by bring()
@@ -173,7 +174,7 @@ struct Feeder {
     static constexpr unsigned kArrivals = bitmap::kLanes;
 #endif
 
-    ValueRing<kRing> ring;
+    Ring ring;
     StageBarriers barriers;
     const unsigned char* chunk;  // the next to be copied
     unsigned place = 0;          // where it goes, in bytes from the begin of a part's ring
@@ -188,24 +189,24 @@ struct Feeder {
     // Lane l: the front behind tile 32 i + l, of the 32 tiles before those of `tile`, of these, and of the next.
     int before_set = 0, front_set, next_set;
 
-    FLASHLLM_DEVICE Feeder(const ValueRing<kRing>& ring, const StageBarriers& barriers, const unsigned char* values,
+    FLASHLLM_DEVICE Feeder(const Ring& ring, const StageBarriers& barriers, const unsigned char* values,
                            const int* fronts, int count, const FirstFronts& first)
         : ring(ring), barriers(barriers),
           chunk(values + static_cast<long long>(ring.origin / bitmap::kChunkRows) * bitmap::kChunkBytes),
           fronts(fronts), count(count), done_front(first.begin), rows(ring.origin), front_set(first.set),
           next_set(first.next) {}
 
-    // The row up to which the next tile needs value rows, in whole chunks. A stream that is through reads one more
-    // value, unused.
+    // The row up to which the next tile needs value rows, in whole chunks. A stream that is through reads two more
+    // values, unused.
     FLASHLLM_DEVICE int needed() const {
-        const int front = __shfl_sync(0xffffffffu, front_set, tile & 31);
-        return front < rows ? rows : (front | (bitmap::kChunkRows - 1)) + 1;
+        const int last = __shfl_sync(0xffffffffu, front_set, tile & 31) + 1;
+        return last < rows ? rows : (last | (bitmap::kChunkRows - 1)) + 1;
     }
 
     // Whether there is room for the next tile, which needs the rows below `need`: a stage, and places of rows that are
     // behind every stream of the first tile not released.
     FLASHLLM_DEVICE bool has_room(int need) const {
-        return tile - done < kStages && need - kRing <= done_front - bitmap::kSlack;
+        return tile - done < kStages && need - Ring::kRows <= done_front - bitmap::kSlack;
     }
 
     // Waits until one more tile is released. All lanes wait, for each of them writes where the tile was read.

@@ -24,7 +24,7 @@ namespace flashllm {
 template <int kN, int kRing, int kStages>
 struct Layout {
     using Ring = ValueRing<kRing>;
-    using Feed = Feeder<kRing, kStages>;
+    using Feed = Feeder<Ring, kStages>;
     static constexpr int kTiles = kStages;
     static constexpr unsigned kXBytes = kN * kStageRowBytes;
     static constexpr unsigned kStageBytes = kXBytes + bitmap::kMaskBytes;
@@ -62,11 +62,11 @@ FLASHLLM_DEVICE void load_x(unsigned (&b)[2][S::kColumnFragments][2], unsigned s
 }
 
 // One k16 step of a mask word: decodes the A fragments of both rows of fragments and multiplies.
-template <typename T, typename S, int kStep>
-FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask,
+template <typename T, typename S, int kStep, typename Values>
+FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, Values& streams, unsigned mask,
                                    const unsigned (&b)[S::kColumnFragments][2]) {
     unsigned a[2][4];
-    bitmap::decode_step<kStep>(a, even, odd, mask);
+    bitmap::decode_step<kStep, bitmap::kGroup>(a, streams.low, streams.high, mask);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -75,22 +75,21 @@ FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, unsigned& even, unsigne
 }
 
 // Half a tile: one mask word per lane, 32 columns.
-template <typename T, typename S, int kWord>
-FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask, unsigned stage) {
+template <typename T, typename S, int kWord, typename Values>
+FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned stage) {
     unsigned b[2][S::kColumnFragments][2];
     load_x<S, kWord>(b, stage);
-    multiply_step<T, S, 0>(sum, even, odd, mask, b[0]);
-    multiply_step<T, S, 1>(sum, even, odd, mask, b[1]);
+    multiply_step<T, S, 0>(sum, streams, mask, b[0]);
+    multiply_step<T, S, 1>(sum, streams, mask, b[1]);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // A k16 step of a tile on the warpgroup's tensor cores, which read x from shared memory: the four warps at one time.
 // Starts its products and returns when those of the step before are done: two steps' fragments are alive.
-template <typename T, typename S, int kStep>
-FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask,
-                                unsigned stage_operand) {
+template <typename T, typename S, int kStep, typename Values>
+FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned stage_operand) {
     unsigned a[2][4];
-    bitmap::decode_step<kStep % 2>(a, even, odd, mask);
+    bitmap::decode_step<kStep % 2, bitmap::kGroup>(a, streams.low, streams.high, mask);
     ptx::warpgroup_begin();
 #pragma unroll
     for (int i = 0; i < 2; ++i) ptx::warpgroup_mma<T>(sum[i], a[i], stage_operand + kStep * 32 / 16);
@@ -191,7 +190,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
         };
-        Streams<kRing> streams(ring, masks, fronts, lags, first, restart, warp);
+        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, warp);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
@@ -208,17 +207,17 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             if constexpr (kWarpgroup) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
                 ptx::fence_async_proxy();  // x came by cp.async or stores, not by bulk copies
-                start_step<T, S, 0>(sum, streams.even, streams.odd, mask.x, ptx::operand(x_stage));
-                start_step<T, S, 1>(sum, streams.even, streams.odd, mask.x, ptx::operand(x_stage));
+                start_step<T, S, 0>(sum, streams, mask.x, ptx::operand(x_stage));
+                start_step<T, S, 1>(sum, streams, mask.x, ptx::operand(x_stage));
                 streams.wrap();
-                start_step<T, S, 2>(sum, streams.even, streams.odd, mask.y, ptx::operand(x_stage));
-                start_step<T, S, 3>(sum, streams.even, streams.odd, mask.y, ptx::operand(x_stage));
+                start_step<T, S, 2>(sum, streams, mask.y, ptx::operand(x_stage));
+                start_step<T, S, 3>(sum, streams, mask.y, ptx::operand(x_stage));
                 ptx::warpgroup_wait();
 #endif
             } else {
-                multiply_word<T, S, 0>(sum, streams.even, streams.odd, mask.x, x_stage);
+                multiply_word<T, S, 0>(sum, streams, mask.x, x_stage);
                 streams.wrap();
-                multiply_word<T, S, 1>(sum, streams.even, streams.odd, mask.y, x_stage);
+                multiply_word<T, S, 1>(sum, streams, mask.y, x_stage);
             }
             barriers.release(cycle.stage);
             cycle.advance();

@@ -24,8 +24,9 @@
 namespace flashllm {
 
 // PartShape, but that in bands of 64 rows a warp has four fragments of 16 rows, and one of two slices of K.
-template <int kN, int kPartRows>
+template <int kN, int kPartRows, int kGroupValues_>
 struct SlotShape : PartShape<kN> {
+    static constexpr int kGroupValues = kGroupValues_;
     using Bands = slot24::Bands<kPartRows>;
     static constexpr int kSlices = Bands::kHalves;
     static constexpr int kRowFragments = kPartRows / 16;
@@ -45,11 +46,11 @@ FLASHLLM_DEVICE void gather(unsigned (&b)[S::kColumnFragments][4], unsigned colu
 }
 
 // Decodes half kHalf of a mask word, 32 rows of one step, and multiplies it: the rows from fragment kFirst on.
-template <typename T, typename S, int kHalf, int kFirst>
-FLASHLLM_DEVICE void multiply_rows(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask, unsigned picks,
+template <typename T, typename S, int kHalf, int kFirst, typename Values>
+FLASHLLM_DEVICE void multiply_rows(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned picks,
                                    const unsigned (&b)[S::kColumnFragments][4]) {
     unsigned a[2][4];
-    bitmap::decode_step<kHalf>(a, even, odd, mask);
+    bitmap::decode_step<kHalf, S::kGroupValues>(a, streams.low, streams.high, mask);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const unsigned metadata = slot24::metadata(picks, i);
@@ -61,23 +62,23 @@ FLASHLLM_DEVICE void multiply_rows(Accumulators<S>& sum, unsigned& even, unsigne
 }
 
 // Multiplies what word kWord of masks and picks is about: two steps, or one of twice as many rows.
-template <typename T, typename S, typename Windows, int kWord>
-FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, unsigned& even, unsigned& odd, unsigned mask, unsigned picks,
-                                   unsigned columns, unsigned window) {
+template <typename T, typename S, typename Windows, int kWord, typename Values>
+FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned picks, unsigned columns,
+                                   unsigned window) {
     constexpr bool kTwoSteps = S::kSlices == 1;
     unsigned b[S::kColumnFragments][4];
     gather<S, Windows, kTwoSteps ? 2 * kWord : kWord>(b, columns, window);
-    multiply_rows<T, S, 0, 0>(sum, even, odd, mask, picks, b);
+    multiply_rows<T, S, 0, 0>(sum, streams, mask, picks, b);
     if constexpr (kTwoSteps) gather<S, Windows, 2 * kWord + 1>(b, columns, window);
-    multiply_rows<T, S, 1, kTwoSteps ? 0 : 2>(sum, even, odd, mask, picks, b);
+    multiply_rows<T, S, 1, kTwoSteps ? 0 : 2>(sum, streams, mask, picks, b);
 }
 
 // Shared memory of a block: rings of value rows, windows of x, stages of masks, picks and columns, sums on their way from
 // one slice to the other, barriers.
 template <int kRing, int kStages, typename S, typename Windows>
 struct Layout {
-    using Ring = ValueRing<kRing>;
-    using Feed = Feeder<kRing, kStages>;
+    using Ring = ValueRing<kRing, bitmap::kStreamElements * S::kGroupValues / bitmap::kGroup>;
+    using Feed = Feeder<Ring, kStages>;
     static constexpr int kColumnBytes = S::Bands::kColumnBytes;
     static constexpr unsigned kStageBytes = bitmap::kMaskBytes + slot24::kPickBytes + kColumnBytes;
     static constexpr unsigned kWindowsAt = Ring::kBytes;
@@ -113,7 +114,7 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, const un
 // Grid (G, ceil(N / kN)). workspace: see stream_k.cuh. masks ... columns: see docs/formats/slot24.md. window_columns: of x
 // in a window. kRing: value rows that the ring of a part holds. kStages: tiles for which masks, picks and columns have
 // room. kWindows: of x. kAligned: K is a multiple of 8 and x 16-byte aligned.
-template <typename T, int kN, int kPartRows, int kRing, int kStages, int kWindows, int kMinBlocks, bool kAligned>
+template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags,
@@ -121,7 +122,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             unsigned char* __restrict__ workspace, int M, int N, int K, int window_columns, int row_cost,
             int runs, int runs_row_cost) {
     static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
-    using S = SlotShape<kN, kPartRows>;
+    using S = SlotShape<kN, kPartRows, kGroupValues>;
     using Windows = XWindows<kN, kWindows, kAligned>;
     using L = Layout<kRing, kStages, S, Windows>;
     FLASHLLM_DYNAMIC_SHARED(shared);
@@ -165,7 +166,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
         };
-        Streams<kRing> streams(ring, masks, fronts, lags, first, restart, warp);
+        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, warp);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
@@ -189,9 +190,9 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             const unsigned place = layout.columns(cycle.stage) + threadIdx.x * S::Bands::kPartSteps;
             const unsigned column = S::kSlices == 1 ? ptx::load_shared4(place) : ptx::load_shared_half(place);
             streams.wrap();
-            multiply_word<T, S, Windows, 0>(sum, streams.even, streams.odd, mask.x, pick.x, column, here);
+            multiply_word<T, S, Windows, 0>(sum, streams, mask.x, pick.x, column, here);
             streams.wrap();
-            multiply_word<T, S, Windows, 1>(sum, streams.even, streams.odd, mask.y, pick.y, column, here);
+            multiply_word<T, S, Windows, 1>(sum, streams, mask.y, pick.y, column, here);
             barriers.release(cycle.stage);
             cycle.advance();
             if (second) window.leave();

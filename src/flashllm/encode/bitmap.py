@@ -10,6 +10,7 @@ import numpy as np
 from flashllm.backends.cuda import launch
 from flashllm.device import memory_errors
 from flashllm.encode.source import (
+    BITS16,
     SOURCES,
     check_dense_output,
     check_on_device,
@@ -20,7 +21,7 @@ from flashllm.encode.source import (
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import ReportCallback
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import CHUNK_ROWS, LAG_TILES, LANES, MAX_ROWS, PARTS, STREAMS
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, GROUP, LAG_TILES, LANES, MAX_ROWS, PARTS, STREAMS, chunks_for
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
@@ -30,12 +31,13 @@ _THREADS = PARTS * LANES
 _TOTALS = 5  # nnz, and the four fields of the rounding report
 
 
-def _spec(name: str, *source: str, threads: int = _THREADS) -> KernelSpec:
+def _spec(name: str, *source: str, group_values: int | None = None, threads: int = _THREADS) -> KernelSpec:
+    groups = () if group_values is None else (("kGroupValues", str(group_values)),)
     return KernelSpec(
         name=f"bitmap_{name}",
         source="encode/bitmap.cu",
         function=f"flashllm::bitmap_{name}",
-        template=tuple(("Source", text) for text in source),
+        template=(*(("Source", text) for text in source), *groups),
         threads=threads,
     )
 
@@ -46,8 +48,10 @@ def _run_spec(name: str) -> KernelSpec:
 
 
 def specs() -> list[KernelSpec]:
-    """Every kernel this module can launch."""
-    by_source = [_spec(name, source) for name in ("count", "write") for source in SOURCES]
+    """Every kernel that this module can launch, and those that :mod:`flashllm.encode.slot24` launches here."""
+    write = [_spec("write", source, group_values=GROUP) for source in SOURCES]
+    write.append(_spec("write", BITS16, group_values=2))  # slots are patterns already
+    by_source = [*(_spec("count", source) for source in SOURCES), *write]
     return [*by_source, _run_spec("place"), _run_spec("join"), _spec("decode")]
 
 
@@ -57,13 +61,16 @@ def run_arguments(shape: tuple[int, int]) -> tuple[np.int32, np.int32]:
     return np.int32(runs.count), np.int32(runs.row_cost)
 
 
-def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = None) -> Bitmap:
+def encode(
+    a: Any, *, dtype: str | None = None, report: ReportCallback | None = None, group_values: int = GROUP
+) -> Bitmap:
     """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
 
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
     ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
     else fp16. ``report`` receives what the rounding did. Memory beside the result: 256 bytes per tile of 8192
-    elements, 4 per run. Waits for the device once, to learn the size of the result. Raises ``ArgumentError``.
+    elements, 4 per run. Waits for the device once, to learn the size of the result. No group of ``a`` may have more than
+    ``group_values`` elements: then the bitmap has no more either. Raises ``ArgumentError``.
     """
     import cupy
 
@@ -86,13 +93,13 @@ def encode(a: Any, *, dtype: str | None = None, report: ReportCallback | None = 
     rows, nnz = (int(v) for v in cupy.stack([fronts[-1].astype(np.int64), totals[0].astype(np.int64)]).get())
     if not 0 <= rows <= MAX_ROWS:
         raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=f"{rows % 2**32}")
-    chunks = rows // CHUNK_ROWS + 1
+    chunks = chunks_for(rows)
     with memory_errors("encoded weight", 2 * chunks * PARTS * CHUNK_ROWS * STREAMS + tiles * _THREADS * 8):
         values = cupy.zeros((chunks, PARTS, CHUNK_ROWS, LANES, 2), np.uint16)
         masks = cupy.empty((tiles, PARTS, LANES, 2), np.uint32)
         stored_lags = cupy.empty((-(-tiles // LAG_TILES), PARTS, STREAMS), np.uint8)
     written = (lags, fronts, masks, values, stored_lags)
-    launch(_spec("write", source), (tiles,), (a, np.int64(pitch), *written, *size))
+    launch(_spec("write", source, group_values=group_values), (tiles,), (a, np.int64(pitch), *written, *size))
     send_report(report, source, nnz, totals[1:])
     return Bitmap(shape=shape, dtype=kind, nnz=nnz, masks=masks, values=values, fronts=fronts, lags=stored_lags)
 

@@ -25,30 +25,48 @@ from flashllm.formats.bitmap_encode import LANES, PARTS
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_encode import slots_shape, unpaired
-from flashllm.formats.slot24_pairs import check_window, tried
+from flashllm.formats.slot24_pairs import GROUP_VALUES, Arrangement, check_group_values, check_window, tried
 from flashllm.formats.slot24_parts import PARTS_OF, Parts, check_part_rows
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 
 _THREADS = PARTS * LANES
+_TOTALS = 5  # nnz, and the four fields of the rounding report
 
 
-def _spec(name: str, source: str | None = None, parts: Parts | None = None) -> KernelSpec:
-    sources = () if source is None else (("Source", source),)
+def _spec(name: str, *template: tuple[str, str], threads: int = _THREADS) -> KernelSpec:
     return KernelSpec(
         name=f"slot24_{name}",
         source="encode/slot24.cu",
         function=f"flashllm::slot24_{name}",
-        template=sources if parts is None else (*sources, ("kPartRows", str(parts.rows))),
-        threads=_THREADS if name != "pair" or parts is None else parts.bands * LANES,
+        template=template,
+        threads=threads,
     )
+
+
+def _mark_spec(source: str) -> KernelSpec:
+    return _spec("mark", ("Source", source))
+
+
+def _fill_spec(source: str, parts: Parts) -> KernelSpec:
+    return _spec("fill", ("Source", source), ("kPartRows", str(parts.rows)))
+
+
+def _pair_spec(parts: Parts, group_values: int) -> KernelSpec:
+    template = ("kPartRows", str(parts.rows)), ("kGroupValues", str(group_values))
+    return _spec("pair", *template, threads=parts.bands * LANES)
+
+
+def _spread_spec(parts: Parts) -> KernelSpec:
+    return _spec("spread", ("kPartRows", str(parts.rows)))
 
 
 def specs() -> list[KernelSpec]:
     """Every kernel of its own that this module can launch; those of the encoder of bitmap are used too."""
-    mark = [_spec("mark", source) for source in SOURCES]
-    fill = [_spec("fill", source, parts) for source in SOURCES for parts in PARTS_OF.values()]
-    return [*mark, *fill, *(_spec(name, None, parts) for name in ("pair", "spread") for parts in PARTS_OF.values())]
+    parts = PARTS_OF.values()
+    fill = [_fill_spec(source, shape) for source in SOURCES for shape in parts]
+    pair = [_pair_spec(shape, values) for shape in parts for values in GROUP_VALUES]
+    return [*map(_mark_spec, SOURCES), *fill, *pair, *map(_spread_spec, parts)]
 
 
 def encode(
@@ -58,21 +76,23 @@ def encode(
     report: ReportCallback | None = None,
     window: int | None = None,
     part_rows: int | None = None,
+    group_values: int | None = None,
 ) -> Slot24:
     """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
 
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
     ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
-    else fp16. ``report`` receives what the rounding did. ``window`` and ``part_rows`` are as for
-    ``Slot24.from_dense``.
+    else fp16. ``report`` receives what the rounding did. ``window``, ``part_rows`` and ``group_values`` are as
+    for ``Slot24.from_dense``.
 
     Memory beside the result: the matrix of slots, 256 bytes a row of whole tiles for each window (half the dense matrix
-    of 16 bits when windows have 256 columns), and M K / 8 bytes. Waits for the device once for each window size that it
-    tries, and once more. Raises ``ArgumentError``, also for a window in which the columns do not pair up.
+    of 16 bits when windows have 256 columns), and M K / 8 bytes. Waits for the device once for each arrangement that it
+    tries, and twice more. Raises ``ArgumentError``, also when the columns do not pair up as asked.
     """
     import cupy
 
     check_window(window)
+    check_group_values(group_values)
     check_part_rows(part_rows)
     source, kind = source_of(a, dtype)
     shape, pitch = layout_of(a)
@@ -83,10 +103,14 @@ def encode(
 
     with memory_errors("masks of columns", strips * PARTS * columns * 4):
         masks = cupy.empty((strips, PARTS, columns), np.uint32)
-    rounding = cupy.zeros(4, np.uint64)
+    totals = cupy.zeros(_TOTALS, np.uint64)
     groups = -(-columns // _THREADS)
-    launch(_spec("mark", source), (strips * PARTS * groups,), (*matrix, masks, rounding, *size))
-    parts, chosen, pairs = _pair_up(masks, shape, window, part_rows)
+    launch(_mark_spec(source), (strips * PARTS * groups,), (*matrix, masks, totals, *size))
+    density = int(totals[0]) / (rows * columns)
+    how, pairs = _pair_up(masks, shape, tried(window, part_rows, group_values, density))
+    if how is None:
+        raise unpaired(window, group_values)
+    parts, chosen = how.parts, how.window
 
     slots_of = slots_shape(shape, chosen)
     picks_of = (len(pairs), PARTS, LANES, 2)
@@ -94,16 +118,17 @@ def encode(
         slots = cupy.empty(slots_of, np.uint16)
         picks = cupy.empty(picks_of, np.uint32)
     filled = (masks, pairs, slots, picks, *size, np.int32(chosen))
-    launch(_spec("fill", source, parts), (len(pairs) // 2,), (*matrix, *filled))
+    launch(_fill_spec(source, parts), (len(pairs) // 2,), (*matrix, *filled))
     del masks, filled
-    packed = bitmap.encode(slots, dtype=kind)
-    send_report(report, source, packed.nnz, rounding)
+    packed = bitmap.encode(slots, dtype=kind, group_values=how.group_values)
+    send_report(report, source, packed.nnz, totals[1:])
     return Slot24(
         shape=shape,
         dtype=kind,
         nnz=packed.nnz,
         window=chosen,
         part_rows=parts.rows,
+        group_values=how.group_values,
         masks=packed.masks,
         values=packed.values,
         fronts=packed.fronts,
@@ -113,21 +138,22 @@ def encode(
     )
 
 
-def _pair_up(masks: Any, shape: tuple[int, int], window: int | None, part_rows: int | None) -> tuple[Parts, int, Any]:
-    """The shape of parts, the window, and ``columns`` for them: of the first with which all columns pair up."""
+def _pair_up(masks: Any, shape: tuple[int, int], arrangements: list[Arrangement]) -> tuple[Arrangement | None, Any]:
+    """The first arrangement with which all columns pair up, if any, and ``columns`` for it."""
     import cupy
 
     failed = cupy.empty(1, np.int32)
-    for parts, size in tried(window, part_rows):
-        tiles_m, tiles_k = tile_grid(slots_shape(shape, size))
+    for how in arrangements:
+        tiles_m, tiles_k = tile_grid(slots_shape(shape, how.window))
         tiles = tiles_m * tiles_k
-        with memory_errors("pairs of columns", tiles * _THREADS * parts.steps):
-            columns = cupy.empty((tiles, PARTS, LANES, parts.steps), np.uint8)
+        with memory_errors("pairs of columns", tiles * _THREADS * how.parts.steps):
+            columns = cupy.empty((tiles, PARTS, LANES, how.parts.steps), np.uint8)
         failed.fill(0)
-        launch(_spec("pair", None, parts), (tiles // 2,), (masks, columns, failed, np.int32(shape[1]), np.int32(size)))
+        sizes = np.int32(shape[1]), np.int32(how.window)
+        launch(_pair_spec(how.parts, how.group_values), (tiles // 2,), (masks, columns, failed, *sizes))
         if int(failed[0]) == 0:
-            return parts, size, columns
-    raise unpaired(window)
+            return how, columns
+    return None, None
 
 
 def scratch_bytes(w: Slot24) -> int:
@@ -157,7 +183,5 @@ def decode(w: Slot24, *, out: Any = None, scratch: Any = None) -> Any:
         scratch = scratch.view(numpy_dtype(w.dtype)).reshape(slots_shape(w.shape, w.window))
     slots = bitmap.decode(w.slots, out=scratch)
     size = (np.int32(rows), np.int32(columns), np.int32(w.window))
-    launch(
-        _spec("spread", None, PARTS_OF[w.part_rows]), (len(w.columns) // 2,), (slots, w.picks, w.columns, out, *size)
-    )
+    launch(_spread_spec(PARTS_OF[w.part_rows]), (len(w.columns) // 2,), (slots, w.picks, w.columns, out, *size))
     return out

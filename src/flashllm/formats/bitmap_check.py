@@ -20,6 +20,7 @@ from flashllm.formats.bitmap_encode import (
     SLACK,
     STREAM_ELEMENTS,
     STREAMS,
+    chunks_for,
     flag_counts,
     stream_order,
     stream_starts,
@@ -115,10 +116,10 @@ def _check_fronts(fronts: NDArray[np.int32], chunks: int, path: str | None) -> N
             at + 1,
             f"{fronts[at]} to {int(fronts[at]) + STREAM_ELEMENTS}: a stream has {STREAM_ELEMENTS} elements in a tile",
         )
-    if int(fronts[-1]) // CHUNK_ROWS + 1 != chunks:
+    if chunks_for(int(fronts[-1])) != chunks:
         raise FormatError(
             field="values",
-            expected=f"{int(fronts[-1]) // CHUNK_ROWS + 1} chunks, a row beyond the last front {fronts[-1]}",
+            expected=f"{chunks_for(int(fronts[-1]))} chunks, two rows beyond the last front {fronts[-1]}",
             got=str(chunks),
             path=path,
         )

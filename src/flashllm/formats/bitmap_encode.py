@@ -2,7 +2,7 @@
 """The bitmap encoder on the CPU: vectorised over a row of tiles; see docs/formats/bitmap.md.
 
 Mirrors cuda/flashllm/bitmap.cuh. Within a part of a tile (four parts, one per warp) the elements of a lane form two
-streams, one of even and one of odd columns, in the order in which a warp needs them as tensor-core fragments.
+streams, one for each half of the 16 columns of a step, in the order in which a warp needs them as tensor-core fragments.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid, whole_tiles
 PARTS = 4
 LANES = 32
 STREAMS = 2 * LANES
-"""Streams of a part; number 2 * lane + (0 even, 1 odd columns)."""
+"""Streams of a part; number 2 * lane + (0 first, 1 second half of the columns of a step)."""
 STREAM_ELEMENTS = TILE_M * TILE_K // PARTS // STREAMS
 """Elements of one stream in one tile."""
+GROUP = 4
+"""Elements of a group, which are neighbours in a stream: two rows by two columns of a fragment."""
 LAG_TILES = 8
 """Tiles between the places where the lags of the streams are stored."""
-SLACK = 32
+SLACK = 31
 """Value rows that a stream may lag behind the longest."""
 CHUNK_ROWS = 16
 """Value rows of all parts that lie together: what a block of the kernel copies at one time."""
@@ -41,9 +43,9 @@ class EncodedBitmap:
     masks: NDArray[np.uint32]
     """[tiles, 4 parts, 32 lanes, 2 words]."""
     values: NDArray[np.uint16]
-    """[chunks, 4 parts, 16 value rows, 32 lanes, 2]: patterns for even and odd columns.
+    """[chunks, 4 parts, 16 value rows, 32 lanes, 2]: patterns of the first and second halves of steps.
 
-    At least one row follows the last front: a stream that is through may read its next value.
+    At least two rows follow the last front: a stream that is through may read its next two values.
     """
     fronts: NDArray[np.int32]
     """[tiles + 1]: value row behind the longest stream when a tile begins; last, at the end."""
@@ -55,9 +57,9 @@ class EncodedBitmap:
 def stream_order(block: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """[tiles, 4, 64 streams, 32]: the elements of whole tiles ``block`` [128, tiles * 64] as streams."""
     tiles = block.shape[1] // TILE_K
-    # row = 64 i + 16 part + 8 b + g, column = 16 s + 8 h + 2 t + parity; a stream runs over (s, i, h, b).
+    # row = 64 i + 16 part + 8 b + g, column = 16 s + 8 h + 2 t + e; stream h runs over (s, i, b, e).
     split = block.reshape(2, PARTS, 2, 8, tiles, 4, 2, 4, 2)
-    ordered = split.transpose(4, 1, 3, 7, 8, 5, 0, 6, 2)
+    ordered = split.transpose(4, 1, 3, 7, 6, 5, 0, 2, 8)
     return np.ascontiguousarray(ordered).reshape(tiles, PARTS, STREAMS, STREAM_ELEMENTS)
 
 
@@ -65,15 +67,15 @@ def from_stream_order(streams: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """The inverse of :func:`stream_order`."""
     tiles = streams.shape[0]
     ordered = streams.reshape(tiles, PARTS, 8, 4, 2, 4, 2, 2, 2)
-    return np.ascontiguousarray(ordered.transpose(6, 1, 8, 2, 0, 5, 7, 3, 4)).reshape(TILE_M, tiles * TILE_K)
+    return np.ascontiguousarray(ordered.transpose(6, 1, 7, 2, 0, 5, 4, 3, 8)).reshape(TILE_M, tiles * TILE_K)
 
 
 def pack_masks(kept: NDArray[np.bool_]) -> NDArray[np.uint32]:
     """Mask words [tiles, 4, 32, 2] of flags in stream order [tiles, 4, 64, 32]."""
     tiles = kept.shape[0]
-    # [lane, parity, word, s % 2, i, h, b] -> bit 8 (2 b + parity) + 4 (s % 2) + 2 i + h of the word
-    flags = kept.reshape(tiles, PARTS, LANES, 2, 2, 8, 2)
-    bits = np.packbits(flags.transpose(0, 1, 2, 4, 6, 3, 5).reshape(-1, 8), axis=-1, bitorder="little")
+    # [lane, h, word, s % 2, i, element of the group] -> bit 8 element + 4 (s % 2) + 2 i + h of the word
+    flags = kept.reshape(tiles, PARTS, LANES, 2, 2, 4, GROUP)
+    bits = np.packbits(flags.transpose(0, 1, 2, 4, 6, 5, 3).reshape(-1, 8), axis=-1, bitorder="little")
     return bits.reshape(-1).view("<u4").astype(np.uint32, copy=False).reshape(tiles, PARTS, LANES, 2)
 
 
@@ -81,8 +83,8 @@ def unpack_masks(masks: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """The inverse of :func:`pack_masks`."""
     tiles = masks.shape[0]
     octets = np.ascontiguousarray(masks, "<u4").view(np.uint8)
-    flags = np.unpackbits(octets, bitorder="little").reshape(tiles, PARTS, LANES, 2, 2, 2, 8)
-    ordered = np.ascontiguousarray(flags.transpose(0, 1, 2, 5, 3, 6, 4)).view(np.bool_)
+    flags = np.unpackbits(octets, bitorder="little").reshape(tiles, PARTS, LANES, 2, GROUP, 4, 2)
+    ordered = np.ascontiguousarray(flags.transpose(0, 1, 2, 6, 3, 5, 4)).view(np.bool_)
     return ordered.reshape(tiles, PARTS, STREAMS, STREAM_ELEMENTS)
 
 
@@ -149,8 +151,18 @@ def estimated_value_bytes(grid: tuple[int, int], density: float) -> int:
     return int(runs.count * rows) * PARTS * STREAMS * 2
 
 
-def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) -> EncodedBitmap:
-    """Encode a matrix given as strips [rows, K] of 16-bit patterns, ``TILE_M`` rows each but the last."""
+def chunks_for(front: int) -> int:
+    """Chunks of values whose streams end at the row ``front``: two more rows may be read."""
+    return (front + 1) // CHUNK_ROWS + 1
+
+
+def encode_strips(
+    strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int], *, group_values: int = GROUP
+) -> EncodedBitmap:
+    """Encode a matrix given as strips [rows, K] of 16-bit patterns, ``TILE_M`` rows each but the last.
+
+    No group of the matrix has more than ``group_values`` elements, nor will it with the zeros that are added.
+    """
     tiles_m, tiles_k = tile_grid(shape)
     tiles = tiles_m * tiles_k
     masks = np.empty((tiles, PARTS, LANES, 2), np.uint32)
@@ -168,7 +180,7 @@ def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int]) 
         nnz += int(counts.sum())
         starts, padding, position = _advance(counts, position, fronts[first : first + tiles_k + 1], first, restarts)
         counts += padding
-        _pad(kept, padding)
+        _pad(kept, padding, group_values)
         masks[first : first + tiles_k] = pack_masks(kept)
         stored = np.arange(-first % LAG_TILES, tiles_k, LAG_TILES)
         lags[(first + stored) // LAG_TILES] = fronts[first + stored][:, None, None] - starts[stored]
@@ -205,13 +217,16 @@ def _advance(
     return starts, padding, position
 
 
-def _pad(kept: NDArray[np.bool_], padding: NDArray[np.int64]) -> None:
-    """Set the flags of the first ``padding`` zeros of every stream of every tile."""
+def _pad(kept: NDArray[np.bool_], padding: NDArray[np.int64], group_values: int) -> None:
+    """Set the flags of the first ``padding`` zeros of every stream of every tile that their groups have room for."""
     where = np.nonzero(padding)
     if where[0].size:
         flags = kept[where]
-        rank = np.cumsum(~flags, axis=1)
-        kept[where] = flags | (rank <= padding[where][:, None])
+        zeros = ~flags.reshape(len(flags), -1, GROUP)
+        room = group_values - GROUP + zeros.sum(axis=2, keepdims=True)
+        zeros &= np.cumsum(zeros, axis=2) <= room
+        free = zeros.reshape(flags.shape)
+        kept[where] = flags | (free & (np.cumsum(free, axis=1) <= padding[where][:, None]))
 
 
 class _Values:
@@ -235,7 +250,7 @@ class _Values:
 
         They end below row ``end``, and with them ``done`` of the matrix is stored: so much there will be.
         """
-        self._used = end // CHUNK_ROWS + 1
+        self._used = chunks_for(end)
         if self._used > len(self._chunks):
             size = max(self._used, min(int(self._used / done * 1.01) + 1, 2 * self._used))
             grown = np.zeros((size, *self._chunks.shape[1:]), np.uint16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from flashllm.formats.bits import RoundingTally, check_dtype
 from flashllm.formats.decoded import csr_of, dense_of
 from flashllm.formats.slot24_check import check_buffers, check_content, check_fields
 from flashllm.formats.slot24_encode import EncodedSlots, decode_strips, encode, slots_shape
-from flashllm.formats.slot24_pairs import RESIDUES, check_window
+from flashllm.formats.slot24_pairs import RESIDUES, check_group_values, check_window
 from flashllm.formats.slot24_parts import PARTS_OF, Parts, check_part_rows
 from flashllm.formats.sources import canonical_csr, check_dense, default_dtype, dense_strips, is_cupy, scipy_strips
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
@@ -39,7 +40,8 @@ class Slot24(SparseWeight):
 
     ``window`` columns of W go into 128 slots, in pairs that each band of ``part_rows`` of 128 rows, 32 or 64, has for
     itself. ``masks``, ``values``, ``fronts`` and ``lags`` are those of the ``Bitmap`` of the slots, 128 per window;
-    where bands have 64 rows, it has them in another order in each tile. ``picks`` is uint32 [tiles, 4, 32, 2]: a bit
+    where bands have 64 rows, it has them in another order in each tile. No group of four of its elements has more than
+    ``group_values`` values, 2 or 4. ``picks`` is uint32 [tiles, 4, 32, 2]: a bit
     for each slot, 1 where its value is the right column's. ``columns`` is uint8 [tiles, 4, 32, 4], for bands of 64 rows
     [tiles, 4, 32, 2]: for each lane and step of a part, the column in the window.
     """
@@ -51,12 +53,14 @@ class Slot24(SparseWeight):
         "window-128": {"window": 128},
         "part-rows-32": {"part_rows": 32},
         "part-rows-64": {"part_rows": 64},
+        "group-values-4": {"group_values": 4},
     }
-    LAYOUT: ClassVar[tuple[str, ...]] = ("part_rows",)
+    LAYOUT: ClassVar[tuple[str, ...]] = ("part_rows", "group_values")
     MULTIPLIES_ZEROS: ClassVar[bool] = False
 
     window: int
-    part_rows: int = 32  # files from before there was a choice do not say it
+    part_rows: int
+    group_values: int
     masks: Any = field(repr=False)
     values: Any = field(repr=False)
     fronts: Any = field(repr=False)
@@ -81,6 +85,7 @@ class Slot24(SparseWeight):
             shape=self.shape,
             window=self.window,
             parts=self._parts,
+            group_values=self.group_values,
             picks=self.picks,
             columns=self.columns,
             path=path,
@@ -104,6 +109,7 @@ class Slot24(SparseWeight):
         dtype: str | None = None,
         window: int | None = None,
         part_rows: int | None = None,
+        group_values: int | None = None,
         report: ReportCallback | None = None,
     ) -> Slot24:
         """Encode a dense matrix [M, K].
@@ -114,18 +120,22 @@ class Slot24(SparseWeight):
         nearest even; ``report`` is called once with the ``RoundingReport`` of that. ``window`` is how many columns
         share 128 slots, a multiple of 8 in 128..256; by default the largest of a list that the matrix allows.
         ``part_rows`` is how many rows pair their columns alike, 32 or 64; by default 64 where windows can be nearly as
-        large as they get. Raises ``ArgumentError``, also for a window in which the columns do not pair up.
+        large as they get. ``group_values`` is how many values a group of four slots may have, 2 or 4; by default 2 where
+        windows and the pairing allow it. Raises ``ArgumentError``, also when the columns do not pair up as these ask.
         """
         check_window(window)
         check_part_rows(part_rows)
+        check_group_values(group_values)
         if is_cupy(a):
             from flashllm.encode import slot24 as device
 
-            return device.encode(a, dtype=dtype, window=window, part_rows=part_rows, report=report)
+            asked = {"window": window, "part_rows": part_rows, "group_values": group_values}
+            return device.encode(a, dtype=dtype, **asked, report=report)
         shape = check_dense(a)
         kind = check_dtype(dtype) if dtype is not None else default_dtype(a)
         tally = RoundingTally() if report is not None else None
-        encoded = encode(lambda counted: dense_strips(a, kind, TILE_M, counted), shape, window, part_rows, tally)
+        strips = partial(dense_strips, a, kind, TILE_M)
+        encoded = encode(strips, shape, window, part_rows, group_values, tally)
         return cls._from_encoded(encoded, shape, kind, tally, report)
 
     @classmethod
@@ -136,21 +146,24 @@ class Slot24(SparseWeight):
         dtype: str = "fp16",
         window: int | None = None,
         part_rows: int | None = None,
+        group_values: int | None = None,
         report: ReportCallback | None = None,
     ) -> Slot24:
         """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
 
         Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as in
-        ``from_dense``, whose ``window`` and ``part_rows`` this takes too. Raises ``ArgumentError`` for another type,
-        ``FormatError`` for index arrays that are not sound.
+        ``from_dense``, whose ``window``, ``part_rows`` and ``group_values`` this takes too. Raises ``ArgumentError`` for
+        another type, ``FormatError`` for index arrays that are not sound.
         """
         check_window(window)
         check_part_rows(part_rows)
+        check_group_values(group_values)
         kind = check_dtype(dtype)
         csr = canonical_csr(s)
         shape = (int(csr.shape[0]), int(csr.shape[1]))
         tally = RoundingTally() if report is not None else None
-        encoded = encode(lambda counted: scipy_strips(csr, kind, TILE_M, counted), shape, window, part_rows, tally)
+        strips = partial(scipy_strips, csr, kind, TILE_M)
+        encoded = encode(strips, shape, window, part_rows, group_values, tally)
         return cls._from_encoded(encoded, shape, kind, tally, report)
 
     @classmethod
@@ -168,8 +181,9 @@ class Slot24(SparseWeight):
             shape=shape,
             dtype=dtype,
             nnz=encoded.bitmap.nnz,
-            window=encoded.window,
-            part_rows=encoded.part_rows,
+            window=encoded.how.window,
+            part_rows=encoded.how.parts.rows,
+            group_values=encoded.how.group_values,
             masks=encoded.bitmap.masks,
             values=encoded.bitmap.values,
             fronts=encoded.bitmap.fronts,

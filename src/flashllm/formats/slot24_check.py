@@ -11,10 +11,19 @@ from numpy.typing import NDArray
 
 from flashllm.errors import FormatError
 from flashllm.formats import bitmap_check
-from flashllm.formats.bitmap_encode import LANES, PARTS
+from flashllm.formats.bitmap_encode import GROUP, LANES, PARTS
 from flashllm.formats.check import check_array, check_nnz, check_shape_and_type, refuse
 from flashllm.formats.slot24_encode import slots_shape, unpack_picks
-from flashllm.formats.slot24_pairs import LEGAL_WINDOW, MAX_WINDOW, PAIRS, RESIDUES, column_lists, legal_window
+from flashllm.formats.slot24_pairs import (
+    GROUP_VALUES,
+    LEGAL_WINDOW,
+    MAX_WINDOW,
+    PAIRS,
+    RESIDUES,
+    column_lists,
+    legal_group_values,
+    legal_window,
+)
 from flashllm.formats.slot24_parts import PARTS_OF, Columns, Parts, legal_part_rows
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 
@@ -22,13 +31,17 @@ if TYPE_CHECKING:
     from flashllm.formats.bitmap import Bitmap
 
 
-def check_fields(*, shape: Any, dtype: Any, nnz: Any, window: Any, part_rows: Any, path: str | None = None) -> None:
+def check_fields(
+    *, shape: Any, dtype: Any, nnz: Any, window: Any, part_rows: Any, group_values: Any, path: str | None = None
+) -> None:
     """``FormatError`` unless the scalar fields have legal types and ranges."""
     check_shape_and_type(shape=shape, dtype=dtype, path=path)
     if not legal_window(window):
         refuse("window", LEGAL_WINDOW, window, path)
     if not legal_part_rows(part_rows):
         refuse("part_rows", " or ".join(map(str, PARTS_OF)), part_rows, path)
+    if not legal_group_values(group_values):
+        refuse("group_values", " or ".join(map(str, GROUP_VALUES)), group_values, path)
     check_nnz(nnz, shape=(shape[0], min(shape[1], slots_shape(shape, window)[1])), path=path)
 
 
@@ -55,13 +68,22 @@ def check_buffers(
 
 
 def check_content(
-    *, slots: Bitmap, shape: tuple[int, int], window: int, parts: Parts, picks: Any, columns: Any, path: str | None
+    *,
+    slots: Bitmap,
+    shape: tuple[int, int],
+    window: int,
+    parts: Parts,
+    group_values: int,
+    picks: Any,
+    columns: Any,
+    path: str | None,
 ) -> None:
     """``FormatError`` unless ``slots``, as stored, is a sound bitmap, and picks and columns agree with it.
 
     Call ``check_fields`` and ``check_buffers`` first. An index counts the entries of a buffer from its beginning.
     """
     slots.check_content(path=path)
+    _check_groups(slots.masks, group_values, path)
     tiles_k = slots.tiles[1]
     first_column = np.arange(tiles_k * TILE_K)[:, None] // PAIRS * window
     for number, values in enumerate(slots.strips()):
@@ -90,6 +112,21 @@ def check_content(
                 got=f"one in column {listed[band, slot, side]} of window {slot // PAIRS}, row {row} of the tiles",
                 path=path,
             )
+
+
+def _check_groups(masks: NDArray[np.uint32], group_values: int, path: str | None) -> None:
+    """No group has more than ``group_values`` bits: those 8 apart in a word."""
+    flags = np.unpackbits(np.ascontiguousarray(masks, "<u4").view(np.uint8).reshape(-1, GROUP, 1), axis=2)
+    full = flags.sum(axis=1).max(axis=1) > group_values
+    if full.any():
+        at = int(np.argmax(full))
+        raise FormatError(
+            field="masks",
+            index=at,
+            expected=f"at most {group_values} bits for a group of {GROUP} slots",
+            got=f"0x{masks.ravel()[at]:08x}",
+            path=path,
+        )
 
 
 def _check_rows(first: int, stored: NDArray[np.bool_], shape: tuple[int, int], parts: Parts, path: str | None) -> None:

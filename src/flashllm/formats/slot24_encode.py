@@ -20,6 +20,7 @@ from flashllm.formats.slot24_pairs import (
     MAX_WINDOW,
     PAIRS,
     RESIDUES,
+    Arrangement,
     column_masks,
     has_lonely_column,
     pair_up,
@@ -37,8 +38,7 @@ TILES = PAIRS // TILE_K
 class EncodedSlots:
     """The buffers of a slot24 weight."""
 
-    window: int
-    part_rows: int
+    how: Arrangement
     bitmap: EncodedBitmap
     """Of the slots."""
     picks: NDArray[np.uint32]
@@ -57,16 +57,18 @@ def encode(
     shape: tuple[int, int],
     window: int | None,
     part_rows: int | None,
+    group_values: int | None,
     tally: RoundingTally | None = None,
 ) -> EncodedSlots:
     """Encode a matrix that ``strips`` gives as strips [rows, K] of 16-bit patterns, 128 rows each but the last.
 
     It is called twice, since the window must be known before the first slot is written, and the second time with
-    ``tally``. ``window`` and ``part_rows`` are legal or ``None``. ``ArgumentError`` for a window in which the columns
-    do not pair up.
+    ``tally``. ``window``, ``part_rows`` and ``group_values`` are legal or ``None``. ``ArgumentError`` when the columns do
+    not pair up as these ask.
     """
     masks = [column_masks((strip & MAGNITUDE) != 0) for strip in strips(None)]
-    parts, size, pairs = _choose(masks, window, part_rows)
+    how, pairs = _choose(masks, shape, window, part_rows, group_values)
+    parts, size = how.parts, how.window
     slots_of = slots_shape(shape, size)
     tiles_m, tiles_k = tile_grid(slots_of)
     picks = np.empty((tiles_m * tiles_k, PARTS, LANES, 2), np.uint32)
@@ -80,35 +82,44 @@ def encode(
             columns[here] = parts.pack_columns(lefts, rights)
             yield parts.stored(values)
 
-    bitmap = encode_strips(slots(), slots_of)
-    return EncodedSlots(window=size, part_rows=parts.rows, bitmap=bitmap, picks=picks, columns=columns)
+    bitmap = encode_strips(slots(), slots_of, group_values=how.group_values)
+    return EncodedSlots(how=how, bitmap=bitmap, picks=picks, columns=columns)
 
 
 def _choose(
-    masks: list[NDArray[np.uint32]], window: int | None, part_rows: int | None
-) -> tuple[Parts, int, list[tuple[Columns, Columns]]]:
-    """The shape of parts, the window, and the pairs of every strip: of the first with which all columns pair up."""
-    for parts, size in tried(window, part_rows):
-        pairs = _pair_strips(masks, size, parts)
+    masks: list[NDArray[np.uint32]],
+    shape: tuple[int, int],
+    window: int | None,
+    part_rows: int | None,
+    group_values: int | None,
+) -> tuple[Arrangement, list[tuple[Columns, Columns]]]:
+    """The first arrangement with which all columns pair up, and the pairs of every strip."""
+    stored = sum(int(np.bitwise_count(strip).sum()) for strip in masks)
+    for how in tried(window, part_rows, group_values, stored / (shape[0] * shape[1])):
+        pairs = _pair_strips(masks, how)
         if pairs is not None:
-            return parts, size, pairs
-    raise unpaired(window)
+            return how, pairs
+    raise unpaired(window, group_values)
 
 
-def unpaired(window: int | None) -> ArgumentError:
-    """The error for a window in which columns do not pair up."""
+def unpaired(window: int | None, group_values: int | None) -> ArgumentError:
+    """The error for a window or groups in which columns do not pair up."""
+    if window is None:
+        return ArgumentError(
+            "group_values", expected="None or 4: for fewer the columns do not pair up", got=str(group_values)
+        )
     return ArgumentError(
         "window", expected="a size in which all columns pair up (None takes the largest)", got=str(window)
     )
 
 
-def _pair_strips(masks: list[NDArray[np.uint32]], window: int, parts: Parts) -> list[tuple[Columns, Columns]] | None:
+def _pair_strips(masks: list[NDArray[np.uint32]], how: Arrangement) -> list[tuple[Columns, Columns]] | None:
     # Most windows that are too large have a column that fits nowhere, which is far cheaper to see than a matching.
-    if any(has_lonely_column(parts.band_masks(strip), window) for strip in masks):
+    if any(has_lonely_column(how.parts.band_masks(strip), how.window) for strip in masks):
         return None
     pairs = []
     for strip in masks:
-        found = pair_up(parts.band_masks(strip), window, parts)
+        found = pair_up(how.parts.band_masks(strip), how)
         if found is None:
             return None
         pairs.append(found)

@@ -8,6 +8,7 @@ choice made here, so that another encoder can give the same bytes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from flashllm.errors import ArgumentError, brief
 from flashllm.formats.bitmap_encode import PARTS
 from flashllm.formats.check import is_int
+from flashllm.formats.slot24_groups import pair_in_groups
+from flashllm.formats.slot24_matching import augment
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS, Columns, Masks, Parts
 from flashllm.formats.tiles import TILE_M
 
@@ -29,8 +32,12 @@ SETS = 4
 """Sets of a step, and pairs of a set."""
 WINDOWS = (256, 248, 240, 232, 224, 216, 208, 192, 176, 160, 144, 128)
 """Window sizes that are tried, in this order."""
-_LEAST_TALL_WINDOW = 248
-"""Parts of 64 rows are only tried from here on where the encoder has the choice: see :func:`tried`."""
+GROUP_VALUES = (2, 4)
+"""How many values a group may have, in the order in which they are tried."""
+_GROUP_DENSITY = 0.27
+"""Of slots, up to which random ones find neighbours with which groups have two values, at the most."""
+_LARGE_WINDOW = 248
+"""From here on groups of two values, and parts of 64 rows, are tried where the encoder has the choice."""
 LEGAL_WINDOW = f"a multiple of {RESIDUES} in {MIN_WINDOW}..{MAX_WINDOW}"
 """What :func:`legal_window` accepts, for messages."""
 
@@ -64,17 +71,34 @@ def column_lists(window: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return left, right
 
 
-def tried(window: int | None, part_rows: int | None) -> list[tuple[Parts, int]]:
-    """Shapes of parts and windows that an encoder tries, in this order, when these are given.
+@dataclass(frozen=True)
+class Arrangement:
+    """What an encoder may choose: the shape of parts, the window, and how many values a group may have."""
 
-    Parts of 64 rows halve what a kernel gathers, 64 of 425 wavefronts of a tile at the least. So they come first, but
-    not in windows that make more than 7 % more tiles of it than parts of 32 rows would.
+    parts: Parts
+    window: int
+    group_values: int
+
+
+def tried(window: int | None, part_rows: int | None, group_values: int | None, density: float) -> list[Arrangement]:
+    """What an encoder tries, in this order, when these are given, for a matrix of this density.
+
+    Groups of two values save a kernel a third of its decoding, so they come first, but not in windows that make more
+    than 3 % more tiles, nor where slots are so full that they have no chance. Parts of 64 rows halve what it gathers, at
+    the least a tenth of the shared memory's work, so they come before those of 32, but not in windows that make more than
+    7 % more tiles than these would.
     """
     windows = WINDOWS if window is None else (window,)
-    if part_rows is not None:
-        return [(PARTS_OF[part_rows], size) for size in windows]
-    tall = [(PARTS_OF[64], size) for size in windows if size >= _LEAST_TALL_WINDOW]
-    return [*tall, *((PARTS_OF[32], size) for size in windows)]
+    large = tuple(size for size in windows if size >= _LARGE_WINDOW)
+    few = windows if window is not None else large
+    found = []
+    for values in GROUP_VALUES if group_values is None else (group_values,):
+        for rows in (64, 32) if part_rows is None else (part_rows,):
+            sizes = large if rows == 64 and part_rows is None else windows
+            if values == 2 and group_values is None:
+                sizes = tuple(size for size in sizes if size in few and density * size <= _GROUP_DENSITY * PAIRS)
+            found += [Arrangement(PARTS_OF[rows], size, values) for size in sizes]
+    return found
 
 
 def column_masks(stored: NDArray[np.bool_]) -> NDArray[np.uint32]:
@@ -117,45 +141,10 @@ def match(problems: Problems) -> NDArray[np.int64] | None:
         free[which, at] = False
         partner[which, left_order[found, turn]] = right_order[found, at]
     for problem in np.flatnonzero((partner < 0).any(axis=1)):
-        if not _augment(lefts[problem], rights[problem], left_order[problem], partner[problem]):
+        fits = (lefts[problem][:, None] & rights[problem]) == 0
+        if not augment(fits, left_order[problem].tolist(), partner[problem]):
             return None
     return partner
-
-
-def _augment(lefts: Masks, rights: Masks, left_order: NDArray[np.int64], partner: NDArray[np.int64]) -> bool:
-    """Give every left of one problem a partner along alternating paths; False when one has none."""
-    octets = np.packbits((lefts[:, None] & rights) == 0, axis=1, bitorder="little")
-    reaches = [int.from_bytes(row.tobytes(), "little") for row in octets]
-    pairs = partner.tolist()
-    owner = [-1] * PAIRS
-    for left, right in enumerate(pairs):
-        if right >= 0:
-            owner[right] = left
-    free = sum(1 << right for right, left in enumerate(owner) if left < 0)
-    for start in left_order.tolist():
-        if pairs[start] >= 0:
-            continue
-        unseen = (1 << PAIRS) - 1
-        queue, parent = [start], [-1] * PAIRS
-        for left in queue:
-            reach = reaches[left] & unseen
-            if ends := reach & free:
-                right = (ends & -ends).bit_length() - 1
-                free ^= 1 << right
-                while right >= 0:  # a left on the path gives its right to the one before it
-                    pairs[left], owner[right], right = right, left, pairs[left]
-                    left = parent[right] if right >= 0 else left
-                break
-            unseen ^= reach
-            while reach:
-                right = (reach & -reach).bit_length() - 1
-                parent[right] = left
-                queue.append(owner[right])
-                reach &= reach - 1
-        else:
-            return False
-    partner[:] = pairs
-    return True
 
 
 def arrange(problems: Problems, partner: NDArray[np.int64], window: int, parts: Parts) -> NDArray[np.int64]:
@@ -184,19 +173,25 @@ def arrange(problems: Problems, partner: NDArray[np.int64], window: int, parts: 
     return out.reshape(partner.shape)
 
 
-def pair_up(masks: Masks, window: int, parts: Parts) -> tuple[Columns, Columns] | None:
+def pair_up(masks: Masks, how: Arrangement) -> tuple[Columns, Columns] | None:
     """Window-relative left and right columns, each [bands, windows, 128] in the order of the slots.
 
     For column masks [bands, K]; ``None`` when a window of some band cannot be paired up.
     """
-    problems = problems_of(masks, window)
-    partner = match(problems)
-    if partner is None:
+    problems = problems_of(masks, how.window)
+    lefts, rights = column_lists(how.window)
+    if how.group_values == 2:
+        places = pair_in_groups(*problems, (lefts % _CLASSES, rights % _CLASSES))
+    else:
+        partner = match(problems)
+        if partner is None:
+            return None
+        order = arrange(problems, partner, how.window, how.parts)
+        places = order, np.take_along_axis(partner, order, axis=1)
+    if places is None:
         return None
-    order = arrange(problems, partner, window, parts)
-    lefts, rights = column_lists(window)
     shape = (len(masks), -1, PAIRS)
-    return lefts[order].reshape(shape), rights[np.take_along_axis(partner, order, axis=1)].reshape(shape)
+    return lefts[places[0]].reshape(shape), rights[places[1]].reshape(shape)
 
 
 def has_lonely_column(masks: Masks, window: int) -> bool:
@@ -209,6 +204,17 @@ def has_lonely_column(masks: Masks, window: int) -> bool:
             if not ((column & other) == 0).any(axis=1).all():
                 return True
     return False
+
+
+def legal_group_values(values: object) -> bool:
+    """Whether a group may have ``values`` values at most."""
+    return is_int(values) and values in GROUP_VALUES
+
+
+def check_group_values(values: int | None) -> None:
+    """``ArgumentError`` unless ``values`` is ``None`` or a limit that the format has."""
+    if values is not None and not legal_group_values(values):
+        raise ArgumentError("group_values", expected="None, 2 or 4", got=brief(values))
 
 
 def check_window(window: int | None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from flashllm.formats.bitmap_encode import LANES, PARTS
 from flashllm.formats.runs import runs_of
+from flashllm.formats.slot24_pairs import GROUP_VALUES
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
@@ -60,6 +61,8 @@ class Choice:
     n_block: int
     part_rows: int = 32
     """Of the weight; planning sets it."""
+    group_values: int = 4
+    """Of the weight; planning sets it."""
     stages: int = 4
     windows: int = 2
     """Windows of x that have room in shared memory."""
@@ -93,6 +96,7 @@ def _spec(choice: Choice) -> KernelSpec:
             ("T", CXX_TYPE[choice.dtype]),
             ("kN", str(n)),
             ("kPartRows", str(parts.rows)),
+            ("kGroupValues", str(choice.group_values)),
             ("kRing", str(RING_ROWS)),
             ("kStages", str(choice.stages)),
             ("kWindows", str(choice.windows)),
@@ -115,15 +119,17 @@ def _room(arch: str, n_block: int) -> _Room:
 
 def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
     """What the heuristic takes for ``n`` columns of x on ``arch``."""
-    return _choice(w.dtype, n_block_for(n, N_BLOCKS), w.part_rows, arch, aligned=w.shape[1] % 8 == 0)
+    layout = w.part_rows, w.group_values
+    return _choice(w.dtype, n_block_for(n, N_BLOCKS), layout, arch, aligned=w.shape[1] % 8 == 0)
 
 
-def _choice(dtype: str, n_block: int, part_rows: int, arch: str, *, aligned: bool) -> Choice:
+def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, aligned: bool) -> Choice:
     room = _room(arch, n_block)
     return Choice(
         dtype=dtype,
         n_block=n_block,
-        part_rows=part_rows,
+        part_rows=layout[0],
+        group_values=layout[1],
         stages=room.stages,
         windows=room.windows,
         resident_blocks=room.resident_blocks,
@@ -147,7 +153,7 @@ def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
 def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:
     """One line on how the tiles are dealt and what they hold."""
     n_blocks = f"N blocks of {choice.n_block}"
-    window = f"windows of {w.window} columns for {w.part_rows} rows"
+    window = f"windows of {w.window} columns for {w.part_rows} rows, up to {w.group_values} values in a group"
     return f"{split.describe(sm_count)}, mma.sp, {n_blocks}, {window}, {w.bytes_per_element:.3f} bytes per element"
 
 
@@ -174,12 +180,12 @@ def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
 def tune_key(w: Slot24, n: int) -> str:
     """Class of density, in tenths, shape of parts and column blocks."""
     columns = n_block_for(n, N_BLOCKS)
-    return f"d{round(10 * w.density)} r{w.part_rows} n{columns}x{-(-n // columns)}"
+    return f"d{round(10 * w.density)} r{w.part_rows} g{w.group_values} n{columns}x{-(-n // columns)}"
 
 
 def usable(choice: Choice) -> bool:
     """Whether a choice that comes from a file may be launched."""
-    known = choice.n_block in N_BLOCKS and choice.part_rows in PARTS_OF
+    known = choice.n_block in N_BLOCKS and choice.part_rows in PARTS_OF and choice.group_values in GROUP_VALUES
     return known and choice.spec in specs() and 1 <= choice.blocks_per_sm <= MAX_BLOCKS_PER_SM
 
 
@@ -192,10 +198,11 @@ def ablation(choice: Choice) -> dict[str, Choice]:
 def instances() -> tuple[Choice, ...]:
     """One choice for every instance that a plan or the tuner can ask for."""
     choices = [
-        _choice(dtype, n_block, part_rows, arch, aligned=aligned)
+        _choice(dtype, n_block, (part_rows, values), arch, aligned=aligned)
         for arch in ALL_ARCHS
         for n_block in N_BLOCKS
         for part_rows in PARTS_OF
+        for values in GROUP_VALUES
         for dtype in CXX_TYPE
         for aligned in (True, False)
     ]

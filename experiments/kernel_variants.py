@@ -110,10 +110,12 @@ class System:
         self.copies = len(weights)
         self.y = empty_output(x.shape[0], weights[0].shape[0], weights[0].dtype)
         self._workspace = cupy.zeros(max(split.workspace_bytes, 16), cupy.uint8)
+        self._scratch = cupy.empty(max(split.scratch_bytes, 16), cupy.uint8)
 
     def launch(self, copy: int, stream: Any) -> None:
         """Queue one product; allocates nothing."""
-        product.launch(self.weights[copy], self.spec, self.split, self.x, self.y, self._workspace, stream=stream)
+        memory = (self._workspace, self._scratch)
+        product.launch(self.weights[copy], self.spec, self.split, self.x, self.y, *memory, stream=stream)
 
 
 Plans = dict[str, tuple[KernelSpec, Split]]

@@ -115,6 +115,7 @@ class OnePerRow:
 
     grid: tuple[int, int]
     workspace_bytes: int = 0
+    scratch_bytes: int = 0
 
 
 def default_choice(w: Coordinates, n: int, *, arch: str) -> Choice:
@@ -129,7 +130,7 @@ def reason(w: Coordinates, choice: Choice, split: OnePerRow, *, sm_count: int) -
     return f"{w.nnz} coordinates, {choice.repeat} times"
 
 
-def arguments(w: Coordinates, split: OnePerRow, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+def arguments(w: Coordinates, split: OnePerRow, x: Any, out: Any, workspace: Any, scratch: Any) -> tuple[Any, ...]:
     return (x, w.rows, w.columns, w.values, out, *map(np.int32, (w.nnz, *w.shape)))
 
 

@@ -48,8 +48,8 @@ FLASHLLM_DEVICE unsigned dot4(unsigned a, unsigned b, unsigned sum) {
     return result;
 }
 
-// Byte i of the result is byte (selector nibble i) of {low, high}. The upper half of the selector is ignored, which
-// __byte_perm would mask out with one more instruction; bit 3 of a nibble must be 0.
+// Byte i of the result is byte (selector nibble i) of {low, high}, or with bit 3 of the nibble eight copies of its sign. The
+// upper half of the selector is ignored, which __byte_perm would mask out with one more instruction.
 FLASHLLM_DEVICE unsigned permute(unsigned low, unsigned high, unsigned selector) {
     unsigned result;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
@@ -163,6 +163,21 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
 // Between two looks at what another block will write: a look takes long enough.
 FLASHLLM_DEVICE void look_again() {}
 
+// Waits until a word that other blocks count up has reached `value`. What they wrote before is there then.
+FLASHLLM_DEVICE void wait_global(const unsigned* pointer, unsigned value) {
+    unsigned now;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(pointer) : "memory");
+    } while (now != value);
+}
+
+// What other threads wrote to device memory, and this one knows of, is there for bulk copies too.
+FLASHLLM_DEVICE void fence_async_proxy_global() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
 // ---- the launch before and the one after (sm_90) ------------------------------------------------------------------
 // docs/kernels/pdl.md. Both do nothing in a launch that overlaps no other, nor before sm_90.
 
@@ -274,21 +289,6 @@ FLASHLLM_DEVICE void load_matrix_x4_transposed(unsigned (&fragment)[4], unsigned
 FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(first), "=r"(second) : "r"(address) : "memory");
-}
-
-// The inverse of load_matrix_x4: lane l gives the 16-byte aligned address of row l % 8 of matrix l / 8. Every lane writes
-// parts of four rows, whoever gave their addresses: reads by other lanes need a barrier of the warp first.
-FLASHLLM_DEVICE void store_matrix_x4(unsigned address, const unsigned (&fragment)[4]) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3]) : "memory");
-#else
-    const unsigned lane = threadIdx.x % 32;
-    for (unsigned matrix = 0; matrix < 4; ++matrix) {
-        const unsigned row = __shfl_sync(0xffffffffu, address, matrix * 8 + lane / 4);
-        store_shared(row + lane % 4 * 4, fragment[matrix]);
-    }
-#endif
 }
 
 // c[16x8] += a[16x16] b[16x8], fp32 accumulators; T names the type of a and b.

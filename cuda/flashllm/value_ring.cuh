@@ -220,14 +220,15 @@ struct Feeder {
 
     FLASHLLM_DEVICE unsigned barrier() const { return barriers.full(filled.stage); }
 
-    // Copies the pieces and the value rows below `need`, and arrives at the tile's barrier for them.
+    // Copies the pieces and the value rows below `need`, and arrives at the tile's barrier for them, and for `more` bytes
+    // (sm_90) that it leaves to others.
     template <int kPieces>
-    FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need) {
+    FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need, [[maybe_unused]] unsigned more = 0) {
 #if __CUDA_ARCH__ >= 900
         const unsigned full = barrier();
         const unsigned chunks = static_cast<unsigned>(need - rows) / bitmap::kChunkRows;
         const bool mirrors = place == 0 ? chunks != 0 : place + chunks * bitmap::kPartChunkBytes > ring.kWrapBytes;
-        unsigned bytes = (chunks + mirrors) * bitmap::kChunkBytes;
+        unsigned bytes = (chunks + mirrors) * bitmap::kChunkBytes + more;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) bytes += pieces[i].bytes;
         if (ptx::elect()) {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[N, M] = x[N, K] @ W[M, K]^T with W in slots of the 2:4 sparse tensor cores: two columns of W share one.
 //
-// Which two is a choice of the format, made for bands of 32 or 64 rows, so x is gathered: the multiplying warps lay windows
-// of x into shared memory column by column (x_window.cuh), and a lane loads the columns that its band has paired. All
-// else is as in bitmap.cu: slots are a bitmap and value streams, fed by a fifth warp (value_ring.cuh) and walked tile by
-// tile, a tile being 128 rows x 64 slots of 128 columns. Per tile, a multiplying warp
-//   waits      for the tile's barrier, and with the first tile of a window for that of x,
+// Which two is a choice of the format, made for bands of 32 or 64 rows, so x is gathered: from windows that have it column
+// by column (x_turned.cuh), of which a lane loads the columns that its band has paired. All else is as in bitmap.cu: slots
+// are a bitmap and value streams, fed by a fifth warp (value_ring.cuh), windows too, and walked tile by tile, a tile being
+// 128 rows x 64 slots of 128 columns. Per tile, a multiplying warp
+//   waits      for the tile's barrier: masks, picks, columns, value rows and the window of x are there,
 //   gathers    the columns of x that each step's slots belong to,
 //   decodes    its masks, 16 groups of four slots per lane, into A fragments (bitmap.cuh),
 //   multiplies them on sparse tensor cores, which take of each pair the column that the picks name, and
-//   releases   the tile, and with the second of a window that of x.
+//   releases   the tile, and what only it and those before needed.
 // Dense tensor cores take as many fragment registers for half as many columns: decoding costs half per element.
 // A warp has one part: a band of 32 rows, or half of the slots of one of 64, for which it gathers half as much. Then the
 // halves' sums have to be added, once a chain.
@@ -19,7 +19,7 @@
 #include "flashllm/slot24.cuh"
 #include "flashllm/stream_k.cuh"
 #include "flashllm/value_ring.cuh"
-#include "flashllm/x_window.cuh"
+#include "flashllm/x_turned.cuh"
 
 namespace flashllm {
 
@@ -37,12 +37,14 @@ struct SlotShape : PartShape<kN> {
     FLASHLLM_DEVICE static int slice() { return kSlices == 1 ? 0 : threadIdx.x >> 5 & 1; }
 };
 
-// Loads the columns of x that step kStep of the part names: one of four bytes, times the distance of columns.
-template <typename S, typename Windows, int kStep>
+// Loads the columns of x that step kStep of the part names: one of four bytes, times the distance of columns. A lane has
+// lefts, or rights, and `window` is that of their first unit.
+template <typename S, int kStep>
 FLASHLLM_DEVICE void gather(unsigned (&b)[S::kColumnFragments][4], unsigned columns, unsigned window) {
-    const unsigned column = ptx::dot4(columns, static_cast<unsigned>(Windows::kColumnBytes) << (8 * kStep), window);
+    using Window = XWindow<S::kN>;
+    const unsigned column = ptx::dot4(columns, static_cast<unsigned>(Window::kColumnBytes) << (8 * kStep), window);
 #pragma unroll
-    for (int j = 0; j < S::kColumnFragments; ++j) ptx::load_matrix_x4_transposed(b[j], column + j * 16);
+    for (int j = 0; j < S::kColumnFragments; ++j) ptx::load_matrix_x4_transposed(b[j], Window::unit(column, j));
 }
 
 // Decodes half kHalf of a mask word, 32 rows of one step, and multiplies it: the rows from fragment kFirst on.
@@ -62,106 +64,172 @@ FLASHLLM_DEVICE void multiply_rows(Accumulators<S>& sum, Values& streams, unsign
 }
 
 // Multiplies what word kWord of masks and picks is about: two steps, or one of twice as many rows.
-template <typename T, typename S, typename Windows, int kWord, typename Values>
+template <typename T, typename S, int kWord, typename Values>
 FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned picks, unsigned columns,
                                    unsigned window) {
     constexpr bool kTwoSteps = S::kSlices == 1;
     unsigned b[S::kColumnFragments][4];
-    gather<S, Windows, kTwoSteps ? 2 * kWord : kWord>(b, columns, window);
+    gather<S, kTwoSteps ? 2 * kWord : kWord>(b, columns, window);
     multiply_rows<T, S, 0, 0>(sum, streams, mask, picks, b);
-    if constexpr (kTwoSteps) gather<S, Windows, 2 * kWord + 1>(b, columns, window);
+    if constexpr (kTwoSteps) gather<S, 2 * kWord + 1>(b, columns, window);
     multiply_rows<T, S, 1, kTwoSteps ? 0 : 2>(sum, streams, mask, picks, b);
 }
 
 // Shared memory of a block: rings of value rows, windows of x, stages of masks, picks and columns, sums on their way from
 // one slice to the other, barriers.
-template <int kRing, int kStages, typename S, typename Windows>
+template <typename S, int kRing, int kStages_, int kWindows_>
 struct Layout {
     using Ring = ValueRing<kRing, bitmap::kStreamElements * S::kGroupValues / bitmap::kGroup>;
-    using Feed = Feeder<Ring, kStages>;
+    using Feed = Feeder<Ring, kStages_>;
+    using Window = XWindow<S::kN>;
+    static constexpr int kStages = kStages_, kWindows = kWindows_;
     static constexpr int kColumnBytes = S::Bands::kColumnBytes;
     static constexpr unsigned kStageBytes = bitmap::kMaskBytes + slot24::kPickBytes + kColumnBytes;
     static constexpr unsigned kWindowsAt = Ring::kBytes;
-    static constexpr unsigned kStagesAt = kWindowsAt + Windows::kBytes;
-    static constexpr unsigned kSumsAt = kStagesAt + kStages * kStageBytes;
+    static constexpr unsigned kWindowsEnd = kWindowsAt + kWindows * Window::kBytes;
+    static constexpr unsigned kSumsAt = kWindowsEnd + kStages * kStageBytes;
     static constexpr unsigned kBarriersAt = kSumsAt + kSumBytes<S>;
 
     unsigned base;  // shared address
 
-    FLASHLLM_DEVICE unsigned masks(int stage) const { return base + kStagesAt + stage * kStageBytes; }
+    FLASHLLM_DEVICE unsigned window(int place) const { return base + kWindowsAt + place * Window::kBytes; }
+    FLASHLLM_DEVICE unsigned masks(int stage) const { return base + kWindowsEnd + stage * kStageBytes; }
     FLASHLLM_DEVICE unsigned picks(int stage) const { return masks(stage) + bitmap::kMaskBytes; }
     FLASHLLM_DEVICE unsigned columns(int stage) const { return picks(stage) + slot24::kPickBytes; }
     FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
-    FLASHLLM_DEVICE unsigned window_barriers() const { return base + kBarriersAt + kStages * 16; }
+};
+
+// The feeding warp's windows of x, from the second one of the run on.
+//
+// A window comes with the first of its two tiles, on the same barrier. But x may not be turned yet when the first tiles
+// could be brought: then their barriers wait for the windows, and all else is asked for first.
+template <typename L>
+struct WindowFeed {
+    using Window = typename L::Window;
+    const L& layout;
+    const XTurn<Window::kN>& turn;
+    int next;        // the window to be copied, in its row of tiles
+    int phase;       // 1 where the run begins with a window's second tile
+    int asked = 0;   // windows that tiles wait for
+    int copied = 0;  // of these
+    int place = 1 % L::kWindows;  // where the next one goes
+
+    FLASHLLM_DEVICE bool begins(int tile) const { return tile != 0 && (tile + phase) % slot24::kWindowTiles == 0; }
+
+    // Tiles that have to be released before the window of `tile` finds a place.
+    FLASHLLM_DEVICE int needed(int tile) const {
+        return slot24::kWindowTiles * ((tile + phase) / slot24::kWindowTiles - L::kWindows + 1) - phase;
+    }
+
+    // Copies all windows that tiles wait for. The first time, x has to be turned.
+    FLASHLLM_DEVICE void copy() {
+        if (copied == asked) return;
+        if (copied == 0) turn_x();
+#pragma unroll 1
+        while (copied < asked) {
+            const int tile = slot24::kWindowTiles * ++copied - phase;
+            copy_window(layout.window(place), turn.window(next), layout.barriers().full(tile % L::kStages));
+            if (++place == L::kWindows) place = 0;
+            if (++next == turn.windows) next = 0;
+        }
+    }
+
+    // Every feeding warp has to come here, for a window or for none.
+    FLASHLLM_DEVICE void turn_x() const {
+        ptx::grid_dependency_wait();
+        turn.turn_all();
+    }
+
+private:
+    FLASHLLM_DEVICE void copy_window(unsigned to, const unsigned char* from, [[maybe_unused]] unsigned full) const {
+#if __CUDA_ARCH__ >= 900
+        if (ptx::elect()) ptx::bulk_copy(to, from, Window::kBytes, full);
+#else
+        for (unsigned at = (threadIdx.x & 31) * 16; at < Window::kBytes; at += bitmap::kLanes * 16) {
+            ptx::copy_async16(true, to + at, from + at, 16);
+        }
+#endif
+    }
 };
 
 // The feeding warp's loop.
 template <typename L>
-FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, const unsigned char* masks,
+FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFeed<L> x, const unsigned char* masks,
                                 const unsigned char* picks, const unsigned char* columns) {
     for (; feed.tile < feed.count; feed.advance()) {
         const int need = feed.needed();
-        while (!feed.has_room(need)) feed.wait_release();
+        const bool begins = x.begins(feed.tile);
+        const int released = begins ? x.needed(feed.tile) : 0;
+        while (!feed.has_room(need) || feed.done < released) {
+            x.copy();
+            feed.wait_release();
+        }
         const int stage = feed.filled.stage;
         const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes},
                                 {layout.picks(stage), picks, slot24::kPickBytes},
                                 {layout.columns(stage), columns, L::kColumnBytes}};
+        x.asked += begins;
+#if __CUDA_ARCH__ >= 900
+        feed.bring(pieces, need, begins ? L::Window::kBytes : 0);
+        if (x.copied != 0) x.copy();
+#else
+        x.copy();  // before the arrival for all that was asked for
         feed.bring(pieces, need);
+#endif
         masks += bitmap::kMaskBytes, picks += slot24::kPickBytes, columns += L::kColumnBytes;
     }
+    x.copy();
+    if (x.copied == 0) x.turn_x();
 }
 
-// Grid (G, ceil(N / kN)). workspace: see stream_k.cuh. masks ... columns: see docs/formats/slot24.md. window_columns: of x
-// in a window. kRing: value rows that the ring of a part holds. kStages: tiles for which masks, picks and columns have
-// room. kWindows: of x. kAligned: K is a multiple of 8 and x 16-byte aligned.
-template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks, bool kAligned>
+// Grid (G, ceil(N / kN)). workspace: kTurnBytes of counters, then see stream_k.cuh. turned: scratch for x, see x_turned.cuh.
+// masks ... columns: see docs/formats/slot24.md. window_columns: of x in a window. kRing: value rows that the ring of a part
+// holds. kStages: tiles for which masks, picks and columns have room. kWindows: of x.
+template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags,
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
-            unsigned char* __restrict__ workspace, int M, int N, int K, int window_columns, int row_cost,
+            unsigned char* workspace, unsigned char* turned, int M, int N, int K, int window_columns, int row_cost,
             int runs, int runs_row_cost) {
     static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
     using S = SlotShape<kN, kPartRows, kGroupValues>;
-    using Windows = XWindows<kN, kWindows, kAligned>;
-    using L = Layout<kRing, kStages, S, Windows>;
+    using L = Layout<S, kRing, kStages, kWindows>;
     FLASHLLM_DYNAMIC_SHARED(shared);
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
     const int warp = ptx::uniform(threadIdx.x >> 5);
     const bool feeds = warp == bitmap::kParts;
 
-    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM,
-                           (K + window_columns - 1) / window_columns * slot24::kWindowTiles, row_cost, workspace);
+    const int windows = (K + window_columns - 1) / window_columns;
+    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, windows * slot24::kWindowTiles, row_cost,
+                           workspace + kTurnBytes);
+    const XTurn<kN> turn{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
+                         reinterpret_cast<TurnCounters*>(workspace), turned};
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
     const int row = first / split.tiles_k, tile_k = first - row * split.tiles_k;
+    const int phase = tile_k % slot24::kWindowTiles, first_window = tile_k / slot24::kWindowTiles;
 
     const FirstFronts first_fronts(fronts + first, count);
     // From the begin of a run of the format on, no row is needed from before it.
     const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
     const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
-    if (threadIdx.x == 0) {
-        barriers.init(kStages, L::Feed::kArrivals);
-        Windows::init(layout.window_barriers());
-        ptx::mbarrier_init_fence();
-    }
+    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals);
     __syncthreads();
 
     if (feeds) {
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
+                   WindowFeed<L>{layout, turn, (first_window + 1) % windows, phase},
                    masks + static_cast<long long>(first) * bitmap::kMaskBytes,
                    picks + static_cast<long long>(first) * slot24::kPickBytes,
                    columns + static_cast<long long>(first) * L::kColumnBytes);
     } else {
-        const int windows = (first + count - 1) / slot24::kWindowTiles - first / slot24::kWindowTiles + 1;
-        Windows window(reinterpret_cast<const unsigned short*>(x), n0, N, K, window_columns, tile_k / slot24::kWindowTiles,
-                       windows, warp, layout.base + L::kWindowsAt, layout.window_barriers());
-        ptx::grid_dependency_wait();  // the feeder need not: all it brings is constant
+        ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        window.ask();
+        turn.turn_window(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, n0, first_window, warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
@@ -176,27 +244,26 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
 
         Cycle<kStages> cycle;
         int tile = 0;
-        unsigned here = 0;  // the window in use
+        const unsigned windows_begin = layout.window(0) + L::Window::first_unit((threadIdx.x & 1) * 4);
+        unsigned window = windows_begin;  // of x, the one in use
         while (true) {
-            // With room for two, a window is written a tile before its use; but not two of them at the first tile.
-            const bool second = (first + tile) % slot24::kWindowTiles != 0;
-            const bool early = kWindows > 1 && second && tile + 1 < count;
-            const bool late = !second && (kWindows == 1 || tile == 1);
-            if (tile == 0 || early || late) window.write();
-            if (tile == 0 || !second) here = window.enter();
             ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
             const uint2 mask = ptx::load_shared8(layout.masks(cycle.stage) + threadIdx.x * 8);
             const uint2 pick = ptx::load_shared8(layout.picks(cycle.stage) + threadIdx.x * 8);
             const unsigned place = layout.columns(cycle.stage) + threadIdx.x * S::Bands::kPartSteps;
             const unsigned column = S::kSlices == 1 ? ptx::load_shared4(place) : ptx::load_shared_half(place);
             streams.wrap();
-            multiply_word<T, S, Windows, 0>(sum, streams, mask.x, pick.x, column, here);
+            multiply_word<T, S, 0>(sum, streams, mask.x, pick.x, column, window);
             streams.wrap();
-            multiply_word<T, S, Windows, 1>(sum, streams, mask.y, pick.y, column, here);
+            multiply_word<T, S, 1>(sum, streams, mask.y, pick.y, column, window);
             barriers.release(cycle.stage);
             cycle.advance();
-            if (second) window.leave();
-            if (++tile != stop) continue;
+            ++tile;
+            if ((tile + phase) % slot24::kWindowTiles == 0) {
+                window += L::Window::kBytes;
+                if (window == windows_begin + kWindows * L::Window::kBytes) window = windows_begin;
+            }
+            if (tile != stop) continue;
             if (tile == chains.chain_end) {
                 add_slices<S>(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));
                 chains.end(split, tile, sum, write);

@@ -171,6 +171,7 @@ class Plan:
     spec: KernelSpec
     choice: Any = None
     workspace_bytes: int = 0
+    scratch_bytes: int = 0
     source: str = "auto"
     expansion: Any = None
 
@@ -227,7 +228,7 @@ def install(
     monkeypatch.setattr("flashllm.matmul.plan", plan)
 
     def product(
-        x: Any, w: Any, *, out: Any, workspace: Any, stream: Stream, plan: Plan, overlap_previous: bool = False
+        x: Any, w: Any, *, out: Any, workspace: Any, scratch: Any, stream: Stream, plan: Plan, overlap_previous: bool = False
     ) -> Any:
         from flashllm.backends.reference import spmm as reference
 

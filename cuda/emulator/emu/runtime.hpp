@@ -44,6 +44,7 @@ int block_barrier(Reduce reduce, int value);
 void named_barrier(unsigned id, unsigned threads);
 void sometimes_let_others_run();
 void look_again();  // between two looks at global memory that an earlier block is to write
+void wait_global(const unsigned* pointer, unsigned value);  // until blocks have counted it up
 void warp_barrier(unsigned mask);
 
 enum class Shuffle : unsigned char { index, up, down, exchange };
@@ -58,6 +59,7 @@ void read_global(const void* pointer, unsigned bytes);
 void write_global(const void* pointer, unsigned bytes);
 void prefetch_global(const void* pointer, unsigned bytes);
 float4 load_relaxed(const float4* pointer);  // 16 bytes at one time
+unsigned read_word(const unsigned* pointer);  // one that other blocks change
 void store_relaxed(float4* pointer, const float4& value);
 
 // From here on this block may touch arrays that are not constant, see Extent.
@@ -71,7 +73,6 @@ T load_shared(unsigned address) {
     read_shared(&value, address, sizeof(T));
     return value;
 }
-void check_selector(unsigned selector);
 void scatter_shared(unsigned address, unsigned short value);
 void store_shared4(unsigned address, unsigned value);
 void store_shared16(unsigned address, const uint4& value);

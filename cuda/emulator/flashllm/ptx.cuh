@@ -26,8 +26,13 @@ FLASHLLM_DEVICE unsigned dot4(unsigned a, unsigned b, unsigned sum) {
 }
 
 FLASHLLM_DEVICE unsigned permute(unsigned low, unsigned high, unsigned selector) {
-    emu::check_selector(selector);
-    return __byte_perm(low, high, selector);
+    unsigned bytes = __byte_perm(low, high, selector);
+    for (int i = 0; i < 4; ++i) {
+        if ((selector >> 4 * i & 8u) == 0) continue;
+        const unsigned byte = 0xffu << 8 * i;
+        bytes = (bytes >> 8 * i & 0x80u) != 0 ? bytes | byte : bytes & ~byte;
+    }
+    return bytes;
 }
 
 FLASHLLM_DEVICE float not_plus_zero(float value) { return __float_as_uint(value) == 0 ? -0.0f : value; }
@@ -70,6 +75,9 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
     emu::sometimes_let_others_run();
 }
 FLASHLLM_DEVICE void look_again() { emu::look_again(); }
+
+FLASHLLM_DEVICE void wait_global(const unsigned* pointer, unsigned value) { emu::wait_global(pointer, value); }
+FLASHLLM_DEVICE void fence_async_proxy_global() {}
 
 // ---- the launch before and the one after (sm_90) ---------------------------------------------------------------
 
@@ -125,9 +133,6 @@ FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned 
     first = fragment[0], second = fragment[1];
 }
 
-FLASHLLM_DEVICE void store_matrix_x4(unsigned address, const unsigned (&fragment)[4]) {
-    emu::store_matrix_x4(address, fragment);
-}
 
 template <typename T> inline constexpr bool is_half = false;
 template <> inline constexpr bool is_half<__half> = true;

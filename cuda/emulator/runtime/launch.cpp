@@ -275,6 +275,11 @@ float4 load_relaxed(const float4* pointer) {
     return value;
 }
 
+unsigned read_word(const unsigned* pointer) {
+    check_global("read", pointer, sizeof(unsigned), false);
+    return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
+}
+
 void store_relaxed(float4* pointer, const float4& value) {
     write_global(pointer, sizeof(float4));
     std::uint64_t bits[2];

@@ -135,10 +135,6 @@ void read_shared(void* value, unsigned address, unsigned bytes) {
     std::memcpy(value, shared_pointer(*thread.owner, address), bytes);
 }
 
-void check_selector(unsigned selector) {
-    if ((selector & 0x8888u) != 0) fail("prmt: selector 0x%04x has a sign bit, which is not modelled", selector & 0xffffu);
-}
-
 void scatter_shared(unsigned address, unsigned short value) {
     Thread& thread = current();
     check_shared(thread, "2-byte store", address, 2);

@@ -244,8 +244,9 @@ def spmm(
     workspace = _aligned(np.zeros(needed, np.uint8) if needed else np.full(16, 0xFF, np.uint8))
     w = w.with_arrays({name: _aligned(array) for name, array in w.arrays().items()})
     inner = _fenced(x)
-    args = kernel(w.format).arguments(w, plan.split, inner, y, workspace)
-    counts = launch(plan.spec, plan.grid, args, seed=seed, build=build, dependent=(inner, y, workspace))
+    scratch = _aligned(np.full(max(plan.scratch_bytes, 16), 0xFF, np.uint8))
+    args = kernel(w.format).arguments(w, plan.split, inner, y, workspace, scratch)
+    counts = launch(plan.spec, plan.grid, args, seed=seed, build=build, dependent=(inner, y, workspace, scratch))
     if needed and workspace.any():
         raise EmulationError(f"{plan.spec.label} (seed {seed}): the workspace is not zero after the launch")
     for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):

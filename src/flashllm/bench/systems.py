@@ -59,6 +59,7 @@ class FlashLLM:
         self.plan = plan(weights[0], x.shape[0], choice=choice)
         self.choice: str = self.plan.source
         self._workspace = cupy.zeros(max(1, self.plan.workspace_bytes), dtype=cupy.uint8)
+        self._scratch = cupy.empty(max(1, self.plan.scratch_bytes), dtype=cupy.uint8)
 
     def launch(self, copy: int, stream: Any) -> None:
         """Queue y = x @ W^T with weight copy ``copy``."""
@@ -69,6 +70,7 @@ class FlashLLM:
             self.weights[copy],
             out=self.y,
             workspace=self._workspace,
+            scratch=self._scratch,
             stream=stream,
             plan=self.plan,
             overlap_previous=self.overlaps,

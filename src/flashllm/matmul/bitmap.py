@@ -144,7 +144,7 @@ def reason(w: Bitmap, choice: Choice, split: StreamK, *, sm_count: int) -> str:
     return f"{split.describe(sm_count)}, {path}, {n_blocks}, {w.bytes_per_element:.3f} bytes per element"
 
 
-def arguments(w: Bitmap, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+def arguments(w: Bitmap, split: StreamK, x: Any, out: Any, workspace: Any, scratch: Any) -> tuple[Any, ...]:
     """The kernel's arguments in the order of its parameters; x is [N, K]."""
     rows, columns = w.shape
     runs = runs_of(w.tiles)

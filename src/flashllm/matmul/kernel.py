@@ -49,6 +49,10 @@ class Split(Protocol):
     def workspace_bytes(self) -> int:
         """Bytes of the workspace, which is zero before and after every launch; 0: none needed."""
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch memory, which may hold anything before and after every launch; 0: none needed."""
+
 
 class Kernel(Protocol):
     """Members of a kernel's host module. ``w`` is a weight of its format, ``n`` the rows of x, ``choice`` and ``split``
@@ -68,10 +72,10 @@ class Kernel(Protocol):
     def reason(self, w: Any, choice: Any, split: Any, *, sm_count: int) -> str:
         """One line for people on what was chosen and why."""
 
-    def arguments(self, w: Any, split: Any, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+    def arguments(self, w: Any, split: Any, x: Any, out: Any, workspace: Any, scratch: Any) -> tuple[Any, ...]:
         """The kernel's arguments in the order of its parameters: arrays (NumPy or CuPy) and NumPy scalars.
 
-        x is [N, K]; ``workspace`` is an array at a valid address even where none is needed.
+        x is [N, K]; ``workspace`` and ``scratch`` are arrays at valid addresses even where none are needed.
         """
 
     def candidates(self, w: Any, n: int, *, arch: str) -> Iterator[KernelChoice]:

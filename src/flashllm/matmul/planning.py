@@ -65,6 +65,11 @@ class Plan:
         """
         return self.split.workspace_bytes if self.expansion is None else self.expansion.scratch_bytes
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch memory, of which nothing is asked: any product may find there what another left. 0: none."""
+        return self.split.scratch_bytes if self.expansion is None else 0
+
 
 def plan(
     w: SparseWeight,

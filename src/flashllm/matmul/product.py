@@ -33,6 +33,7 @@ def spmm(
     *,
     out: Any = None,
     workspace: Any = None,
+    scratch: Any = None,
     stream: Any = None,
     plan: Plan | None = None,
     backend: str | None = None,
@@ -45,8 +46,9 @@ def spmm(
     on the CPU. bf16 arrays have the dtype ``ml_dtypes.bfloat16`` or hold its bits as uint16. N >= 1 is any number.
 
     With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed once by
-    the caller; a call leaves it zero, so one, as large as the largest, serves all products of a stream), a call after
-    the first allocates nothing and can be captured in a CUDA graph. For wide x a plan may expand W to a dense matrix,
+    the caller; a call leaves it zero, so one, as large as the largest, serves all products of a stream), and, where
+    ``plan.scratch_bytes`` is not 0, ``scratch`` (uint8, not zeroed by anybody; one serves all products of a stream too),
+    a call after the first allocates nothing and can be captured in a CUDA graph. For wide x a plan may expand W to a dense matrix,
     whose product is cuBLAS's, in a workspace of its own. Runs on ``stream`` (default: CuPy's current one) and does not
     wait for it. ``backend``: ``"cuda"``, ``"emulator"``,
     ``"reference"`` or ``None`` to go by where the operands are.
@@ -73,7 +75,16 @@ def spmm(
     if backend in ("emulator", "reference") or (backend is None and not w.is_device):
         return _on_host(x, w, out, plan, emulated=backend == "emulator")
     backends.select("cuda")
-    return _cuda(x, w, out=out, workspace=workspace, stream=stream, given=plan, overlap_previous=overlap_previous)
+    return _cuda(
+        x,
+        w,
+        out=out,
+        workspace=workspace,
+        scratch=scratch,
+        stream=stream,
+        given=plan,
+        overlap_previous=overlap_previous,
+    )
 
 
 def _on_host(x: Any, w: SparseWeight, out: Any, given: Plan | None, *, emulated: bool) -> Any:
@@ -99,7 +110,15 @@ def _on_host(x: Any, w: SparseWeight, out: Any, given: Plan | None, *, emulated:
 
 
 def _cuda(
-    x: Any, w: SparseWeight, *, out: Any, workspace: Any, stream: Any, given: Plan | None, overlap_previous: bool
+    x: Any,
+    w: SparseWeight,
+    *,
+    out: Any,
+    workspace: Any,
+    scratch: Any,
+    stream: Any,
+    given: Plan | None,
+    overlap_previous: bool,
 ) -> Any:
     from flashllm.backends import dependent
     from flashllm.device import device_facts
@@ -127,19 +146,25 @@ def _cuda(
         raise ArgumentError("out", expected=f"a CuPy array ({n}, {rows}) of {x.dtype}", got=_describe(out))
     else:
         _check("out", out, dtype=w.dtype, facts=facts, alignment=_ALIGNMENT["out"] if rows % 4 == 0 else 2)
-    needed = chosen.workspace_bytes
-    if workspace is None:
-        what = "workspace" if chosen.expansion is None else "dense scratch matrix"
-        workspace = _allocate(what, (needed,), np.dtype(np.uint8), stream) if needed else None
-    elif not is_cupy(workspace) or workspace.nbytes < needed:
-        raise ArgumentError("workspace", expected=f"a CuPy array of >= {needed} bytes", got=_describe(workspace))
-    else:
-        _check("workspace", workspace, dtype=None, facts=facts, alignment=_ALIGNMENT["workspace"])
+    what = "workspace" if chosen.expansion is None else "dense scratch matrix"
+    workspace = _memory("workspace", workspace, chosen.workspace_bytes, facts, stream, what=what)
+    scratch = _memory("scratch", scratch, chosen.scratch_bytes, facts, stream, what="scratch memory")
     if chosen.expansion is not None:
         expand.run(w, x, out, workspace, stream=stream)
     else:
-        launch(w, chosen.spec, chosen.split, x, out, workspace, stream=stream, overlap_previous=overlap_previous)
+        given_memory = (workspace, scratch)
+        launch(w, chosen.spec, chosen.split, x, out, *given_memory, stream=stream, overlap_previous=overlap_previous)
     return out
+
+
+def _memory(name: str, given: Any, needed: int, facts: DeviceFacts, stream: Any, *, what: str) -> Any:
+    """Memory of ``needed`` bytes, ``None`` where that is 0: what the caller gives, or new."""
+    if given is None:
+        return _allocate(what, (needed,), np.dtype(np.uint8), stream) if needed else None
+    if not is_cupy(given) or given.nbytes < needed:
+        raise ArgumentError(name, expected=f"a CuPy array of >= {needed} bytes", got=_describe(given))
+    _check(name, given, dtype=None, facts=facts, alignment=_ALIGNMENT["workspace"])
+    return given
 
 
 def launch(
@@ -149,18 +174,19 @@ def launch(
     x: Any,
     out: Any,
     workspace: Any,
+    scratch: Any,
     *,
     stream: Any = None,
     overlap_previous: bool = False,
 ) -> None:
     """Multiply checked operands by instance ``spec`` of the kernel for ``w``; nothing is allocated.
 
-    ``workspace`` may be ``None`` where ``split`` needs none.
+    ``workspace`` and ``scratch`` may be ``None`` where ``split`` needs none.
     """
     from flashllm.backends import cuda
 
-    workspace = out if workspace is None else workspace  # a valid address that nobody uses
-    args = kernel(w.format).arguments(w, split, x, out, workspace)
+    memory = (out if given is None else given for given in (workspace, scratch))  # or a valid address that nobody uses
+    args = kernel(w.format).arguments(w, split, x, out, *memory)
     cuda.launch(spec, split.grid, args, stream=stream, overlap_previous=overlap_previous)
 
 

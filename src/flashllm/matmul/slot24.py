@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 N_BLOCKS = (8, 16, 32)
 """Columns of x one block computes: more leave too little shared memory for windows of x."""
 THREADS = (PARTS + 1) * LANES
-RING_ROWS = 80
-"""Value rows that a block keeps in shared memory."""
+RING_ROWS = {2: 64, 4: 80}
+"""Value rows that a block keeps in shared memory, by the values a group may have: as few as may be."""
 _WINDOW_COLUMNS = 256
+_COLUMN_BYTES = {8: 16, 16: 32, 32: 80}  # of a window of x, by its rows
+_COUNTER_BYTES = 128  # of the workspace: who turns which part of x
 _SUM_BYTES = 2048  # of sums on their way between the parts of a band of 64 rows
 _ROW_COST = 2  # see matmul/bitmap.py
 
@@ -39,17 +41,24 @@ class _Room:
     stages: int
     """Tiles for which masks, picks and columns have room."""
     windows: int
-    """Windows of x: with two, one is written while the other is read."""
+    """Windows of x: one is read, the others are on their way."""
     resident_blocks: int
 
 
-# By measurement on an H100: a third block is worth more than a second window at 16 columns.
-_ROOMY = {8: _Room(stages=4, windows=2, resident_blocks=3), 16: _Room(stages=2, windows=1, resident_blocks=3),
-          32: _Room(stages=3, windows=2, resident_blocks=2)}  # fmt: skip
-_SM_80 = {8: _Room(stages=4, windows=2, resident_blocks=2), 16: _Room(stages=2, windows=1, resident_blocks=2),
-          32: _Room(stages=3, windows=2, resident_blocks=1)}  # fmt: skip
+# As much as fits.
+_ROOMY = {
+    8: _Room(stages=5, windows=3, resident_blocks=3),
+    16: _Room(stages=3, windows=2, resident_blocks=3),
+    32: _Room(stages=4, windows=2, resident_blocks=2),
+}
+_SM_80 = {
+    8: _Room(stages=5, windows=3, resident_blocks=2),
+    16: _Room(stages=3, windows=2, resident_blocks=2),
+    32: _Room(stages=4, windows=2, resident_blocks=1),
+}
 # An SM of the others has 100 KB.
-_SMALL = {n: _Room(stages=4 if n == 8 else 3, windows=2 if n == 8 else 1, resident_blocks=1) for n in N_BLOCKS}
+_SMALL = {8: _ROOMY[8], 16: _ROOMY[16], 32: _Room(stages=4, windows=1, resident_blocks=1)}
+_SMALL = {n: replace(room, resident_blocks=1) for n, room in _SMALL.items()}
 _ROOM = {"80": _SM_80, "90a": _ROOMY, "100a": _ROOMY}
 
 
@@ -69,25 +78,23 @@ class Choice:
     resident_blocks: int = 3
     """Blocks that share an SM."""
     aligned: bool = True
-    """K is a multiple of 8, so rows of x start 16-byte aligned."""
+    """K is a multiple of 8. No matter here: one instance is for any K."""
     blocks_per_sm: int = 3
     """Blocks launched per SM."""
 
     @property
     def spec(self) -> KernelSpec:
         """The compiled instance of this choice."""
-        return _spec(replace(self, blocks_per_sm=0))
+        return _spec(replace(self, blocks_per_sm=0, aligned=True))
 
 
 @cache
 def _spec(choice: Choice) -> KernelSpec:
     room = _Room(stages=choice.stages, windows=choice.windows, resident_blocks=choice.resident_blocks)
     n = choice.n_block
-    column_bytes = (n // 8 | 1) * 16
-    window_bytes = choice.windows * _WINDOW_COLUMNS * column_bytes + n * _WINDOW_COLUMNS * 2
     parts = PARTS_OF[choice.part_rows]
+    ring_rows = RING_ROWS[choice.group_values]
     stage_bytes = PARTS * LANES * (8 + 8 + parts.steps)  # masks, picks and columns of a tile
-    barriers = 2 * choice.stages + 2 * choice.windows + PARTS
     return KernelSpec(
         name="slot24",
         source="spmm/slot24.cu",
@@ -97,18 +104,17 @@ def _spec(choice: Choice) -> KernelSpec:
             ("kN", str(n)),
             ("kPartRows", str(parts.rows)),
             ("kGroupValues", str(choice.group_values)),
-            ("kRing", str(RING_ROWS)),
+            ("kRing", str(ring_rows)),
             ("kStages", str(choice.stages)),
             ("kWindows", str(choice.windows)),
             ("kMinBlocks", str(choice.resident_blocks)),
-            ("kAligned", cxx_bool(choice.aligned)),
         ),
         threads=THREADS,
-        shared_bytes=PARTS * (RING_ROWS + MIRROR_ROWS) * ROW_BYTES
-        + window_bytes
+        shared_bytes=PARTS * (ring_rows + MIRROR_ROWS) * ROW_BYTES
+        + choice.windows * _WINDOW_COLUMNS * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
         + (_SUM_BYTES if parts.halves == 2 else 0)
-        + barriers * 8,
+        + 2 * choice.stages * 8,
         archs=tuple(arch for arch in ALL_ARCHS if _room(arch, n) == room),
     )
 
@@ -140,14 +146,17 @@ def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, ali
 
 def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
-    return stream_k_for_runs(
+    column_blocks = -(-n // choice.n_block)
+    split = stream_k_for_runs(
         runs_of(w.tiles),
         n_block=choice.n_block,
-        column_blocks=-(-n // choice.n_block),
+        column_blocks=column_blocks,
         blocks=sm_count * choice.blocks_per_sm,
         row_cost=_ROW_COST,
         max_chain=MAX_CHAIN_STEPS // STEPS,
     )
+    turned = column_blocks * -(-w.shape[1] // w.window) * _WINDOW_COLUMNS * _COLUMN_BYTES[choice.n_block]
+    return replace(split, counter_bytes=_COUNTER_BYTES, scratch_bytes=turned)
 
 
 def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:
@@ -157,11 +166,11 @@ def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:
     return f"{split.describe(sm_count)}, mma.sp, {n_blocks}, {window}, {w.bytes_per_element:.3f} bytes per element"
 
 
-def arguments(w: Slot24, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+def arguments(w: Slot24, split: StreamK, x: Any, out: Any, workspace: Any, scratch: Any) -> tuple[Any, ...]:
     """The kernel's arguments in the order of its parameters; x is [N, K]."""
     rows, columns = w.shape
     runs = runs_of(w.tiles)
-    arrays = (x, w.masks, w.values, w.fronts, w.lags, w.picks, w.columns, out, workspace)
+    arrays = (x, w.masks, w.values, w.fronts, w.lags, w.picks, w.columns, out, workspace, scratch)
     return (*arrays, *map(np.int32, (rows, x.shape[0], columns, w.window, split.row_cost, runs.count, runs.row_cost)))
 
 
@@ -169,8 +178,6 @@ def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
     """Choices worth measuring for ``n`` columns of x, the heuristic's first; every one is a compiled spec."""
     base = default_choice(w, n, arch=arch)
     yield base
-    if not base.aligned:
-        return
     for blocks_per_sm in (1, 2, 3, 4, 6):
         choice = replace(base, blocks_per_sm=blocks_per_sm)
         if choice != base:
@@ -198,19 +205,18 @@ def ablation(choice: Choice) -> dict[str, Choice]:
 def instances() -> tuple[Choice, ...]:
     """One choice for every instance that a plan or the tuner can ask for."""
     choices = [
-        _choice(dtype, n_block, (part_rows, values), arch, aligned=aligned)
+        _choice(dtype, n_block, (part_rows, values), arch, aligned=True)
         for arch in ALL_ARCHS
         for n_block in N_BLOCKS
         for part_rows in PARTS_OF
         for values in GROUP_VALUES
         for dtype in CXX_TYPE
-        for aligned in (True, False)
     ]
     return tuple({choice.spec: choice for choice in choices}.values())
 
 
 def typical(arch: str) -> tuple[Choice, ...]:
-    """The instances that the heuristic takes on ``arch``: for every width, shape of parts, type and alignment one."""
+    """The instances that the heuristic takes on ``arch``: for every width, layout and type one."""
     return tuple(choice for choice in instances() if choice.spec.supports(arch))
 
 

@@ -37,6 +37,10 @@ class StreamK:
     """Tiles that the end of a row counts for: what a block loses there while it writes its accumulators."""
     max_chain: int = 1 << 30
     """Tiles a block accumulates before it writes its piece: longer rows pass through the workspace."""
+    counter_bytes: int = 0
+    """Of the workspace, for what else the blocks of a launch count."""
+    scratch_bytes: int = 0
+    """Of scratch memory, which may hold anything before and after a launch."""
 
     def __post_init__(self) -> None:
         most = min(self.tiles, self.cost // (self.row_cost + 1))
@@ -85,15 +89,15 @@ class StreamK:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of all slots, and of one piece more for each block where rows of tiles are longer than a chain.
+        """Bytes of counters, of all slots, and of one piece more for each block where rows are longer than a chain.
 
-        0 when one block computes each row of tiles in one chain.
+        Only those of counters when one block computes each row of tiles in one chain.
         """
         one_chain = self.tiles_k <= self.max_chain
         if one_chain and self.tiles_m % self.blocks == 0:
-            return 0
+            return self.counter_bytes
         pieces = self.column_blocks * self.blocks * (SLOTS_PER_BLOCK + (0 if one_chain else 1))
-        return pieces * self.n_block * PIECE_ROWS * 4
+        return self.counter_bytes + pieces * self.n_block * PIECE_ROWS * 4
 
 
 def stream_k_for(

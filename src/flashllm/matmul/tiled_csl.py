@@ -162,7 +162,7 @@ def reason(w: TiledCSL, choice: Choice, split: StreamK, *, sm_count: int) -> str
     )
 
 
-def arguments(w: TiledCSL, split: StreamK, x: Any, out: Any, workspace: Any) -> tuple[Any, ...]:
+def arguments(w: TiledCSL, split: StreamK, x: Any, out: Any, workspace: Any, scratch: Any) -> tuple[Any, ...]:
     """The kernel's arguments in the order of its parameters; x is [N, K]."""
     rows, columns = w.shape
     numbers = (rows, x.shape[0], columns, split.row_cost)

@@ -97,14 +97,15 @@ def _time(candidate: Plan, x: Any, copies: Sequence[SparseWeight], stream: Any) 
     from flashllm.device import memory_errors
 
     out = cupy.empty((candidate.n, candidate.shape[0]), x.dtype)
-    with memory_errors("workspace to tune with", candidate.workspace_bytes):
+    with memory_errors("workspace to tune with", candidate.workspace_bytes + candidate.scratch_bytes):
         workspace = cupy.zeros(max(candidate.workspace_bytes, 16), cupy.uint8)
+        scratch = cupy.empty(max(candidate.scratch_bytes, 16), cupy.uint8)
     cupy.cuda.Device().synchronize()
     launches = max(_MIN_LAUNCHES, len(copies))  # every copy at least once, or the L2 would hold those in use
 
     def run(index: int) -> None:
         w = copies[index % len(copies)]
-        spmm(x, w, out=out, workspace=workspace, stream=stream, plan=candidate)
+        spmm(x, w, out=out, workspace=workspace, scratch=scratch, stream=stream, plan=candidate)
 
     run(0)
     stream.synchronize()

@@ -100,8 +100,9 @@ class CudaMultiplier:
             fence, y = self._fenced(np.full((n, m), _NAN_BITS, np.uint16).view(problem.x.dtype))
             made = plan(w, n, choice=case.choice, **self._device(case))
             workspace = cupy.zeros(max(1, made.workspace_bytes), dtype=cupy.uint8)
+            scratch = cupy.full(max(1, made.scratch_bytes), 0xFF, dtype=cupy.uint8)
             stream.synchronize()
-            spmm(x, w, out=y, workspace=workspace, stream=stream, plan=made)
+            spmm(x, w, out=y, workspace=workspace, scratch=scratch, stream=stream, plan=made)
             stream.synchronize()
         if made.workspace_bytes and workspace.get().any():
             raise VerificationError("the workspace is not zero after the launch")

@@ -46,10 +46,8 @@ template <int kPartRows>
 FLASHLLM_DEVICE void order_quads(GroupProblem<kPartRows>& p, int lane) {
     const unsigned low = p.have[lane], high = p.have[lane + 32];
     unsigned long long used = 0;
-    unsigned char rest[kQuads / bitmap::kLanes];  // quads without another, two of a lane
+    int rest[2] = {-1, -1};  // quads without another: number `lane`, and 32 after it
     int ordered = 0, left = 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) rest[i] = kNone;
 #pragma unroll 1
     for (int quad = 0; quad < kQuads; ++quad) {
         if ((used >> quad & 1) != 0) continue;
@@ -58,7 +56,8 @@ FLASHLLM_DEVICE void order_quads(GroupProblem<kPartRows>& p, int lane) {
         const unsigned long long like_low = __ballot_sync(kWarp, low == wanted), like_high = __ballot_sync(kWarp, high == wanted);
         const unsigned long long others = (like_low | like_high << 32) & ~used;
         if (others == 0) {
-            if (left % 32 == lane) rest[left / 32] = static_cast<unsigned char>(quad);
+            if (left == lane) rest[0] = quad;
+            if (left == lane + 32) rest[1] = quad;
             ++left;
             continue;
         }
@@ -72,7 +71,7 @@ FLASHLLM_DEVICE void order_quads(GroupProblem<kPartRows>& p, int lane) {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (rest[i] != kNone) p.sets[ordered + i * 32 + lane] = rest[i];
+        if (rest[i] >= 0) p.sets[ordered + i * 32 + lane] = static_cast<unsigned char>(rest[i]);
     }
     __syncwarp();
 }

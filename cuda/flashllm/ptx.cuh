@@ -163,12 +163,11 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
 // Between two looks at what another block will write: a look takes long enough.
 FLASHLLM_DEVICE void look_again() {}
 
-// Waits until a word that other blocks count up has reached `value`. What they wrote before is there then.
-FLASHLLM_DEVICE void wait_global(const unsigned* pointer, unsigned value) {
+// Whether a word that other blocks count up has reached `value`. What they wrote before is there then.
+FLASHLLM_DEVICE bool has_reached(const unsigned* pointer, unsigned value) {
     unsigned now;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(pointer) : "memory");
-    } while (now != value);
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(pointer) : "memory");
+    return now == value;
 }
 
 // What other threads wrote to device memory, and this one knows of, is there for bulk copies too.

@@ -5,11 +5,11 @@
 // as rows of 8, so that a lane may name any column as the k it wants. Eight columns of eight residues mod 8 lie in
 // different banks.
 //
-// In device memory x has rows. Blocks need its windows again and again, so a launch turns each just once, 32 columns at a
-// time, into a scratch buffer that holds windows as shared memory does. Feeding warps do that when they have asked for all
-// else, wait until all is turned, and copy. The first window of a block does not wait so long: its other warps turn it
-// for themselves. Pieces go to warps by tickets, in the order in which they ask: a launch waits for no block that has not
-// begun.
+// In device memory x has rows. Blocks need its windows again and again, so a launch turns each just once, into a scratch
+// buffer that holds windows as shared memory does. The multiplying warps do that while their first tile is on its way;
+// feeding warps wait until all is turned, and copy. The first window of a block does not wait so long: its warps turn it for
+// themselves. Shares go to blocks by tickets, in the order in which they begin, and if some do not begin, feeding warps
+// take theirs: a launch waits for no block that has not begun.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -18,11 +18,15 @@
 
 namespace flashllm {
 
-// What the blocks of a launch know of each other's work, zero before and after it.
+// What the blocks of a launch know of each other's work, zero before and after it. Each in a line of its own: many ask.
 struct TurnCounters {
-    unsigned tickets, turned, passed;
+    unsigned tickets;
+    unsigned pad_0[31];
+    unsigned turned;  // pieces
+    unsigned pad_1[31];
+    unsigned through;  // blocks
+    unsigned pad_2[31];
 };
-constexpr int kTurnBytes = 128;     // of workspace, for them
 constexpr int kWindowBarrier = 3;  // a named barrier: two are for slices (epilogue.cuh)
 
 // A window of kN rows of x, in shared memory and in the scratch buffer.
@@ -80,36 +84,69 @@ struct XTurn {
         }
     }
 
-    // By the four multiplying warps: a window to shared memory, which they may read then.
-    FLASHLLM_DEVICE void turn_window(unsigned char* to, int n0, int window, int warp) const {
+    // By the four multiplying warps, when they begin: turns the run's first window to shared memory, which they may read
+    // then, and the block's share of x. `ticket`: a word of shared memory.
+    FLASHLLM_DEVICE void begin(unsigned char* to, int n0, int window, unsigned ticket, int warp) const {
         constexpr int kOwn = kWindowPieces / bitmap::kParts;
+        const unsigned drawn = threadIdx.x == 0 ? atomicAdd(&counters->tickets, 1u) : 0;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) turn_piece(to, n0, window, warp * kOwn + i);
+        if (threadIdx.x == 0) ptx::store_shared(ticket, drawn);
         ptx::meet<bitmap::kTileThreads>(kWindowBarrier);
+        turn_share(ptx::load_shared4(ticket), warp);
     }
 
-    // By a feeding warp: turns pieces until none is left and waits until all are turned. Then copies may read them.
-    FLASHLLM_DEVICE void turn_all() const {
-        const int lane = threadIdx.x & 31;
-        const unsigned pieces = static_cast<unsigned>(windows * kWindowPieces) * gridDim.y;
-        while (true) {
-            unsigned piece = lane == 0 ? atomicAdd(&counters->tickets, 1u) : 0;
-            piece = __shfl_sync(0xffffffffu, piece, 0);
-            if (piece >= pieces) break;
-            const int number = static_cast<int>(piece / kWindowPieces), column_block = number / windows;
-            unsigned char* const to = scratch + static_cast<long long>(number) * Window::kBytes;
-            turn_piece(to, column_block * kN, number - column_block * windows, static_cast<int>(piece % kWindowPieces));
-            __threadfence();
-            __syncwarp();
-            if (lane == 0) atomicAdd(&counters->turned, 1u);
+    // By a feeding warp: waits until all of x is turned. Then copies may read it.
+    FLASHLLM_DEVICE void wait() const {
+        constexpr int kLooks = 64;  // tens of microseconds: blocks that have drawn tickets are through with them
+        for (int look = 1; !__all_sync(0xffffffffu, ptx::has_reached(&counters->turned, pieces())); ++look) {
+            if (look == kLooks) help();
+            ptx::look_again();
         }
-        if (lane == 0) {
-            ptx::wait_global(&counters->turned, pieces);
-            // The last to have seen all it needs leaves zeros.
-            if (atomicAdd(&counters->passed, 1u) == gridDim.x * gridDim.y - 1) *counters = {0, 0, 0};
-        }
-        __syncwarp();
         ptx::fence_async_proxy_global();
+    }
+
+    // By a feeding warp, when its block has drawn its ticket and waited: the last one leaves zeros.
+    FLASHLLM_DEVICE void leave() const {
+        if ((threadIdx.x & 31) == 0 && atomicAdd(&counters->through, 1u) == gridDim.x * gridDim.y - 1) {
+            counters->tickets = counters->turned = counters->through = 0;
+        }
+    }
+
+private:
+    FLASHLLM_DEVICE int pieces() const { return windows * kWindowPieces * static_cast<int>(gridDim.y); }
+    // Pieces of a share: so many that half of the blocks are enough for all.
+    FLASHLLM_DEVICE int share() const {
+        const int enough = static_cast<int>(gridDim.x * gridDim.y + 1) / 2;
+        return (pieces() / bitmap::kParts + enough - 1) / enough * bitmap::kParts;
+    }
+
+    // Turns one warp's part of a share.
+    FLASHLLM_DEVICE void turn_share(unsigned ticket, int warp) const {
+        const int own = share();
+        if (ticket > static_cast<unsigned>((pieces() - 1) / own)) return;
+        const int begin = static_cast<int>(ticket) * own, end = min(begin + own, pieces());
+        unsigned turned = 0;
+#pragma unroll 1
+        for (int piece = begin + warp; piece < end; piece += bitmap::kParts, ++turned) {
+            const int number = piece / kWindowPieces, column_block = number / windows;
+            turn_piece(scratch + static_cast<long long>(number) * Window::kBytes, column_block * kN,
+                       number - column_block * windows, piece % kWindowPieces);
+        }
+        __threadfence();
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) atomicAdd(&counters->turned, turned);
+    }
+
+    // Turns the shares for which nobody has drawn tickets.
+    FLASHLLM_DEVICE void help() const {
+        while (true) {
+            const unsigned drawn = (threadIdx.x & 31) == 0 ? atomicAdd(&counters->tickets, 1u) : 0;
+            const unsigned ticket = __shfl_sync(0xffffffffu, drawn, 0);
+            if (ticket > static_cast<unsigned>((pieces() - 1) / share())) return;
+#pragma unroll 1
+            for (int warp = 0; warp < bitmap::kParts; ++warp) turn_share(ticket, warp);
+        }
     }
 };
 

@@ -89,6 +89,7 @@ struct Layout {
     static constexpr unsigned kWindowsEnd = kWindowsAt + kWindows * Window::kBytes;
     static constexpr unsigned kSumsAt = kWindowsEnd + kStages * kStageBytes;
     static constexpr unsigned kBarriersAt = kSumsAt + kSumBytes<S>;
+    static constexpr unsigned kTicketAt = kBarriersAt + kStages * 16;
 
     unsigned base;  // shared address
 
@@ -97,6 +98,7 @@ struct Layout {
     FLASHLLM_DEVICE unsigned picks(int stage) const { return masks(stage) + bitmap::kMaskBytes; }
     FLASHLLM_DEVICE unsigned columns(int stage) const { return picks(stage) + slot24::kPickBytes; }
     FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
+    FLASHLLM_DEVICE unsigned ticket() const { return base + kTicketAt; }
 };
 
 // The feeding warp's windows of x, from the second one of the run on.
@@ -124,7 +126,10 @@ struct WindowFeed {
     // Copies all windows that tiles wait for. The first time, x has to be turned.
     FLASHLLM_DEVICE void copy() {
         if (copied == asked) return;
-        if (copied == 0) turn_x();
+        if (copied == 0) {
+            ptx::grid_dependency_wait();
+            turn.wait();
+        }
 #pragma unroll 1
         while (copied < asked) {
             const int tile = slot24::kWindowTiles * ++copied - phase;
@@ -132,12 +137,6 @@ struct WindowFeed {
             if (++place == L::kWindows) place = 0;
             if (++next == turn.windows) next = 0;
         }
-    }
-
-    // Every feeding warp has to come here, for a window or for none.
-    FLASHLLM_DEVICE void turn_x() const {
-        ptx::grid_dependency_wait();
-        turn.turn_all();
     }
 
 private:
@@ -179,10 +178,12 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
         masks += bitmap::kMaskBytes, picks += slot24::kPickBytes, columns += L::kColumnBytes;
     }
     x.copy();
-    if (x.copied == 0) x.turn_x();
+    while (feed.done == 0) feed.wait_release();  // the block has drawn its ticket
+    ptx::grid_dependency_wait();
+    x.turn.leave();
 }
 
-// Grid (G, ceil(N / kN)). workspace: kTurnBytes of counters, then see stream_k.cuh. turned: scratch for x, see x_turned.cuh.
+// Grid (G, ceil(N / kN)). workspace: TurnCounters, then see stream_k.cuh. turned: scratch for x, see x_turned.cuh.
 // masks ... columns: see docs/formats/slot24.md. window_columns: of x in a window. kRing: value rows that the ring of a part
 // holds. kStages: tiles for which masks, picks and columns have room. kWindows: of x.
 template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks>
@@ -203,7 +204,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
 
     const int windows = (K + window_columns - 1) / window_columns;
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, windows * slot24::kWindowTiles, row_cost,
-                           workspace + kTurnBytes);
+                           workspace + sizeof(TurnCounters));
     const XTurn<kN> turn{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
                          reinterpret_cast<TurnCounters*>(workspace), turned};
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
@@ -229,7 +230,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        turn.turn_window(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, n0, first_window, warp);
+        turn.begin(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, n0, first_window, layout.ticket(), warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);

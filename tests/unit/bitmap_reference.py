@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Stream = tuple[int, int, int]
-"""Part, lane, and 0 for even or 1 for odd columns."""
-STREAMS: list[Stream] = [(part, lane, odd) for part in range(4) for lane in range(32) for odd in range(2)]
+"""Part, lane, and 0 for the first or 1 for the second half of the columns of a step."""
+STREAMS: list[Stream] = [(part, lane, half) for part in range(4) for lane in range(32) for half in range(2)]
 
 
 @dataclass
@@ -36,7 +36,16 @@ def place_of(part: int, lane: int, group: int, element: int) -> tuple[int, int]:
 
 def elements_of(stream: Stream) -> list[tuple[int, int]]:
     """(group, element) of the 32 elements of a stream in one tile, in order."""
-    return [(group, 2 * upper + stream[2]) for group in range(16) for upper in range(2)]
+    return [(group, element) for group in range(16) if group % 2 == stream[2] for element in range(4)]
+
+
+def first_rooms(found: dict[tuple[int, int], int], stream: Stream, group_values: int) -> list[tuple[int, int]]:
+    """Where a stream that has ``found`` may get zeros, in order: its groups have ``group_values`` values at most."""
+    out = []
+    for group in range(stream[2], 16, 2):
+        room = group_values - sum((group, element) in found for element in range(4))
+        out += [(group, element) for element in range(4) if (group, element) not in found][:room]
+    return out
 
 
 def restarts(tiles_m: int, tiles_k: int) -> set[int]:
@@ -53,8 +62,8 @@ def restarts(tiles_m: int, tiles_k: int) -> set[int]:
     return found
 
 
-def encode(bits: NDArray[np.uint16]) -> Encoded:
-    """Masks, values, fronts and lags of a matrix of 16-bit patterns."""
+def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
+    """Masks, values, fronts and lags of a matrix of 16-bit patterns, no group of which has more than ``group_values``."""
     rows, columns = bits.shape
     masks: list[int] = []
     lags: list[int] = []
@@ -81,9 +90,8 @@ def encode(bits: NDArray[np.uint16]) -> Encoded:
         word = dict.fromkeys(((part, lane, half) for part in range(4) for lane in range(32) for half in range(2)), 0)
         for stream in STREAMS:
             part, lane, _ = stream
-            free = [e for e in elements_of(stream) if e not in found[stream]]
-            missing = max(0, front - 32 - len(values[stream]) - len(found[stream]))
-            found[stream] |= dict.fromkeys(free[:missing], 0)
+            missing = max(0, front - 31 - len(values[stream]) - len(found[stream]))
+            found[stream] |= dict.fromkeys(first_rooms(found[stream], stream, group_values)[:missing], 0)
             for group, element in elements_of(stream):
                 if (group, element) in found[stream]:
                     values[stream].append(found[stream][group, element])
@@ -94,14 +102,14 @@ def encode(bits: NDArray[np.uint16]) -> Encoded:
 
 
 def lay_out(values: dict[Stream, list[int]], front: int) -> list[int]:
-    """The value rows, 16 of all parts at a time, and at least one behind the front."""
+    """The value rows, 16 of all parts at a time, and at least two behind the front."""
     out: list[int] = []
-    for first in range(0, front + 1, 16):
+    for first in range(0, front + 2, 16):
         for part in range(4):
             for row in range(first, first + 16):
                 for lane in range(32):
-                    for odd in range(2):
-                        stream = values[part, lane, odd]
+                    for half in range(2):
+                        stream = values[part, lane, half]
                         out.append(stream[row] if row < len(stream) else 0)
     return out
 
@@ -118,11 +126,11 @@ def decode(masks: list[int], values: list[int], shape: tuple[int, int]) -> NDArr
         if number in begins:
             taken = dict.fromkeys(STREAMS, max(taken.values()))
         for stream in STREAMS:
-            part, lane, odd = stream
+            part, lane, half = stream
             for group, element in elements_of(stream):
                 if masks[((number * 4 + part) * 32 + lane) * 2 + group // 8] >> (8 * element + group % 8) & 1:
                     row = taken[stream]
-                    value = values[((row // 16 * 4 + part) * 16 + row % 16) * 64 + 2 * lane + odd]
+                    value = values[((row // 16 * 4 + part) * 16 + row % 16) * 64 + 2 * lane + half]
                     down, right = place_of(part, lane, group, element)
                     out[top + down, left + right] = value
                     taken[stream] += 1

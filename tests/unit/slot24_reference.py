@@ -7,6 +7,7 @@ The slots are encoded by the second writing of bitmap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -26,6 +27,7 @@ class Encoded:
 
     window: int
     part_rows: int
+    group_values: int
     slots: NDArray[np.uint16]
     bitmap: bitmap_reference.Encoded
     picks: list[int]
@@ -73,17 +75,26 @@ def by_weight(columns: list[Column]) -> list[Column]:
 
 
 def match(lefts: list[Column], rights: list[Column]) -> dict[Column, Column] | None:
-    """Left to right, or ``None``."""
+    """Left to right, or ``None``: heavy with heavy."""
     compatible = {left: [right for right in rights if not left.rows & right.rows] for left in lefts}
-    pairs: dict[Column, Column] = {}
-    owner: dict[Column, Column] = {}
+    pairs: dict[Any, Any] = {}
+    owner: dict[Any, Any] = {}
     for left in by_weight(lefts):
         for right in by_weight(compatible[left]):
             if right not in owner:
                 pairs[left], owner[right] = right, left
                 break
-    for first in by_weight([left for left in lefts if left not in pairs]):
-        seen: dict[Column, Column] = {}
+    return complete(pairs, owner, by_weight(lefts), compatible)
+
+
+def complete(
+    pairs: dict[Any, Any], owner: dict[Any, Any], lefts: list[Any], compatible: dict[Any, list[Any]]
+) -> dict[Any, Any] | None:
+    """Every left gets a right, along alternating paths that are looked for in the order of ``lefts``, or ``None``."""
+    for first in lefts:
+        if first in pairs:
+            continue
+        seen: dict[Any, Any] = {}
         queue = [first]
         end = None
         while queue and end is None:
@@ -106,6 +117,92 @@ def match(lefts: list[Column], rights: list[Column]) -> dict[Column, Column] | N
     return pairs
 
 
+@dataclass(frozen=True)
+class Slot:
+    """A pair of columns, by the place of its left in the list that it is in, and the rows where it has values."""
+
+    left: Column
+    right: Column
+    position: int
+    rows: frozenset[int]
+
+
+def match_evenly(
+    lefts: list[Any], rights: list[Any], fits: Callable[[Any, Any], bool], attempt: int
+) -> dict[Any, Any] | None:
+    """Left to right, or ``None``: heavy with light."""
+
+    def rank(one: Any) -> tuple[int, int]:
+        heavier = one.position * (2 * attempt + 1) // 8 % 4 if attempt > 0 else 0
+        return len(one.rows) + heavier, one.position
+
+    compatible = {left: [right for right in rights if fits(left, right)] for left in lefts}
+    heaviest = [(-len(one.rows), 0, one.position, one) for one in lefts]
+    heaviest += [(-len(one.rows), 1, one.position, one) for one in rights]
+    heaviest.sort(key=lambda entry: entry[:3])
+    pairs: dict[Any, Any] = {}
+    owner: dict[Any, Any] = {}
+    for _, side, _, one in heaviest:
+        if side == 0 and one not in pairs:
+            free = [right for right in compatible[one] if right not in owner]
+            if free:
+                right = min(free, key=rank)
+                pairs[one], owner[right] = right, one
+        elif side == 1 and one not in owner:
+            free = [left for left in lefts if left not in pairs and one in compatible[left]]
+            if free:
+                left = min(free, key=rank)
+                pairs[left], owner[one] = one, left
+    return complete(pairs, owner, [entry[3] for entry in heaviest if entry[1] == 0], compatible)
+
+
+def fit_in_groups(one: Slot, other: Slot) -> bool:
+    """Whether no group of the two, rows a and a + 8 of 16, has more than two values."""
+    for row in one.rows | other.rows:
+        upper = row - row % 16 + row % 8
+        if sum(at in slot.rows for at in (upper, upper + 8) for slot in (one, other)) > 2:
+            return False
+    return True
+
+
+def pair_in_groups(lefts: list[Column], rights: list[Column]) -> list[Pair] | None:
+    """The 128 pairs in the order of the slots, groups of which have two values at most; ``None`` if there are none."""
+    for attempt in range(8):
+        pairs = match_evenly(lefts, rights, lambda left, right: not left.rows & right.rows, attempt)
+        if pairs is None:
+            return None
+        sides: tuple[list[Slot], list[Slot]] = ([], [])
+        for left in lefts:
+            side = sides[left.number % 2]
+            side.append(Slot(left, pairs[left], len(side), left.rows | pairs[left].rows))
+
+        def fits(even: Slot, odd: Slot, careful: bool = attempt < 6) -> bool:
+            apart = even.right.number % 8 != odd.right.number % 8
+            return fit_in_groups(even, odd) and (apart or not careful)
+
+        neighbours = match_evenly(*sides, fits, 0)
+        if neighbours is not None:
+            quads = [(even, neighbours[even]) for even in sides[0]]
+            return [(slot.left.number, slot.right.number) for quad in order_quads(quads) for slot in quad]
+    return None
+
+
+def order_quads(quads: list[tuple[Slot, Slot]]) -> list[tuple[Slot, Slot]]:
+    """Two by two, so that the eight residues of the two differ, as far as there are such; then the others."""
+    residues = [{column.number % 8 for slot in quad for column in (slot.left, slot.right)} for quad in quads]
+    waiting = list(range(len(quads)))
+    ordered, rest = [], []
+    while waiting:
+        one = waiting.pop(0)
+        other = next((n for n in waiting if residues[one] | residues[n] == set(range(8))), None)
+        if other is None or len(residues[one]) < 4:
+            rest.append(quads[one])
+        else:
+            waiting.remove(other)
+            ordered += [quads[one], quads[other]]
+    return ordered + rest
+
+
 def arrange(pairs: dict[Column, Column], part_rows: int) -> list[Pair]:
     """The 128 pairs in the order of the slots."""
     classes: dict[tuple[int, int], list[tuple[Column, Column]]] = {(a, b): [] for a in range(4) for b in range(4)}
@@ -126,7 +223,9 @@ def arrange(pairs: dict[Column, Column], part_rows: int) -> list[Pair]:
     return [pair for number in range(32) for pair in sets[number]]
 
 
-def pairs_of(strip: NDArray[np.uint16], window: int, number: int, part_rows: int, band: int) -> list[Pair] | None:
+def pairs_of(
+    strip: NDArray[np.uint16], window: int, number: int, part_rows: int, band: int, group_values: int
+) -> list[Pair] | None:
     """Pairs of one band of one window of a strip [128, K]."""
     rows = band_rows(part_rows, band)
     left_numbers, right_numbers = lists_of(window)
@@ -134,6 +233,8 @@ def pairs_of(strip: NDArray[np.uint16], window: int, number: int, part_rows: int
         [Column(c, position, rows_of(strip, window, number, rows, c)) for position, c in enumerate(numbers)]
         for numbers in (left_numbers, right_numbers)
     )
+    if group_values == 2:
+        return pair_in_groups(lefts, rights)
     pairs = match(lefts, rights)
     return None if pairs is None else arrange(pairs, part_rows)
 
@@ -145,35 +246,61 @@ def strips_of(bits: NDArray[np.uint16]) -> list[NDArray[np.uint16]]:
     return [whole[first : first + 128] for first in range(0, len(whole), 128)]
 
 
-def all_pairs(bits: NDArray[np.uint16], window: int, part_rows: int) -> dict[tuple[int, int, int], list[Pair]] | None:
+def all_pairs(
+    bits: NDArray[np.uint16], window: int, part_rows: int, group_values: int
+) -> dict[tuple[int, int, int], list[Pair]] | None:
     """By strip, window and band; ``None`` when one does not pair up."""
     out = {}
     for strip_number, strip in enumerate(strips_of(bits)):
         for number in range(-(-bits.shape[1] // window)):
             for band in range(128 // part_rows):
-                pairs = pairs_of(strip, window, number, part_rows, band)
+                pairs = pairs_of(strip, window, number, part_rows, band, group_values)
                 if pairs is None:
                     return None
                 out[strip_number, number, band] = pairs
     return out
 
 
-def encode(bits: NDArray[np.uint16], window: int | None = None, part_rows: int | None = None) -> Encoded | None:
-    """All buffers of a matrix of 16-bit patterns; ``None`` when ``window`` is too large for it."""
-    sizes = WINDOWS if window is None else (window,)
-    if part_rows is None:
-        tries = [(64, size) for size in (256, 248) if size in sizes] + [(32, size) for size in sizes]
-    else:
-        tries = [(part_rows, size) for size in sizes]
-    for rows, size in tries:
-        pairs = all_pairs(bits, size, rows)
+def tries(
+    bits: NDArray[np.uint16], window: int | None, part_rows: int | None, group_values: int | None
+) -> list[tuple[int, int, int]]:
+    """What an encoder tries, in this order: values of a group, rows of a band, window."""
+    density = np.count_nonzero(bits & 0x7FFF) / bits.size
+    out = []
+    for values in (2, 4) if group_values is None else (group_values,):
+        for rows in (64, 32) if part_rows is None else (part_rows,):
+            for size in WINDOWS if window is None else (window,):
+                if rows == 64 and part_rows is None and size < 248:
+                    continue
+                if values == 2 and group_values is None:
+                    if size < 248 and window is None:
+                        continue
+                    if density * size > 0.27 * 128:
+                        continue
+                out.append((values, rows, size))
+    return out
+
+
+def encode(
+    bits: NDArray[np.uint16],
+    window: int | None = None,
+    part_rows: int | None = None,
+    group_values: int | None = None,
+) -> Encoded | None:
+    """All buffers of a matrix of 16-bit patterns; ``None`` when its columns do not pair up as asked."""
+    for values, rows, size in tries(bits, window, part_rows, group_values):
+        pairs = all_pairs(bits, size, rows, values)
         if pairs is not None:
-            return write(bits, size, rows, pairs)
+            return write(bits, size, rows, pairs, values)
     return None
 
 
 def write(
-    bits: NDArray[np.uint16], window: int, part_rows: int, pairs: dict[tuple[int, int, int], list[Pair]]
+    bits: NDArray[np.uint16],
+    window: int,
+    part_rows: int,
+    pairs: dict[tuple[int, int, int], list[Pair]],
+    group_values: int = 4,
 ) -> Encoded:
     """The buffers, for given pairs."""
     strips = strips_of(bits)
@@ -197,8 +324,8 @@ def write(
                     if side == 1:
                         word, bit = place_of_pick(part_rows, tile, row, step, q)
                         picks[word] |= 1 << bit
-    encoded = bitmap_reference.encode(stored)
-    return Encoded(window, part_rows, slots[: bits.shape[0]], encoded, picks, columns)
+    encoded = bitmap_reference.encode(stored, group_values)
+    return Encoded(window, part_rows, group_values, slots[: bits.shape[0]], encoded, picks, columns)
 
 
 def place_of_column(part_rows: int, tile: int, band: int, step: int, q: int, side: int) -> int:
@@ -258,7 +385,7 @@ def decode(written: Encoded, shape: tuple[int, int]) -> NDArray[np.uint16]:
 
 def assert_as_written(w: Any, want: Encoded) -> None:
     """The bytes of the weight ``w`` are those of the written format."""
-    assert (w.window, w.part_rows) == (want.window, want.part_rows)
+    assert (w.window, w.part_rows, w.group_values) == (want.window, want.part_rows, want.group_values)
     assert w.columns.ravel().tolist() == want.columns
     assert w.picks.ravel().tolist() == want.picks
     assert w.masks.ravel().tolist() == want.bitmap.masks

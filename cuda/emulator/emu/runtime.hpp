@@ -44,7 +44,6 @@ int block_barrier(Reduce reduce, int value);
 void named_barrier(unsigned id, unsigned threads);
 void sometimes_let_others_run();
 void look_again();  // between two looks at global memory that an earlier block is to write
-void wait_global(const unsigned* pointer, unsigned value);  // until blocks have counted it up
 void warp_barrier(unsigned mask);
 
 enum class Shuffle : unsigned char { index, up, down, exchange };

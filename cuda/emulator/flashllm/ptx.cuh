@@ -76,7 +76,7 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
 }
 FLASHLLM_DEVICE void look_again() { emu::look_again(); }
 
-FLASHLLM_DEVICE void wait_global(const unsigned* pointer, unsigned value) { emu::wait_global(pointer, value); }
+FLASHLLM_DEVICE bool has_reached(const unsigned* pointer, unsigned value) { return emu::read_word(pointer) == value; }
 FLASHLLM_DEVICE void fence_async_proxy_global() {}
 
 // ---- the launch before and the one after (sm_90) ---------------------------------------------------------------

@@ -310,18 +310,6 @@ void look_again() {
     switch_to(thread, *pick_in(pick_block(worker, block), worker.draw()));
 }
 
-void wait_global(const unsigned* pointer, unsigned value) {
-    constexpr unsigned kLooks = 1u << 20;  // far more than turns it takes
-    Thread& thread = current();
-    Worker& worker = *thread.owner->worker;
-    for (unsigned looks = 0; read_word(pointer) != value; ++looks) {
-        if (worker.launch->failed) switch_context(thread.context, worker.main);
-        if (looks == kLooks) fail("waits for a word of global memory that no block counts up to %u any more", value);
-        if (looks % 256 == 255) std::this_thread::yield();  // to the other workers
-        switch_to(thread, *pick_in(pick_block(worker, *thread.owner), worker.draw()));
-    }
-}
-
 void sometimes_let_others_run() { maybe_preempt(current()); }
 
 int block_barrier(Reduce reduce, int value) { return wait_at(current(), 0, 0, reduce, value); }

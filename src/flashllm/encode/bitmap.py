@@ -69,8 +69,8 @@ def encode(
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
     ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
     else fp16. ``report`` receives what the rounding did. Memory beside the result: 256 bytes per tile of 8192
-    elements, 4 per run. Waits for the device once, to learn the size of the result. No group of ``a`` may have more than
-    ``group_values`` elements: then the bitmap has no more either. Raises ``ArgumentError``.
+    elements, 4 per run. Waits for the device once, to learn the size of the result. No group of ``a`` may have more
+    than ``group_values`` elements: then the bitmap has no more either. Raises ``ArgumentError``.
     """
     import cupy
 

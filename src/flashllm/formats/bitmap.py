@@ -48,6 +48,7 @@ class Bitmap(SparseWeight):
     """
 
     FORMAT: ClassVar[str] = "bitmap"
+    VERSION: ClassVar[int] = 2
     BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags")
 
     masks: Any = field(repr=False)

@@ -2,7 +2,8 @@
 """The bitmap encoder on the CPU: vectorised over a row of tiles; see docs/formats/bitmap.md.
 
 Mirrors cuda/flashllm/bitmap.cuh. Within a part of a tile (four parts, one per warp) the elements of a lane form two
-streams, one for each half of the 16 columns of a step, in the order in which a warp needs them as tensor-core fragments.
+streams, one for each half of the 16 columns of a step, in the order in which a warp needs them as tensor-core
+fragments.
 """
 
 from __future__ import annotations

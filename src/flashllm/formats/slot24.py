@@ -41,12 +41,13 @@ class Slot24(SparseWeight):
     ``window`` columns of W go into 128 slots, in pairs that each band of ``part_rows`` of 128 rows, 32 or 64, has for
     itself. ``masks``, ``values``, ``fronts`` and ``lags`` are those of the ``Bitmap`` of the slots, 128 per window;
     where bands have 64 rows, it has them in another order in each tile. No group of four of its elements has more than
-    ``group_values`` values, 2 or 4. ``picks`` is uint32 [tiles, 4, 32, 2]: a bit
-    for each slot, 1 where its value is the right column's. ``columns`` is uint8 [tiles, 4, 32, 4], for bands of 64 rows
-    [tiles, 4, 32, 2]: for each lane and step of a part, the column in the window.
+    ``group_values`` values, 2 or 4. ``picks`` is uint32 [tiles, 4, 32, 2]: a bit for each slot, 1 where its value is
+    the right column's. ``columns`` is uint8 [tiles, 4, 32, 4], for bands of 64 rows [tiles, 4, 32, 2]: for each lane
+    and step of a part, the column in the window.
     """
 
     FORMAT: ClassVar[str] = "slot24"
+    VERSION: ClassVar[int] = 2
     BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags", "picks", "columns")
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
@@ -120,8 +121,9 @@ class Slot24(SparseWeight):
         nearest even; ``report`` is called once with the ``RoundingReport`` of that. ``window`` is how many columns
         share 128 slots, a multiple of 8 in 128..256; by default the largest of a list that the matrix allows.
         ``part_rows`` is how many rows pair their columns alike, 32 or 64; by default 64 where windows can be nearly as
-        large as they get. ``group_values`` is how many values a group of four slots may have, 2 or 4; by default 2 where
-        windows and the pairing allow it. Raises ``ArgumentError``, also when the columns do not pair up as these ask.
+        large as they get. ``group_values`` is how many values a group of four slots may have, 2 or 4; by default 2
+        where windows and the pairing allow it. Raises ``ArgumentError``, also when the columns do not pair up as these
+        ask.
         """
         check_window(window)
         check_part_rows(part_rows)
@@ -152,8 +154,8 @@ class Slot24(SparseWeight):
         """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
 
         Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as in
-        ``from_dense``, whose ``window``, ``part_rows`` and ``group_values`` this takes too. Raises ``ArgumentError`` for
-        another type, ``FormatError`` for index arrays that are not sound.
+        ``from_dense``, whose ``window``, ``part_rows`` and ``group_values`` this takes too. Raises ``ArgumentError``
+        for another type, ``FormatError`` for index arrays that are not sound.
         """
         check_window(window)
         check_part_rows(part_rows)

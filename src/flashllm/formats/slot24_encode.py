@@ -63,8 +63,8 @@ def encode(
     """Encode a matrix that ``strips`` gives as strips [rows, K] of 16-bit patterns, 128 rows each but the last.
 
     It is called twice, since the window must be known before the first slot is written, and the second time with
-    ``tally``. ``window``, ``part_rows`` and ``group_values`` are legal or ``None``. ``ArgumentError`` when the columns do
-    not pair up as these ask.
+    ``tally``. ``window``, ``part_rows`` and ``group_values`` are legal or ``None``. ``ArgumentError`` when the columns
+    do not pair up as these ask.
     """
     masks = [column_masks((strip & MAGNITUDE) != 0) for strip in strips(None)]
     how, pairs = _choose(masks, shape, window, part_rows, group_values)

@@ -41,7 +41,8 @@ def pair_in_groups(
 ) -> tuple[Places, Places] | None:
     """Places of the lefts and of the rights [problems, 128] in the order of the slots.
 
-    For row masks [problems, 128] and the ``residues`` modulo 4 of both lists. ``None`` when no attempt succeeds for one.
+    For row masks [problems, 128] and the ``residues`` modulo 4 of both lists. ``None`` when no attempt succeeds for
+    one.
     """
     order = np.empty((2, *lefts.shape), np.int64)
     open_problems = np.arange(len(lefts))

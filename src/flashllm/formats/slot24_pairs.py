@@ -84,9 +84,9 @@ def tried(window: int | None, part_rows: int | None, group_values: int | None, d
     """What an encoder tries, in this order, when these are given, for a matrix of this density.
 
     Groups of two values save a kernel a third of its decoding, so they come first, but not in windows that make more
-    than 3 % more tiles, nor where slots are so full that they have no chance. Parts of 64 rows halve what it gathers, at
-    the least a tenth of the shared memory's work, so they come before those of 32, but not in windows that make more than
-    7 % more tiles than these would.
+    than 3 % more tiles, nor where slots are so full that they have no chance. Parts of 64 rows halve what it gathers,
+    at the least a tenth of the shared memory's work, so they come before those of 32, but not in windows that make
+    more than 7 % more tiles than these would.
     """
     windows = WINDOWS if window is None else (window,)
     large = tuple(size for size in windows if size >= _LARGE_WINDOW)

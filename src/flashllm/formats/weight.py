@@ -32,6 +32,8 @@ class SparseWeight(ABC):
 
     FORMAT: ClassVar[str]
     """Name of the format, e.g. ``"tiled-csl"``."""
+    VERSION: ClassVar[int] = 1
+    """Of the format: another where the same buffers would mean something else. Files say it, and others are refused."""
     BUFFERS: ClassVar[tuple[str, ...]]
     """Names of the buffers, in the order of ``arrays()``."""
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}

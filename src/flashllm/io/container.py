@@ -2,9 +2,9 @@
 """Files of sparse weights: safetensors with a versioned ``__metadata__``.
 
 ``__metadata__`` holds ``format`` = "flashllm-weights", ``version`` = "1" and ``weights``, a JSON object
-that gives for each weight its format and scalar fields. Buffer B of weight W is the tensor ``W.B``.
-Other tensors (biases, norms) may stand beside them and are left alone. Any safetensors reader can open
-the file; nothing in it can execute.
+that gives for each weight its format, the version of that, and its scalar fields. Buffer B of weight W is
+the tensor ``W.B``. Other tensors (biases, norms) may stand beside them and are left alone. Any safetensors
+reader can open the file; nothing in it can execute.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flashllm.errors import ArgumentError, FormatError, brief
+from flashllm.formats.check import is_int
 from flashllm.formats.weight import SparseWeight
 from flashllm.io.safetensors_file import Header, TensorFile, parse_json, write_file
 from flashllm.registry import FORMATS, weight_class
@@ -38,7 +39,7 @@ def save_weights(path: str | Path, weights: Mapping[str, SparseWeight]) -> None:
             raise ArgumentError("weights", expected="names that are non-empty strings", got=repr(name))
         if not isinstance(weight, SparseWeight) or weight.format not in FORMATS:
             raise ArgumentError(f"weights[{name!r}]", expected="a SparseWeight", got=type(weight).__name__)
-        described[name] = {"format": weight.format, **weight.metadata()}
+        described[name] = {"format": weight.format, "version": weight.VERSION, **weight.metadata()}
         for buffer, array in weight.to_host().arrays().items():
             key = f"{name}.{buffer}"
             if key in tensors:
@@ -114,6 +115,10 @@ def _build(file: TensorFile, name: str, fields: dict[str, Any], *, validate: boo
     # other's.
     prefix = name + "."
     made = weight_class(kind)
+    version = fields.get("version", 1)  # older files do not say it
+    if not is_int(version) or version != made.VERSION:
+        expected = f"{made.VERSION}, the version of {kind} that this package reads: encode the matrix again"
+        raise FormatError(field=f"{name}.version", expected=expected, got=brief(version), path=header.path)
     buffers = made.BUFFERS
     missing = [b for b in buffers if prefix + b not in header.tensors]
     if missing:

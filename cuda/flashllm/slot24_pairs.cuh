@@ -110,7 +110,7 @@ FLASHLLM_DEVICE unsigned permutation(int number) {
 }
 
 // Orders the pairs: 32 rounds, of which lane n in the end holds the n-th, make 32 sets of columns with 8 different
-// residues. Fills `listed`.
+// residues, which are placed by their weight. Fills `listed`.
 template <int kPartRows>
 FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
     auto& columns = p.columns;
@@ -151,18 +151,27 @@ FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
             waiting[a] -= 1u << (best >> 8 * a & 0xff);
         }
     }
-    const int rank = lane / kClasses, turn = lane % kClasses, set = rank % 2 == 0 ? turn : kClasses - 1 - turn;
-    // Of the four steps of a tile, from heavy to light, one of two parts has the first and the last.
-    const int step = Bands<kPartRows>::kHalves == 1 ? rank : (rank & 4) | (0x1320 >> (rank & 3) * 4 & 3);
+    int place[kClasses], weight = 0;  // lefts of the four pairs of this lane's round, and the values of all
 #pragma unroll
     for (int a = 0; a < kClasses; ++a) {
         // Each class of lefts has 32 pairs, in the order of the classes of rights.
         const unsigned shift = chosen >> 8 * a & 0xff, all = p.counts[a];
         const unsigned first = all * 0x01010100u >> shift & 0xff;
         const unsigned used = (all >> shift & 0xff) - (found[a] >> shift & 0xff);
-        const int place = by_class[a * 32 + first + used], slot = (step * kClasses + set) * kClasses + a;
-        p.list(slot, place, window);
+        place[a] = by_class[a * 32 + first + used];
+        weight += weight_of(columns.rows[0][place[a]] | columns.rows[1][columns.partner[place[a]]]);
     }
+    int rank = 0;  // rounds that are heavier
+#pragma unroll 4
+    for (int round = 0; round < kPairs / kClasses; ++round) {
+        const int other = __shfl_sync(kWarp, weight, round);
+        rank += other > weight || (other == weight && round < lane);
+    }
+    const int row = rank / kClasses, turn = rank % kClasses, set = row % 2 == 0 ? turn : kClasses - 1 - turn;
+    // Of the four steps of a tile, from heavy to light, one of two parts has the first and the last.
+    const int step = Bands<kPartRows>::kHalves == 1 ? row : (row & 4) | (0x1320 >> (row & 3) * 4 & 3);
+#pragma unroll
+    for (int a = 0; a < kClasses; ++a) p.list((step * kClasses + set) * kClasses + a, place[a], window);
     __syncwarp();
 }
 

@@ -6,26 +6,25 @@
 // different banks.
 //
 // In device memory x has rows. Blocks need its windows again and again, so a launch turns each just once, into a scratch
-// buffer that holds windows as shared memory does. The multiplying warps do that while their first tile is on its way;
-// feeding warps wait until all is turned, and copy. The first window of a block does not wait so long: its warps turn it for
-// themselves. Shares go to blocks by tickets, in the order in which they begin, and if some do not begin, feeding warps
-// take theirs: a launch waits for no block that has not begun.
+// buffer that holds windows as shared memory does: every multiplying warp its share, when it begins. Feeding warps copy
+// windows from there once all blocks have done so. The first window of a block does not wait so long, its warps turn it for
+// themselves; and where blocks do not begin, since others run that wait for them, a feeding warp turns what it needs.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
+#include "flashllm/warp_arrival.cuh"
 
 namespace flashllm {
 
-// What the blocks of a launch know of each other's work, zero before and after it. Each in a line of its own: many ask.
+// What the blocks of a launch know of each other, zero before and after it: how many have turned their share, and how many
+// need no more. In lines of their own, as many look at the first.
 struct TurnCounters {
-    unsigned tickets;
+    unsigned turned;
     unsigned pad_0[31];
-    unsigned turned;  // pieces
+    unsigned through;
     unsigned pad_1[31];
-    unsigned through;  // blocks
-    unsigned pad_2[31];
 };
 constexpr int kWindowBarrier = 3;  // a named barrier: two are for slices (epilogue.cuh)
 
@@ -52,100 +51,111 @@ struct XTurn {
     using Window = XWindow<kN>;
     static constexpr int kPieceColumns = bitmap::kLanes;
     static constexpr int kWindowPieces = Window::kColumns / kPieceColumns;
+    static constexpr int kOwnPieces = kWindowPieces / bitmap::kParts;  // of a window that four warps turn
+    static constexpr int kTogether = kN <= 16 ? kOwnPieces : 1;  // there are registers for so many
 
     const unsigned short* x;
     int N, K;
     int windows, window_columns;  // of x; of one
     TurnCounters* counters;
     unsigned char* scratch;
+    unsigned barrier;  // shared address: the warps of the block have turned their share
 
-    FLASHLLM_DEVICE const unsigned char* window(int number) const {
+    FLASHLLM_DEVICE unsigned char* window(int number) const {
         return scratch + (static_cast<long long>(blockIdx.y) * windows + number) * Window::kBytes;
     }
 
-    // Turns a piece of a window, for rows of x from n0 on. Rows beyond N and columns beyond K or the window become zeros.
-    FLASHLLM_DEVICE void turn_piece(unsigned char* to, int n0, int window, int piece) const {
-        const int within = piece * kPieceColumns + static_cast<int>(threadIdx.x & 31);
-        const int column = window * window_columns + within;
-        const bool inside = within < window_columns && column < K;
-        const unsigned short* const from = x + static_cast<long long>(n0) * K + column;
-        unsigned values[kN / 2];
-#pragma unroll
-        for (int n = 0; n < kN; n += 2) {
-            const unsigned low = inside && n0 + n < N ? from[static_cast<long long>(n) * K] : 0u;
-            const unsigned high = inside && n0 + n + 1 < N ? from[static_cast<long long>(n + 1) * K] : 0u;
-            values[n / 2] = low | high << 16;
-        }
-        to += within * Window::kColumnBytes;
-#pragma unroll
-        for (int j = 0; j < Window::kUnits; ++j) {
-            *reinterpret_cast<uint4*>(to + Window::unit(Window::first_unit(within), j)) =
-                make_uint4(values[j * 4], values[j * 4 + 1], values[j * 4 + 2], values[j * 4 + 3]);
-        }
-    }
-
     // By the four multiplying warps, when they begin: turns the run's first window to shared memory, which they may read
-    // then, and the block's share of x. `ticket`: a word of shared memory.
-    FLASHLLM_DEVICE void begin(unsigned char* to, int n0, int window, unsigned ticket, int warp) const {
-        constexpr int kOwn = kWindowPieces / bitmap::kParts;
-        const unsigned drawn = threadIdx.x == 0 ? atomicAdd(&counters->tickets, 1u) : 0;
+    // then, and their shares.
+    FLASHLLM_DEVICE void begin(unsigned char* to, int first_window, int warp) const {
+        const int blocks = static_cast<int>(gridDim.x * gridDim.y), all = windows * kWindowPieces * static_cast<int>(gridDim.y);
+        int share = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * bitmap::kParts + warp;
+        Piece own[kTogether];  // these loads before the first store
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) turn_piece(to, n0, window, warp * kOwn + i);
-        if (threadIdx.x == 0) ptx::store_shared(ticket, drawn);
+        for (int i = 0; i < kTogether; ++i) own[i] = load(blockIdx.y * kN, first_window, warp * kOwnPieces + i);
+#pragma unroll 1
+        for (; share < all; share += blocks * bitmap::kParts) {
+            const int number = share / kWindowPieces, column_block = number / windows, piece = share % kWindowPieces;
+            store(scratch + static_cast<long long>(number) * Window::kBytes, piece,
+                  load(column_block * kN, number - column_block * windows, piece));
+        }
+        warp_arrive(barrier);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) store(to, warp * kOwnPieces + i, own[i]);
+#pragma unroll 1
+        for (int i = warp * kOwnPieces + kTogether; i < (warp + 1) * kOwnPieces; ++i) {
+            store(to, i, load(blockIdx.y * kN, first_window, i));
+        }
         ptx::meet<bitmap::kTileThreads>(kWindowBarrier);
-        turn_share(ptx::load_shared4(ticket), warp);
     }
 
-    // By a feeding warp: waits until all of x is turned. Then copies may read it.
-    FLASHLLM_DEVICE void wait() const {
-        constexpr int kLooks = 64;  // tens of microseconds: blocks that have drawn tickets are through with them
-        for (int look = 1; !__all_sync(0xffffffffu, ptx::has_reached(&counters->turned, pieces())); ++look) {
-            if (look == kLooks) help();
+    // By a feeding warp: tells the others that the block's share is turned.
+    FLASHLLM_DEVICE void tell() const {
+        ptx::mbarrier_wait(barrier, 0);
+        if ((threadIdx.x & 31) == 0) {
+            __threadfence();
+            atomicAdd(&counters->turned, 1u);
+        }
+    }
+
+    // By a feeding warp: whether all of x is turned, after as many looks at the most. Then copies may read it.
+    FLASHLLM_DEVICE bool is_turned(int looks) const {
+        while (!__all_sync(0xffffffffu, ptx::has_reached(&counters->turned, gridDim.x * gridDim.y))) {
+            if (--looks <= 0) return false;
             ptx::look_again();
         }
         ptx::fence_async_proxy_global();
+        return true;
     }
 
-    // By a feeding warp, when its block has drawn its ticket and waited: the last one leaves zeros.
+    // By a feeding warp: turns a window, no matter who else may.
+    FLASHLLM_DEVICE void turn(int number) const {
+#pragma unroll 1
+        for (int i = 0; i < kWindowPieces; ++i) store(window(number), i, load(blockIdx.y * kN, number, i));
+        ptx::fence_async_proxy_global();
+        __syncwarp();
+    }
+
+    // By a feeding warp that has told the others and needs no more of x: the last one leaves zeros.
     FLASHLLM_DEVICE void leave() const {
-        if ((threadIdx.x & 31) == 0 && atomicAdd(&counters->through, 1u) == gridDim.x * gridDim.y - 1) {
-            counters->tickets = counters->turned = counters->through = 0;
-        }
+        if ((threadIdx.x & 31) != 0) return;
+        __threadfence();
+        if (atomicAdd(&counters->through, 1u) == gridDim.x * gridDim.y - 1) counters->turned = counters->through = 0;
     }
 
 private:
-    FLASHLLM_DEVICE int pieces() const { return windows * kWindowPieces * static_cast<int>(gridDim.y); }
-    // Pieces of a share: so many that half of the blocks are enough for all.
-    FLASHLLM_DEVICE int share() const {
-        const int enough = static_cast<int>(gridDim.x * gridDim.y + 1) / 2;
-        return (pieces() / bitmap::kParts + enough - 1) / enough * bitmap::kParts;
-    }
+    struct Piece {
+        unsigned values[kN / 2];
+    };
 
-    // Turns one warp's part of a share.
-    FLASHLLM_DEVICE void turn_share(unsigned ticket, int warp) const {
-        const int own = share();
-        if (ticket > static_cast<unsigned>((pieces() - 1) / own)) return;
-        const int begin = static_cast<int>(ticket) * own, end = min(begin + own, pieces());
-        unsigned turned = 0;
-#pragma unroll 1
-        for (int piece = begin + warp; piece < end; piece += bitmap::kParts, ++turned) {
-            const int number = piece / kWindowPieces, column_block = number / windows;
-            turn_piece(scratch + static_cast<long long>(number) * Window::kBytes, column_block * kN,
-                       number - column_block * windows, piece % kWindowPieces);
+    // The lane's column of a piece of a window, for rows of x from n0 on. Rows beyond N and columns beyond K or the window
+    // are zeros.
+    FLASHLLM_DEVICE Piece load(int n0, int window, int piece) const {
+        const int within = piece * kPieceColumns + static_cast<int>(threadIdx.x & 31);
+        const int column = window * window_columns + within;
+        const bool inside = within < window_columns && column < K;
+        const unsigned short* from = x + static_cast<long long>(n0) * K + column;
+        const int rows = inside ? N - n0 : 0;
+        Piece out;
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+            const unsigned low = n < rows ? *from : 0u;
+            from += K;
+            const unsigned high = n + 1 < rows ? *from : 0u;
+            from += K;
+            out.values[n / 2] = low | high << 16;
         }
-        __threadfence();
-        __syncwarp();
-        if ((threadIdx.x & 31) == 0) atomicAdd(&counters->turned, turned);
+        return out;
     }
 
-    // Turns the shares for which nobody has drawn tickets.
-    FLASHLLM_DEVICE void help() const {
-        while (true) {
-            const unsigned drawn = (threadIdx.x & 31) == 0 ? atomicAdd(&counters->tickets, 1u) : 0;
-            const unsigned ticket = __shfl_sync(0xffffffffu, drawn, 0);
-            if (ticket > static_cast<unsigned>((pieces() - 1) / share())) return;
-#pragma unroll 1
-            for (int warp = 0; warp < bitmap::kParts; ++warp) turn_share(ticket, warp);
+    FLASHLLM_DEVICE static void store(unsigned char* window, int piece, const Piece& column) {
+        const int within = piece * kPieceColumns + static_cast<int>(threadIdx.x & 31);
+        window += within * Window::kColumnBytes;
+        const auto& values = column.values;
+#pragma unroll
+        for (int j = 0; j < Window::kUnits; ++j) {
+            *reinterpret_cast<uint4*>(window + Window::unit(Window::first_unit(within), j)) =
+                make_uint4(values[j * 4], values[j * 4 + 1], values[j * 4 + 2], values[j * 4 + 3]);
         }
     }
 };

@@ -89,7 +89,6 @@ struct Layout {
     static constexpr unsigned kWindowsEnd = kWindowsAt + kWindows * Window::kBytes;
     static constexpr unsigned kSumsAt = kWindowsEnd + kStages * kStageBytes;
     static constexpr unsigned kBarriersAt = kSumsAt + kSumBytes<S>;
-    static constexpr unsigned kTicketAt = kBarriersAt + kStages * 16;
 
     unsigned base;  // shared address
 
@@ -98,7 +97,7 @@ struct Layout {
     FLASHLLM_DEVICE unsigned picks(int stage) const { return masks(stage) + bitmap::kMaskBytes; }
     FLASHLLM_DEVICE unsigned columns(int stage) const { return picks(stage) + slot24::kPickBytes; }
     FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
-    FLASHLLM_DEVICE unsigned ticket() const { return base + kTicketAt; }
+    FLASHLLM_DEVICE unsigned turned() const { return base + kBarriersAt + kStages * 16; }
 };
 
 // The feeding warp's windows of x, from the second one of the run on.
@@ -115,6 +114,7 @@ struct WindowFeed {
     int asked = 0;   // windows that tiles wait for
     int copied = 0;  // of these
     int place = 1 % L::kWindows;  // where the next one goes
+    bool told = false, turned = false;
 
     FLASHLLM_DEVICE bool begins(int tile) const { return tile != 0 && (tile + phase) % slot24::kWindowTiles == 0; }
 
@@ -123,20 +123,27 @@ struct WindowFeed {
         return slot24::kWindowTiles * ((tile + phase) / slot24::kWindowTiles - L::kWindows + 1) - phase;
     }
 
-    // Copies all windows that tiles wait for. The first time, x has to be turned.
+    // Copies all windows that tiles wait for.
     FLASHLLM_DEVICE void copy() {
+        constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
+        if (!told) tell();
         if (copied == asked) return;
-        if (copied == 0) {
-            ptx::grid_dependency_wait();
-            turn.wait();
-        }
+        if (!turned) turned = turn.is_turned(copied == 0 ? kLooks : 1);
 #pragma unroll 1
         while (copied < asked) {
+            if (!turned) turn.turn(next);
             const int tile = slot24::kWindowTiles * ++copied - phase;
             copy_window(layout.window(place), turn.window(next), layout.barriers().full(tile % L::kStages));
             if (++place == L::kWindows) place = 0;
             if (++next == turn.windows) next = 0;
         }
+    }
+
+    // When all that has no need of x is on its way.
+    FLASHLLM_DEVICE void tell() {
+        ptx::grid_dependency_wait();
+        turn.tell();
+        told = true;
     }
 
 private:
@@ -178,8 +185,6 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
         masks += bitmap::kMaskBytes, picks += slot24::kPickBytes, columns += L::kColumnBytes;
     }
     x.copy();
-    while (feed.done == 0) feed.wait_release();  // the block has drawn its ticket
-    ptx::grid_dependency_wait();
     x.turn.leave();
 }
 
@@ -206,7 +211,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, windows * slot24::kWindowTiles, row_cost,
                            workspace + sizeof(TurnCounters));
     const XTurn<kN> turn{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
-                         reinterpret_cast<TurnCounters*>(workspace), turned};
+                         reinterpret_cast<TurnCounters*>(workspace), turned, layout.turned()};
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
@@ -218,7 +223,10 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
     const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
-    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals);
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(layout.turned(), bitmap::kParts * kWarpArrivals);
+        barriers.init(kStages, L::Feed::kArrivals);
+    }
     __syncthreads();
 
     if (feeds) {
@@ -230,7 +238,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        turn.begin(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, n0, first_window, layout.ticket(), warp);
+        turn.begin(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, first_window, warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);

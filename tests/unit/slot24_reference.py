@@ -195,7 +195,7 @@ def order_quads(quads: list[tuple[Slot, Slot]]) -> list[tuple[Slot, Slot]]:
     while waiting:
         one = waiting.pop(0)
         other = next((n for n in waiting if residues[one] | residues[n] == set(range(8))), None)
-        if other is None or len(residues[one]) < 4:
+        if other is None:
             rest.append(quads[one])
         else:
             waiting.remove(other)
@@ -208,18 +208,21 @@ def arrange(pairs: dict[Column, Column], part_rows: int) -> list[Pair]:
     classes: dict[tuple[int, int], list[tuple[Column, Column]]] = {(a, b): [] for a in range(4) for b in range(4)}
     for left, right in sorted(pairs.items(), key=lambda p: (-len(p[0].rows) - len(p[1].rows), p[0].position)):
         classes[left.number % 8, right.number % 8 - 4].append((left, right))
-    sets: dict[int, list[Pair]] = {}
-    for turn in range(32):
+    chosen: list[list[tuple[Column, Column]]] = []
+    for _ in range(32):
         best, best_least = None, 0
         for s in permutations(range(4)):
             least = min(len(classes[a, s[a]]) for a in range(4))
             if least > best_least:
                 best, best_least = s, least
         assert best is not None
-        j, r = divmod(turn, 4)
+        chosen.append([classes[a, best[a]].pop(0) for a in range(4)])
+    weights = [sum(len(column.rows) for pair in four for column in pair) for four in chosen]
+    sets: dict[int, list[Pair]] = {}
+    for place, turn in enumerate(sorted(range(32), key=lambda turn: (-weights[turn], turn))):
+        j, r = divmod(place, 4)
         step = j if part_rows == 32 else j // 4 * 4 + (0, 2, 3, 1)[j % 4]
-        chosen = [classes[a, best[a]].pop(0) for a in range(4)]
-        sets[4 * step + (r if j % 2 == 0 else 3 - r)] = [(left.number, right.number) for left, right in chosen]
+        sets[4 * step + (r if j % 2 == 0 else 3 - r)] = [(left.number, right.number) for left, right in chosen[turn]]
     return [pair for number in range(32) for pair in sets[number]]
 
 

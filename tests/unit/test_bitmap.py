@@ -33,7 +33,7 @@ from flashllm.formats.runs import runs_of
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bitmap_v1.safetensors"
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bitmap_v2.safetensors"
 
 sizes = st.one_of(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 191, 256]), st.integers(1, 300))
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 1.0]), st.floats(0, 1))
@@ -87,7 +87,7 @@ def test_round_trip(rows: int, columns: int, density: float, pattern: str, dtype
     np.testing.assert_array_equal(back.view(np.uint16), want)
     assert w.nnz == np.count_nonzero(want)
     assert w.dtype == dtype
-    assert len(w.values) == w.fronts[-1] // 16 + 1
+    assert len(w.values) == (w.fronts[-1] + 1) // 16 + 1
     assert check_streams(w) >= 0
 
 
@@ -120,17 +120,52 @@ def test_bytes_equal_the_written_format_where_streams_catch_up(pattern: str) -> 
 
 def test_one_stream_alone_makes_all_others_follow() -> None:
     bits = np.zeros((128, 64 * 9), np.uint16)
-    bits[7, 4::16] = 0x3C00  # part 0, lane 30, even columns: 4 values per tile
+    bits[7, 4::16] = 0x3C00  # part 0, lane 30, the first halves of steps: 4 values per tile
     bits[100, 65] = 0x8000  # a negative zero where a zero is added, which stays a plain one
     w = Bitmap.from_dense(bits.view(np.float16))
     assert_as_written(w, bits)
     assert w.fronts.tolist() == list(range(0, 37, 4))
-    assert (w.lags[1] == 32).sum() == 255
+    assert (w.lags[1] == 31).sum() == 255
     assert w.lags[1, 0, 60] == 0
-    # The ninth tile takes every other stream 4 rows further.
+    # The eighth tile takes every other stream a row further, the ninth 4.
+    assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[7] == 1) == 255
     assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[8] == 4) == 256
     assert not (w.values == 0x8000).any()
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(bits.view(np.float16)))
+
+
+def with_two_values_in_a_group(bits: np.ndarray, seed: int) -> np.ndarray:
+    """``bits`` without some elements: no group of four keeps more than two."""
+    rows, columns = -(-bits.shape[0] // 128) * 128, -(-bits.shape[1] // 64) * 64
+    whole = np.zeros((rows, columns), np.uint16)
+    whole[: bits.shape[0], : bits.shape[1]] = bits
+    groups = whole.reshape(rows // 16, 2, 8, columns // 2, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+    order = np.random.default_rng(seed).permuted(np.tile(np.arange(4), (len(groups), 1)), axis=1)
+    taken = np.take_along_axis(groups & 0x7FFF != 0, order, axis=1)
+    drop = taken & (np.cumsum(taken, axis=1) > 2)
+    np.put_along_axis(groups, order, np.where(drop, 0, np.take_along_axis(groups, order, axis=1)), axis=1)
+    back = groups.reshape(rows // 16, 8, columns // 2, 2, 2).transpose(0, 3, 1, 2, 4).reshape(rows, columns)
+    return back[: bits.shape[0], : bits.shape[1]].copy()
+
+
+@pytest.mark.parametrize("pattern", cases.PATTERNS)
+def test_zeros_go_only_into_groups_that_have_room(pattern: str) -> None:
+    """With two values in a group at most, padding counted, one stream ahead by all that a tile can have."""
+    for seed, density in enumerate((0.2, 0.6)):
+        bits = with_two_values_in_a_group(cases.bits(pattern, 130, 64 * 9 + 5, density, seed), seed)
+        bits[5, :] = np.where(np.arange(bits.shape[1]) % 8 < 2, 0x3C00, 0)  # row 13 is in the same groups
+        bits[13, :] = 0x8000
+        encoded = bitmap_encode.encode_strips(iter([bits[:128], bits[128:]]), bits.shape, group_values=2)
+        want = reference.encode(bits, 2)
+        assert encoded.masks.ravel().tolist() == want.masks
+        assert encoded.fronts.tolist() == want.fronts
+        assert encoded.lags.ravel().tolist() == want.lags
+        assert encoded.values.ravel().tolist() == want.values
+        kept = unpack_masks(encoded.masks)
+        assert kept.sum() > encoded.nnz
+        assert kept.reshape(-1, 4).sum(axis=1).max() == 2
+        back = reference.decode(want.masks, want.values, bits.shape)
+        np.testing.assert_array_equal(back, cases.pruned(bits.view(np.float16)))
 
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.4, 0.6])
@@ -163,7 +198,7 @@ def golden_matrix() -> np.ndarray:
 
 
 def test_golden_file() -> None:
-    """Byte for byte. The buffers of the file were made by bitmap_reference and never change."""
+    """Byte for byte. The file was made by bitmap_reference and never changes."""
     a = golden_matrix()
     w = Bitmap.load(GOLDEN)
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
@@ -190,12 +225,13 @@ def test_host_and_device_agree_on_the_constants() -> None:
     for name, text in re.findall(r"constexpr (?:int|unsigned) (k\w+) = ([^;]+);", source):
         if re.fullmatch(r"[\w\s()*/+-]+", text) and "static_cast" not in text:
             constants[name] = eval(text.replace("/", "//"), {}, constants)
-        if name == "kChunkBytes":
+        if name == "kGroup":
             break
     assert constants["kTileM"] == bitmap_encode.TILE_M
     assert constants["kTileK"] == bitmap_encode.TILE_K
     assert constants["kParts"] == bitmap_encode.PARTS
     assert constants["kLanes"] == bitmap_encode.LANES
+    assert constants["kGroup"] == bitmap_encode.GROUP
     assert constants["kLagTiles"] == bitmap_encode.LAG_TILES
     assert constants["kSlack"] == bitmap_encode.SLACK
     assert constants["kChunkRows"] == bitmap_encode.CHUNK_ROWS

@@ -16,22 +16,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import weight_cases as cases
-from flashllm.errors import ArgumentError
+from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats import bitmap_encode, slot24_encode
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import unpack_masks
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_encode import unpack_picks
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "slot24_v1.safetensors"
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 sizes = st.one_of(st.sampled_from([1, 2, 127, 128, 129, 247, 248, 255, 256, 257]), st.integers(1, 600))
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 0.2, 0.25, 1.0]), st.floats(0, 0.5))
 windows = st.sampled_from([None, None, 128, 136, 200, 248, 256])
 shapes_of_parts = st.sampled_from([None, 32, 64])
+values_of_groups = st.sampled_from([None, None, 2, 4])
 both_parts = pytest.mark.parametrize("part_rows", [32, 64])
 settings.register_profile("slot24", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -58,6 +60,7 @@ def same(a: Slot24, b: Slot24) -> bool:
     dtype=st.sampled_from(["fp16", "bf16"]),
     window=windows,
     part_rows=shapes_of_parts,
+    group_values=values_of_groups,
     seed=st.integers(0, 2**32 - 1),
 )
 def test_round_trip(
@@ -68,16 +71,18 @@ def test_round_trip(
     dtype: str,
     window: int | None,
     part_rows: int | None,
+    group_values: int | None,
     seed: int,
 ) -> None:
     a = cases.matrix(pattern, rows, columns, density, seed, dtype)
     try:
-        w = Slot24.from_dense(a, window=window, part_rows=part_rows)
+        w = Slot24.from_dense(a, window=window, part_rows=part_rows, group_values=group_values)
     except ArgumentError:  # the next test says when
-        assert window not in (None, 128)
+        assert window not in (None, 128) or group_values == 2
         return
     assert window in (None, w.window)
     assert part_rows in (None, w.part_rows)
+    assert group_values in (None, w.group_values)
     w.validate()
     want = cases.pruned(a)
     back = w.to_dense()
@@ -87,8 +92,13 @@ def test_round_trip(
     assert w.nnz == np.count_nonzero(want)
     assert w.dtype == dtype
     every = listed(w)
-    assert (np.sort(every.reshape(*every.shape[:3], 32, 8) % 8, axis=-1) == np.arange(8)).all(), "residues of the sets"
-    assert (every[..., 0] % 8 == np.arange(128) % 4).all()
+    if w.group_values == 4:
+        residues = np.sort(every.reshape(*every.shape[:3], 32, 8) % 8, axis=-1)
+        assert (residues == np.arange(8)).all(), "residues of the sets"
+        assert (every[..., 0] % 8 == np.arange(128) % 4).all()
+    else:
+        assert (every[..., 0] % 2 == np.arange(128) % 2).all()
+        assert unpack_masks(w.masks).reshape(-1, 4).sum(axis=1).max(initial=0) <= 2
 
 
 @settings(settings.get_profile("slot24"), max_examples=20)
@@ -100,6 +110,7 @@ def test_round_trip(
     dtype=st.sampled_from(["fp16", "bf16"]),
     window=windows,
     part_rows=shapes_of_parts,
+    group_values=values_of_groups,
     seed=st.integers(0, 2**32 - 1),
 )
 def test_bytes_equal_the_written_format(
@@ -110,16 +121,18 @@ def test_bytes_equal_the_written_format(
     dtype: str,
     window: int | None,
     part_rows: int | None,
+    group_values: int | None,
     seed: int,
 ) -> None:
     bits = cases.bits(pattern, rows, columns, density, seed)
-    want = reference.encode(bits, window, part_rows)
+    want = reference.encode(bits, window, part_rows, group_values)
     a = bits.view(cases.NUMPY_DTYPE[dtype])
+    options: dict[str, Any] = {"window": window, "part_rows": part_rows, "group_values": group_values}
     if want is None:
-        with pytest.raises(ArgumentError, match="window"):
-            Slot24.from_dense(a, window=window, part_rows=part_rows)
+        with pytest.raises(ArgumentError, match="group_values" if window is None else "window"):
+            Slot24.from_dense(a, **options)
         return
-    reference.assert_as_written(Slot24.from_dense(a, window=window, part_rows=part_rows), want)
+    reference.assert_as_written(Slot24.from_dense(a, **options), want)
 
 
 @both_parts
@@ -132,7 +145,7 @@ def test_bytes_equal_the_written_format_in_every_pattern(
     pattern: str, shape: tuple[int, int], density: float, window: int | None, part_rows: int
 ) -> None:
     bits = cases.bits(pattern, *shape, density, 7)
-    want = reference.encode(bits, window, part_rows)
+    want = reference.encode(bits, window, part_rows, None)
     if want is None:
         assert (pattern, window) == ("full", 248)
         return
@@ -142,11 +155,13 @@ def test_bytes_equal_the_written_format_in_every_pattern(
 
 
 @both_parts
-@pytest.mark.parametrize("window", [None, 128, 240])
-def test_product_as_the_instruction_reads_it(window: int | None, part_rows: int) -> None:
+@pytest.mark.parametrize(("window", "density", "group_values"), [(None, 0.15, 4), (128, 0.15, 4), (240, 0.1, 2)])
+def test_product_as_the_instruction_reads_it(
+    window: int | None, density: float, group_values: int, part_rows: int
+) -> None:
     """Metadata out of the picks, operands by the logical columns: what the sparse instruction would add up."""
-    a = cases.mask("uniform", 130, 500, 0.15, 3) * np.random.default_rng(4).integers(-3, 4, (130, 500))
-    w = Slot24.from_dense(a.astype(np.float16), window=window, part_rows=part_rows)
+    a = cases.mask("uniform", 130, 500, density, 3) * np.random.default_rng(4).integers(-3, 4, (130, 500))
+    w = Slot24.from_dense(a.astype(np.float16), window=window, part_rows=part_rows, group_values=group_values)
     x = np.random.default_rng(5).integers(-4, 5, 500)
     stored = w.slots.to_dense().astype(np.int64)
     y = np.zeros(256, np.int64)
@@ -196,24 +211,27 @@ def test_every_pattern_is_stored_exactly(dtype: str) -> None:
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
 
 
-def golden_matrix() -> np.ndarray:
-    """fp16 [129, 500] from a fixed recurrence: a quarter of it."""
+def golden_matrix(one_of: int) -> np.ndarray:
+    """fp16 [129, 500] from a fixed recurrence: one of ``one_of`` elements."""
     state = 12345
     out = np.zeros(129 * 500, np.uint16)
     for i in range(out.size):
         state = (1103515245 * state + 12345) % 2**31
-        kept = (state >> 16) % 4 == 0
+        kept = (state >> 16) % one_of == 0
         out[i] = (state >> 8) & 0xFFFF if kept else (0x8000 if state % 1024 < 16 else 0)
     out[[0, 69, 9099]] = 0x7E00, 0x7C00, 0xFC00
     return out.reshape(129, 500).view(np.float16)
 
 
-def test_golden_file() -> None:
-    """Byte for byte. The buffers of the file were made by slot24_reference and never change."""
-    a = golden_matrix()
-    w = Slot24.load(GOLDEN)
+@pytest.mark.parametrize(
+    ("name", "one_of", "window", "group_values"), [("slot24_v2", 4, 248, 4), ("slot24_v2_groups", 8, 248, 2)]
+)
+def test_golden_files(name: str, one_of: int, window: int, group_values: int) -> None:
+    """Byte for byte. The files were made by slot24_reference and never change."""
+    a = golden_matrix(one_of)
+    w = Slot24.load(GOLDEN / f"{name}.safetensors")
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
-    assert w.window == 248
+    assert (w.window, w.group_values) == (window, group_values)
     assert (w.columns >= 248).any(), "dummies"
     assert w.lags[1].max() > 10
     assert same(Slot24.from_dense(a), w)
@@ -250,17 +268,17 @@ def test_empty_matrix() -> None:
 def test_facts() -> None:
     a = np.zeros((200, 300), np.float16)
     a[::2, ::2] = 1
-    w = Slot24.from_dense(a, window=128)
+    w = Slot24.from_dense(a, window=128, part_rows=32, group_values=4)
     assert isinstance(w, SparseWeight)
     assert (w.format, w.shape, w.dtype, w.tiles, w.window) == ("slot24", (200, 300), "fp16", (2, 6), 128)
     assert (w.nnz, w.density, w.sparsity) == (15_000, 0.25, 0.75)
     assert w.nbytes == 12 * (1024 + 1024 + 512) + w.values.nbytes + 4 * 13 + 512
-    tall = Slot24.from_dense(a, window=128, part_rows=64)
+    tall = Slot24.from_dense(a, window=128, part_rows=64, group_values=4)
     assert tall.nbytes == 12 * (1024 + 1024 + 256) + tall.values.nbytes + 4 * 13 + 512
     assert not w.is_device
     assert w.to_host() is w
     assert set(w.arrays()) == {"masks", "values", "fronts", "lags", "picks", "columns"}
-    metadata = {"shape": [200, 300], "dtype": "fp16", "nnz": 15_000, "window": 128, "part_rows": 32}
+    metadata = {"shape": [200, 300], "dtype": "fp16", "nnz": 15_000, "window": 128, "part_rows": 32, "group_values": 4}
     assert w.metadata() == metadata
     assert "array" not in repr(w)
     for options in Slot24.ENCODINGS.values():
@@ -292,18 +310,21 @@ def test_the_order_of_slots_in_a_tile() -> None:
 
 
 @both_parts
-def test_files(part_rows: int, tmp_path: Path) -> None:
-    a = cases.matrix("uniform", 200, 300, 0.2, 5, "bf16")
-    w = Slot24.from_dense(a, window=176, part_rows=part_rows)
+@pytest.mark.parametrize("group_values", [2, 4])
+def test_files(group_values: int, part_rows: int, tmp_path: Path) -> None:
+    a = cases.matrix("uniform", 200, 300, 0.1, 5, "bf16")
+    w = Slot24.from_dense(a, window=176, part_rows=part_rows, group_values=group_values)
     w.save(tmp_path / "w")
     assert same(Slot24.load(tmp_path / "w"), w)
 
 
-def test_files_that_do_not_say_how_many_rows_pair_alike() -> None:
-    w = Slot24.from_dense(cases.matrix("uniform", 200, 300, 0.2, 5, "bf16"), part_rows=32)
+@pytest.mark.parametrize("name", ["window", "part_rows", "group_values"])
+def test_files_say_how_columns_are_paired(name: str) -> None:
+    w = Slot24.from_dense(cases.matrix("uniform", 200, 300, 0.2, 5, "bf16"))
     metadata = w.metadata()
-    del metadata["part_rows"]
-    assert same(Slot24.from_parts(metadata, w.arrays()), w)
+    del metadata[name]
+    with pytest.raises(FormatError, match=f"{name}: expected an entry in the metadata"):
+        Slot24.from_parts(metadata, w.arrays())
 
 
 def test_layouts_of_the_source() -> None:
@@ -326,7 +347,7 @@ def test_scipy_equals_dense(layout: str, value: Any) -> None:
     for dtype in ("fp16", "bf16"):
         dense = a.astype(cases.NUMPY_DTYPE[dtype])
         assert same(Slot24.from_scipy(s, dtype=dtype), Slot24.from_dense(dense))
-        for options in ({"window": 128}, {"part_rows": 64}, {"part_rows": 32}):
+        for options in ({"window": 128}, {"part_rows": 64}, {"part_rows": 32}, {"group_values": 4}):
             assert same(Slot24.from_scipy(s, dtype=dtype, **options), Slot24.from_dense(dense, **options))
 
 
@@ -379,6 +400,9 @@ def test_report_and_rounding() -> None:
         *((np.ones((2, 2), np.float16), {"window": w}, "window") for w in (0, 120, 132, 257, 264, 128.0, True, "256")),
         (np.ones((2, 200), np.float16), {"window": 256}, "window"),
         *((np.ones((2, 2), np.float16), {"part_rows": r}, "part_rows") for r in (0, 16, 128, 64.0, True, "32")),
+        *((np.ones((2, 2), np.float16), {"group_values": v}, "group_values") for v in (0, 1, 3, 2.0, True, "4")),
+        (np.ones((16, 200), np.float16), {"group_values": 2}, "group_values"),
+        (np.ones((16, 200), np.float16), {"window": 128, "group_values": 2}, "window"),
     ],
 )
 def test_refused_sources(a: object, options: dict[str, Any], argument: str) -> None:
@@ -388,7 +412,10 @@ def test_refused_sources(a: object, options: dict[str, Any], argument: str) -> N
 
 
 def test_refused_windows_of_sparse_sources() -> None:
-    s = sp.csr_array(np.ones((2, 200)))
+    s = sp.csr_array(np.ones((16, 200)))
     for window in (100, 256):
         with pytest.raises(ArgumentError, match=f"window: .*, got {window}"):
             Slot24.from_scipy(s, window=window)
+    for group_values in (2, 3):
+        with pytest.raises(ArgumentError, match=f"group_values: .*, got {group_values}"):
+            Slot24.from_scipy(s, group_values=group_values)

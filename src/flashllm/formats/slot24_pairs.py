@@ -150,9 +150,10 @@ def match(problems: Problems) -> NDArray[np.int64] | None:
 def arrange(problems: Problems, partner: NDArray[np.int64], window: int, parts: Parts) -> NDArray[np.int64]:
     """Left list positions [problems, 128] in the order of the slots: 32 sets of columns with 8 different residues.
 
-    Heavy pairs come first. So the pairs of a set weigh about the same, and the streams of values that pass through
-    them go on at one speed; every second step is filled from its last set, since a lane reads every other set. Where
-    two parts share the steps of a tile, one has the heaviest and the lightest of them.
+    Heavy pairs come first, so that the pairs of a set weigh about the same, and then the sets are placed by their
+    weight: a stream of values passes through one set of every step, so every second step is filled from its last set,
+    and all streams go on at one speed. Where two parts share the steps of a tile, one has the heaviest and the
+    lightest of them.
     """
     lefts, rights = column_lists(window)
     kind = (lefts % _CLASSES) * np.int64(_CLASSES) + rights[partner] % _CLASSES
@@ -164,12 +165,16 @@ def arrange(problems: Problems, partner: NDArray[np.int64], window: int, parts: 
     kinds = np.arange(_CLASSES) * _CLASSES + _SIGMAS
     sets = np.arange(PAIRS // _CLASSES).reshape(-1, STEPS, SETS)[:, parts.step_order].reshape(-1, SETS)
     sets[1::2] = sets[1::2, ::-1]
-    out = np.empty((len(partner), sets.size, _CLASSES), np.int64)
-    for place in sets.ravel():
+    found = np.empty((len(partner), sets.size, _CLASSES), np.int64)
+    for turn in range(sets.size):
         chosen = kinds[counts[:, kinds].min(axis=2).argmax(axis=1)]
-        out[:, place] = by_kind[number, following[number, chosen]]
+        found[:, turn] = by_kind[number, following[number, chosen]]
         following[number, chosen] += 1
         counts[number, chosen] -= 1
+    weights = weight[number, found.reshape(partner.shape)].reshape(found.shape).sum(axis=2, dtype=np.int64)
+    heavy_first = np.argsort(-weights, axis=1, kind="stable")
+    out = np.empty_like(found)
+    out[:, sets.ravel()] = np.take_along_axis(found, heavy_first[:, :, None], axis=1)
     return out.reshape(partner.shape)
 
 

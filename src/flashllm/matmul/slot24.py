@@ -29,7 +29,7 @@ RING_ROWS = {2: 64, 4: 80}
 """Value rows that a block keeps in shared memory, by the values a group may have: as few as may be."""
 _WINDOW_COLUMNS = 256
 _COLUMN_BYTES = {8: 16, 16: 32, 32: 80}  # of a window of x, by its rows
-_COUNTER_BYTES = 384  # of the workspace: who turns which part of x
+_COUNTER_BYTES = 256  # of the workspace: who turns which part of x
 _SUM_BYTES = 2048  # of sums on their way between the parts of a band of 64 rows
 _ROW_COST = 2  # see matmul/bitmap.py
 
@@ -114,8 +114,8 @@ def _spec(choice: Choice) -> KernelSpec:
         + choice.windows * _WINDOW_COLUMNS * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
         + (_SUM_BYTES if parts.halves == 2 else 0)
-        + choice.stages * 16  # barriers
-        + 16,  # a ticket
+        + choice.stages * 16
+        + 16,  # barriers
         archs=tuple(arch for arch in ALL_ARCHS if _room(arch, n) == room),
     )
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 N_BLOCKS = (8, 16, 32)
 """Columns of x one block computes: more leave too little shared memory for windows of x."""
 THREADS = (PARTS + 1) * LANES
-RING_ROWS = {2: 64, 4: 80}
-"""Value rows that a block keeps in shared memory, by the values a group may have: as few as may be."""
+RING_ROWS = {8: 80, 16: 80, 32: 96}
+"""Value rows that a block keeps in shared memory, by its columns of x."""
 _WINDOW_COLUMNS = 256
 _COLUMN_BYTES = {8: 16, 16: 32, 32: 80}  # of a window of x, by its rows
 _COUNTER_BYTES = 256  # of the workspace: who turns which part of x
@@ -93,7 +93,7 @@ def _spec(choice: Choice) -> KernelSpec:
     room = _Room(stages=choice.stages, windows=choice.windows, resident_blocks=choice.resident_blocks)
     n = choice.n_block
     parts = PARTS_OF[choice.part_rows]
-    ring_rows = RING_ROWS[choice.group_values]
+    ring_rows = RING_ROWS[n]
     stage_bytes = PARTS * LANES * (8 + 8 + parts.steps)  # masks, picks and columns of a tile
     return KernelSpec(
         name="slot24",

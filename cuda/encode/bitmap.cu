@@ -18,8 +18,8 @@ constexpr int kStreamBytes = kStreams * kParts;  // one byte per stream of a til
 
 using source::is_stored;
 
-// The elements of a lane in one tile: two streams, one for each half of steps. Element (s, i, b, e), in this order 8 s + 4
-// i + 2 b + e of its stream, is column e of two of row b of two, eight apart, in the i-th 16 rows and in step s.
+// The elements of a lane in one tile: two streams, one for each half of steps. Element (s, i, b, e), in this order
+// 8 s + 4 i + 2 b + e of its stream, is column e of two of row b of two, eight apart, in the i-th 16 rows and in step s.
 struct LaneElements {
     int M, K, row, column;  // row and column of element 0
 
@@ -156,8 +156,8 @@ bitmap_join(const int* __restrict__ lengths, int* __restrict__ fronts, int tiles
     if (lane == 0 && run == runs - 1) fronts[end] = begin + lengths[run];
 }
 
-// Grid: tiles. No group has more than kGroupValues elements. lags as bitmap_place, fronts as bitmap_join leaves them. Writes masks, values (which must be zero where no
-// stream has one) and every kLagTiles-th tile's lags.
+// Grid: tiles. No group has more than kGroupValues elements. lags as bitmap_place, fronts as bitmap_join leaves them.
+// Writes masks, values (which must be zero where no stream has one) and every kLagTiles-th tile's lags.
 template <typename Source, int kGroupValues>
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, const unsigned char* __restrict__ lags,

@@ -56,24 +56,24 @@ FLASHLLM_DEVICE void combine_slices(Accumulators<S>& sum, float* scratch) {
 }
 
 // The same for kernels with warps that cannot come: pairs of warps meet by themselves, barriers 1 on, and hand over a
-// fragment at a time through two places in turn, for which kSumBytes are enough. (A warp reads a fragment before it
-// comes for the next, and a place is written again behind that.)
+// fragment at a time through one place, for which kSumBytes are enough.
 template <typename S>
-inline constexpr int kSumBytes = S::kSlices == 2 ? 2 * S::kBlockWarps / 2 * 32 * 16 : 0;
+inline constexpr int kSumBytes = S::kSlices == 2 ? S::kBlockWarps / 2 * 32 * 16 : 0;
 
 template <typename S>
 FLASHLLM_DEVICE void add_slices(Accumulators<S>& sum, float4* scratch) {
-    static_assert(S::kSlices <= 2 && S::kRowFragments % 2 == 0, "two slices; the next call begins with the first place");
+    static_assert(S::kSlices <= 2, "a pair of warps has two slices");
     if constexpr (S::kSlices == 2) {
         const int pair = threadIdx.x >> 6;
-        float4* const cell = scratch + pair * 64 + (threadIdx.x & 31);
-        for_each<S>(sum, [&](float (&part)[4], int v) {
+        float4* const cell = scratch + pair * 32 + (threadIdx.x & 31);
+        for_each<S>(sum, [&](float (&part)[4], int) {
             if (S::slice() == 1) {
-                cell[v % 2 * 32] = make_float4(part[0], part[1], part[2], part[3]);
+                *cell = make_float4(part[0], part[1], part[2], part[3]);
                 part[0] = part[1] = part[2] = part[3] = 0.0f;
             }
             ptx::meet<64>(1 + pair);
-            if (S::slice() == 0) accumulate(part, cell[v % 2 * 32]);
+            if (S::slice() == 0) accumulate(part, *cell);
+            ptx::meet<64>(1 + pair);
         });
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs of columns whose slots have at most two values in a group of four, by one warp. The same pairs in the same order as
-// from src/flashllm/formats/slot24_groups.py; the rules are in docs/formats/slot24.md.
+// Pairs of columns whose slots have at most two values in a group of four, by one warp. The same pairs in the same order
+// as from src/flashllm/formats/slot24_groups.py; the rules are in docs/formats/slot24.md.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -26,11 +26,12 @@ struct GroupProblem : Problem<kPartRows> {
 template <int kPartRows, int kValues> struct ProblemFor { using Type = Problem<kPartRows>; };
 template <int kPartRows> struct ProblemFor<kPartRows, 2> { using Type = GroupProblem<kPartRows>; };
 
-// Two words for the rows of a slot: the first of one and the second of another slot have a bit in common where the two have
-// more than two values in a group, of rows eight apart.
+// Two words for the rows of a slot: the first of one and the second of another slot have a bit in common where the two
+// have more than two values in a group, of rows eight apart.
 template <typename Rows>
 FLASHLLM_DEVICE void group_words(Rows rows, Rows& first, Rows& second) {
-    const Rows low = static_cast<Rows>(0x00ff00ff00ff00ffull), one = (rows | rows >> 8) & low, two = rows & rows >> 8 & low;
+    const Rows low = static_cast<Rows>(0x00ff00ff00ff00ffull);
+    const Rows one = (rows | rows >> 8) & low, two = rows & rows >> 8 & low;
     first = one | two << 8, second = two | one << 8;
 }
 
@@ -45,24 +46,32 @@ FLASHLLM_DEVICE int place_of(int number, int parity, int window) {
 template <int kPartRows>
 FLASHLLM_DEVICE void order_quads(GroupProblem<kPartRows>& p, int lane) {
     const unsigned low = p.have[lane], high = p.have[lane + 32];
-    unsigned long long used = 0;
+    unsigned low_waiting = kWarp, high_waiting = kWarp;  // a bit for each quad
     int rest[2] = {-1, -1};  // quads without another: number `lane`, and 32 after it
     int ordered = 0, left = 0;
 #pragma unroll 1
     for (int quad = 0; quad < kQuads; ++quad) {
-        if ((used >> quad & 1) != 0) continue;
-        used |= 1ull << quad;
-        const unsigned wanted = 0xffu ^ p.have[quad];
-        const unsigned long long like_low = __ballot_sync(kWarp, low == wanted), like_high = __ballot_sync(kWarp, high == wanted);
-        const unsigned long long others = (like_low | like_high << 32) & ~used;
-        if (others == 0) {
+        const unsigned own = 1u << quad % 32;
+        if (((quad < 32 ? low_waiting : high_waiting) & own) == 0) continue;
+        if (quad < 32) low_waiting ^= own;
+        else high_waiting ^= own;
+        const unsigned wanted = 0xffu ^ p.have[quad];  // not its own residues
+        const unsigned low_others = __ballot_sync(kWarp, low == wanted) & low_waiting;
+        const unsigned high_others = __ballot_sync(kWarp, high == wanted) & high_waiting;
+        if ((low_others | high_others) == 0) {
             if (left == lane) rest[0] = quad;
             if (left == lane + 32) rest[1] = quad;
             ++left;
             continue;
         }
-        const int other = __ffsll(static_cast<long long>(others)) - 1;
-        used |= 1ull << other;
+        int other;
+        if (low_others != 0) {
+            other = __ffs(static_cast<int>(low_others)) - 1;
+            low_waiting &= ~(1u << other);
+        } else {
+            other = __ffs(static_cast<int>(high_others)) + 31;
+            high_waiting &= ~(1u << (other - 32));
+        }
         if (lane == 0) {
             p.sets[ordered] = static_cast<unsigned char>(quad);
             p.sets[ordered + 1] = static_cast<unsigned char>(other);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matchings of lefts and rights by one warp: what pairs columns of slot24, and finds neighbours for its slots. The rules
-// are in docs/formats/slot24.md; src/flashllm/formats/slot24_groups.py and slot24_pairs.py have the same.
+// Matchings of lefts and rights by one warp: what pairs columns of slot24, and finds neighbours for its slots. The
+// rules are in docs/formats/slot24.md; src/flashllm/formats/slot24_groups.py and slot24_pairs.py have the same.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -17,8 +17,8 @@ FLASHLLM_DEVICE int weight_of(unsigned long long rows) {
     return __popc(static_cast<unsigned>(rows)) + __popc(static_cast<unsigned>(rows >> 32));
 }
 
-// kSize lefts and as many rights, by their places in two lists. Two of different kinds fit where their rows have no bit in
-// common.
+// kSize lefts and as many rights, by their places in two lists. Two of different kinds fit where their rows have no bit
+// in common.
 template <typename Rows_, int kSize_>
 struct alignas(16) Matching {
     using Rows = Rows_;
@@ -173,8 +173,8 @@ FLASHLLM_DEVICE void take_first(M& p, int place, const Some<M>& others, unsigned
     __syncwarp();
 }
 
-// Matches heavy ones with light ones, for rows and kinds that are there: fills partner and owner; false when a left has no
-// partner in any matching. Later attempts rank some up to three elements heavier.
+// Matches heavy ones with light ones, for rows and kinds that are there: fills partner and owner; false when a left has
+// no partner in any matching. Later attempts rank some up to three elements heavier.
 template <typename M>
 FLASHLLM_DEVICE bool match_evenly(M& p, int attempt, int lane) {
     unsigned heavy[2 * M::kOwn];

@@ -59,8 +59,8 @@ FLASHLLM_DEVICE void load_problem(Problem<kPartRows>& p, RowsOfColumn&& rows_of,
     __syncwarp();
 }
 
-// Matches heavy lefts with heavy rights, so that dense columns find the room there is. Fills partner and owner; false when
-// a left has no partner in any matching.
+// Matches heavy lefts with heavy rights, so that dense columns find the room there is. Fills partner and owner; false
+// when a left has no partner in any matching.
 template <typename M>
 FLASHLLM_DEVICE bool match(M& p, int lane) {
 #pragma unroll 1

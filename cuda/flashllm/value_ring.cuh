@@ -69,16 +69,16 @@ struct StageBarriers {
 // once more behind the last, so that a pointer may run kMirrorRows over the end before it wraps.
 //
 // No weight stops the ring. When all tiles before one are released and the front is at row f, streams need rows from
-// f - kSlack on. The tile moves the front by kTileValues at most, reads one row behind it, and rows come in whole chunks:
-// at most kSlack + kTileValues + 1 + kChunkRows rows have to be there at one time.
-template <int kRing, int kTileValues = bitmap::kStreamElements>
+// f - kSlack on. Tiles that are brought together move the front by kMoves at most, read one row behind it, and rows come in
+// whole chunks: at most kSlack + kMoves + 1 + kChunkRows rows have to be there at one time.
+template <int kRing, int kMoves = bitmap::kStreamElements>
 struct ValueRing {
     static constexpr int kRows = kRing;
     static constexpr unsigned kWrapBytes = kRing * bitmap::kRowBytes;
     static constexpr unsigned kPartBytes = (kRing + kMirrorRows) * bitmap::kRowBytes;
     static constexpr unsigned kBytes = bitmap::kParts * kPartBytes;
     static_assert(kRing % bitmap::kChunkRows == 0 && kMirrorRows == bitmap::kChunkRows, "mirrored is the first chunk");
-    static_assert(kRing >= bitmap::kSlack + kTileValues + 1 + bitmap::kChunkRows,
+    static_assert(kRing >= bitmap::kSlack + kMoves + 1 + bitmap::kChunkRows,
                   "or a full tile of a stream could wait for rows that wait for the slowest stream");
 
     unsigned base;  // shared address
@@ -162,11 +162,12 @@ struct Piece {
     int bytes;  // a multiple of 16
 };
 
-// The feeder's side: its place in the run, and the copies. All lanes of one warp.
+// The feeder's side: its place in the run, and the copies. All lanes of one warp. It brings steps of kStepTiles tiles, a
+// stage each; a run may begin amid the tiles of its first step.
 //
 // One warp does this for four, beside them, so each instruction counts: addresses move on by additions, and value rows
 // come in whole chunks, since a copy of few rows takes as long as one of many.
-template <typename Ring, int kStages>
+template <typename Ring, int kStages, int kStepTiles = 1>
 struct Feeder {
 #if __CUDA_ARCH__ >= 900
     static constexpr unsigned kArrivals = 1;  // at `full`, by bring()
@@ -180,47 +181,54 @@ struct Feeder {
     unsigned place = 0;          // where it goes, in bytes from the begin of a part's ring
     const int* fronts;           // of the run's first tile
     int count;                   // tiles of the run
+    int phase;                   // tiles of the first step that lie before the run
 
-    int tile = 0;  // to be brought
-    int done = 0;  // tiles that all warps have released
+    int step = 0;  // to be brought
+    int last;      // its last tile, counted from the run's first
+    int done = 0;  // steps that all warps have released
     int done_front;
     int rows;  // asked for, up to this one
     Cycle<kStages> filled, emptied;
-    // Lane l: the front behind tile 32 i + l, of the 32 tiles before those of `tile`, of these, and of the next.
+    // Lane l: the front behind tile 32 i + l, of the 32 tiles before those of `last`, of these, and of the next.
     int before_set = 0, front_set, next_set;
 
     FLASHLLM_DEVICE Feeder(const Ring& ring, const StageBarriers& barriers, const unsigned char* values,
-                           const int* fronts, int count, const FirstFronts& first)
+                           const int* fronts, int count, int phase, const FirstFronts& first)
         : ring(ring), barriers(barriers),
           chunk(values + static_cast<long long>(ring.origin / bitmap::kChunkRows) * bitmap::kChunkBytes),
-          fronts(fronts), count(count), done_front(first.begin), rows(ring.origin), front_set(first.set),
-          next_set(first.next) {}
+          fronts(fronts), count(count), phase(phase), last(last_of(0)), done_front(first.begin), rows(ring.origin),
+          front_set(first.set), next_set(first.next) {}
 
-    // The row up to which the next tile needs value rows, in whole chunks. A stream that is through reads two more
+    FLASHLLM_DEVICE int last_of(int step) const {
+        return kStepTiles == 1 ? step : min((step + 1) * kStepTiles - phase, count) - 1;
+    }
+    FLASHLLM_DEVICE bool more() const { return (kStepTiles == 1 ? step : step * kStepTiles - phase) < count; }
+
+    // The row up to which the next step needs value rows, in whole chunks. A stream that is through reads two more
     // values, unused.
     FLASHLLM_DEVICE int needed() const {
-        const int last = __shfl_sync(0xffffffffu, front_set, tile & 31) + 1;
-        return last < rows ? rows : (last | (bitmap::kChunkRows - 1)) + 1;
+        const int end = __shfl_sync(0xffffffffu, front_set, last & 31) + 1;
+        return end < rows ? rows : (end | (bitmap::kChunkRows - 1)) + 1;
     }
 
-    // Whether there is room for the next tile, which needs the rows below `need`: a stage, and places of rows that are
+    // Whether there is room for the next step, which needs the rows below `need`: a stage, and places of rows that are
     // behind every stream of the first tile not released.
     FLASHLLM_DEVICE bool has_room(int need) const {
-        return tile - done < kStages && need - Ring::kRows <= done_front - bitmap::kSlack;
+        return step - done < kStages && need - Ring::kRows <= done_front - bitmap::kSlack;
     }
 
-    // Waits until one more tile is released. All lanes wait, for each of them writes where the tile was read.
+    // Waits until one more step is released. All lanes wait, for each of them writes where the step was read.
     FLASHLLM_DEVICE void wait_release() {
         ptx::mbarrier_wait(barriers.empty(emptied.stage), emptied.parity);
         emptied.advance();
-        const bool current = done >> 5 == tile >> 5;
-        done_front = __shfl_sync(0xffffffffu, current ? front_set : before_set, done & 31);
+        const int tile = last_of(done);
+        done_front = __shfl_sync(0xffffffffu, tile >> 5 == last >> 5 ? front_set : before_set, tile & 31);
         ++done;
     }
 
     FLASHLLM_DEVICE unsigned barrier() const { return barriers.full(filled.stage); }
 
-    // Copies the pieces and the value rows below `need`, and arrives at the tile's barrier for them, and for `more` bytes
+    // Copies the pieces and the value rows below `need`, and arrives at the step's barrier for them, and for `more` bytes
     // (sm_90) that it leaves to others.
     template <int kPieces>
     FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need, [[maybe_unused]] unsigned more = 0) {
@@ -286,10 +294,11 @@ struct Feeder {
 
     FLASHLLM_DEVICE void advance() {
         filled.advance();
-        if ((tile & 31) == 31) {
-            before_set = front_set, front_set = next_set, next_set = front_behind(fronts, count, tile + 33);
+        const int next = last_of(++step);
+        if (next >> 5 != last >> 5) {
+            before_set = front_set, front_set = next_set, next_set = front_behind(fronts, count, (next | 31) + 1);
         }
-        ++tile;
+        last = next;
     }
 };
 

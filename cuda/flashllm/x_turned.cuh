@@ -18,14 +18,10 @@
 
 namespace flashllm {
 
-// What the blocks of a launch know of each other, zero before and after it: how many have turned their share, and how many
-// need no more. In lines of their own, as many look at the first.
-struct TurnCounters {
-    unsigned turned;
-    unsigned pad_0[31];
-    unsigned through;
-    unsigned pad_1[31];
-};
+// What the blocks of a launch know of each other, zero before and after it: of each window, how many pieces are turned;
+// and how many blocks need no more. In sectors of their own, as many look.
+constexpr int kCounterWords = 8;
+
 constexpr int kWindowBarrier = 3;  // a named barrier: two are for slices (epilogue.cuh)
 
 // A window of kN rows of x, in shared memory and in the scratch buffer.
@@ -57,10 +53,14 @@ struct XTurn {
     const unsigned short* x;
     int N, K;
     int windows, window_columns;  // of x; of one
-    TurnCounters* counters;
+    unsigned* counters;           // kCounterWords for the blocks, then for each window of each column block
     unsigned char* scratch;
     unsigned barrier;  // shared address: the warps of the block have turned their share
 
+    // Of workspace, for the counters: whole 128 bytes.
+    FLASHLLM_DEVICE static unsigned counter_bytes(int windows) {
+        return (static_cast<unsigned>(windows) * gridDim.y + 1 + 3) / 4 * 4 * kCounterWords * 4;
+    }
     FLASHLLM_DEVICE unsigned char* window(int number) const {
         return scratch + (static_cast<long long>(blockIdx.y) * windows + number) * Window::kBytes;
     }
@@ -68,13 +68,11 @@ struct XTurn {
     // By the four multiplying warps, when they begin: turns the run's first window to shared memory, which they may read
     // then, and their shares.
     FLASHLLM_DEVICE void begin(unsigned char* to, int first_window, int warp) const {
-        const int blocks = static_cast<int>(gridDim.x * gridDim.y), all = windows * kWindowPieces * static_cast<int>(gridDim.y);
-        int share = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * bitmap::kParts + warp;
         Piece own[kTogether];  // these loads before the first store
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) own[i] = load(blockIdx.y * kN, first_window, warp * kOwnPieces + i);
 #pragma unroll 1
-        for (; share < all; share += blocks * bitmap::kParts) {
+        for (int share = first_share(warp); share < pieces(); share += step()) {
             const int number = share / kWindowPieces, column_block = number / windows, piece = share % kWindowPieces;
             store(scratch + static_cast<long long>(number) * Window::kBytes, piece,
                   load(column_block * kN, number - column_block * windows, piece));
@@ -91,21 +89,34 @@ struct XTurn {
 
     // By a feeding warp: tells the others that the block's share is turned.
     FLASHLLM_DEVICE void tell() const {
+        const int lane = threadIdx.x & 31, warp = lane;
         ptx::mbarrier_wait(barrier, 0);
-        if ((threadIdx.x & 31) == 0) {
-            __threadfence();
-            atomicAdd(&counters->turned, 1u);
+        if (warp >= bitmap::kParts || first_share(warp) >= pieces()) return;
+        __threadfence();
+        for (int piece = first_share(warp); piece < pieces(); piece += step()) {
+            atomicAdd(counter(piece / kWindowPieces), 1u);
         }
     }
 
-    // By a feeding warp: whether all of x is turned, after as many looks at the most. Then copies may read it.
-    FLASHLLM_DEVICE bool is_turned(int looks) const {
-        while (!__all_sync(0xffffffffu, ptx::has_reached(&counters->turned, gridDim.x * gridDim.y))) {
+    // By a feeding warp: whether a window is turned, after so many looks at the most. Then copies may read it.
+    FLASHLLM_DEVICE bool is_turned(int window, int looks) const {
+        const unsigned* const own = counter(static_cast<int>(blockIdx.y) * windows + window);
+        while (!__all_sync(0xffffffffu, ptx::has_reached(own, kWindowPieces))) {
             if (--looks <= 0) return false;
             ptx::look_again();
         }
         ptx::fence_async_proxy_global();
         return true;
+    }
+
+    // By a feeding warp: whether all windows of its column block are.
+    FLASHLLM_DEVICE bool all_are_turned() const {
+        bool all = true;
+        for (int i = threadIdx.x & 31; i < windows; i += 32) {
+            all &= ptx::has_reached(counter(static_cast<int>(blockIdx.y) * windows + i), kWindowPieces);
+        }
+        ptx::fence_async_proxy_global();
+        return __all_sync(0xffffffffu, all);
     }
 
     // By a feeding warp: turns a window, no matter who else may.
@@ -118,12 +129,22 @@ struct XTurn {
 
     // By a feeding warp that has told the others and needs no more of x: the last one leaves zeros.
     FLASHLLM_DEVICE void leave() const {
-        if ((threadIdx.x & 31) != 0) return;
         __threadfence();
-        if (atomicAdd(&counters->through, 1u) == gridDim.x * gridDim.y - 1) counters->turned = counters->through = 0;
+        __syncwarp();
+        const unsigned before = (threadIdx.x & 31) == 0 ? atomicAdd(counters, 1u) : 0;
+        if (__shfl_sync(0xffffffffu, before, 0) != gridDim.x * gridDim.y - 1) return;
+        for (int i = threadIdx.x & 31; i <= windows * static_cast<int>(gridDim.y); i += 32) counters[i * kCounterWords] = 0;
     }
 
 private:
+    FLASHLLM_DEVICE int pieces() const { return windows * kWindowPieces * static_cast<int>(gridDim.y); }
+    // The first piece of a warp's share, and how far it is to the next.
+    FLASHLLM_DEVICE int first_share(int warp) const {
+        return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * bitmap::kParts + warp;
+    }
+    FLASHLLM_DEVICE int step() const { return static_cast<int>(gridDim.x * gridDim.y) * bitmap::kParts; }
+    FLASHLLM_DEVICE unsigned* counter(int window) const { return counters + (window + 1) * kCounterWords; }
+
     struct Piece {
         unsigned values[kN / 2];
     };

@@ -125,11 +125,11 @@ struct Load {
 
     // x: from the first tile on that finds its stage used before.
     FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
-        for (; feed.tile < feed.count; feed.advance(), masks += bitmap::kMaskBytes) {
+        for (; feed.more(); feed.advance(), masks += bitmap::kMaskBytes) {
             const int need = feed.needed();
             while (!feed.has_room(need)) feed.wait_release();
             const int stage = feed.filled.stage;
-            if (feed.tile >= L::kTiles) bring_x(layout, x, stage);
+            if (feed.step >= L::kTiles) bring_x(layout, x, stage);
             const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
             feed.bring(pieces, need);
         }
@@ -177,7 +177,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                                       (tile_k + tile) % split.tiles_k, layout.x(0), lane);
     };
     if (feeds) {
-        Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
+        Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, 0, first_fronts),
                    loader(kStages), masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
         ptx::grid_dependency_wait();

@@ -76,33 +76,35 @@ FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsign
 }
 
 // Shared memory of a block: rings of value rows, windows of x, stages of masks, picks and columns, sums on their way from
-// one slice to the other, barriers.
+// one slice to the other, barriers. Where groups have two values, the tiles of a window are brought together: the feeder
+// has half as much to do, and their value rows have room.
 template <typename S, int kRing, int kStages_, int kWindows_>
 struct Layout {
-    using Ring = ValueRing<kRing, bitmap::kStreamElements * S::kGroupValues / bitmap::kGroup>;
-    using Feed = Feeder<Ring, kStages_>;
-    using Window = XWindow<S::kN>;
+    static constexpr int kStepTiles = S::kGroupValues == bitmap::kGroup ? 1 : slot24::kWindowTiles;
     static constexpr int kStages = kStages_, kWindows = kWindows_;
+    using Ring = ValueRing<kRing, kStepTiles * bitmap::kStreamElements * S::kGroupValues / bitmap::kGroup>;
+    using Feed = Feeder<Ring, kStages, kStepTiles>;
+    using Window = XWindow<S::kN>;
     static constexpr int kColumnBytes = S::Bands::kColumnBytes;
-    static constexpr unsigned kStageBytes = bitmap::kMaskBytes + slot24::kPickBytes + kColumnBytes;
+    static constexpr unsigned kPicksAt = kStepTiles * bitmap::kMaskBytes;
+    static constexpr unsigned kColumnsAt = kPicksAt + kStepTiles * slot24::kPickBytes;
+    static constexpr unsigned kStageBytes = kColumnsAt + kStepTiles * kColumnBytes;
     static constexpr unsigned kWindowsAt = Ring::kBytes;
-    static constexpr unsigned kWindowsEnd = kWindowsAt + kWindows * Window::kBytes;
-    static constexpr unsigned kSumsAt = kWindowsEnd + kStages * kStageBytes;
+    static constexpr unsigned kStagesAt = kWindowsAt + kWindows * Window::kBytes;
+    static constexpr unsigned kSumsAt = kStagesAt + kStages * kStageBytes;
     static constexpr unsigned kBarriersAt = kSumsAt + kSumBytes<S>;
 
     unsigned base;  // shared address
 
     FLASHLLM_DEVICE unsigned window(int place) const { return base + kWindowsAt + place * Window::kBytes; }
-    FLASHLLM_DEVICE unsigned masks(int stage) const { return base + kWindowsEnd + stage * kStageBytes; }
-    FLASHLLM_DEVICE unsigned picks(int stage) const { return masks(stage) + bitmap::kMaskBytes; }
-    FLASHLLM_DEVICE unsigned columns(int stage) const { return picks(stage) + slot24::kPickBytes; }
+    FLASHLLM_DEVICE unsigned stage(int stage) const { return base + kStagesAt + stage * kStageBytes; }
     FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
     FLASHLLM_DEVICE unsigned turned() const { return base + kBarriersAt + kStages * 16; }
 };
 
 // The feeding warp's windows of x, from the second one of the run on.
 //
-// A window comes with the first of its two tiles, on the same barrier. But x may not be turned yet when the first tiles
+// A window comes with the first step that needs it, on the same barrier. But x may not be turned yet when the first steps
 // could be brought: then their barriers wait for the windows, and all else is asked for first.
 template <typename L>
 struct WindowFeed {
@@ -111,29 +113,31 @@ struct WindowFeed {
     const XTurn<Window::kN>& turn;
     int next;        // the window to be copied, in its row of tiles
     int phase;       // 1 where the run begins with a window's second tile
-    int asked = 0;   // windows that tiles wait for
+    int asked = 0;   // windows that steps wait for
     int copied = 0;  // of these
     int place = 1 % L::kWindows;  // where the next one goes
     bool told = false, turned = false;
 
-    FLASHLLM_DEVICE bool begins(int tile) const { return tile != 0 && (tile + phase) % slot24::kWindowTiles == 0; }
-
-    // Tiles that have to be released before the window of `tile` finds a place.
-    FLASHLLM_DEVICE int needed(int tile) const {
-        return slot24::kWindowTiles * ((tile + phase) / slot24::kWindowTiles - L::kWindows + 1) - phase;
+    // The first step of the run's window `number`.
+    FLASHLLM_DEVICE int step_of(int number) const {
+        return L::kStepTiles == 1 ? slot24::kWindowTiles * number - phase : number;
     }
+    FLASHLLM_DEVICE bool begins(int step) const { return step == step_of(asked + 1); }
 
-    // Copies all windows that tiles wait for.
+    // Steps that have to be released before the next window finds a place.
+    FLASHLLM_DEVICE int needed() const { return step_of(asked + 2 - L::kWindows); }
+
+    // Copies all windows that steps wait for.
     FLASHLLM_DEVICE void copy() {
         constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
         if (!told) tell();
         if (copied == asked) return;
-        if (!turned) turned = turn.is_turned(copied == 0 ? kLooks : 1);
+        if (!turned) turned = copied != 0 && turn.all_are_turned();
 #pragma unroll 1
         while (copied < asked) {
-            if (!turned) turn.turn(next);
-            const int tile = slot24::kWindowTiles * ++copied - phase;
-            copy_window(layout.window(place), turn.window(next), layout.barriers().full(tile % L::kStages));
+            if (!turned && !turn.is_turned(next, kLooks)) turn.turn(next);
+            const int stage = step_of(++copied) % L::kStages;
+            copy_window(layout.window(place), turn.window(next), layout.barriers().full(stage));
             if (++place == L::kWindows) place = 0;
             if (++next == turn.windows) next = 0;
         }
@@ -158,37 +162,38 @@ private:
     }
 };
 
-// The feeding warp's loop.
+// The feeding warp's loop. masks ... columns: of the first tile of the first step.
 template <typename L>
 FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFeed<L> x, const unsigned char* masks,
                                 const unsigned char* picks, const unsigned char* columns) {
-    for (; feed.tile < feed.count; feed.advance()) {
+    for (; feed.more(); feed.advance()) {
         const int need = feed.needed();
-        const bool begins = x.begins(feed.tile);
-        const int released = begins ? x.needed(feed.tile) : 0;
+        const bool begins = x.begins(feed.step);
+        const int released = begins ? x.needed() : 0;
         while (!feed.has_room(need) || feed.done < released) {
             x.copy();
             feed.wait_release();
         }
-        const int stage = feed.filled.stage;
-        const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes},
-                                {layout.picks(stage), picks, slot24::kPickBytes},
-                                {layout.columns(stage), columns, L::kColumnBytes}};
+        const unsigned stage = layout.stage(feed.filled.stage);
+        const Piece pieces[] = {{stage, masks, L::kStepTiles * bitmap::kMaskBytes},
+                                {stage + L::kPicksAt, picks, L::kStepTiles * slot24::kPickBytes},
+                                {stage + L::kColumnsAt, columns, L::kStepTiles * L::kColumnBytes}};
         x.asked += begins;
 #if __CUDA_ARCH__ >= 900
         feed.bring(pieces, need, begins ? L::Window::kBytes : 0);
         if (x.copied != 0) x.copy();
 #else
-        x.copy();  // before the arrival for all that was asked for
+        if (x.asked != 0) x.copy();  // before the arrival for all that was asked for
         feed.bring(pieces, need);
 #endif
-        masks += bitmap::kMaskBytes, picks += slot24::kPickBytes, columns += L::kColumnBytes;
+        masks += L::kStepTiles * bitmap::kMaskBytes, picks += L::kStepTiles * slot24::kPickBytes;
+        columns += L::kStepTiles * L::kColumnBytes;
     }
     x.copy();
     x.turn.leave();
 }
 
-// Grid (G, ceil(N / kN)). workspace: TurnCounters, then see stream_k.cuh. turned: scratch for x, see x_turned.cuh.
+// Grid (G, ceil(N / kN)). workspace: counters of x_turned.cuh, then see stream_k.cuh. turned: scratch for x, see x_turned.cuh.
 // masks ... columns: see docs/formats/slot24.md. window_columns: of x in a window. kRing: value rows that the ring of a part
 // holds. kStages: tiles for which masks, picks and columns have room. kWindows: of x.
 template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks>
@@ -209,9 +214,9 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
 
     const int windows = (K + window_columns - 1) / window_columns;
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, windows * slot24::kWindowTiles, row_cost,
-                           workspace + sizeof(TurnCounters));
+                           workspace + XTurn<kN>::counter_bytes(windows));
     const XTurn<kN> turn{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
-                         reinterpret_cast<TurnCounters*>(workspace), turned, layout.turned()};
+                         reinterpret_cast<unsigned*>(workspace), turned, layout.turned()};
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
@@ -230,11 +235,11 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     __syncthreads();
 
     if (feeds) {
-        feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, first_fronts),
-                   WindowFeed<L>{layout, turn, (first_window + 1) % windows, phase},
-                   masks + static_cast<long long>(first) * bitmap::kMaskBytes,
-                   picks + static_cast<long long>(first) * slot24::kPickBytes,
-                   columns + static_cast<long long>(first) * L::kColumnBytes);
+        const int before = phase % L::kStepTiles;  // tiles of the first step that are not in the run
+        const long long begin = first - before;
+        feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, before, first_fronts),
+                   WindowFeed<L>{layout, turn, (first_window + 1) % windows, phase}, masks + begin * bitmap::kMaskBytes,
+                   picks + begin * slot24::kPickBytes, columns + begin * L::kColumnBytes);
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
@@ -252,23 +257,29 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         int stop = min(chains.chain_end, restart);
 
         Cycle<kStages> cycle;
-        int tile = 0;
+        int tile = 0, in_window = phase;
         const unsigned windows_begin = layout.window(0) + L::Window::first_unit((threadIdx.x & 1) * 4);
         unsigned window = windows_begin;  // of x, the one in use
         while (true) {
-            ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
-            const uint2 mask = ptx::load_shared8(layout.masks(cycle.stage) + threadIdx.x * 8);
-            const uint2 pick = ptx::load_shared8(layout.picks(cycle.stage) + threadIdx.x * 8);
-            const unsigned place = layout.columns(cycle.stage) + threadIdx.x * S::Bands::kPartSteps;
+            const int in_step = L::kStepTiles == 1 ? 0 : in_window;
+            if (in_step == 0 || tile == 0) ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
+            const unsigned stage = layout.stage(cycle.stage);
+            const unsigned words = stage + in_step * bitmap::kMaskBytes + threadIdx.x * 8;
+            static_assert(bitmap::kMaskBytes == slot24::kPickBytes, "masks and picks lie alike");
+            const uint2 mask = ptx::load_shared8(words), pick = ptx::load_shared8(words + L::kPicksAt);
+            const unsigned place = stage + L::kColumnsAt + in_step * L::kColumnBytes + threadIdx.x * S::Bands::kPartSteps;
             const unsigned column = S::kSlices == 1 ? ptx::load_shared4(place) : ptx::load_shared_half(place);
             streams.wrap();
             multiply_word<T, S, 0>(sum, streams, mask.x, pick.x, column, window);
             streams.wrap();
             multiply_word<T, S, 1>(sum, streams, mask.y, pick.y, column, window);
-            barriers.release(cycle.stage);
-            cycle.advance();
+            if (in_step == L::kStepTiles - 1) {
+                barriers.release(cycle.stage);
+                cycle.advance();
+            }
             ++tile;
-            if ((tile + phase) % slot24::kWindowTiles == 0) {
+            in_window ^= 1;
+            if (in_window == 0) {
                 window += L::Window::kBytes;
                 if (window == windows_begin + kWindows * L::Window::kBytes) window = windows_begin;
             }

@@ -15,7 +15,7 @@ from flashllm.encode.bitmap import run_arguments
 from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import _advance
+from flashllm.formats.bitmap_encode import GROUP, _advance, chunks_for, encode_strips, unpack_masks
 from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
@@ -46,7 +46,13 @@ def join_runs(lags: NDArray[np.uint8], fronts: NDArray[np.int32], shape: tuple[i
 
 
 def encode(
-    a: NDArray[Any], dtype: str, *, shape: tuple[int, int] | None = None, seed: int = 0, sanitize: bool = False
+    a: NDArray[Any],
+    dtype: str,
+    *,
+    shape: tuple[int, int] | None = None,
+    group_values: int = GROUP,
+    seed: int = 0,
+    sanitize: bool = False,
 ) -> tuple[Bitmap, NDArray[np.uint64]]:
     """As flashllm.encode does on a GPU, and what the rounding did. ``shape``: of the matrix that ``a`` begins with."""
     source = ROUNDING[dtype] if a.dtype == np.float32 else BITS16
@@ -59,11 +65,12 @@ def encode(
     emulator.launch(kernel("count", source), (tiles,), (*matrix, lags, totals, *size), **run)
     fronts = np.full(tiles + 1, -1, np.int32)
     join_runs(lags, fronts, (rows, columns), **run)
-    values = np.zeros((fronts[-1] // 16 + 1, 4, 16, 32, 2), np.uint16)
+    values = np.zeros((chunks_for(int(fronts[-1])), 4, 16, 32, 2), np.uint16)
     masks = np.full((tiles, 4, 32, 2), 0xDEADBEEF, np.uint32)
     stored = np.full((-(-tiles // 8), 4, 64), 0xEE, np.uint8)
     lags.flags.writeable = fronts.flags.writeable = False
-    emulator.launch(kernel("write", source), (tiles,), (*matrix, lags, fronts, masks, values, stored, *size), **run)
+    write = kernel("write", source, str(group_values))
+    emulator.launch(write, (tiles,), (*matrix, lags, fronts, masks, values, stored, *size), **run)
     packed = Bitmap(
         shape=(rows, columns),
         dtype=dtype,
@@ -164,6 +171,29 @@ def test_zeros_that_let_streams_catch_up() -> None:
     for seed in range(4):
         assert_same(encode(patterns, "fp16", seed=seed)[0], want)
     np.testing.assert_array_equal(decode(want), pruned(patterns))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_zeros_go_only_into_groups_that_have_room(density: float) -> None:
+    """No group has more than two values, nor gets more with zeros; one stream has two in each, so others catch up."""
+    rng = np.random.default_rng(int(density * 10))
+    for shape in ((128, 64 * 11), (130, 64 * 9 + 5), (9, 700)):
+        row, column = np.indices(shape)
+        upper, odd = row % 16 < 8, column % 2 == 1
+        which = rng.integers(0, 2, shape)[row - row % 16 + row % 8 if shape[0] > 16 else row % 8, column - column % 2]
+        patterns = rng.integers(1, 1 << 15, shape).astype(np.uint16)
+        patterns[np.where(which, upper, odd) | (rng.random(shape) > density)] = 0x8000
+        patterns[5] = np.where(np.arange(shape[1]) % 8 < 2, 0x3C00, 0)
+        patterns[13 : min(14, shape[0])] = 0x8000
+        strips = (patterns[first : first + 128] for first in range(0, shape[0], 128))
+        want = encode_strips(strips, shape, group_values=2)
+        got, _ = encode(patterns, "fp16", group_values=2, seed=shape[0])
+        for name in Bitmap.BUFFERS:
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+        kept = unpack_masks(want.masks)
+        assert kept.sum() > want.nnz
+        assert kept.reshape(-1, GROUP).sum(axis=1).max() == 2
+        np.testing.assert_array_equal(decode(got), pruned(patterns))
 
 
 def test_rows_of_a_wider_matrix() -> None:

@@ -17,9 +17,10 @@ from flashllm.encode import bitmap as bitmap_encoder
 from flashllm.encode import slot24 as encoder
 from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.errors import ArgumentError
-from flashllm.formats import slot24_encode, slot24_pairs
+from flashllm.formats import slot24_encode, slot24_groups, slot24_pairs
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import GROUP
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_encode import slots_shape
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
@@ -49,6 +50,7 @@ def encode(
     *,
     window: int | None = None,
     part_rows: int | None = None,
+    group_values: int | None = None,
     shape: tuple[int, int] | None = None,
     seed: int = 0,
     sanitize: bool = False,
@@ -62,30 +64,32 @@ def encode(
     strips = tile_grid((rows, columns))[0]
     matrix, size = (a, np.int64(a.shape[1])), (np.int32(rows), np.int32(columns))
     run: dict[str, Any] = {"seed": seed, "sanitize": sanitize}
-    masks, rounding = np.full((strips, 4, columns), 0xDEADBEEF, np.uint32), np.zeros(4, np.uint64)
+    masks, totals = np.full((strips, 4, columns), 0xDEADBEEF, np.uint32), np.zeros(5, np.uint64)
     grid = (strips * 4 * -(-columns // 128),)
-    emulator.launch(kernel("mark", source), grid, (*matrix, masks, rounding, *size), **run)
+    emulator.launch(kernel("mark", source), grid, (*matrix, masks, totals, *size), **run)
     masks.flags.writeable = False
-    for parts, chosen in slot24_pairs.tried(window, part_rows):
+    for how in slot24_pairs.tried(window, part_rows, group_values, int(totals[0]) / (rows * columns)):
+        parts, chosen = how.parts, how.window
         slots_of = slots_shape((rows, columns), chosen)
         pairs = np.full((strips * slots_of[1] // 64, 4, 32, parts.steps), 0xEE, np.uint8)
         failed = np.zeros(1, np.int32)
         problem = (masks, pairs, failed, np.int32(columns), np.int32(chosen))
-        emulator.launch(kernel("pair", parts.rows), (len(pairs) // 2,), problem, **run)
+        emulator.launch(kernel("pair", parts.rows, how.group_values), (len(pairs) // 2,), problem, **run)
         if not failed[0]:
             break
     else:
-        return None, rounding
+        return None, totals[1:]
     pairs.flags.writeable = False
     slots = np.full(slots_of, 0x7E5A, np.uint16)
     picks = np.full((len(pairs), 4, 32, 2), 0xDEADBEEF, np.uint32)
     filled = (masks, pairs, slots, picks, *size, np.int32(chosen))
     emulator.launch(kernel("fill", source, parts.rows), (len(pairs) // 2,), (*matrix, *filled), **run)
-    packed, _ = test_bitmap_encode.encode(slots, dtype, **run)
+    packed, _ = test_bitmap_encode.encode(slots, dtype, group_values=how.group_values, **run)
+    assert packed.nnz == totals[0]
     buffers = {name: getattr(packed, name) for name in Bitmap.BUFFERS}
     fields: dict[str, Any] = {"shape": (rows, columns), "dtype": dtype, "nnz": packed.nnz, "window": chosen}
-    w = Slot24(**fields, part_rows=parts.rows, picks=picks, columns=pairs, **buffers)
-    return w, rounding
+    paired: dict[str, Any] = {"part_rows": parts.rows, "group_values": how.group_values}
+    return Slot24(**fields, **paired, picks=picks, columns=pairs, **buffers), totals[1:]
 
 
 def decode(w: Slot24, seed: int = 0, *, sanitize: bool = False) -> NDArray[np.uint16]:
@@ -107,13 +111,12 @@ def assert_same(got: Slot24 | None, want: Slot24) -> None:
 def same_bytes(
     patterns: NDArray[np.uint16],
     *,
-    window: int | None = None,
-    part_rows: int | None = None,
     seed: int = 0,
     dtype: str = "fp16",
+    **options: int | None,
 ) -> Slot24:
-    want = Slot24.from_dense(patterns.view(NUMPY_DTYPE[dtype]), window=window, part_rows=part_rows)
-    assert_same(encode(patterns, dtype, window=window, part_rows=part_rows, seed=seed)[0], want)
+    want = Slot24.from_dense(patterns.view(NUMPY_DTYPE[dtype]), **options)
+    assert_same(encode(patterns, dtype, seed=seed, **options)[0], want)
     np.testing.assert_array_equal(decode(want, seed), pruned(patterns))
     return want
 
@@ -139,24 +142,69 @@ def test_same_bytes_for_every_window(window: int, part_rows: int) -> None:
 def test_same_bytes_where_greedy_pairs_must_change(part_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lefts that find no partner at first, long paths, and windows that are given up in the search."""
     outcomes = []
-    augment = slot24_pairs._augment
+    augment = slot24_pairs.augment
 
-    def counted(lefts: Any, rights: Any, left_order: Any, partner: Any) -> bool:
+    def counted(fits: Any, left_order: Any, partner: Any) -> bool:
         before = partner.copy()
-        done = augment(lefts, rights, left_order, partner)
+        done = augment(fits, left_order, partner)
         outcomes.append((done, int((before < 0).sum()), int(((before >= 0) & (before != partner)).sum())))
         return done
 
-    monkeypatch.setattr(slot24_pairs, "_augment", counted)
+    monkeypatch.setattr(slot24_pairs, "augment", counted)
     monkeypatch.setattr(slot24_encode, "has_lonely_column", lambda masks, window: False)
     windows = set()
     for seed, density in enumerate((0.21, 0.23, 0.25, 0.26, 0.28, 0.3, 0.33, 0.4)):
         a = bits("uniform", 128, 500, density * (1 if part_rows == 32 else 0.7), seed)
-        windows.add(same_bytes(a, part_rows=part_rows, seed=seed).window)
+        windows.add(same_bytes(a, part_rows=part_rows, group_values=4, seed=seed).window)
     assert len(windows) > 4
     assert {done for done, _, _ in outcomes} == {True, False}
     assert max(missing for done, missing, _ in outcomes if done) > 2
     assert max(changed for done, _, changed in outcomes if done) > 3
+
+
+@both_parts
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_same_bytes_with_two_values_in_a_group(pattern: str, part_rows: int) -> None:
+    """Also in windows with dummies, whose copies run to and fro; and where there is no such pairing."""
+    for seed, (window, density) in enumerate(((256, 0.08), (248, 0.1), (232, 0.12), (136, 0.2), (128, 0.05))):
+        options: dict[str, Any] = {"window": window, "part_rows": part_rows, "group_values": 2}
+        patterns = bits(pattern, 130, window + 9, density, seed)
+        try:
+            want = Slot24.from_dense(patterns.view(np.float16), **options)
+        except ArgumentError:
+            assert encode(patterns, "fp16", seed=seed, **options)[0] is None
+            continue
+        assert_same(encode(patterns, "fp16", seed=seed, **options)[0], want)
+        np.testing.assert_array_equal(decode(want, seed), pruned(patterns))
+
+
+@pytest.mark.parametrize(
+    ("part_rows", "window", "density", "attempts"),
+    [(64, 256, 0.12, 5), (32, 256, 0.14, 4), (32, 232, 0.16, 8), (32, 232, 0.2, 0)],
+)
+def test_same_bytes_after_several_attempts(
+    part_rows: int, window: int, density: float, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours that the first attempts do not find; that only a careless one finds; that none finds."""
+    tried: list[bool] = []
+    arrange = slot24_groups._arrange
+
+    def counted(*problems: Any, careful: bool) -> Any:
+        tried.append(careful)
+        return arrange(*problems, careful=careful)
+
+    monkeypatch.setattr(slot24_groups, "_arrange", counted)
+    options: dict[str, Any] = {"window": window, "part_rows": part_rows, "group_values": 2}
+    patterns = bits("uniform", 128, window + 5, density, 3)
+    if attempts == 0:
+        with pytest.raises(ArgumentError, match="window"):
+            Slot24.from_dense(patterns.view(np.float16), **options)
+        assert len(tried) == slot24_groups.ATTEMPTS
+        assert encode(patterns, "fp16", **options)[0] is None
+    else:
+        same_bytes(patterns, seed=1, **options)
+        assert len(tried) == attempts
+    assert all(tried) == (attempts in (4, 5))
 
 
 @pytest.mark.parametrize("dense", [1, 5, 13, 40, 64])
@@ -236,6 +284,7 @@ def test_the_host_side(launched: list[str]) -> None:
         assert_same(w, want)
     assert reports == [RoundingReport(total=want.nnz, changed=0, became_zero=0, became_infinite=0)] * 2
     assert want.part_rows == 32
+    assert want.group_values == 4  # too dense to try two
     tries = 2 + slot24_pairs.WINDOWS.index(want.window) + 1
     assert launched[: tries + 2] == ["slot24_mark", *["slot24_pair"] * tries, "slot24_fill"]
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), pruned(a))
@@ -265,6 +314,8 @@ def test_what_the_host_side_refuses(launched: list[str]) -> None:
         (full, {"window": 256}, "window"),
         (full, {"window": 130}, "window"),
         (full, {"part_rows": 48}, "part_rows"),
+        (full, {"group_values": 3}, "group_values"),
+        (np.ones((16, 200), np.float16), {"group_values": 2}, "group_values"),
         (full, {"dtype": "bf16"}, "dtype"),
         (full.view(np.uint16), {}, "dtype"),
     ):
@@ -286,7 +337,7 @@ def test_what_the_host_side_refuses(launched: list[str]) -> None:
 @both_parts
 def test_host_and_device_agree_on_the_constants(part_rows: int) -> None:
     constants = {"kPartRows": part_rows}
-    for header in ("bitmap", "slot24", "slot24_pairs"):
+    for header in ("bitmap", "slot24", "slot24_pairs", "slot24_groups"):
         source = (cuda_root() / f"flashllm/{header}.cuh").read_text(encoding="utf-8")
         for name, text in re.findall(r"constexpr int (k\w+) = ([^;]+);", source):
             text = text.replace("bitmap::", "").replace("slot24::", "").replace("/", "//")
@@ -302,3 +353,6 @@ def test_host_and_device_agree_on_the_constants(part_rows: int) -> None:
     assert constants["kColumnBytes"] * slot24_encode.TILES == w.columns.nbytes
     assert constants["kClasses"] == slot24_pairs._CLASSES
     assert constants["kOrders"] == len(slot24_pairs._SIGMAS)
+    assert constants["kAttempts"] == slot24_groups.ATTEMPTS
+    assert constants["kCarefulAttempts"] == slot24_groups._CAREFUL_ATTEMPTS
+    assert constants["kGroup"] == GROUP

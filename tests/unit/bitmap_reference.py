@@ -63,7 +63,7 @@ def restarts(tiles_m: int, tiles_k: int) -> set[int]:
 
 
 def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
-    """Masks, values, fronts and lags of a matrix of 16-bit patterns, no group of which has more than ``group_values``."""
+    """Masks, values, fronts and lags of 16-bit patterns; no group of the matrix has more than ``group_values``."""
     rows, columns = bits.shape
     masks: list[int] = []
     lags: list[int] = []

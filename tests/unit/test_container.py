@@ -283,3 +283,36 @@ def test_damaged_bytes_give_format_errors_only(
         return
     for w in weights.values():
         w.to_dense()
+
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+@pytest.mark.parametrize("name", registry.FORMATS)
+def test_files_say_the_version_of_the_format(name: str, tmp_path: Path) -> None:
+    made = registry.weight_class(name)
+    made.from_dense(cases.matrix("uniform", 20, 20, 0.1, 1, "fp16")).save(tmp_path / "w")
+    inner = json.loads(read_header(tmp_path / "w").metadata["weights"])
+    assert list(inner["weight"])[:2] == ["format", "version"]
+    assert inner["weight"]["version"] == made.VERSION == {"tiled-csl": 1, "bitmap": 2, "slot24": 2}[name]
+    for version in (KeyError, 0, 1, 2, 3, -1, True, "2", 2.0, None, [2]):
+        made.from_dense(cases.matrix("uniform", 20, 20, 0.1, 1, "fp16")).save(tmp_path / "w")
+        rewrite(tmp_path / "w", described(version=version))
+        said = 1 if version is KeyError else version
+        if type(said) is int and said == made.VERSION:
+            load_weights(tmp_path / "w")
+            continue
+        with pytest.raises(FormatError, match="encode the matrix again") as error:
+            load_weights(tmp_path / "w", validate=False)
+        assert error.value.field == "weight.version"
+        assert error.value.expected.startswith(str(made.VERSION))
+        assert error.value.got == repr(said)
+        assert error.value.path == str(tmp_path / "w")
+
+
+def test_files_of_an_older_version_are_refused() -> None:
+    """A file from before bitmap had its second version, and one of a format that still has its first."""
+    with pytest.raises(FormatError, match=r"encode the matrix again, got 1$") as error:
+        load_weight(GOLDEN / "bitmap_v1.safetensors")
+    assert error.value.field == "weight.version"
+    assert load_weight(GOLDEN / "tiled_csl_v1_row.safetensors").format == "tiled-csl"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,9 +13,10 @@ import scipy.sparse as sp
 import slot24_reference as reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_slot24_files import same
 
 import weight_cases as cases
-from flashllm.errors import ArgumentError, FormatError
+from flashllm.errors import ArgumentError
 from flashllm.formats import bitmap_encode, slot24_encode
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
@@ -26,8 +26,6 @@ from flashllm.formats.slot24_encode import unpack_picks
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
-
-GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 sizes = st.one_of(st.sampled_from([1, 2, 127, 128, 129, 247, 248, 255, 256, 257]), st.integers(1, 600))
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 0.2, 0.25, 1.0]), st.floats(0, 0.5))
@@ -44,11 +42,6 @@ def listed(w: Slot24) -> np.ndarray:
     parts = PARTS_OF[w.part_rows]
     rows = w.columns.reshape(tiles_m, tiles_k, 4, 32, parts.steps)
     return np.stack([parts.unpack_columns(row) for row in rows]).reshape(tiles_m, parts.bands, -1, 128, 2)
-
-
-def same(a: Slot24, b: Slot24) -> bool:
-    arrays = zip(a.arrays().values(), b.arrays().values(), strict=True)
-    return a.metadata() == b.metadata() and all(x.tobytes() == y.tobytes() for x, y in arrays)
 
 
 @settings(settings.get_profile("slot24"), max_examples=200)
@@ -211,32 +204,6 @@ def test_every_pattern_is_stored_exactly(dtype: str) -> None:
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
 
 
-def golden_matrix(one_of: int) -> np.ndarray:
-    """fp16 [129, 500] from a fixed recurrence: one of ``one_of`` elements."""
-    state = 12345
-    out = np.zeros(129 * 500, np.uint16)
-    for i in range(out.size):
-        state = (1103515245 * state + 12345) % 2**31
-        kept = (state >> 16) % one_of == 0
-        out[i] = (state >> 8) & 0xFFFF if kept else (0x8000 if state % 1024 < 16 else 0)
-    out[[0, 69, 9099]] = 0x7E00, 0x7C00, 0xFC00
-    return out.reshape(129, 500).view(np.float16)
-
-
-@pytest.mark.parametrize(
-    ("name", "one_of", "window", "group_values"), [("slot24_v2", 4, 248, 4), ("slot24_v2_groups", 8, 248, 2)]
-)
-def test_golden_files(name: str, one_of: int, window: int, group_values: int) -> None:
-    """Byte for byte. The files were made by slot24_reference and never change."""
-    a = golden_matrix(one_of)
-    w = Slot24.load(GOLDEN / f"{name}.safetensors")
-    np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
-    assert (w.window, w.group_values) == (window, group_values)
-    assert (w.columns >= 248).any(), "dummies"
-    assert w.lags[1].max() > 10
-    assert same(Slot24.from_dense(a), w)
-
-
 def test_host_and_device_agree_on_the_constants() -> None:
     header = (cuda_root() / "flashllm/slot24.cuh").read_text(encoding="utf-8")
     constants = dict(re.findall(r"constexpr int (k\w+) = ([^;]+);", header))
@@ -307,24 +274,6 @@ def test_the_order_of_slots_in_a_tile() -> None:
             assert parts.place(row, slot) == (place[0], slot // 64 * 64 + place[1])
             assert stored[parts.place(row, slot)] == tiles[row, slot]
         np.testing.assert_array_equal(parts.restored(stored), tiles)
-
-
-@both_parts
-@pytest.mark.parametrize("group_values", [2, 4])
-def test_files(group_values: int, part_rows: int, tmp_path: Path) -> None:
-    a = cases.matrix("uniform", 200, 300, 0.1, 5, "bf16")
-    w = Slot24.from_dense(a, window=176, part_rows=part_rows, group_values=group_values)
-    w.save(tmp_path / "w")
-    assert same(Slot24.load(tmp_path / "w"), w)
-
-
-@pytest.mark.parametrize("name", ["window", "part_rows", "group_values"])
-def test_files_say_how_columns_are_paired(name: str) -> None:
-    w = Slot24.from_dense(cases.matrix("uniform", 200, 300, 0.2, 5, "bf16"))
-    metadata = w.metadata()
-    del metadata[name]
-    with pytest.raises(FormatError, match=f"{name}: expected an entry in the metadata"):
-        Slot24.from_parts(metadata, w.arrays())
 
 
 def test_layouts_of_the_source() -> None:

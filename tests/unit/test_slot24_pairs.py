@@ -53,11 +53,11 @@ def test_windows_are_refused_when_columns_cannot_pair_up(
     tries = [(size, r) for r in shapes for size in sizes if part_rows is not None or r == 32 or size >= 248]
     first = next((one for one in tries if pairs_up(a, *one)), None)
     if first is not None:
-        w = Slot24.from_dense(a, window=window, part_rows=part_rows)
+        w = Slot24.from_dense(a, window=window, part_rows=part_rows, group_values=4)
         assert (w.window, w.part_rows) == first
     else:
         with pytest.raises(ArgumentError, match=f"window: expected a size in which all columns .*, got {window}"):
-            Slot24.from_dense(a, window=window, part_rows=part_rows)
+            Slot24.from_dense(a, window=window, part_rows=part_rows, group_values=4)
 
 
 @pytest.mark.parametrize("part_rows", [32, 64])
@@ -66,22 +66,23 @@ def test_bytes_equal_the_written_format_where_greedy_pairs_must_change(
 ) -> None:
     """Dense enough that lefts find no partner at first, that paths are long, and that one window is too large."""
     outcomes = []
-    augment = slot24_pairs._augment
+    augment = slot24_pairs.augment
 
-    def counted(lefts: Any, rights: Any, left_order: Any, partner: Any) -> bool:
+    def counted(fits: Any, left_order: Any, partner: Any) -> bool:
         before = partner.copy()
-        done = augment(lefts, rights, left_order, partner)
+        done = augment(fits, left_order, partner)
         outcomes.append((done, int((before < 0).sum()), int(((before >= 0) & (before != partner)).sum())))
         return done
 
-    monkeypatch.setattr(slot24_pairs, "_augment", counted)
+    monkeypatch.setattr(slot24_pairs, "augment", counted)
     monkeypatch.setattr(slot24_encode, "has_lonely_column", lambda masks, window: False)
     rows = {32: (0.23, 0.26, 0.3), 64: (0.15, 0.17, 0.21)}
     for seed, density in enumerate(rows[part_rows]):
         bits = cases.bits("uniform", 128, 256, density, seed)
-        want = reference.encode(bits, part_rows=part_rows)
+        want = reference.encode(bits, part_rows=part_rows, group_values=4)
         assert want is not None
-        reference.assert_as_written(Slot24.from_dense(bits.view(np.float16), part_rows=part_rows), want)
+        w = Slot24.from_dense(bits.view(np.float16), part_rows=part_rows, group_values=4)
+        reference.assert_as_written(w, want)
     assert {done for done, _, _ in outcomes} == {True, False}
     assert max(missing for done, missing, _ in outcomes if done) > 2
     assert max(changed for done, _, changed in outcomes if done) > 3

@@ -25,41 +25,42 @@ if TYPE_CHECKING:
 N_BLOCKS = (8, 16, 32)
 """Columns of x one block computes: more leave too little shared memory for windows of x."""
 THREADS = (PARTS + 1) * LANES
-RING_ROWS = {8: 80, 16: 80, 32: 96}
-"""Value rows that a block keeps in shared memory, by its columns of x."""
+WINDOW_TILES = 2
+"""Tiles of slots of a window."""
 _WINDOW_COLUMNS = 256
 _COLUMN_BYTES = {8: 16, 16: 32, 32: 80}  # of a window of x, by its rows
-_COUNTER_BYTES = 256  # of the workspace: who turns which part of x
-_SUM_BYTES = 2048  # of sums on their way between the parts of a band of 64 rows
+_COUNTER_BYTES = 32  # of the workspace, for each window and once more: who has turned which part of x
+_SUM_BYTES = 1024  # of sums on their way between the parts of a band of 64 rows
 _ROW_COST = 2  # see matmul/bitmap.py
+# Blocks that share an SM, by columns of x: as many as its shared memory holds; one on the others, which have 100 KB.
+_RESIDENT_BLOCKS = {
+    "80": {8: 2, 16: 2, 32: 1},
+    "90a": {8: 3, 16: 3, 32: 2},
+    "100a": {8: 3, 16: 3, 32: 2},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Room:
-    """What a block keeps in shared memory, and how many of them an SM holds."""
+    """What a block keeps in shared memory."""
 
+    ring_rows: int
+    """Value rows."""
     stages: int
-    """Tiles for which masks, picks and columns have room."""
+    """Steps for which masks, picks and columns have room."""
     windows: int
     """Windows of x: one is read, the others are on their way."""
-    resident_blocks: int
 
 
-# As much as fits.
-_ROOMY = {
-    8: _Room(stages=5, windows=3, resident_blocks=3),
-    16: _Room(stages=3, windows=2, resident_blocks=3),
-    32: _Room(stages=4, windows=2, resident_blocks=2),
+# By columns of x and values of a group: steps of both tiles of a window where it is two, of one tile where it is four.
+_ROOM = {
+    (8, 2): _Room(ring_rows=96, stages=2, windows=2),
+    (16, 2): _Room(ring_rows=80, stages=2, windows=2),
+    (32, 2): _Room(ring_rows=96, stages=3, windows=2),
+    (8, 4): _Room(ring_rows=80, stages=5, windows=3),
+    (16, 4): _Room(ring_rows=80, stages=3, windows=2),
+    (32, 4): _Room(ring_rows=96, stages=4, windows=2),
 }
-_SM_80 = {
-    8: _Room(stages=5, windows=3, resident_blocks=2),
-    16: _Room(stages=3, windows=2, resident_blocks=2),
-    32: _Room(stages=4, windows=2, resident_blocks=1),
-}
-# An SM of the others has 100 KB.
-_SMALL = {8: _ROOMY[8], 16: _ROOMY[16], 32: _Room(stages=4, windows=1, resident_blocks=1)}
-_SMALL = {n: replace(room, resident_blocks=1) for n, room in _SMALL.items()}
-_ROOM = {"80": _SM_80, "90a": _ROOMY, "100a": _ROOMY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +91,10 @@ class Choice:
 
 @cache
 def _spec(choice: Choice) -> KernelSpec:
-    room = _Room(stages=choice.stages, windows=choice.windows, resident_blocks=choice.resident_blocks)
     n = choice.n_block
     parts = PARTS_OF[choice.part_rows]
-    ring_rows = RING_ROWS[n]
-    stage_bytes = PARTS * LANES * (8 + 8 + parts.steps)  # masks, picks and columns of a tile
+    step_tiles = WINDOW_TILES if choice.group_values == 2 else 1
+    stage_bytes = step_tiles * PARTS * LANES * (8 + 8 + parts.steps)  # masks, picks and columns
     return KernelSpec(
         name="slot24",
         source="spmm/slot24.cu",
@@ -104,24 +104,25 @@ def _spec(choice: Choice) -> KernelSpec:
             ("kN", str(n)),
             ("kPartRows", str(parts.rows)),
             ("kGroupValues", str(choice.group_values)),
-            ("kRing", str(ring_rows)),
+            ("kRing", str(_ROOM[n, choice.group_values].ring_rows)),
             ("kStages", str(choice.stages)),
             ("kWindows", str(choice.windows)),
             ("kMinBlocks", str(choice.resident_blocks)),
         ),
         threads=THREADS,
-        shared_bytes=PARTS * (ring_rows + MIRROR_ROWS) * ROW_BYTES
+        shared_bytes=PARTS * (_ROOM[n, choice.group_values].ring_rows + MIRROR_ROWS) * ROW_BYTES
         + choice.windows * _WINDOW_COLUMNS * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
         + (_SUM_BYTES if parts.halves == 2 else 0)
         + choice.stages * 16
         + 16,  # barriers
-        archs=tuple(arch for arch in ALL_ARCHS if _room(arch, n) == room),
+        archs=tuple(arch for arch in ALL_ARCHS if resident_blocks(arch, n) == choice.resident_blocks),
     )
 
 
-def _room(arch: str, n_block: int) -> _Room:
-    return _ROOM.get(arch, _SMALL)[n_block]
+def resident_blocks(arch: str, n_block: int) -> int:
+    """Blocks that share an SM of ``arch``."""
+    return _RESIDENT_BLOCKS.get(arch, {}).get(n_block, 1)
 
 
 def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
@@ -131,7 +132,7 @@ def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
 
 
 def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, aligned: bool) -> Choice:
-    room = _room(arch, n_block)
+    room, resident = _ROOM[n_block, layout[1]], resident_blocks(arch, n_block)
     return Choice(
         dtype=dtype,
         n_block=n_block,
@@ -139,9 +140,9 @@ def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, ali
         group_values=layout[1],
         stages=room.stages,
         windows=room.windows,
-        resident_blocks=room.resident_blocks,
+        resident_blocks=resident,
         aligned=aligned,
-        blocks_per_sm=room.resident_blocks,
+        blocks_per_sm=resident,
     )
 
 
@@ -156,8 +157,12 @@ def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
         row_cost=_ROW_COST,
         max_chain=MAX_CHAIN_STEPS // STEPS,
     )
-    turned = column_blocks * -(-w.shape[1] // w.window) * _WINDOW_COLUMNS * _COLUMN_BYTES[choice.n_block]
-    return replace(split, counter_bytes=_COUNTER_BYTES, scratch_bytes=turned)
+    windows = column_blocks * -(-w.shape[1] // w.window)
+    return replace(
+        split,
+        counter_bytes=-(-(windows + 1) // 4) * 4 * _COUNTER_BYTES,
+        scratch_bytes=windows * _WINDOW_COLUMNS * _COLUMN_BYTES[choice.n_block],
+    )
 
 
 def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:

@@ -7,14 +7,13 @@
 //
 // In device memory x has rows. Blocks need its windows again and again, so a launch turns each just once, into a scratch
 // buffer that holds windows as shared memory does: every multiplying warp its share, when it begins. Feeding warps copy
-// windows from there once all blocks have done so. The first window of a block does not wait so long, its warps turn it for
-// themselves; and where blocks do not begin, since others run that wait for them, a feeding warp turns what it needs.
+// windows from there. The first windows of a block do not wait for that, its warps turn them for themselves; and where
+// blocks do not begin, since others run that wait for them, a feeding warp turns what it needs.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
-#include "flashllm/warp_arrival.cuh"
 
 namespace flashllm {
 
@@ -48,14 +47,14 @@ struct XTurn {
     static constexpr int kPieceColumns = bitmap::kLanes;
     static constexpr int kWindowPieces = Window::kColumns / kPieceColumns;
     static constexpr int kOwnPieces = kWindowPieces / bitmap::kParts;  // of a window that four warps turn
-    static constexpr int kTogether = kN <= 16 ? kOwnPieces : 1;  // there are registers for so many
+    static constexpr int kFirstWindows = kN <= 16 ? 2 : 1;  // that a block turns for itself
+    static constexpr int kTogether = kN == 8 ? 4 : kN == 16 ? 2 : 1;  // there are registers for so many pieces
 
     const unsigned short* x;
     int N, K;
     int windows, window_columns;  // of x; of one
     unsigned* counters;           // kCounterWords for the blocks, then for each window of each column block
     unsigned char* scratch;
-    unsigned barrier;  // shared address: the warps of the block have turned their share
 
     // Of workspace, for the counters: whole 128 bytes.
     FLASHLLM_DEVICE static unsigned counter_bytes(int windows) {
@@ -65,37 +64,31 @@ struct XTurn {
         return scratch + (static_cast<long long>(blockIdx.y) * windows + number) * Window::kBytes;
     }
 
-    // By the four multiplying warps, when they begin: turns the run's first window to shared memory, which they may read
+    // By the four multiplying warps, when they begin: turns the run's first windows to shared memory, which they may read
     // then, and their shares.
     FLASHLLM_DEVICE void begin(unsigned char* to, int first_window, int warp) const {
-        Piece own[kTogether];  // these loads before the first store
+        const auto own = [&](int i) {  // piece i of this warp
+            const int window = (first_window + i / kOwnPieces) % windows;
+            return load(blockIdx.y * kN, window, warp * kOwnPieces + i % kOwnPieces);
+        };
+        const auto store_own = [&](int i, const Piece& piece) {
+            store(to + i / kOwnPieces * Window::kBytes, warp * kOwnPieces + i % kOwnPieces, piece);
+        };
+        Piece first[kTogether];  // these loads before the first store
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) own[i] = load(blockIdx.y * kN, first_window, warp * kOwnPieces + i);
+        for (int i = 0; i < kTogether; ++i) first[i] = own(i);
 #pragma unroll 1
         for (int share = first_share(warp); share < pieces(); share += step()) {
             const int number = share / kWindowPieces, column_block = number / windows, piece = share % kWindowPieces;
             store(scratch + static_cast<long long>(number) * Window::kBytes, piece,
                   load(column_block * kN, number - column_block * windows, piece));
         }
-        warp_arrive(barrier);
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) store(to, warp * kOwnPieces + i, own[i]);
+        for (int i = 0; i < kTogether; ++i) store_own(i, first[i]);
 #pragma unroll 1
-        for (int i = warp * kOwnPieces + kTogether; i < (warp + 1) * kOwnPieces; ++i) {
-            store(to, i, load(blockIdx.y * kN, first_window, i));
-        }
+        for (int i = kTogether; i < kFirstWindows * kOwnPieces; ++i) store_own(i, own(i));
         ptx::meet<bitmap::kTileThreads>(kWindowBarrier);
-    }
-
-    // By a feeding warp: tells the others that the block's share is turned.
-    FLASHLLM_DEVICE void tell() const {
-        const int lane = threadIdx.x & 31, warp = lane;
-        ptx::mbarrier_wait(barrier, 0);
-        if (warp >= bitmap::kParts || first_share(warp) >= pieces()) return;
-        __threadfence();
-        for (int piece = first_share(warp); piece < pieces(); piece += step()) {
-            atomicAdd(counter(piece / kWindowPieces), 1u);
-        }
+        if (first_share(warp) < pieces()) tell(warp);
     }
 
     // By a feeding warp: whether a window is turned, after so many looks at the most. Then copies may read it.
@@ -127,7 +120,7 @@ struct XTurn {
         __syncwarp();
     }
 
-    // By a feeding warp that has told the others and needs no more of x: the last one leaves zeros.
+    // By a feeding warp that needs no more of x, and whose block has turned its share: the last one leaves zeros.
     FLASHLLM_DEVICE void leave() const {
         __threadfence();
         __syncwarp();
@@ -144,6 +137,16 @@ private:
     }
     FLASHLLM_DEVICE int step() const { return static_cast<int>(gridDim.x * gridDim.y) * bitmap::kParts; }
     FLASHLLM_DEVICE unsigned* counter(int window) const { return counters + (window + 1) * kCounterWords; }
+
+    // Counts the pieces of a warp's share.
+    FLASHLLM_DEVICE void tell(int warp) const {
+        __threadfence();
+        __syncwarp();
+        if ((threadIdx.x & 31) != 0) return;
+        for (int share = first_share(warp); share < pieces(); share += step()) {
+            atomicAdd(counter(share / kWindowPieces), 1u);
+        }
+    }
 
     struct Piece {
         unsigned values[kN / 2];

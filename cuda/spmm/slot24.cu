@@ -99,10 +99,9 @@ struct Layout {
     FLASHLLM_DEVICE unsigned window(int place) const { return base + kWindowsAt + place * Window::kBytes; }
     FLASHLLM_DEVICE unsigned stage(int stage) const { return base + kStagesAt + stage * kStageBytes; }
     FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
-    FLASHLLM_DEVICE unsigned turned() const { return base + kBarriersAt + kStages * 16; }
 };
 
-// The feeding warp's windows of x, from the second one of the run on.
+// The feeding warp's windows of x, behind the first ones of the run, which are there.
 //
 // A window comes with the first step that needs it, on the same barrier. But x may not be turned yet when the first steps
 // could be brought: then their barriers wait for the windows, and all else is asked for first.
@@ -113,41 +112,34 @@ struct WindowFeed {
     const XTurn<Window::kN>& turn;
     int next;        // the window to be copied, in its row of tiles
     int phase;       // 1 where the run begins with a window's second tile
-    int asked = 0;   // windows that steps wait for
-    int copied = 0;  // of these
-    int place = 1 % L::kWindows;  // where the next one goes
-    bool told = false, turned = false;
+    int asked = XTurn<Window::kN>::kFirstWindows;  // windows that steps wait for
+    int copied = asked;                            // of these
+    int place = copied % L::kWindows;              // where the next one goes
+    bool turned = false;
 
     // The first step of the run's window `number`.
     FLASHLLM_DEVICE int step_of(int number) const {
         return L::kStepTiles == 1 ? slot24::kWindowTiles * number - phase : number;
     }
-    FLASHLLM_DEVICE bool begins(int step) const { return step == step_of(asked + 1); }
+    FLASHLLM_DEVICE bool begins(int step) const { return step == step_of(asked); }
 
     // Steps that have to be released before the next window finds a place.
-    FLASHLLM_DEVICE int needed() const { return step_of(asked + 2 - L::kWindows); }
+    FLASHLLM_DEVICE int needed() const { return step_of(asked + 1 - L::kWindows); }
 
     // Copies all windows that steps wait for.
     FLASHLLM_DEVICE void copy() {
         constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
-        if (!told) tell();
         if (copied == asked) return;
-        if (!turned) turned = copied != 0 && turn.all_are_turned();
+        if (copied == XTurn<Window::kN>::kFirstWindows) ptx::grid_dependency_wait();
+        else if (!turned) turned = turn.all_are_turned();
 #pragma unroll 1
         while (copied < asked) {
             if (!turned && !turn.is_turned(next, kLooks)) turn.turn(next);
-            const int stage = step_of(++copied) % L::kStages;
+            const int stage = step_of(copied++) % L::kStages;
             copy_window(layout.window(place), turn.window(next), layout.barriers().full(stage));
             if (++place == L::kWindows) place = 0;
             if (++next == turn.windows) next = 0;
         }
-    }
-
-    // When all that has no need of x is on its way.
-    FLASHLLM_DEVICE void tell() {
-        ptx::grid_dependency_wait();
-        turn.tell();
-        told = true;
     }
 
 private:
@@ -181,15 +173,17 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
         x.asked += begins;
 #if __CUDA_ARCH__ >= 900
         feed.bring(pieces, need, begins ? L::Window::kBytes : 0);
-        if (x.copied != 0) x.copy();
+        if (x.copied != XTurn<L::Window::kN>::kFirstWindows) x.copy();
 #else
-        if (x.asked != 0) x.copy();  // before the arrival for all that was asked for
+        x.copy();  // before the arrival for all that was asked for
         feed.bring(pieces, need);
 #endif
         masks += L::kStepTiles * bitmap::kMaskBytes, picks += L::kStepTiles * slot24::kPickBytes;
         columns += L::kStepTiles * L::kColumnBytes;
     }
     x.copy();
+    while (feed.done == 0) feed.wait_release();
+    ptx::grid_dependency_wait();
     x.turn.leave();
 }
 
@@ -203,6 +197,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
             unsigned char* workspace, unsigned char* turned, int M, int N, int K, int window_columns, int row_cost,
             int runs, int runs_row_cost) {
+    static_assert(kWindows >= XTurn<kN>::kFirstWindows, "the first windows have their places");
     static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
     using S = SlotShape<kN, kPartRows, kGroupValues>;
     using L = Layout<S, kRing, kStages, kWindows>;
@@ -216,7 +211,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, windows * slot24::kWindowTiles, row_cost,
                            workspace + XTurn<kN>::counter_bytes(windows));
     const XTurn<kN> turn{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
-                         reinterpret_cast<unsigned*>(workspace), turned, layout.turned()};
+                         reinterpret_cast<unsigned*>(workspace), turned};
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
@@ -228,17 +223,14 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
     const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
-    if (threadIdx.x == 0) {
-        ptx::mbarrier_init(layout.turned(), bitmap::kParts * kWarpArrivals);
-        barriers.init(kStages, L::Feed::kArrivals);
-    }
+    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals);
     __syncthreads();
 
     if (feeds) {
         const int before = phase % L::kStepTiles;  // tiles of the first step that are not in the run
         const long long begin = first - before;
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, before, first_fronts),
-                   WindowFeed<L>{layout, turn, (first_window + 1) % windows, phase}, masks + begin * bitmap::kMaskBytes,
+                   WindowFeed<L>{layout, turn, (first_window + XTurn<kN>::kFirstWindows) % windows, phase}, masks + begin * bitmap::kMaskBytes,
                    picks + begin * slot24::kPickBytes, columns + begin * L::kColumnBytes);
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first

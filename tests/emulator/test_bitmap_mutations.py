@@ -3,12 +3,12 @@
 
 Not here, because nothing depends on them:
 
-- the row behind the front, whose value is loaded but never used;
+- the two rows behind the front, whose values are loaded but never used;
 - in ``needed``, the rows that are there already: whole chunks give the same;
 - ``__syncwarp`` before the feeder's copies: the barrier counts bytes that come before they are announced;
 - the fence of the feeder that stores x itself: every warp that multiplies by wgmma has one;
 - where the feeder's lanes copy all, their arrivals for x: those for the rest come after all copies;
-- ``even > end``: a pointer at the end still has a mask word's 16 rows before it, the mirror;
+- ``low > end``: a pointer at the end still has a mask word's 16 rows before it, the mirror;
 - how many steps of wgmma may be in flight: a matter of which registers the compiler takes.
 
 Not here, because the emulator orders more than a GPU: ``__syncwarp`` before a release, behind an instruction for which
@@ -45,10 +45,10 @@ MUTATIONS = (
     Mutation(
         "a tile is released before all of it is multiplied",
         KERNEL,
-        "                multiply_word<T, S, 1>(sum, streams.even, streams.odd, mask.y, x_stage);\n            }\n"
+        "                multiply_word<T, S, 1>(sum, streams, mask.y, x_stage);\n            }\n"
         "            barriers.release(cycle.stage);",
         "                barriers.release(cycle.stage);\n"
-        "                multiply_word<T, S, 1>(sum, streams.even, streams.odd, mask.y, x_stage);\n            }",
+        "                multiply_word<T, S, 1>(sum, streams, mask.y, x_stage);\n            }",
     ),
     Mutation(
         "the stage behind a tile is released",
@@ -60,8 +60,8 @@ MUTATIONS = (
     Mutation("no wrap before a tile", KERNEL, "streams.wrap();\n            if constexpr", "if constexpr"),
     Mutation("no wrap amid a tile", KERNEL, "streams.wrap();\n                multiply_word", "multiply_word"),
     Mutation("no wrap amid a tile, wgmma", KERNEL, "streams.wrap();\n                start_step", "start_step", WGMMA),
-    Mutation("even columns do not wrap", RING, "even -= ValueRing<kRing>::kWrapBytes;", ";"),
-    Mutation("odd columns do not wrap", RING, "odd -= ValueRing<kRing>::kWrapBytes;", ";"),
+    Mutation("first halves of steps do not wrap", RING, " low -= Ring::kWrapBytes;", ";"),
+    Mutation("second halves of steps do not wrap", RING, " high -= Ring::kWrapBytes;", ";"),
     Mutation("no proxy fence", KERNEL, "ptx::fence_async_proxy();  // x came", "// x came", WGMMA),
     Mutation("wgmma is not started in order", KERNEL, "    ptx::warpgroup_begin();\n", "", WGMMA),
     Mutation("steps are not committed", KERNEL, "    ptx::warpgroup_commit();\n", "", WGMMA),
@@ -71,8 +71,8 @@ MUTATIONS = (
     *both("parity does not turn", RING, "stage = 0, parity ^= 1;", "stage = 0;"),
     Mutation("barriers are used before they are there", KERNEL, "kArrivals);\n    __syncthreads();", "kArrivals);"),
     # Where a run begins.
-    Mutation("lags of even columns are ignored", RING, "static_cast<int>(lag & 0xff)", "0"),
-    Mutation("lags of odd columns are ignored", RING, "static_cast<int>(lag >> 8)", "0"),
+    Mutation("lags of first halves are ignored", RING, "static_cast<int>(lag & 0xff)", "0"),
+    Mutation("lags of second halves are ignored", RING, "static_cast<int>(lag >> 8)", "0"),
     Mutation("lags of the first tile", RING, "stored / bitmap::kLagTiles * bitmap::kTileThreads + thr", "thr"),
     Mutation("masks before the run are not counted", RING, "i < first - known ? ~0u : 0u", "0u"),
     Mutation("more masks than there are before the run", RING, "i < first - known ? ~0u : 0u", "~0u"),
@@ -88,18 +88,18 @@ MUTATIONS = (
     *both("the last chunk is left out", RING, "kChunkRows - 1)) + 1", "kChunkRows - 1)) - 15"),
     *both("a tile is brought without room", KERNEL, "while (!feed.has_room(need)) feed.wait_release();"),
     *both("one release makes room", KERNEL, "while (!feed.has_room(need))", "if (!feed.has_room(need))"),
-    *both("a stage is filled too early", RING, "tile - done < kStages", "tile - done <= kStages"),
+    *both("a stage is filled too early", RING, "step - done < kStages", "step - done <= kStages"),
     *both("rows of slow streams are refilled", RING, "<= done_front - bitmap::kSlack;", "<= done_front;"),
     *both("refilled a row too early", RING, "<= done_front - bitmap::kSlack;", "<= done_front - bitmap::kSlack + 1;"),
     *both("releases are not waited for", RING, "ptx::mbarrier_wait(barriers.empty(emptied.stage), emptied.parity);"),
     Mutation("releases are those of one stage", RING, "        emptied.advance();\n"),
     Mutation("released tiles are not counted", RING, "        ++done;\n"),
     Mutation("the slowest front stands still", RING, "done_front = __shfl_sync", "__shfl_sync"),
-    *both("released tiles are looked up in a later set", RING, "current ? front_set : before_set", "front_set"),
+    *both("released tiles are looked up in a later set", RING, "front_set : before_set", "front_set : next_set"),
     Mutation("fronts are those before the tiles", RING, "(fronts, count, 0)", "(fronts, count, -1)"),
     Mutation("fronts of the second set are late", RING, "(fronts, count, 32)", "(fronts, count, 31)"),
-    Mutation("fronts of later sets are late", RING, "(fronts, count, tile + 33)", "(fronts, count, tile + 32)"),
-    Mutation("fronts are not renewed", RING, "if ((tile & 31) == 31)", "if (false)"),
+    Mutation("fronts of later sets are late", RING, "(next | 31) + 1", "(next | 31)"),
+    Mutation("fronts are not renewed", RING, "if (next >> 5 != last >> 5)", "if (false)"),
     Mutation("fronts are not bounded", RING, "min(tile + static_cast<int>(threadIdx.x & 31) + 1, count)", "tile + 32"),
     Mutation("a stage is filled twice", RING, "        filled.advance();\n"),
     # What it brings of every tile.
@@ -110,7 +110,7 @@ MUTATIONS = (
     Mutation("turns of x keep their swizzle", X_STAGE, "(target ^ (turn * kOtherSwizzle % 8 << 4))", "target"),
     *both("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();"),
     Mutation("one warp brings x of the first tiles", KERNEL, "if (warp < min(kStages, count))", "if (warp == 0)"),
-    Mutation("the feeder brings x of the first tiles", KERNEL, "if (feed.tile >= L::kTiles) "),
+    Mutation("the feeder brings x of the first tiles", KERNEL, "if (feed.step >= L::kTiles) "),
     Mutation("the feeder begins with x of the first tile", KERNEL, "loader(kStages)", "loader(0)"),
     Mutation("the feeder begins with x beyond the row", KERNEL, "(tile_k + tile) % split.tiles_k", "tile_k + tile"),
     *both("masks stand still", KERNEL, "feed.advance(), masks += bitmap::kMaskBytes", "feed.advance()"),
@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation("there is one restart", KERNEL, "                restart = next_restart();\n"),
     Mutation("the loop does not stop at restarts", KERNEL,
              " stop = min(chains.chain_end, restart);\n        }", " stop = chains.chain_end;\n        }"),
-    Mutation("odd columns go on with the even ones", RING, "odd = even + 2;", "odd = even;"),
-    Mutation("restarts do not wrap", RING, "(front - ring.origin) % kRing", "(front - ring.origin)"),
+    Mutation("second halves go on with the first", RING, "high = low + 2;", "high = low;"),
+    Mutation("restarts do not wrap", RING, "(front - ring.origin) % Ring::kRows", "(front - ring.origin)"),
     Mutation("lags count at restarts", RING, "if (known != restart)", "if (true)"),
     Mutation("a restart is not looked for", RING, "known = max(stored, restart)", "known = stored"),
     Mutation("no start needs the slack", KERNEL, "first == restart ? 0 : bitmap::kSlack", "0"),
@@ -168,13 +168,22 @@ MUTATIONS = (
     Mutation("rows of y are not bounded", EPILOGUE, "if (n < N && m < M)", "if (n < N)"),
     Mutation("a written row stays in the accumulators", EPILOGUE, "sum[i][j][r] = 0.0f;"),
     # Decoding.
-    Mutation("even columns stand still", DECODE, "even = ptx::dot4(flags, kWeight | kWeight << 16, even);"),
-    Mutation("odd columns stand still", DECODE, "odd = ptx::dot4(flags, (kWeight | kWeight << 16) << 8, odd);"),
-    Mutation("the second value is the first", DECODE, "even2 = ptx::dot4(flags, kWeight, even)", "even2 = even"),
-    Mutation("a flag of the group before", DECODE, "mask >> (kGroup & ~1)", "mask >> kGroup"),
+    Mutation("a stream stands still", DECODE, "place = ptx::dot4(flags, kHalf << 16, between);", ";"),
+    Mutation("values of the first row are not passed", DECODE, "kHalf << 16, between", "kHalf << 16, place"),
+    Mutation("values of the second row are not passed", DECODE, "ptx::dot4(flags, kHalf << 16, between)", "between"),
+    Mutation("the second row begins with the first", DECODE, "ptx::dot4(flags, kHalf, place)", "place"),
+    Mutation("one element of a row moves the stream", DECODE, "kHalf = kWeight | kWeight << 8", "kHalf = kWeight"),
+    Mutation("the second value is the first", DECODE, "b = ptx::load_shared_half(place + kRowBytes)", "b = a"),
+    Mutation("the fourth value is the third", DECODE, "d = ptx::load_shared_half(between + kRowBytes)", "d = c"),
+    Mutation("the second row has the first's values", DECODE, "permute(c, d, 0x", "permute(a, b, 0x"),
+    Mutation("flags of the group before", DECODE, "mask >> (kNumber & ~1)", "mask >> kNumber"),
+    Mutation("weights of the group before", DECODE, "kRowBytes >> kBit", "kRowBytes"),
     Mutation("flags select what is not there", DECODE, "0x22u >> kBit", "0x22u"),
-    Mutation("both rows select alike", DECODE, "select >> 16", "select"),
-    Mutation("steps are of one half of the mask", DECODE, "decode_group<kStep * 4 + 3>", "decode_group<3>"),
+    Mutation("the second flag does not know the first", DECODE, "kBytes * 0x0200u - kBytes;", "0u - kBytes;"),
+    Mutation("both rows select alike", DECODE, "(flags >> 16) * kFactor", "flags * kFactor"),
+    Mutation("both halves read one stream", DECODE, "(a[0][2], a[0][3], high", "(a[0][2], a[0][3], low"),
+    Mutation("both halves read one stream, lower rows", DECODE, "(a[1][2], a[1][3], high", "(a[1][2], a[1][3], low"),
+    Mutation("steps are of one half of the mask", DECODE, "group<kStep * 4 + 3, k", "group<3, k"),
 )  # fmt: skip
 
 UNALIGNED = (

@@ -17,8 +17,8 @@ from flashllm.formats.bitmap_encode import CHUNK_ROWS, SLACK, STREAM_ELEMENTS
 from flashllm.matmul import bitmap
 from products import assert_exact, exact, integers, weight
 
-SMALLEST = SLACK + STREAM_ELEMENTS + CHUNK_ROWS
-UNCHECKED = "kRing >= bitmap::kSlack + bitmap::kStreamElements + bitmap::kChunkRows"
+SMALLEST = SLACK + STREAM_ELEMENTS + 1 + CHUNK_ROWS
+UNCHECKED = "kRing >= bitmap::kSlack + kMoves + 1 + bitmap::kChunkRows"
 
 
 @pytest.fixture

@@ -114,8 +114,7 @@ def _spec(choice: Choice) -> KernelSpec:
         + choice.windows * _WINDOW_COLUMNS * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
         + (_SUM_BYTES if parts.halves == 2 else 0)
-        + choice.stages * 16
-        + 16,  # barriers
+        + choice.stages * 16,  # barriers
         archs=tuple(arch for arch in ALL_ARCHS if resident_blocks(arch, n) == choice.resident_blocks),
     )
 

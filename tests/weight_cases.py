@@ -43,15 +43,15 @@ def mask(pattern: str, rows: int, columns: int, density: float, seed: int) -> ND
 
 
 def _lagging(rows: int, columns: int, density: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Every stream of a bitmap but one lags by 32 rows from tile 2 on, and has values of its own.
+    """Every stream of a bitmap but one lags by 31 rows from tile 2 on, and has values of its own.
 
     Tile 1 has the elements of one stream, all 32; of the others each has equally many of every stream.
     """
     row, column = np.indices((rows, columns))
     tile = row // 128 * -(-columns // 64) + column // 64
-    place = column // 16 % 4 * 8 + row // 64 % 2 * 4 + column // 8 % 2 * 2 + row // 8 % 2  # in its stream
+    place = column // 16 % 4 * 8 + row // 64 % 2 * 4 + row // 8 % 2 * 2 + column % 2  # in its stream
     chosen = rng.random((tile[-1, -1] + 1, 32)) < rng.random((tile[-1, -1] + 1, 1)) * 2 * density
-    leads = (row % 64 // 16 == 0) & (row % 8 == 0) & (column % 8 == 0)
+    leads = (row % 64 // 16 == 0) & (row % 8 == 0) & (column % 16 < 2)
     return np.where(tile == 1, leads, chosen[tile, place])
 
 

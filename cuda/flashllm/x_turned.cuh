@@ -47,8 +47,8 @@ struct XTurn {
     static constexpr int kPieceColumns = bitmap::kLanes;
     static constexpr int kWindowPieces = Window::kColumns / kPieceColumns;
     static constexpr int kOwnPieces = kWindowPieces / bitmap::kParts;  // of a window that four warps turn
-    static constexpr int kFirstWindows = kN <= 16 ? 2 : 1;  // that a block turns for itself
-    static constexpr int kTogether = kN == 8 ? 4 : kN == 16 ? 2 : 1;  // there are registers for so many pieces
+    static constexpr int kFirstWindows = 1;  // that a block turns for itself: two take .5 us longer than the second is waited for
+    static constexpr int kTogether = kN <= 16 ? 2 : 1;  // there are registers for so many pieces
 
     const unsigned short* x;
     int N, K;

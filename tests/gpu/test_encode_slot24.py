@@ -17,6 +17,7 @@ from products import NUMPY_DTYPE
 from weight_cases import PATTERNS, bits, pruned
 
 both_parts = pytest.mark.parametrize("part_rows", [32, 64])
+both_groups = pytest.mark.parametrize("group_values", [2, 4])
 SHAPES = [(1, 1), (1, 270), (70, 1), (128, 256), (129, 257), (256, 128), (130, 63), (300, 502), (64, 1007), (512, 1030)]
 
 
@@ -66,13 +67,34 @@ def test_same_bytes_for_every_window(cp: Any, window: int, part_rows: int) -> No
 
 
 @both_parts
+def test_same_bytes_with_two_values_in_a_group(cp: Any, part_rows: int) -> None:
+    """Many problems, of which some need several attempts, in windows of every size; and some that none solves."""
+    found = 0
+    for seed, density in enumerate((0.02, 0.08, 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.18, 0.2, 0.25)):
+        for window in (256, 248, 232, 200, 128):
+            a = patterns(256, 3 * window + 9, density, seed).view(np.float16)
+            options: dict[str, Any] = {"window": window, "part_rows": part_rows, "group_values": 2}
+            try:
+                want = Slot24.from_dense(a, **options)
+            except ArgumentError:
+                with pytest.raises(ArgumentError, match="window"):
+                    Slot24.from_dense(to_cupy(cp, a), **options)
+                continue
+            w = Slot24.from_dense(to_cupy(cp, a), **options)
+            assert_same(w, want)
+            np.testing.assert_array_equal(w.to_dense().view(np.uint16).get(), pruned(a))
+            found += 1
+    assert 10 < found < 60
+
+
+@both_parts
 def test_same_bytes_where_greedy_pairs_must_change(cp: Any, part_rows: int) -> None:
     """Many problems at densities at which lefts find no partner at first, and at which windows are too large."""
     windows = set()
     for seed, density in enumerate((0.19, 0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26, 0.27, 0.28, 0.29, 0.3, 0.32, 0.34)):
         a = patterns(256, 4096, density * (1 if part_rows == 32 else 0.75), seed).view(np.float16)
-        w = Slot24.from_dense(to_cupy(cp, a), part_rows=part_rows)
-        assert_same(w, Slot24.from_dense(a, part_rows=part_rows))
+        w = Slot24.from_dense(to_cupy(cp, a), part_rows=part_rows, group_values=4)
+        assert_same(w, Slot24.from_dense(a, part_rows=part_rows, group_values=4))
         windows.add(w.window)
     assert len(windows) > 6
 
@@ -127,12 +149,15 @@ def test_repeats_give_the_same_bytes(cp: Any) -> None:
 @pytest.mark.sanitize
 @pytest.mark.parametrize("columns", [64, 257, 530])
 @both_parts
-def test_decode_writes_every_element_and_nothing_else(cp: Any, columns: int, part_rows: int) -> None:
+@both_groups
+def test_decode_writes_every_element_and_nothing_else(
+    cp: Any, columns: int, part_rows: int, group_values: int
+) -> None:
     from flashllm.encode.slot24 import decode
 
-    a = patterns(150, columns, 0.2, 4)
+    a = patterns(150, columns, 0.2 if group_values == 4 else 0.08, 4)
     a[a & 0x7FFF == 0] = 0
-    w = Slot24.from_dense(a.view(np.float16), part_rows=part_rows).to_device()
+    w = Slot24.from_dense(a.view(np.float16), part_rows=part_rows, group_values=group_values).to_device()
     fence = 64
     buffer = cp.full(2 * fence + a.size, 0x7E55, np.uint16)
     out = buffer[fence:-fence].reshape(a.shape).view(np.float16)
@@ -170,6 +195,8 @@ def test_refused_sources(cp: Any) -> None:
         (ones, {"dtype": "int8"}, "dtype"),
         (ones.view(np.uint16), {}, "dtype"),
         (ones, {"window": 130}, "window"),
+        (ones, {"group_values": 3}, "group_values"),
+        (cp.ones((16, 200), np.float16), {"group_values": 2}, "group_values"),
         *((ones, {"window": window}, "window") for window in WINDOWS[:-1]),
     ):
         with pytest.raises(ArgumentError) as error:
@@ -229,6 +256,6 @@ def test_speed(cp: Any, density: float) -> None:
         end.record()
         end.synchronize()
         times.append(cp.cuda.get_elapsed_time(start, end))
-    pairing = f"window {w.window} for {w.part_rows} rows"
+    pairing = f"window {w.window} for {w.part_rows} rows, {w.group_values} values in a group"
     print(f"encode {a.shape} at {density}: {min(times):.2f} ms, {pairing}, {w.nbytes / 1e6:.0f} MB")
     assert min(times) < 50

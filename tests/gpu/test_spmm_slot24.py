@@ -16,15 +16,23 @@ from products import assert_exact, exact, integers, weight
 from weight_cases import PATTERNS
 
 both_parts = pytest.mark.parametrize("part_rows", [32, 64])
+both_groups = pytest.mark.parametrize("group_values", [2, 4])
 
 
 def check(
-    cp: Any, w: NDArray[Any], n: int, part_rows: int, seed: int = 0, window: int | None = None, **split: int
+    cp: Any,
+    w: NDArray[Any],
+    n: int,
+    part_rows: int,
+    seed: int = 0,
+    window: int | None = None,
+    group_values: int | None = None,
+    **split: int,
 ) -> None:
     """The product is exact; ``split``: blocks and row_cost."""
     dtype = "fp16" if w.dtype == np.float16 else "bf16"
     x = integers(np.random.default_rng(seed), (n, w.shape[1]), dtype)
-    sparse = Slot24.from_dense(w, window=window, part_rows=part_rows).to_device()
+    sparse = Slot24.from_dense(w, window=window, part_rows=part_rows, group_values=group_values).to_device()
     assert_exact(multiply(cp, x, sparse, **split), exact(x, w, dtype))
 
 
@@ -33,18 +41,19 @@ def check(
 def test_exact_while_ring_and_windows_turn(cp: Any, pattern: str, part_rows: int) -> None:
     """Rows of tiles whose values and x go through shared memory many times over, in one run and in several."""
     for n, blocks in ((8, 1), (16, 2), (32, 3), (64, 5), (130, 2)):
-        for density in (0.5, 0.15):
+        for density in (0.5, 0.15, 0.08):
             check(cp, weight(pattern, (260, 9595), density, "fp16", n), n, part_rows, n, blocks=blocks, row_cost=0)
 
 
 @pytest.mark.parametrize("n", [8, 13, 30])
 @pytest.mark.parametrize("window", [128, 136, 192, 248, 256])
 @both_parts
-def test_exact_for_every_window(cp: Any, window: int, n: int, part_rows: int) -> None:
+@both_groups
+def test_exact_for_every_window(cp: Any, window: int, n: int, part_rows: int, group_values: int) -> None:
     """Windows that end with the matrix, and last ones of one column, of eight, of one less than the others."""
     for extra in (0, 1, 8, window - 1):
         w = weight("uniform", (300, 5 * window + extra), 0.08, "bf16", n)
-        check(cp, w, n, part_rows, n, window, blocks=3, row_cost=0)
+        check(cp, w, n, part_rows, n, window, group_values, blocks=3, row_cost=0)
 
 
 @pytest.mark.parametrize("n", [8, 16, 24, 64])
@@ -52,7 +61,7 @@ def test_exact_for_every_window(cp: Any, window: int, n: int, part_rows: int) ->
 def test_exact_for_runs_that_start_at_any_tile(cp: Any, n: int, part_rows: int) -> None:
     """At both tiles of a window; blocks of one tile, of a few, of several rows of tiles."""
     for seed, (pattern, density) in enumerate(
-        (("uniform", 0.5), ("uniform", 0.1), ("skewed", 0.2), ("column", 0.1), ("even-columns", 0.9))
+        (("uniform", 0.5), ("uniform", 0.1), ("uniform", 0.05), ("skewed", 0.2), ("column", 0.1), ("even-columns", 0.9))
     ):
         w = weight(pattern, (384, 4100), density, "bf16", seed)
         tiles_m, tiles_k = Slot24.from_dense(w, part_rows=part_rows).tiles

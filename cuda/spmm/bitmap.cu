@@ -16,26 +16,30 @@
 #include "flashllm/ptx.cuh"
 #include "flashllm/stream_k.cuh"
 #include "flashllm/value_ring.cuh"
-#include "flashllm/x_stage.cuh"
+#include "flashllm/x_images.cuh"
+#include "flashllm/x_tile.cuh"
 
 namespace flashllm {
 
 // Shared memory of a block: rings of value rows, stages of x and masks, barriers.
-template <int kN, int kRing, int kStages>
+template <int kN, int kRing, int kStages_, bool kAligned>
 struct Layout {
+    static constexpr int kStages = kStages_;
     using Ring = ValueRing<kRing>;
     using Feed = Feeder<Ring, kStages>;
-    static constexpr int kTiles = kStages;
-    static constexpr unsigned kXBytes = kN * kStageRowBytes;
-    static constexpr unsigned kStageBytes = kXBytes + bitmap::kMaskBytes;
+    using Tile = XTile<kN, kAligned>;
+    using Images = XImages<Tile, kStages, 8>;  // of the first tiles, one for each stage
+    static constexpr unsigned kStageBytes = Tile::kBytes + bitmap::kMaskBytes;
     static constexpr unsigned kBarriersAt = Ring::kBytes + kStages * kStageBytes;
 
     unsigned base;  // shared address
 
     FLASHLLM_DEVICE unsigned x(int stage) const { return base + Ring::kBytes + stage * kStageBytes; }
-    FLASHLLM_DEVICE unsigned masks(int stage) const { return x(stage) + kXBytes; }
+    FLASHLLM_DEVICE unsigned masks(int stage) const { return x(stage) + Tile::kBytes; }
     FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
 };
+
+constexpr int kXRowBytes = bitmap::kTileK * 2;  // of x in a stage
 
 // Fragments of two k16 steps of x, from column 32 kWord of a stage on.
 template <typename S, int kWord>
@@ -43,17 +47,17 @@ FLASHLLM_DEVICE void load_x(unsigned (&b)[2][S::kColumnFragments][2], unsigned s
     const int lane = threadIdx.x & 31;
     if constexpr (S::kN == 8) {
         unsigned quad[4];
-        ptx::load_matrix_x4(quad, stage + (lane & 7) * kStageRowBytes + ((kWord * 4 + (lane >> 3)) ^ (lane & 7)) * 16);
+        ptx::load_matrix_x4(quad, stage + (lane & 7) * kXRowBytes + ((kWord * 4 + (lane >> 3)) ^ (lane & 7)) * 16);
         b[0][0][0] = quad[0], b[0][0][1] = quad[1], b[1][0][0] = quad[2], b[1][0][1] = quad[3];
     } else {
-        const unsigned row = stage + ((lane & 7) + (lane >> 4) * 8) * kStageRowBytes;
+        const unsigned row = stage + ((lane & 7) + (lane >> 4) * 8) * kXRowBytes;
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
             const unsigned chunk = ((kWord * 4 + step * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4;
 #pragma unroll
             for (int j = 0; j < S::kColumnFragments; j += 2) {
                 unsigned quad[4];
-                ptx::load_matrix_x4(quad, row + j * 8 * kStageRowBytes + chunk);
+                ptx::load_matrix_x4(quad, row + j * 8 * kXRowBytes + chunk);
                 b[step][j][0] = quad[0], b[step][j][1] = quad[1];
                 b[step][j + 1][0] = quad[2], b[step][j + 1][1] = quad[3];
             }
@@ -98,67 +102,68 @@ FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, Values& streams, unsigned 
 }
 #endif
 
-// What a tile needs: every lane of a warp brings its part of x, the feeder masks and value rows. The first tiles, one for
-// each stage, get x from the multiplying warps: x may be what the launch before still writes, and the feeder, which need
-// not wait for that, fills the ring meanwhile. Once a tile is released, they have waited for it.
-template <typename S, typename L, bool kAligned>
-struct Load {
-    struct OneWarp : S {
-        static constexpr int kBlockWarps = 1;
-        static constexpr int kStageBytes = L::kStageBytes;
-    };
-    using Loader = XLoader<OneWarp, kAligned>;
-    static constexpr unsigned kArrivals = L::Feed::kArrivals + bitmap::kLanes;  // every lane arrives for its part of x
-
-    FLASHLLM_DEVICE static void bring_x(const L& layout, Loader& x, int stage) {
-        const unsigned full = layout.barriers().full(stage);
-        x.load(stage * L::kStageBytes);
-        if constexpr (kAligned) {
-            ptx::mbarrier_arrive_after_copies(full);
-        } else {
+// The feeding warp's loop: masks and value rows, and x from the first tile on that finds its stage used before.
+template <typename L>
+FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, const typename L::Images& x, int tile_k,
+                                const unsigned char* masks) {
+    bool all = false;  // of x is laid out
+    const auto bring_x = [&](int stage) {
+        constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
+        if (feed.step == L::kStages) ptx::grid_dependency_wait();
+        if (!all && !x.is_there(tile_k, kLooks)) x.lay_out(tile_k);
+        if (!all) all = x.are_there();
+        const unsigned char* const from = x.image(tile_k);
 #if __CUDA_ARCH__ >= 900
-            ptx::fence_async_proxy();
+        if (ptx::elect()) ptx::bulk_copy(layout.x(stage), from, L::Tile::kBytes, feed.barrier());
+#else
+        for (unsigned at = (threadIdx.x & 31) * 16; at < L::Tile::kBytes; at += bitmap::kLanes * 16) {
+            ptx::copy_async16(true, layout.x(stage) + at, from + at, 16);
+        }
 #endif
-            ptx::mbarrier_arrive(full);  // ordinary stores: an arrival for copies does not release them
-        }
+    };
+    for (; feed.more(); feed.advance(), masks += bitmap::kMaskBytes) {
+        const int need = feed.needed();
+        while (!feed.has_room(need)) feed.wait_release();
+        const int stage = feed.filled.stage;
+        const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
+        const bool brings_x = feed.step >= L::kStages;
+#if __CUDA_ARCH__ >= 900
+        feed.bring(pieces, need, brings_x ? L::Tile::kBytes : 0);
+        if (brings_x) bring_x(stage);
+#else
+        if (brings_x) bring_x(stage);  // before the arrival for all copies
+        feed.bring(pieces, need);
+#endif
+        if (++tile_k == x.images) tile_k = 0;
     }
+    while (feed.done == 0) feed.wait_release();
+    ptx::grid_dependency_wait();
+    x.leave();
+}
 
-    // x: from the first tile on that finds its stage used before.
-    FLASHLLM_DEVICE static void run(const L& layout, typename L::Feed feed, Loader x, const unsigned char* masks) {
-        for (; feed.more(); feed.advance(), masks += bitmap::kMaskBytes) {
-            const int need = feed.needed();
-            while (!feed.has_room(need)) feed.wait_release();
-            const int stage = feed.filled.stage;
-            if (feed.step >= L::kTiles) bring_x(layout, x, stage);
-            const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
-            feed.bring(pieces, need);
-        }
-    }
-};
-
-// Grid (G, ceil(N / kN)). workspace: see stream_k.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing:
+// Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh, then see stream_k.cuh. scratch: see x_images.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing:
 // value rows that the ring of a part holds. kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead
 // of mma.sync. kAligned: K is a multiple of 8 and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
-            unsigned char* __restrict__ workspace, int M, int N, int K, int row_cost, int runs,
+            unsigned char* workspace, unsigned char* scratch, int M, int N, int K, int row_cost, int runs,
             int runs_row_cost) {
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
-    static_assert(kStages <= bitmap::kParts, "each multiplying warp brings x of at most one of the first tiles");
     using S = PartShape<kN>;
-    using L = Layout<kN, kRing, kStages>;
-    using Loads = Load<S, L, kAligned>;
+    using L = Layout<kN, kRing, kStages, kAligned>;
     FLASHLLM_DYNAMIC_SHARED(shared);
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
-    const int lane = threadIdx.x & 31;
     const int warp = ptx::uniform(threadIdx.x >> 5);
     const bool feeds = warp == bitmap::kParts;
 
-    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK,
-                           row_cost, workspace);
+    const int tiles_k = (K + bitmap::kTileK - 1) / bitmap::kTileK;
+    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, tiles_k, row_cost,
+                           workspace + L::Images::counter_bytes(tiles_k));
+    const typename L::Images images{reinterpret_cast<const unsigned short*>(x), N, K, tiles_k, bitmap::kTileK,
+                                    reinterpret_cast<unsigned*>(workspace), scratch};
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
@@ -169,23 +174,16 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
     const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
 
-    if (threadIdx.x == 0) barriers.init(kStages, Loads::kArrivals);
+    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals);
     __syncthreads();
 
-    const auto loader = [&](int tile) {  // of x, from a tile of the run on
-        return typename Loads::Loader(reinterpret_cast<const unsigned short*>(x), n0, N, K,
-                                      (tile_k + tile) % split.tiles_k, layout.x(0), lane);
-    };
     if (feeds) {
-        Loads::run(layout, typename L::Feed(ring, barriers, values, fronts + first, count, 0, first_fronts),
-                   loader(kStages), masks + static_cast<long long>(first) * bitmap::kMaskBytes);
+        feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, 0, first_fronts), images, tile_k,
+                   masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
-        ptx::grid_dependency_wait();
+        ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        if (warp < min(kStages, count)) {
-            auto first_x = loader(warp);
-            Loads::bring_x(layout, first_x, warp);
-        }
+        images.begin(reinterpret_cast<unsigned char*>(shared) + L::Ring::kBytes, L::kStageBytes, tile_k, warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
@@ -206,7 +204,6 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             streams.wrap();
             if constexpr (kWarpgroup) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-                ptx::fence_async_proxy();  // x came by cp.async or stores, not by bulk copies
                 start_step<T, S, 0>(sum, streams, mask.x, ptx::operand(x_stage));
                 start_step<T, S, 1>(sum, streams, mask.x, ptx::operand(x_stage));
                 streams.wrap();

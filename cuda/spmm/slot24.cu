@@ -2,7 +2,7 @@
 // y[N, M] = x[N, K] @ W[M, K]^T with W in slots of the 2:4 sparse tensor cores: two columns of W share one.
 //
 // Which two is a choice of the format, made for bands of 32 or 64 rows, so x is gathered: from windows that have it column
-// by column (x_turned.cuh), of which a lane loads the columns that its band has paired. All else is as in bitmap.cu: slots
+// by column (x_window.cuh, x_images.cuh), of which a lane loads the columns that its band has paired. All else is as in bitmap.cu: slots
 // are a bitmap and value streams, fed by a fifth warp (value_ring.cuh), windows too, and walked tile by tile, a tile being
 // 128 rows x 64 slots of 128 columns. Per tile, a multiplying warp
 //   waits      for the tile's barrier: masks, picks, columns, value rows and the window of x are there,
@@ -19,7 +19,8 @@
 #include "flashllm/slot24.cuh"
 #include "flashllm/stream_k.cuh"
 #include "flashllm/value_ring.cuh"
-#include "flashllm/x_turned.cuh"
+#include "flashllm/x_images.cuh"
+#include "flashllm/x_window.cuh"
 
 namespace flashllm {
 
@@ -85,6 +86,7 @@ struct Layout {
     using Ring = ValueRing<kRing, kStepTiles * bitmap::kStreamElements * S::kGroupValues / bitmap::kGroup>;
     using Feed = Feeder<Ring, kStages, kStepTiles>;
     using Window = XWindow<S::kN>;
+    using Images = XImages<Window, 1, 1>;  // two first windows take .5 us longer than the second is waited for
     static constexpr int kColumnBytes = S::Bands::kColumnBytes;
     static constexpr unsigned kPicksAt = kStepTiles * bitmap::kMaskBytes;
     static constexpr unsigned kColumnsAt = kPicksAt + kStepTiles * slot24::kPickBytes;
@@ -103,19 +105,19 @@ struct Layout {
 
 // The feeding warp's windows of x, behind the first ones of the run, which are there.
 //
-// A window comes with the first step that needs it, on the same barrier. But x may not be turned yet when the first steps
+// A window comes with the first step that needs it, on the same barrier. But it may not be laid out yet when the first steps
 // could be brought: then their barriers wait for the windows, and all else is asked for first.
 template <typename L>
 struct WindowFeed {
     using Window = typename L::Window;
     const L& layout;
-    const XTurn<Window::kN>& turn;
+    const typename L::Images& images;
     int next;        // the window to be copied, in its row of tiles
     int phase;       // 1 where the run begins with a window's second tile
-    int asked = XTurn<Window::kN>::kFirstWindows;  // windows that steps wait for
-    int copied = asked;                            // of these
-    int place = copied % L::kWindows;              // where the next one goes
-    bool turned = false;
+    int asked = L::Images::kFirst;  // windows that steps wait for
+    int copied = asked;             // of these
+    int place = copied % L::kWindows;  // where the next one goes
+    bool all = false;  // are laid out
 
     // The first step of the run's window `number`.
     FLASHLLM_DEVICE int step_of(int number) const {
@@ -130,15 +132,15 @@ struct WindowFeed {
     FLASHLLM_DEVICE void copy() {
         constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
         if (copied == asked) return;
-        if (copied == XTurn<Window::kN>::kFirstWindows) ptx::grid_dependency_wait();
-        else if (!turned) turned = turn.all_are_turned();
+        if (copied == L::Images::kFirst) ptx::grid_dependency_wait();
+        else if (!all) all = images.are_there();
 #pragma unroll 1
         while (copied < asked) {
-            if (!turned && !turn.is_turned(next, kLooks)) turn.turn(next);
+            if (!all && !images.is_there(next, kLooks)) images.lay_out(next);
             const int stage = step_of(copied++) % L::kStages;
-            copy_window(layout.window(place), turn.window(next), layout.barriers().full(stage));
+            copy_window(layout.window(place), images.image(next), layout.barriers().full(stage));
             if (++place == L::kWindows) place = 0;
-            if (++next == turn.windows) next = 0;
+            if (++next == images.images) next = 0;
         }
     }
 
@@ -173,7 +175,7 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
         x.asked += begins;
 #if __CUDA_ARCH__ >= 900
         feed.bring(pieces, need, begins ? L::Window::kBytes : 0);
-        if (x.copied != XTurn<L::Window::kN>::kFirstWindows) x.copy();
+        if (x.copied != L::Images::kFirst) x.copy();
 #else
         x.copy();  // before the arrival for all that was asked for
         feed.bring(pieces, need);
@@ -184,10 +186,10 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
     x.copy();
     while (feed.done == 0) feed.wait_release();
     ptx::grid_dependency_wait();
-    x.turn.leave();
+    x.images.leave();
 }
 
-// Grid (G, ceil(N / kN)). workspace: counters of x_turned.cuh, then see stream_k.cuh. turned: scratch for x, see x_turned.cuh.
+// Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh, then see stream_k.cuh. scratch: see x_images.cuh.
 // masks ... columns: see docs/formats/slot24.md. window_columns: of x in a window. kRing: value rows that the ring of a part
 // holds. kStages: tiles for which masks, picks and columns have room. kWindows: of x.
 template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks>
@@ -195,9 +197,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags,
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
-            unsigned char* workspace, unsigned char* turned, int M, int N, int K, int window_columns, int row_cost,
+            unsigned char* workspace, unsigned char* scratch, int M, int N, int K, int window_columns, int row_cost,
             int runs, int runs_row_cost) {
-    static_assert(kWindows >= XTurn<kN>::kFirstWindows, "the first windows have their places");
     static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
     using S = SlotShape<kN, kPartRows, kGroupValues>;
     using L = Layout<S, kRing, kStages, kWindows>;
@@ -209,9 +210,9 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
 
     const int windows = (K + window_columns - 1) / window_columns;
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, windows * slot24::kWindowTiles, row_cost,
-                           workspace + XTurn<kN>::counter_bytes(windows));
-    const XTurn<kN> turn{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
-                         reinterpret_cast<unsigned*>(workspace), turned};
+                           workspace + L::Images::counter_bytes(windows));
+    const typename L::Images images{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
+                                    reinterpret_cast<unsigned*>(workspace), scratch};
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
@@ -230,12 +231,12 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const int before = phase % L::kStepTiles;  // tiles of the first step that are not in the run
         const long long begin = first - before;
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, before, first_fronts),
-                   WindowFeed<L>{layout, turn, (first_window + XTurn<kN>::kFirstWindows) % windows, phase}, masks + begin * bitmap::kMaskBytes,
+                   WindowFeed<L>{layout, images, (first_window + L::Images::kFirst) % windows, phase}, masks + begin * bitmap::kMaskBytes,
                    picks + begin * slot24::kPickBytes, columns + begin * L::kColumnBytes);
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        turn.begin(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, first_window, warp);
+        images.begin(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, L::Window::kBytes, first_window, warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);

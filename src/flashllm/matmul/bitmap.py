@@ -24,6 +24,7 @@ from flashllm.matmul.tensor_cores import (
     cxx_bool,
     n_block_for,
 )
+from flashllm.matmul.x_images import with_images
 
 if TYPE_CHECKING:
     from flashllm.formats.bitmap import Bitmap
@@ -43,6 +44,7 @@ _RESIDENT_BLOCKS = {
 }
 # What writing the accumulators costs a block, in tiles: between 0 and 4 the time changes by less than 1 % (measured).
 _ROW_COST = 2
+_IMAGE_GROUP = 8  # tiles whose x is counted together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,7 @@ def _choice(dtype: str, n_block: int, warpgroup: bool, arch: str, *, aligned: bo
 
 def split_for(w: Bitmap, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
-    return stream_k_for_runs(
+    split = stream_k_for_runs(
         runs_of(w.tiles),
         n_block=choice.n_block,
         column_blocks=-(-n // choice.n_block),
@@ -135,6 +137,8 @@ def split_for(w: Bitmap, n: int, choice: Choice, *, sm_count: int) -> StreamK:
         row_cost=_ROW_COST,
         max_chain=MAX_CHAIN_STEPS * K_STEP // TILE_K,
     )
+    image_bytes = choice.n_block * TILE_K * 2
+    return with_images(split, images=w.tiles[1], image_bytes=image_bytes, group=_IMAGE_GROUP)
 
 
 def reason(w: Bitmap, choice: Choice, split: StreamK, *, sm_count: int) -> str:
@@ -149,7 +153,7 @@ def arguments(w: Bitmap, split: StreamK, x: Any, out: Any, workspace: Any, scrat
     rows, columns = w.shape
     runs = runs_of(w.tiles)
     numbers = (rows, x.shape[0], columns, split.row_cost, runs.count, runs.row_cost)
-    return (x, w.masks, w.values, w.fronts, w.lags, out, workspace, *map(np.int32, numbers))
+    return (x, w.masks, w.values, w.fronts, w.lags, out, workspace, scratch, *map(np.int32, numbers))
 
 
 def candidates(w: Bitmap, n: int, *, arch: str) -> Iterator[Choice]:

@@ -17,7 +17,8 @@ from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
 from flashllm.matmul.stream_k import StreamK, stream_k_for_runs
-from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, cxx_bool, n_block_for
+from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, n_block_for
+from flashllm.matmul.x_images import with_images
 
 if TYPE_CHECKING:
     from flashllm.formats.slot24 import Slot24
@@ -29,7 +30,6 @@ WINDOW_TILES = 2
 """Tiles of slots of a window."""
 _WINDOW_COLUMNS = 256
 _COLUMN_BYTES = {8: 16, 16: 32, 32: 80}  # of a window of x, by its rows
-_COUNTER_BYTES = 32  # of the workspace, for each window and once more: who has turned which part of x
 _SUM_BYTES = 1024  # of sums on their way between the parts of a band of 64 rows
 _ROW_COST = 2  # see matmul/bitmap.py
 # Blocks that share an SM, by columns of x: as many as its shared memory holds; one on the others, which have 100 KB.
@@ -147,21 +147,16 @@ def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, ali
 
 def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
-    column_blocks = -(-n // choice.n_block)
     split = stream_k_for_runs(
         runs_of(w.tiles),
         n_block=choice.n_block,
-        column_blocks=column_blocks,
+        column_blocks=-(-n // choice.n_block),
         blocks=sm_count * choice.blocks_per_sm,
         row_cost=_ROW_COST,
         max_chain=MAX_CHAIN_STEPS // STEPS,
     )
-    windows = column_blocks * -(-w.shape[1] // w.window)
-    return replace(
-        split,
-        counter_bytes=-(-(windows + 1) // 4) * 4 * _COUNTER_BYTES,
-        scratch_bytes=windows * _WINDOW_COLUMNS * _COLUMN_BYTES[choice.n_block],
-    )
+    window_bytes = _WINDOW_COLUMNS * _COLUMN_BYTES[choice.n_block]
+    return with_images(split, images=-(-w.shape[1] // w.window), image_bytes=window_bytes, group=1)
 
 
 def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// x on its way to shared memory, as images: parts of it, some columns wide, that lie in device memory as they will in shared
+// memory.
+//
+// In device memory x has rows. Blocks need its columns again and again, each a part of its own, so a launch lays out each
+// image just once, in a scratch buffer: every multiplying warp its share, when it begins. Feeding warps copy images from
+// there, whole. The first images of a block do not wait for that, its warps lay them out for themselves; and where blocks do
+// not begin, since others run that wait for them, a feeding warp lays out what it needs.
+//
+// Image: how one lies, and its pieces, each the work of one warp: kN rows of x, kBytes, kPieces; Piece, load, store.
+#pragma once
+
+#include "flashllm/bitmap.cuh"
+#include "flashllm/portable.cuh"
+#include "flashllm/ptx.cuh"
+
+namespace flashllm {
+
+// What the blocks of a launch know of each other, zero before and after it: how many need no more, and of each group of
+// images how many pieces are there. In sectors of their own, as many look.
+constexpr int kCounterWords = 8;
+constexpr int kImagesBarrier = 3;  // a named barrier: two are for slices (epilogue.cuh)
+
+// x, as an image takes it: columns from `column` on, as many as `width`, rows from n0 on. Others are zeros.
+struct XPart {
+    const unsigned short* x;
+    int K, column, width, rows;  // rows: from n0 on, that there are
+
+    FLASHLLM_DEVICE XPart(const unsigned short* x_, int n0, int N, int K_, int column_, int width_)
+        : x(x_ + static_cast<long long>(n0) * K_ + column_), K(K_), column(column_), width(min(width_, K_ - column_)),
+          rows(N - n0) {}
+};
+
+template <typename Image, int kFirst_, int kGroup>
+struct XImages {
+    static constexpr int kFirst = kFirst_;  // images that a block lays out for itself
+    static constexpr int kPieces = Image::kPieces;
+    static constexpr int kOwn = (kFirst * kPieces + bitmap::kParts - 1) / bitmap::kParts;  // pieces of a warp
+    static constexpr int kTogether = kOwn < Image::kTogether ? kOwn : Image::kTogether;  // loaded before the first is stored
+
+    const unsigned short* x;
+    int N, K;
+    int images, width;    // of a column block; columns of one
+    unsigned* counters;
+    unsigned char* scratch;
+
+    // Of workspace, for the counters: whole 128 bytes.
+    FLASHLLM_DEVICE static unsigned counter_bytes(int images) {
+        return (groups(images) * gridDim.y + 1 + 3) / 4 * 4 * kCounterWords * 4;
+    }
+    FLASHLLM_DEVICE unsigned char* image(int number) const {
+        return scratch + (static_cast<long long>(blockIdx.y) * images + number) * Image::kBytes;
+    }
+
+    // By the four multiplying warps, when they begin: lays out the run's first images in shared memory, one after the other
+    // from `to` on, `distance` bytes apart, which they may read then, and their shares.
+    FLASHLLM_DEVICE void begin(unsigned char* to, unsigned distance, int first_image, int warp) const {
+        typename Image::Piece own[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) own[i] = load_own(first_image, warp + i * bitmap::kParts);
+#pragma unroll 1
+        for (int share = first_share(warp); share < pieces(); share += step()) {
+            const int number = share / kPieces, column_block = number / images, piece = share % kPieces;
+            Image::store(scratch + static_cast<long long>(number) * Image::kBytes, piece,
+                         Image::load(part(column_block, number - column_block * images), piece));
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) store_own(to, distance, warp + i * bitmap::kParts, own[i]);
+#pragma unroll 1
+        for (int i = kTogether; i < kOwn; ++i) {
+            const int piece = warp + i * bitmap::kParts;
+            store_own(to, distance, piece, load_own(first_image, piece));
+        }
+        Image::publish();
+        ptx::meet<bitmap::kTileThreads>(kImagesBarrier);
+        if (first_share(warp) < pieces()) tell(warp);
+    }
+
+    // By a feeding warp: whether an image is there, after so many looks at the most. Then copies may read it.
+    FLASHLLM_DEVICE bool is_there(int number, int looks) const {
+        const int group = number / kGroup;
+        while (!__all_sync(0xffffffffu, ptx::has_reached(counter(blockIdx.y, group), pieces_of(group)))) {
+            if (--looks <= 0) return false;
+            ptx::look_again();
+        }
+        ptx::fence_async_proxy_global();
+        return true;
+    }
+
+    // By a feeding warp: whether all images of its column block are.
+    FLASHLLM_DEVICE bool are_there() const {
+        bool all = true;
+        for (int i = threadIdx.x & 31; i < groups(images); i += 32) {
+            all &= ptx::has_reached(counter(blockIdx.y, i), pieces_of(i));
+        }
+        ptx::fence_async_proxy_global();
+        return __all_sync(0xffffffffu, all);
+    }
+
+    // By a feeding warp: lays out an image, no matter who else may.
+    FLASHLLM_DEVICE void lay_out(int number) const {
+#pragma unroll 1
+        for (int i = 0; i < kPieces; ++i) Image::store(image(number), i, Image::load(part(blockIdx.y, number), i));
+        ptx::fence_async_proxy_global();
+        __syncwarp();
+    }
+
+    // By a feeding warp that needs no more of x, and whose block has laid out its share: the last one leaves zeros.
+    FLASHLLM_DEVICE void leave() const {
+        __threadfence();
+        __syncwarp();
+        const unsigned before = (threadIdx.x & 31) == 0 ? atomicAdd(counters, 1u) : 0;
+        if (__shfl_sync(0xffffffffu, before, 0) != gridDim.x * gridDim.y - 1) return;
+        const int last = groups(images) * static_cast<int>(gridDim.y);
+        for (int i = threadIdx.x & 31; i <= last; i += 32) counters[i * kCounterWords] = 0;
+    }
+
+private:
+    FLASHLLM_DEVICE static int groups(int images) { return (images + kGroup - 1) / kGroup; }
+    FLASHLLM_DEVICE unsigned pieces_of(int group) const { return min(kGroup, images - group * kGroup) * kPieces; }
+    FLASHLLM_DEVICE unsigned* counter(int column_block, int group) const {
+        return counters + (column_block * groups(images) + group + 1) * kCounterWords;
+    }
+    FLASHLLM_DEVICE XPart part(int column_block, int number) const {
+        return {x, column_block * Image::kN, N, K, number * width, width};
+    }
+
+    FLASHLLM_DEVICE int pieces() const { return images * kPieces * static_cast<int>(gridDim.y); }
+    // The first piece of a warp's share, and how far it is to the next.
+    FLASHLLM_DEVICE int first_share(int warp) const {
+        return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * bitmap::kParts + warp;
+    }
+    FLASHLLM_DEVICE int step() const { return static_cast<int>(gridDim.x * gridDim.y) * bitmap::kParts; }
+
+    // Counts the pieces of a warp's share.
+    FLASHLLM_DEVICE void tell(int warp) const {
+        __threadfence();
+        __syncwarp();
+        if ((threadIdx.x & 31) != 0) return;
+        for (int share = first_share(warp); share < pieces(); share += step()) {
+            const int number = share / kPieces, column_block = number / images;
+            atomicAdd(counter(column_block, (number - column_block * images) / kGroup), 1u);
+        }
+    }
+
+    // A piece of the first images, which go on with the next row of tiles.
+    FLASHLLM_DEVICE typename Image::Piece load_own(int first_image, int piece) const {
+        const int number = (first_image + min(piece / kPieces, kFirst - 1)) % images;
+        return Image::load(part(blockIdx.y, number), piece % kPieces);
+    }
+    FLASHLLM_DEVICE static void store_own(unsigned char* to, unsigned distance, int piece,
+                                          const typename Image::Piece& values) {
+        if (piece < kFirst * kPieces) Image::store(to + piece / kPieces * distance, piece % kPieces, values);
+    }
+};
+
+}  // namespace flashllm

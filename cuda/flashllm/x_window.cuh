@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// An image of x (x_images.cuh) for tensor cores that gather its columns: 256 columns, one after another.
+//
+// A column is its kN values, which ldmatrix (transposed) takes as rows of 8, so that a lane may name any column as the k it
+// wants. Eight columns of eight residues mod 8 lie in different banks.
+#pragma once
+
+#include "flashllm/portable.cuh"
+#include "flashllm/x_images.cuh"
+
+namespace flashllm {
+
+template <int kN_>
+struct XWindow {
+    static constexpr int kN = kN_;
+    static constexpr int kColumns = 256;
+    static constexpr int kUnits = kN / 8;  // 16 bytes: a column's values of 8 rows
+    // Columns are an odd number of units apart; two at N = 16, and those of rights swapped: as good, and smaller.
+    static constexpr bool kSwaps = kUnits == 2;
+    static constexpr int kColumnBytes = kSwaps ? 32 : (kUnits | 1) * 16;
+    static constexpr unsigned kBytes = kColumns * kColumnBytes;
+    static_assert(kColumnBytes < 256, "an address is base + column * kColumnBytes by one 8-bit multiply-add");
+
+    static constexpr int kPieceColumns = 32;  // a lane has one
+    static constexpr int kPieces = kColumns / kPieceColumns;
+    static constexpr int kTogether = kN <= 16 ? 2 : 1;  // there are registers for so many pieces
+
+    // Where unit 0 of a column lies, from the begin of the column.
+    FLASHLLM_DEVICE static unsigned first_unit(int column) { return kSwaps ? column << 2 & 16 : 0; }
+    // Unit j, from unit 0.
+    FLASHLLM_DEVICE static unsigned unit(unsigned first, int j) { return kSwaps ? first ^ j * 16u : first + j * 16; }
+
+    struct Piece {
+        unsigned values[kN / 2];
+    };
+
+    FLASHLLM_DEVICE static Piece load(const XPart& part, int piece) {
+        const int column = piece * kPieceColumns + static_cast<int>(threadIdx.x & 31);
+        const unsigned short* from = part.x + column;
+        const int rows = column < part.width ? part.rows : 0;
+        Piece out;
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+            const unsigned low = n < rows ? *from : 0u;
+            from += part.K;
+            const unsigned high = n + 1 < rows ? *from : 0u;
+            from += part.K;
+            out.values[n / 2] = low | high << 16;
+        }
+        return out;
+    }
+
+    FLASHLLM_DEVICE static void store(unsigned char* window, int piece, const Piece& column) {
+        const int number = piece * kPieceColumns + static_cast<int>(threadIdx.x & 31);
+        window += number * kColumnBytes;
+        const auto& values = column.values;
+#pragma unroll
+        for (int j = 0; j < kUnits; ++j) {
+            *reinterpret_cast<uint4*>(window + unit(first_unit(number), j)) =
+                make_uint4(values[j * 4], values[j * 4 + 1], values[j * 4 + 2], values[j * 4 + 3]);
+        }
+    }
+
+    FLASHLLM_DEVICE static void publish() {}
+};
+
+}  // namespace flashllm

@@ -52,28 +52,39 @@ struct XImages {
         return scratch + (static_cast<long long>(blockIdx.y) * images + number) * Image::kBytes;
     }
 
-    // By the four multiplying warps, when they begin: lays out the run's first images in shared memory, one after the other
-    // from `to` on, `distance` bytes apart, which they may read then, and their shares.
-    FLASHLLM_DEVICE void begin(unsigned char* to, unsigned distance, int first_image, int warp) const {
-        typename Image::Piece own[kTogether];
+    // What a multiplying warp has loaded of the run's first images and of its share.
+    struct Begun {
+        typename Image::Piece own[kTogether], share;
+    };
+
+    // By the four multiplying warps, when they begin. Then they have time for what else they need to begin.
+    FLASHLLM_DEVICE Begun begin(int first_image, int warp) const {
+        Begun begun = {};
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) own[i] = load_own(first_image, warp + i * bitmap::kParts);
-#pragma unroll 1
-        for (int share = first_share(warp); share < pieces(); share += step()) {
-            const int number = share / kPieces, column_block = number / images, piece = share % kPieces;
-            Image::store(scratch + static_cast<long long>(number) * Image::kBytes, piece,
-                         Image::load(part(column_block, number - column_block * images), piece));
-        }
+        for (int i = 0; i < kTogether; ++i) begun.own[i] = load_own(first_image, warp + i * bitmap::kParts);
+        if (first_share(warp) < pieces()) begun.share = load_share(first_share(warp));
+        return begun;
+    }
+
+    // Then: lays out the first images in shared memory, one after the other from `to` on, `distance` bytes apart, which they
+    // may read when this returns, and their shares.
+    FLASHLLM_DEVICE void finish(const Begun& begun, unsigned char* to, unsigned distance, int first_image, int warp) const {
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) store_own(to, distance, warp + i * bitmap::kParts, own[i]);
+        for (int i = 0; i < kTogether; ++i) store_own(to, distance, warp + i * bitmap::kParts, begun.own[i]);
+        const bool has_share = first_share(warp) < pieces();
+        if (has_share) store_share(first_share(warp), begun.share);
 #pragma unroll 1
         for (int i = kTogether; i < kOwn; ++i) {
             const int piece = warp + i * bitmap::kParts;
             store_own(to, distance, piece, load_own(first_image, piece));
         }
+#pragma unroll 1
+        for (int share = first_share(warp) + step(); share < pieces(); share += step()) {
+            store_share(share, load_share(share));
+        }
         Image::publish();
         ptx::meet<bitmap::kTileThreads>(kImagesBarrier);
-        if (first_share(warp) < pieces()) tell(warp);
+        if (has_share) tell(warp);
     }
 
     // By a feeding warp: whether an image is there, after so many looks at the most. Then copies may read it.
@@ -131,6 +142,14 @@ private:
         return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * bitmap::kParts + warp;
     }
     FLASHLLM_DEVICE int step() const { return static_cast<int>(gridDim.x * gridDim.y) * bitmap::kParts; }
+
+    FLASHLLM_DEVICE typename Image::Piece load_share(int share) const {
+        const int number = share / kPieces, column_block = number / images;
+        return Image::load(part(column_block, number - column_block * images), share % kPieces);
+    }
+    FLASHLLM_DEVICE void store_share(int share, const typename Image::Piece& values) const {
+        Image::store(scratch + static_cast<long long>(share / kPieces) * Image::kBytes, share % kPieces, values);
+    }
 
     // Counts the pieces of a warp's share.
     FLASHLLM_DEVICE void tell(int warp) const {

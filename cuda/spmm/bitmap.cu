@@ -183,7 +183,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        images.begin(reinterpret_cast<unsigned char*>(shared) + L::Ring::kBytes, L::kStageBytes, tile_k, warp);
+        const auto begun = images.begin(tile_k, warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
@@ -195,6 +195,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         int restart_front = __ldg(fronts + first + min(restart, count));
         Chains<S> chains(split, first, row, count);
         int stop = min(chains.chain_end, restart);
+        images.finish(begun, reinterpret_cast<unsigned char*>(shared) + L::Ring::kBytes, L::kStageBytes, tile_k, warp);
         Cycle<kStages> cycle;
         int tile = 0;
         while (true) {

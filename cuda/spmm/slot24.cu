@@ -236,7 +236,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        images.begin(reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, L::Window::kBytes, first_window, warp);
+        const auto begun = images.begin(first_window, warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
@@ -248,6 +248,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         int restart_front = __ldg(fronts + first + min(restart, count));
         Chains<S> chains(split, first, row, count);
         int stop = min(chains.chain_end, restart);
+        images.finish(begun, reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, L::Window::kBytes, first_window, warp);
 
         Cycle<kStages> cycle;
         int tile = 0, in_window = phase;

@@ -17,6 +17,7 @@
 #include "flashllm/stream_k.cuh"
 #include "flashllm/value_ring.cuh"
 #include "flashllm/x_images.cuh"
+#include "flashllm/x_stage.cuh"
 #include "flashllm/x_tile.cuh"
 
 namespace flashllm {
@@ -102,47 +103,149 @@ FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, Values& streams, unsigned 
 }
 #endif
 
-// The feeding warp's loop: masks and value rows, and x from the first tile on that finds its stage used before.
-template <typename L>
-FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, const typename L::Images& x, int tile_k,
-                                const unsigned char* masks) {
-    bool all = false;  // of x is laid out
-    const auto bring_x = [&](int stage) {
-        constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
-        if (feed.step == L::kStages) ptx::grid_dependency_wait();
-        if (!all && !x.is_there(tile_k, kLooks)) x.lay_out(tile_k);
-        if (!all) all = x.are_there();
-        const unsigned char* const from = x.image(tile_k);
-#if __CUDA_ARCH__ >= 900
-        if (ptx::elect()) ptx::bulk_copy(layout.x(stage), from, L::Tile::kBytes, feed.barrier());
-#else
-        for (unsigned at = (threadIdx.x & 31) * 16; at < L::Tile::kBytes; at += bitmap::kLanes * 16) {
-            ptx::copy_async16(true, layout.x(stage) + at, from + at, 16);
-        }
-#endif
+// x of the tiles of a run, for few columns: lanes copy its rows. The first tiles, one for each stage, get theirs from the
+// multiplying warps: x may be what the launch before still writes, and the feeder, which need not wait for that, fills the
+// ring meanwhile. Once a tile is released, they have waited for it.
+template <typename S, typename L, bool kAligned>
+struct XByRows {
+    struct OneWarp : S {
+        static constexpr int kBlockWarps = 1;
+        static constexpr int kStageBytes = L::kStageBytes;
     };
+    using Loader = XLoader<OneWarp, kAligned>;
+    static constexpr unsigned kArrivals = bitmap::kLanes;  // every lane arrives for its part of x
+    static constexpr unsigned kCopied = 0;                 // bytes that bulk copies bring
+    static_assert(L::kStages <= bitmap::kParts, "each multiplying warp brings x of at most one of the first tiles");
+
+    const unsigned short* x;
+    int n0, N, K, tiles_k, tile_k;  // tile_k: the run's first tile
+
+    FLASHLLM_DEVICE Loader loader(const L& layout, int tile) const {
+        return Loader(x, n0, N, K, (tile_k + tile) % tiles_k, layout.x(0), static_cast<int>(threadIdx.x & 31));
+    }
+    FLASHLLM_DEVICE static void bring(const L& layout, Loader& from, int stage) {
+        const unsigned full = layout.barriers().full(stage);
+        from.load(stage * L::kStageBytes);
+        if constexpr (kAligned) {
+            ptx::mbarrier_arrive_after_copies(full);
+        } else {
+#if __CUDA_ARCH__ >= 900
+            ptx::fence_async_proxy();
+#endif
+            ptx::mbarrier_arrive(full);  // ordinary stores: an arrival for copies does not release them
+        }
+    }
+
+    // By the multiplying warps.
+    FLASHLLM_DEVICE int begin(const L& layout, int count, int warp) const {
+        if (warp < min(L::kStages, count)) {
+            Loader from = loader(layout, warp);
+            bring(layout, from, warp);
+        }
+        return 0;
+    }
+    FLASHLLM_DEVICE void finish(const L&, int, unsigned char*, int) const {}
+
+    // The feeder's side: x from tile kStages on.
+    struct Feed {
+        Loader from;
+        FLASHLLM_DEVICE Feed(const L& layout, const XByRows& x) : from(x.loader(layout, L::kStages)) {}
+        FLASHLLM_DEVICE void before(const L& layout, const typename L::Feed&, int stage) { bring(layout, from, stage); }
+        FLASHLLM_DEVICE void after(const L&, const typename L::Feed&, int) {}
+        FLASHLLM_DEVICE void leave(typename L::Feed&) {}
+    };
+};
+
+// The same for many columns, where that would keep the feeder from its other work: it copies images.
+template <typename L>
+struct XByImages {
+    static constexpr unsigned kArrivals = 0;
+    static constexpr unsigned kCopied = L::Tile::kBytes;
+
+    typename L::Images images;
+    int tile_k;
+
+    FLASHLLM_DEVICE auto begin(const L&, int, int warp) const { return images.begin(tile_k, warp); }
+    template <typename Begun>
+    FLASHLLM_DEVICE void finish(const L&, const Begun& begun, unsigned char* shared, int warp) const {
+        images.finish(begun, shared + L::Ring::kBytes, L::kStageBytes, tile_k, warp);
+    }
+
+    struct Feed {
+        const typename L::Images& images;
+        int tile_k;
+        bool all = false;  // are laid out
+
+        FLASHLLM_DEVICE Feed(const L&, const XByImages& x)
+            : images(x.images), tile_k((x.tile_k + L::kStages) % x.images.images) {}
+
+        FLASHLLM_DEVICE void copy(const L& layout, const typename L::Feed& feed, int stage) {
+            constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
+            if (feed.step == L::kStages) ptx::grid_dependency_wait();
+            if (!all) all = images.are_there();
+            if (!all && !images.is_there(tile_k, kLooks)) images.lay_out(tile_k);
+            const unsigned char* const from = images.image(tile_k);
+#if __CUDA_ARCH__ >= 900
+            if (ptx::elect()) ptx::bulk_copy(layout.x(stage), from, L::Tile::kBytes, feed.barrier());
+#else
+            for (unsigned at = (threadIdx.x & 31) * 16; at < L::Tile::kBytes; at += bitmap::kLanes * 16) {
+                ptx::copy_async16(true, layout.x(stage) + at, from + at, 16);
+            }
+#endif
+            if (++tile_k == images.images) tile_k = 0;
+        }
+        // Bulk copies follow what their barrier expects; other copies come before the arrival for them.
+#if __CUDA_ARCH__ >= 900
+        FLASHLLM_DEVICE void before(const L&, const typename L::Feed&, int) {}
+        FLASHLLM_DEVICE void after(const L& layout, const typename L::Feed& feed, int stage) { copy(layout, feed, stage); }
+#else
+        FLASHLLM_DEVICE void before(const L& layout, const typename L::Feed& feed, int stage) { copy(layout, feed, stage); }
+        FLASHLLM_DEVICE void after(const L&, const typename L::Feed&, int) {}
+#endif
+        FLASHLLM_DEVICE void leave(typename L::Feed& feed) {
+            while (feed.done == 0) feed.wait_release();
+            ptx::grid_dependency_wait();
+            images.leave();
+        }
+    };
+};
+
+// Which of them a kernel has: measured.
+template <typename S, typename L, bool kAligned, bool kImages>
+struct XFor {
+    using Type = XByRows<S, L, kAligned>;
+    FLASHLLM_DEVICE static Type make(const unsigned short* x, int n0, int N, int K, int tiles_k, int tile_k, unsigned*,
+                                     unsigned char*) {
+        return {x, n0, N, K, tiles_k, tile_k};
+    }
+};
+template <typename S, typename L, bool kAligned>
+struct XFor<S, L, kAligned, true> {
+    using Type = XByImages<L>;
+    FLASHLLM_DEVICE static Type make(const unsigned short* x, int, int N, int K, int tiles_k, int tile_k, unsigned* counters,
+                                     unsigned char* scratch) {
+        return {{x, N, K, tiles_k, bitmap::kTileK, counters, scratch}, tile_k};
+    }
+};
+
+// The feeding warp's loop: masks and value rows, and x from the first tile on that finds its stage used before.
+template <typename X, typename L>
+FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, typename X::Feed x, const unsigned char* masks) {
     for (; feed.more(); feed.advance(), masks += bitmap::kMaskBytes) {
         const int need = feed.needed();
         while (!feed.has_room(need)) feed.wait_release();
         const int stage = feed.filled.stage;
-        const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
         const bool brings_x = feed.step >= L::kStages;
-#if __CUDA_ARCH__ >= 900
-        feed.bring(pieces, need, brings_x ? L::Tile::kBytes : 0);
-        if (brings_x) bring_x(stage);
-#else
-        if (brings_x) bring_x(stage);  // before the arrival for all copies
-        feed.bring(pieces, need);
-#endif
-        if (++tile_k == x.images) tile_k = 0;
+        const Piece pieces[] = {{layout.masks(stage), masks, bitmap::kMaskBytes}};
+        if (brings_x) x.before(layout, feed, stage);
+        feed.bring(pieces, need, brings_x ? X::kCopied : 0);
+        if (brings_x) x.after(layout, feed, stage);
     }
-    while (feed.done == 0) feed.wait_release();
-    ptx::grid_dependency_wait();
-    x.leave();
+    x.leave(feed);
 }
 
-// Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh, then see stream_k.cuh. scratch: see x_images.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing:
-// value rows that the ring of a part holds. kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead
+// Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh where it is used, then see stream_k.cuh. scratch: see
+// x_images.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing: value rows that the ring of a part holds. kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead
 // of mma.sync. kAligned: K is a multiple of 8 and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
@@ -160,10 +263,11 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const bool feeds = warp == bitmap::kParts;
 
     const int tiles_k = (K + bitmap::kTileK - 1) / bitmap::kTileK;
+    constexpr bool kImages = kN >= 32;  // matmul/bitmap.py knows it too
+    using MakeX = XFor<S, L, kAligned, kImages>;
+    using X = typename MakeX::Type;
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, tiles_k, row_cost,
-                           workspace + L::Images::counter_bytes(tiles_k));
-    const typename L::Images images{reinterpret_cast<const unsigned short*>(x), N, K, tiles_k, bitmap::kTileK,
-                                    reinterpret_cast<unsigned*>(workspace), scratch};
+                           workspace + (kImages ? L::Images::counter_bytes(tiles_k) : 0));
     const int first = static_cast<int>(split.first_tile(blockIdx.x));
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
@@ -174,16 +278,18 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
     const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
 
-    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals);
+    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals + X::kArrivals);
     __syncthreads();
 
+    const X all_x = MakeX::make(reinterpret_cast<const unsigned short*>(x), n0, N, K, tiles_k, tile_k,
+                                reinterpret_cast<unsigned*>(workspace), scratch);
     if (feeds) {
-        feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, 0, first_fronts), images, tile_k,
-                   masks + static_cast<long long>(first) * bitmap::kMaskBytes);
+        feed_tiles<X>(layout, typename L::Feed(ring, barriers, values, fronts + first, count, 0, first_fronts),
+                      typename X::Feed(layout, all_x), masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
-        const auto begun = images.begin(tile_k, warp);
+        const auto begun = all_x.begin(layout, count, warp);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
@@ -195,7 +301,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         int restart_front = __ldg(fronts + first + min(restart, count));
         Chains<S> chains(split, first, row, count);
         int stop = min(chains.chain_end, restart);
-        images.finish(begun, reinterpret_cast<unsigned char*>(shared) + L::Ring::kBytes, L::kStageBytes, tile_k, warp);
+        all_x.finish(layout, begun, reinterpret_cast<unsigned char*>(shared), warp);
         Cycle<kStages> cycle;
         int tile = 0;
         while (true) {
@@ -205,6 +311,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             streams.wrap();
             if constexpr (kWarpgroup) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+                if constexpr (!kImages) ptx::fence_async_proxy();  // x came by cp.async or stores, not by bulk copies
                 start_step<T, S, 0>(sum, streams, mask.x, ptx::operand(x_stage));
                 start_step<T, S, 1>(sum, streams, mask.x, ptx::operand(x_stage));
                 streams.wrap();

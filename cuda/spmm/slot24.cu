@@ -133,7 +133,7 @@ struct WindowFeed {
         constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
         if (copied == asked) return;
         if (copied == L::Images::kFirst) ptx::grid_dependency_wait();
-        else if (!all) all = images.are_there();
+        if (!all) all = images.are_there();
 #pragma unroll 1
         while (copied < asked) {
             if (!all && !images.is_there(next, kLooks)) images.lay_out(next);

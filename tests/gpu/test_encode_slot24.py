@@ -150,9 +150,7 @@ def test_repeats_give_the_same_bytes(cp: Any) -> None:
 @pytest.mark.parametrize("columns", [64, 257, 530])
 @both_parts
 @both_groups
-def test_decode_writes_every_element_and_nothing_else(
-    cp: Any, columns: int, part_rows: int, group_values: int
-) -> None:
+def test_decode_writes_every_element_and_nothing_else(cp: Any, columns: int, part_rows: int, group_values: int) -> None:
     from flashllm.encode.slot24 import decode
 
     a = patterns(150, columns, 0.2 if group_values == 4 else 0.08, 4)

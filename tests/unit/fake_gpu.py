@@ -228,7 +228,15 @@ def install(
     monkeypatch.setattr("flashllm.matmul.plan", plan)
 
     def product(
-        x: Any, w: Any, *, out: Any, workspace: Any, scratch: Any, stream: Stream, plan: Plan, overlap_previous: bool = False
+        x: Any,
+        w: Any,
+        *,
+        out: Any,
+        workspace: Any,
+        scratch: Any,
+        stream: Stream,
+        plan: Plan,
+        overlap_previous: bool = False,
     ) -> Any:
         from flashllm.backends.reference import spmm as reference
 

@@ -48,15 +48,15 @@ def go_round(cp: Any, weights: list[SparseWeight], n: int, *, overlap: bool, gra
     start = cp.asarray(rng.standard_normal(x[0].shape).astype(np.float16))
     plans = [plan(w, n, expand=False) for w in weights]
     workspace = cp.zeros(max(16, *(p.workspace_bytes for p in plans)), np.uint8)
+    scratch = cp.empty(max(16, *(p.scratch_bytes for p in plans)), np.uint8)
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
 
     def steps() -> None:
         for step in range(STEPS * len(weights)):
             i, to = step % len(weights), (step + 1) % len(weights)
-            spmm(
-                x[i], weights[i], out=x[to], workspace=workspace, stream=stream, plan=plans[i], overlap_previous=overlap
-            )
+            memory = {"workspace": workspace, "scratch": scratch}
+            spmm(x[i], weights[i], out=x[to], **memory, stream=stream, plan=plans[i], overlap_previous=overlap)
 
     if graph:
         for w, p in zip(weights, plans, strict=True):  # compiled and loaded before the capture
@@ -104,14 +104,17 @@ def test_x_may_come_from_the_kernel_before(cp: Any, name: str) -> None:
     sparse, x_host = packed(name, w).to_device(), integers(np.random.default_rng(3), (16, 1000), "fp16")
     source, x = cp.asarray(x_host), cp.zeros((16, 1000), np.float16)
     chosen = plan(sparse, 16)
-    workspace = cp.zeros(max(16, chosen.workspace_bytes), np.uint8)
+    memory = {
+        "workspace": cp.zeros(max(16, chosen.workspace_bytes), np.uint8),
+        "scratch": cp.empty(max(16, chosen.scratch_bytes), np.uint8),
+    }
     outs = [cp.full((16, 768), cp.nan, np.float16) for _ in range(64)]
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
     with stream:
         for i, out in enumerate(outs):
             cp.multiply(source, np.float16(1 - i % 3), out=x)
-            spmm(x, sparse, out=out, workspace=workspace, stream=stream, plan=chosen, overlap_previous=True)
+            spmm(x, sparse, out=out, **memory, stream=stream, plan=chosen, overlap_previous=True)
     stream.synchronize()
     for i, out in enumerate(outs):
         assert_exact(out.get(), exact(x_host * np.float16(1 - i % 3), w, "fp16"))

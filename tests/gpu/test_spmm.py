@@ -64,10 +64,13 @@ def multiply(
     chosen = plan(w, x.shape[0], choice=choice)
     chosen = replace(chosen, split=replace(chosen.split, **split)) if split else chosen
     workspace = cp.zeros(max(chosen.workspace_bytes, 16), np.uint8)
+    scratch = cp.full(chosen.scratch_bytes + 2 * CANARY, 0xA5, np.uint8)
     for _ in range(2):  # the second call finds the workspace as the first left it
         fenced.buffer[CANARY:-CANARY] = 0x7E5A
-        spmm(x_device, w, out=out, workspace=workspace, plan=chosen)
+        scratch[CANARY:-CANARY] = 0xFF
+        spmm(x_device, w, out=out, workspace=workspace, scratch=scratch[CANARY:-CANARY], plan=chosen)
         assert not workspace.any(), "the workspace must be zero after a call"
+        assert (scratch[:CANARY] == 0xA5).all() and (scratch[-CANARY:] == 0xA5).all(), "written beside the scratch"
     return fenced.read(w.dtype)
 
 
@@ -217,10 +220,12 @@ def test_hundred_runs_and_two_streams_give_the_same_bits(cp: Any, name: str) -> 
     chosen = plan(sparse, 16)
     streams = [cp.cuda.Stream(non_blocking=True) for _ in range(2)]
     workspaces = [cp.zeros(chosen.workspace_bytes, np.uint8) for _ in streams]
+    scratches = [cp.empty(chosen.scratch_bytes, np.uint8) for _ in streams]
     outs = [cp.empty_like(first) for _ in range(100)]
     cp.cuda.Device().synchronize()
     for i, out in enumerate(outs):
-        spmm(x, sparse, out=out, workspace=workspaces[i % 2], stream=streams[i % 2], plan=chosen)
+        memory = {"workspace": workspaces[i % 2], "scratch": scratches[i % 2]}
+        spmm(x, sparse, out=out, **memory, stream=streams[i % 2], plan=chosen)
     cp.cuda.Device().synchronize()
     for out in outs:
         assert (out.view(np.uint16) == first.view(np.uint16)).all()
@@ -234,14 +239,15 @@ def test_captures_in_a_graph_without_allocating(cp: Any, name: str) -> None:
     x, chosen = cp.asarray(x_host), plan(sparse, 16)
     out = cp.zeros((16, 512), np.float16)
     workspace = cp.zeros(max(chosen.workspace_bytes, 16), np.uint8)
+    scratch = cp.empty(max(chosen.scratch_bytes, 16), np.uint8)
     stream = cp.cuda.Stream(non_blocking=True)
-    spmm(x, sparse, out=out, workspace=workspace, plan=chosen)
+    spmm(x, sparse, out=out, workspace=workspace, scratch=scratch, plan=chosen)
     cp.cuda.Device().synchronize()
     pool = cp.get_default_memory_pool()
     before = pool.total_bytes(), pool.used_bytes()
     with stream:
         stream.begin_capture()
-        spmm(x, sparse, out=out, workspace=workspace, stream=stream, plan=chosen)
+        spmm(x, sparse, out=out, workspace=workspace, scratch=scratch, stream=stream, plan=chosen)
         graph = stream.end_capture()
     assert (pool.total_bytes(), pool.used_bytes()) == before
     out.fill(cp.nan)

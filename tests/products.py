@@ -95,7 +95,12 @@ def format_of(spec: KernelSpec) -> str:
     return next(name for name in registry.FORMATS if spec in registry.kernel(name).specs())
 
 
-def packed_for(spec: KernelSpec, w: NDArray[Any]) -> SparseWeight:
-    """``w`` as ``spec`` multiplies it."""
+def packed_for(spec: KernelSpec, w: NDArray[Any]) -> tuple[NDArray[Any], SparseWeight]:
+    """``w`` as ``spec`` multiplies it, dense and packed: thinned out where the layout is not for any mask."""
     name, choice = format_of(spec), choice_of(spec)
-    return packed(name, w, **{field: getattr(choice, field) for field in registry.weight_class(name).LAYOUT})
+    made = registry.weight_class(name)
+    layout = {field: getattr(choice, field) for field in made.LAYOUT}
+    if (densest := made.densest(**layout)) < 1:
+        kept = np.random.default_rng(w.size).random(w.shape) < densest
+        w = np.where(kept, w, np.zeros((), w.dtype))
+    return w, packed(name, w, **layout)

@@ -106,21 +106,31 @@ __global__ void chain(const float4* x, float4* y) {
     if (kMistake != 3 || block != 1) ptx::store_relaxed(y + i, sum);
 }
 
+// y[b] = x[b] for every block b, and behind them their sum, by the last block once a word has counted the others. It must
+// be zero before. Mistake 1: the first block adds them up, 2: the last waits for one more than there are, 3: it does not
+// wait, 4: it looks behind the word.
+template <int kMistake>
+__global__ void count(const int* x, int* y, unsigned* counted) {
+    const unsigned block = blockIdx.x, last = gridDim.x - 1, adds = kMistake == 1 ? 0 : last;
+    if (threadIdx.x != 0) return;
+    y[block] = x[block];
+    if (block != adds) {
+        __threadfence();
+        atomicAdd(counted, 1u);
+        return;
+    }
+    while (kMistake != 3 && !ptx::has_reached(counted + (kMistake == 4), last + (kMistake == 2))) ptx::look_again();
+    int sum = 0;
+    for (unsigned i = 0; i <= last; ++i) sum += y[i];
+    y[last + 1] = sum;
+}
+
 // y = x. Mistake 1: one element too many, through plain pointers, 2: a signed sum overflows.
 template <int kMistake>
 __global__ void plain(const int* x, int* y, int count) {
     const int i = threadIdx.x;
     if (i < count + (kMistake == 1 ? 1 : 0)) y[i] = x[i];
     if (kMistake == 2) y[i] = x[i] + 0x7fffffff;
-}
-
-// y[i] = the bytes of {x[i], x[i] + 1} turned round. Mistake 1: a selector that would copy signs, in the half that counts.
-template <int kMistake>
-__global__ void turn(const int* x, int* y) {
-    const unsigned low = static_cast<unsigned>(x[threadIdx.x]);
-    // The upper half of the selector is ignored, whatever it holds.
-    y[threadIdx.x] = static_cast<int>(ptx::permute(low, low + 1, kMistake == 1 ? 0x0923u : 0xffff0123u)) +
-                     static_cast<int>(ptx::dot4(0x01000201u, 0xff000a03u, 7u));
 }
 
 // y = x, 4 chunks of 512 bytes: warp 0 copies 16 bytes per lane to a ring of 2 stages, all warps read them, warp 1

@@ -44,41 +44,29 @@ __global__ void multiply_dense(const unsigned* a, const unsigned* b, float* y) {
     target[0] = sum[0], target[1] = sum[1], target[64] = sum[2], target[65] = sum[3];
 }
 
-// y[2, 4, 32]: each warp's four fragments of the other's matrices x[2, 4, 8, 8], transposed. Mistake 1: an address off
-// its row, 2: a row past the end, 3: a row that nobody wrote, 4: no barrier, 5: half of a warp does not transpose.
+// y[2, 4, 32]: each warp's four fragments of the other's matrices x[2, 4, 8, 8], transposed, whose rows lie `pitch` bytes
+// apart. Mistake 1: an address off its row, 2: a row past the end, 3: a row that nobody wrote, 4: no barrier, 5: half of
+// a warp does not transpose.
 template <int kMistake>
-__global__ void transpose(const uint4* x, unsigned* y) {
+__global__ void transpose(const uint4* x, unsigned* y, unsigned pitch) {
     FLASHLLM_DYNAMIC_SHARED(shared);
     const unsigned base = ptx::shared_address(shared), i = threadIdx.x, lane = i % 32;
-    if (kMistake != 3 || i != 9) ptx::store_shared(base + i * 16, x[i]);
+    if (kMistake != 3 || i != 9) ptx::store_shared(base + i * pitch, x[i]);
     if (kMistake != 4) __syncthreads();
-    const unsigned wrong = kMistake == 1 && i == 9 ? 8 : kMistake == 2 && i == 31 ? 16 : 0;
-    const unsigned address = base + (i ^ 32) * 16 + wrong;
+    const unsigned wrong = kMistake == 1 && i == 9 ? 8 : kMistake == 2 && i == 31 ? pitch : 0;
+    const unsigned address = base + (i ^ 32) * pitch + wrong;
     unsigned fragment[4];
     if (kMistake == 5 && lane >= 16) ptx::load_matrix_x4(fragment, address);
     else ptx::load_matrix_x4_transposed(fragment, address);
     for (unsigned j = 0; j < 4; ++j) y[(i / 32 * 4 + j) * 32 + lane] = fragment[j];
 }
 
-// y = x[2, 4, 8, 8]: each warp stores its matrices, rows `pitch` bytes apart and in another order, and reads them row
-// by row. Mistake 1: an address off its row, 2: a row past the end, 3: no barrier, 4: half of a warp does not come, 5:
-// two matrices have a row in the same place.
-template <int kMistake>
-__global__ void store(const unsigned* x, unsigned* y, unsigned pitch) {
-    FLASHLLM_DYNAMIC_SHARED(shared);
-    const unsigned i = threadIdx.x, lane = i % 32, warp = i / 32;
-    const unsigned rows = ptx::shared_address(shared) + warp * 32 * pitch, address = rows + lane * 5 % 32 * pitch;
-    unsigned fragment[4];
-    for (unsigned j = 0; j < 4; ++j) fragment[j] = x[(warp * 4 + j) * 32 + lane];
-    if (kMistake == 4 && lane >= 16) {
-        __syncwarp();
-    } else {
-        // The last place is lane 19's.
-        const unsigned wrong = kMistake == 1 && i == 9 ? 8 : kMistake == 2 && i == 51 ? pitch : 0;
-        ptx::store_matrix_x4(kMistake == 5 && lane == 21 ? rows : address + wrong, fragment);
+// y[0, i]: bytes of {low[i], high[i]} that selectors[i] names, y[1, i]: the sum of the products of their bytes and of it.
+__global__ void bytes(const unsigned* low, const unsigned* high, const unsigned* selectors, unsigned* y, int count) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        y[i] = ptx::permute(low[i], high[i], selectors[i]);
+        y[count + i] = ptx::dot4(low[i], high[i], selectors[i]);
     }
-    if (kMistake != 3) __syncwarp();
-    for (unsigned j = 0; j < 4; ++j) y[i * 4 + j] = ptx::load_shared4(address + j * 4);
 }
 
 // y[i] = x[i + 1 mod 64], through words `stride` apart. Mistake 1: a store between two words, 2: a store past the end,
@@ -99,13 +87,12 @@ __global__ void words(const unsigned* x, unsigned* y, unsigned stride) {
 // y[64, 8]: in every row the sums of the 16 columns of b[8, 16], which warp 0 stores for wgmma. Mistake 1: no proxy
 // fence.
 template <int kMistake>
-__global__ void publish(const unsigned* b, float* y) {
+__global__ void publish(const uint4* b, float* y) {
     FLASHLLM_DYNAMIC_SHARED(shared);
     const unsigned base = ptx::shared_address(shared), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (warp == 0) {
-        const unsigned chunk = lane / 8, row = lane % 8, *source = b + lane / 4 * 8 + lane % 4;
-        const unsigned fragment[4] = {source[0], source[4], 0, 0};
-        ptx::store_matrix_x4(base + row * 128 + ((chunk ^ row) << 4), fragment);
+        const unsigned chunk = lane / 8, row = lane % 8;
+        if (chunk < 2) ptx::store_shared(base + row * 128 + ((chunk ^ row) << 4), b[row * 2 + chunk]);
         if (kMistake != 1) ptx::fence_async_proxy();
     }
     __syncthreads();

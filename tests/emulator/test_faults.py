@@ -37,16 +37,16 @@ REACH = [spec("reach", mistake, 2048) for mistake in range(7)]
 RING = [spec("ring", mistake, 128 + 4 * 3 * 512) for mistake in range(11)]
 SHARE = [spec("share", mistake, 128 + 2 * 512) for mistake in range(4)]
 MULTIPLY = [spec("multiply", mistake, 72 * 128) for mistake in range(9)]
-TURN = [spec("turn", mistake, 0) for mistake in range(2)]
 RELAY = [spec("relay", mistake, 128 + 2 * 512) for mistake in range(7)]
 REGISTERS = [spec("multiply_registers", mistake, 8 * 128) for mistake in range(8)]
 CHAIN = [spec("chain", mistake, 0) for mistake in range(4)]
+COUNT = [spec("count", mistake, 0) for mistake in range(5)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     copies = [*COPY, *RING, *SHARE, *RELAY]
-    emulator.preload([*ROTATE, *MEET, *REACH, *TURN, *CHAIN, *copies, *MULTIPLY, *REGISTERS], build=BUILD)
+    emulator.preload([*ROTATE, *MEET, *REACH, *CHAIN, *COUNT, *copies, *MULTIPLY, *REGISTERS], build=BUILD)
 
 
 def rotate(kernel: KernelSpec, seed: int) -> bool:
@@ -101,17 +101,19 @@ def multiply(kernel: KernelSpec, seed: int) -> bool:
     return bool((y == a.astype(np.float32) @ b.astype(np.float32).T).all())
 
 
-def turn(kernel: KernelSpec, seed: int) -> bool:
-    x, y = np.arange(128, dtype=np.int32) << 24 | 0x010203, np.zeros(128, np.int32)
-    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
-    return bool((y == x.byteswap() + (1 * 3 + 2 * 10 + 255 + 7)).all())
-
-
 def chain(kernel: KernelSpec, seed: int) -> bool:
     x = np.random.default_rng(seed).integers(1, 9, (7, 128, 4)).astype(np.float32)
     y = np.zeros_like(x)
     emulator.launch(kernel, (7,), (x, y), seed=seed, build=BUILD)
     return bool((y == x.cumsum(axis=0)).all())
+
+
+def count(kernel: KernelSpec, seed: int) -> bool:
+    x = np.random.default_rng(seed).integers(1, 100, 7).astype(np.int32)
+    y, counted = np.zeros(8, np.int32), np.zeros(1, np.uint32)
+    emulator.launch(kernel, (7,), (x, y, counted), seed=seed, build=BUILD)
+    assert counted[0] == 6
+    return bool((y == [*x, x.sum()]).all())
 
 
 def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> bool:
@@ -128,8 +130,8 @@ def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelS
         (ring, RING),
         (share, SHARE),
         (multiply, MULTIPLY),
-        (turn, TURN),
         (chain, CHAIN),
+        (count, COUNT),
         (share, RELAY),
         (multiply, REGISTERS),
     ],
@@ -177,6 +179,7 @@ def test_rings_out_of_step(run: Callable[[KernelSpec, int], bool], kernel: Kerne
 
 def test_a_block_that_does_not_wait_for_another_is_wrong() -> None:
     assert not right_in_every_order(chain, CHAIN[2])
+    assert not right_in_every_order(count, COUNT[3])
 
 
 def test_static_shared_memory_is_a_blocks_own() -> None:
@@ -220,9 +223,11 @@ def test_missing_wait_shows_in_every_order() -> None:
         (multiply, MULTIPLY[6], r"missing wgmma.fence"),
         (multiply, MULTIPLY[7], r"race: operand a of wgmma.mma_async changed|missing proxy fence"),
         (multiply, MULTIPLY[8], r"divergent warpgroup: warp 0 has issued 4 wgmma.mma_async, warp 2 3"),
-        (turn, TURN[1], r"prmt: selector 0x0923 has a sign bit, which is not modelled"),
         (chain, CHAIN[1], r"waits for global memory that no earlier block will write"),
         (chain, CHAIN[3], r"waits for global memory that no earlier block will write"),
+        (count, COUNT[1], r"waits for global memory that no earlier block will write"),
+        (count, COUNT[2], r"waits for global memory that no earlier block will write"),
+        (count, COUNT[4], r"read of 4 bytes at byte 4 of argument 2, which has 4"),
         (share, RELAY[2], r"deadlock: .* wait for 1 arrivals and 0 bytes at the mbarrier"),
         (share, RELAY[3], r"more than its 32 arrivals|deadlock"),
         (share, RELAY[5], r"the block ends with \d+ bulk copies not waited for"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from itertools import combinations, product
 from pathlib import Path
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 
 from flashllm.backends import emulator
 from flashllm.backends.emulator import BuildOptions, EmulationError
-from flashllm.jit.sources import cuda_root
 from flashllm.jit.spec import KernelSpec
 from products import integers
 from weight_cases import NUMPY_DTYPE
@@ -48,7 +46,7 @@ SPARSE = [sparse_spec(dtype, selector) for dtype in T for selector in (0, 1)]
 SPARSE_MISTAKES = [sparse_spec("fp16", mistake % 2, mistake) for mistake in range(6)]
 DENSE = {dtype: spec("multiply_dense", 32, 0, T=name) for dtype, name in T.items()}
 TRANSPOSE = [spec("transpose", 64, 1024, kMistake=mistake) for mistake in range(6)]
-STORE = [spec("store", 64, 1024, kMistake=mistake) for mistake in range(6)]
+BYTES = spec("bytes", 64, 0)
 WORDS = [spec("words", 64, 256, kMistake=mistake) for mistake in range(7)]
 PUBLISH = [spec("publish", 128, 1024, kMistake=mistake) for mistake in range(2)]
 
@@ -56,7 +54,7 @@ PUBLISH = [spec("publish", 128, 1024, kMistake=mistake) for mistake in range(2)]
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     sparse = [*SPARSE, *SPARSE_MISTAKES, *DENSE.values()]
-    emulator.preload([*sparse, *TRANSPOSE, *STORE, *WORDS, *PUBLISH], build=BUILD)
+    emulator.preload([*sparse, *TRANSPOSE, *WORDS, *PUBLISH, BYTES], build=BUILD)
 
 
 def random_places(rng: np.random.Generator) -> NDArray[Any]:
@@ -129,6 +127,22 @@ def test_sparse_product_rounds_as_the_dense_one(dtype: str) -> None:
         np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
 
 
+def test_bytes() -> None:
+    """Every nibble in every place: the byte that it names or, from 8 on, eight copies of that byte's sign."""
+    rng = np.random.default_rng(8)
+    low, high, selectors = (rng.integers(0, 1 << 32, 4096, np.uint64).astype(np.uint32) for _ in range(3))
+    y = np.zeros((2, 4096), np.uint32)
+    emulator.launch(BYTES, (1,), (low, high, selectors, y, np.int32(4096)), build=BUILD)
+    pairs = np.stack((low, high), axis=1).view(np.uint8)
+    nibbles = selectors[:, None] >> 4 * np.arange(4, dtype=np.uint32) & 15  # the upper half says nothing
+    assert all(set(column) == set(range(16)) for column in nibbles.T)
+    named = np.take_along_axis(pairs, (nibbles & 7).astype(np.int64), axis=1)
+    want = np.where(nibbles < 8, named, np.where(named >= 128, 255, 0)).astype(np.uint8)
+    np.testing.assert_array_equal(y[0], np.ascontiguousarray(want).view(np.uint32)[:, 0])
+    products = pairs[:, :4].astype(np.int64) * pairs[:, 4:]
+    np.testing.assert_array_equal(y[1], (products.sum(1) + selectors).astype(np.uint32))
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("selector", [0, 1])
 def test_places_out_of_order(selector: int, zeros: bool) -> None:
@@ -159,21 +173,9 @@ def sparse(kernel: KernelSpec, seed: int) -> bool:
 def transpose(kernel: KernelSpec, seed: int) -> bool:
     x = np.random.default_rng(seed).integers(0, 1 << 16, (2, 4, 8, 8)).astype(np.uint16)
     y = np.zeros((2, 4, 32), np.uint32)
-    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD)
+    emulator.launch(kernel, (1,), (x, y, np.uint32(16)), seed=seed, build=BUILD)
     got = y.view(np.uint16).reshape(2, 4, 8, 8)  # [warp, matrix, g, 2 t + half]
     return bool((got == x[::-1].swapaxes(2, 3)).all())
-
-
-def stored(kernel: KernelSpec, seed: int, *, pitch: int = 16, build: BuildOptions = BUILD) -> NDArray[Any]:
-    """What came out of the right matrices."""
-    x = np.random.default_rng(seed).integers(0, 1 << 32, 256).astype(np.uint32)
-    y = np.zeros(256, np.uint32)
-    emulator.launch(kernel, (1,), (x, y, np.uint32(pitch)), seed=seed, build=build)
-    return y == x
-
-
-def store(kernel: KernelSpec, seed: int) -> bool:
-    return bool(stored(kernel, seed).all())
 
 
 def words(kernel: KernelSpec, seed: int) -> bool:
@@ -193,7 +195,6 @@ def publish(kernel: KernelSpec, seed: int) -> bool:
     [
         (sparse, SPARSE_MISTAKES[0]),
         (transpose, TRANSPOSE[0]),
-        (store, STORE[0]),
         (words, WORDS[0]),
         (publish, PUBLISH[0]),
     ],
@@ -205,7 +206,7 @@ def test_no_report_without_a_mistake(run: Callable[[KernelSpec, int], bool], ker
 
 @pytest.mark.parametrize(
     ("run", "kernel"),
-    [(transpose, TRANSPOSE[4]), (store, STORE[3]), (words, WORDS[6])],
+    [(transpose, TRANSPOSE[4]), (words, WORDS[6])],
     ids=lambda value: value.name if isinstance(value, KernelSpec) else "",
 )
 def test_missing_barrier_gives_a_wrong_result(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> None:
@@ -222,9 +223,6 @@ def test_missing_barrier_gives_a_wrong_result(run: Callable[[KernelSpec, int], b
         (transpose, TRANSPOSE[1], r"lane 9: ldmatrix: shared address \d+ is not a multiple of 16"),
         (transpose, TRANSPOSE[2], r"lane 31: ldmatrix: 16 bytes at shared address \d+ \(offset 1024\) of 1024 bytes"),
         (transpose, TRANSPOSE[5], r"divergent collective: .*ldmatrix.x4.trans"),
-        (store, STORE[1], r"lane 9: stmatrix: shared address \d+ is not a multiple of 16"),
-        (store, STORE[2], r"warp 1, lane 19: stmatrix: 16 bytes at shared address \d+ \(offset 1024\) of 1024 bytes"),
-        (store, STORE[4], r"divergent collective: .*(stmatrix.*syncwarp|syncwarp.*stmatrix)"),
         (words, WORDS[1], r"lane 9: 4-byte store: shared address \d+ is not a multiple of 4"),
         (words, WORDS[2], r"lane 9: 4-byte store: 4 bytes at shared address \d+ \(offset 292\) of 256 bytes"),
         (words, WORDS[3], r"lane 9: load: shared address \d+ is not a multiple of 4"),
@@ -246,44 +244,20 @@ def test_what_nobody_wrote_is_poisoned() -> None:
     assert np.isnan(y[8:]).all()  # a1 and a3, of which a1 is not there
     assert np.isfinite(y[:8]).all()
     x, fragments = np.ones((2, 4, 8, 8), np.float16), np.zeros((2, 4, 8, 8), np.float16)
-    emulator.launch(TRANSPOSE[3], (1,), (x, fragments), build=BUILD)
+    emulator.launch(TRANSPOSE[3], (1,), (x, fragments, np.uint32(16)), build=BUILD)
     assert set(zip(*np.nonzero(np.isnan(fragments)), strict=True)) == {(1, 1, g, 1) for g in range(8)}
     numbers, got = np.ones(64, np.uint32), np.zeros(64, np.uint32)
     emulator.launch(WORDS[5], (1,), (numbers, got, np.uint32(1)), build=BUILD)
     assert np.flatnonzero(got == 0x7FFF7FFF).tolist() == [8]
 
 
-def test_rows_stored_over_each_other() -> None:
-    """Row 21 goes where row 0 is: its own place stays unwritten in both warps, and one of the two is lost."""
-    for seed in SEEDS:
-        right = stored(STORE[5], seed).reshape(2, 32, 4).all(2)
-        assert not right[:, 21].any()
-        assert right[:, [r for r in range(32) if r not in (0, 21)]].all()
-
-
 def test_conflicts_are_counted() -> None:
     x, y = np.arange(256, dtype=np.uint32), np.zeros(256, np.uint32)
-    for pitch, depth in ((16, 1), (128, 8), (80, 1)):
-        kernel = spec("store", 64, 64 * pitch, kMistake=0)
-        seen = emulator.launch(kernel, (1,), (x, y, np.uint32(pitch)), build=BUILD).stmatrix
+    for pitch, depth in ((16, 1), (32, 2), (64, 4), (128, 8), (80, 1)):
+        kernel = spec("transpose", 64, 64 * pitch, kMistake=0)
+        seen = emulator.launch(kernel, (1,), (x, y, np.uint32(pitch)), build=BUILD).ldmatrix
         assert (seen.requests, seen.ideal, seen.wavefronts) == (2, 8, 8 * depth)
     for stride, depth in ((1, 1), (2, 2), (32, 32), (33, 1)):
         kernel = spec("words", 64, 64 * stride * 4, kMistake=0)
         seen = emulator.launch(kernel, (1,), (x[:64], y, np.uint32(stride)), build=BUILD).store4
         assert (seen.requests, seen.ideal, seen.wavefronts) == (2, 2, 2 * depth)
-
-
-def test_stores_before_sm_90(tmp_path: Path) -> None:
-    """The shuffles that stand for stmatrix there; the emulator has one twin for both, so their text is taken over."""
-    real = (cuda_root() / "flashllm" / "ptx.cuh").read_text()
-    found = re.search(r"void store_matrix_x4\((.*?)\) {\n#if .*?\n#else\n(.*?)#endif\n}", real, re.DOTALL)
-    assert found is not None
-    older = f"FLASHLLM_DEVICE void store_by_shuffles({found[1]}) {{\n{found[2]}}}\n"
-    text = SOURCE.read_text().replace("ptx::store_matrix_x4(", "ptx::store_by_shuffles(")
-    head = '#include "flashllm/ptx.cuh"\n'
-    text = text.replace(head, f"{head}namespace flashllm::ptx {{\n{older}}}\n")
-    (tmp_path / "fragments.cu").write_text(text)
-    build = BuildOptions(arch="80", source_root=tmp_path, cache_dir=tmp_path)
-    emulator.preload([STORE[0], STORE[3]], build=build)
-    assert all(stored(STORE[0], seed, build=build).all() for seed in SEEDS)
-    assert not all(stored(STORE[3], seed, build=build).all() for seed in SEEDS)

@@ -41,7 +41,7 @@ def test_exact_for_every_instance(spec: Any) -> None:
     for seed, (pattern, density) in enumerate(MASKS):
         w = weight(pattern, shape, density, choice.dtype)
         x = integers(np.random.default_rng(3), (choice.n_block - seed % 3, shape[1]), choice.dtype)
-        sparse: Any = packed_for(spec, w)
+        w, sparse = packed_for(spec, w)
         got, counts = emulator.spmm(x, sparse, choice=choice, arch=arch_of(spec), seed=seed)
         assert_exact(got, exact(x, w, choice.dtype))
         tiles_m, tiles_k = sparse.tiles

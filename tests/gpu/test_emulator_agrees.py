@@ -26,7 +26,7 @@ def test_equal_bits(cp: Any, spec: Any) -> None:
     choice = choice_of(spec)
     shape = (264, 520) if choice.aligned else (263, 519)
     for seed, (pattern, density) in enumerate((("uniform", 0.15), ("skewed", 0.4), ("empty-tiles", 0.9))):
-        host = packed_for(spec, weight(pattern, shape, density, choice.dtype, seed=seed))
+        _, host = packed_for(spec, weight(pattern, shape, density, choice.dtype, seed=seed))
         x = integers(np.random.default_rng(seed), (choice.n_block, shape[1]), choice.dtype)
         emulated, _ = emulator.spmm(x, host, choice=choice, arch=arch, seed=seed)
         device = host.to_device()

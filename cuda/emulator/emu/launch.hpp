@@ -26,8 +26,7 @@ namespace emu {
     X(scatter_requests) X(scatter_wavefronts) X(scatter_ideal)                                            \
     X(store4_requests) X(store4_wavefronts) X(store4_ideal)                                               \
     X(store16_requests) X(store16_wavefronts) X(store16_ideal)                                            \
-    X(ldmatrix_requests) X(ldmatrix_wavefronts) X(ldmatrix_ideal)                                         \
-    X(stmatrix_requests) X(stmatrix_wavefronts) X(stmatrix_ideal)
+    X(ldmatrix_requests) X(ldmatrix_wavefronts) X(ldmatrix_ideal)
 enum class Counter : unsigned {
 #define FLASHLLM_COUNTER(name) name,
     FLASHLLM_COUNTERS(FLASHLLM_COUNTER)

@@ -91,7 +91,6 @@ void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned m
 
 enum class Value : unsigned char { fp16, bf16 };
 void load_matrix(unsigned* fragment, unsigned matrices, unsigned address, bool transposed);
-void store_matrix_x4(unsigned address, const unsigned* fragment);
 void mma_m16n8k16(Value type, float* c, const unsigned* a, unsigned b0, unsigned b1);
 void mma_sp_m16n8k32(Value type, float* c, const unsigned* a, const unsigned* b, unsigned metadata, unsigned selector);
 

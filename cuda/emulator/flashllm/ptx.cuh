@@ -133,7 +133,6 @@ FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned 
     first = fragment[0], second = fragment[1];
 }
 
-
 template <typename T> inline constexpr bool is_half = false;
 template <> inline constexpr bool is_half<__half> = true;
 

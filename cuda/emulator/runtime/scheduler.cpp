@@ -16,7 +16,7 @@ namespace emu {
 namespace {
 
 const char* const kOperationNames[] = {"__syncwarp", "shuffle", "vote", "ldmatrix.x2", "ldmatrix.x4",
-                                       "ldmatrix.x4.trans", "stmatrix.x4", "mma.m16n8k16", "mma.sp.m16n8k32",
+                                       "ldmatrix.x4.trans", "mma.m16n8k16", "mma.sp.m16n8k32",
                                        "wgmma.fence", "wgmma.mma_async", "wgmma.commit_group", "wgmma.wait_group"};
 
 // One in this many meetings, another warp gets its turn although this one could go on.

@@ -62,7 +62,7 @@ struct Thread : ThreadView {
 
 // What the lanes of a meeting are doing: all must do the same.
 enum class Operation : unsigned char {
-    syncwarp, shuffle, vote, ldmatrix_x2, ldmatrix_x4, ldmatrix_x4_trans, stmatrix_x4, mma, mma_sp, wgmma_fence, wgmma,
+    syncwarp, shuffle, vote, ldmatrix_x2, ldmatrix_x4, ldmatrix_x4_trans, mma, mma_sp, wgmma_fence, wgmma,
     wgmma_commit, wgmma_wait
 };
 const char* name_of(Operation operation);

@@ -86,27 +86,6 @@ void perform_load_matrix(Warp& warp, unsigned matrices) {
     }
 }
 
-struct StoreMatrixArgument {
-    unsigned address;
-    unsigned rows[4];  // of each matrix, the row that this lane has a part of
-};
-
-void perform_store_matrix(Warp& warp, unsigned) {
-    Worker& worker = *warp.block->worker;
-    worker.add(Counter::stmatrix_requests);
-    for (unsigned m = 0; m < 4; ++m) {
-        unsigned addresses[8];
-        for (unsigned row = 0; row < 8; ++row) {
-            addresses[row] = argument<StoreMatrixArgument>(warp, m * 8 + row).address;
-        }
-        worker.add(Counter::stmatrix_ideal);
-        worker.add(Counter::stmatrix_wavefronts, wavefronts16(addresses, 8));
-        for (unsigned lane = 0; lane < 32; ++lane) {
-            argument<StoreMatrixArgument>(warp, lane).rows[m] = addresses[lane / 4];
-        }
-    }
-}
-
 struct MmaArgument {
     Value type;
     float* c;
@@ -208,19 +187,6 @@ void load_matrix(unsigned* fragment, unsigned matrices, unsigned address, bool t
         meet(operation, ~0u, &mine, [](Warp& warp, unsigned) { perform_load_matrix(warp, 4); });
     } else {
         meet(Operation::ldmatrix_x2, ~0u, &mine, [](Warp& warp, unsigned) { perform_load_matrix(warp, 2); });
-    }
-}
-
-// Each lane writes its own part after the meeting, so that a read by another without a barrier comes too early.
-void store_matrix_x4(unsigned address, const unsigned* fragment) {
-    Thread& thread = current();
-    check_shared(thread, "stmatrix", address, 16);
-    StoreMatrixArgument mine{address, {}};
-    meet(Operation::stmatrix_x4, ~0u, &mine, perform_store_matrix);
-    for (unsigned m = 0; m < 4; ++m) {
-        const unsigned part = mine.rows[m] + thread.lane % 4 * 4;
-        std::memcpy(shared_pointer(*thread.owner, part), &fragment[m], 4);
-        mark_written(*thread.owner, part, 4, mark_of_stores(thread));
     }
 }
 

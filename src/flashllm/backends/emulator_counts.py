@@ -49,7 +49,6 @@ class Counts:
     store16: SharedAccess
     """16-byte stores, a quarter of a warp at a time."""
     ldmatrix: SharedAccess
-    stmatrix: SharedAccess
 
     @property
     def multiply_adds(self) -> int:
@@ -74,7 +73,6 @@ class Counts:
             store4=access("store4"),
             store16=access("store16"),
             ldmatrix=access("ldmatrix"),
-            stmatrix=access("stmatrix"),
             **{key: values[key] for key in _PLAIN},
         )
 

@@ -30,7 +30,7 @@ def counts_table(counted: Sequence[tuple[Row, Counts]]) -> list[RenderableType]:
     for heading in (*headings, "shared wavefronts", "lost to conflicts"):
         table.add_column(heading, justify="right")
     for row, counts in counted:
-        shared = (counts.scatter, counts.store4, counts.store16, counts.ldmatrix, counts.stmatrix)
+        shared = (counts.scatter, counts.store4, counts.store16, counts.ldmatrix)
         table.add_row(
             *([escape(title_of(row))] if named else []),
             *([row.format] if several else []),

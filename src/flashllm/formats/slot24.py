@@ -103,6 +103,11 @@ class Slot24(SparseWeight):
         return tiles_m * tiles_k * tile_bytes + values + _SMALL
 
     @classmethod
+    def densest(cls, **layout: int) -> float:
+        """Groups of two values are for thin matrices only."""
+        return 0.08 if layout.get("group_values") == 2 else 1.0
+
+    @classmethod
     def from_dense(
         cls,
         a: Any,

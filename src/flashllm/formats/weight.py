@@ -73,6 +73,11 @@ class SparseWeight(ABC):
         """Bytes, at most, about, of a weight [M, K] with ``density`` of its elements stored at random places."""
 
     @classmethod
+    def densest(cls, **layout: int) -> float:
+        """Density of random masks that options of ``LAYOUT`` can do with, about; 1: they can do with any mask."""
+        return 1.0
+
+    @classmethod
     @abstractmethod
     def from_dense(cls, a: Any, *, dtype: str | None = None, report: ReportCallback | None = None) -> Self:
         """Encode a dense matrix [M, K]: NumPy on the host, CuPy on its device.

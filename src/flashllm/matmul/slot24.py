@@ -63,6 +63,10 @@ _ROOM = {
 }
 
 
+MAX_RING_ROWS = max(room.ring_rows for room in _ROOM.values())
+"""Value rows that a block keeps in shared memory, at the most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """One instance of the kernel and how many blocks of it share the device."""
@@ -203,24 +207,25 @@ def ablation(choice: Choice) -> dict[str, Choice]:
 
 @cache
 def instances() -> tuple[Choice, ...]:
-    """One choice for every instance that a plan or the tuner can ask for."""
+    """Choices for every instance that a plan or the tuner can ask for, one for each kind of K."""
     choices = [
-        _choice(dtype, n_block, (part_rows, values), arch, aligned=True)
+        _choice(dtype, n_block, (part_rows, values), arch, aligned=aligned)
         for arch in ALL_ARCHS
         for n_block in N_BLOCKS
         for part_rows in PARTS_OF
         for values in GROUP_VALUES
         for dtype in CXX_TYPE
+        for aligned in (True, False)
     ]
-    return tuple({choice.spec: choice for choice in choices}.values())
+    return tuple({(choice.spec, choice.aligned): choice for choice in choices}.values())
 
 
 def typical(arch: str) -> tuple[Choice, ...]:
-    """The instances that the heuristic takes on ``arch``: for every width, layout and type one."""
+    """The instances that the heuristic takes on ``arch``: for every width, layout and type two."""
     return tuple(choice for choice in instances() if choice.spec.supports(arch))
 
 
 @cache
 def specs() -> tuple[KernelSpec, ...]:
     """The compiled kernels of :func:`instances`."""
-    return tuple(choice.spec for choice in instances())
+    return tuple(dict.fromkeys(choice.spec for choice in instances()))

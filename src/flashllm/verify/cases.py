@@ -154,9 +154,13 @@ def _kernel_cases(name: str, arch: str, kernel: str, quick: bool, large: bool, s
             made = registry.weight_class(name)
             layout = tuple((field, getattr(choice, field)) for field in made.LAYOUT)
             found = _data(name, check_dtype(choice.dtype), choice.n_block, choice.aligned, quick, large, seed)
+            densest = made.densest(**dict(layout))
             for i, data in enumerate(found):
-                if made.ENCODINGS[data.encoding].keys().isdisjoint(made.LAYOUT):
-                    yield Case(choice=choice, arch=arch, data=replace(data, layout=layout), schedule=seed + i)
+                if not made.ENCODINGS[data.encoding].keys().isdisjoint(made.LAYOUT):
+                    continue
+                if densest < 1:
+                    data = replace(data, pattern="uniform", sparsity=max(data.sparsity, 1 - densest))
+                yield Case(choice=choice, arch=arch, data=replace(data, layout=layout), schedule=seed + i)
 
 
 def _instances(name: str, arch: str, quick: bool) -> list[KernelChoice]:

@@ -159,6 +159,7 @@ FLASHLLM_DEVICE void take_first(M& p, int place, const Some<M>& others, unsigned
     const unsigned fits = others.fit(p.rows[kSide][place], p.kind[kSide][place]) & open[1 - kSide];
     const unsigned lanes = __ballot_sync(kWarp, fits != 0);
     if (lanes == 0) return;
+    __syncwarp();  // all lanes have seen that the place is free
 #pragma unroll
     for (int j = 0; j < M::kOwn; ++j) {
         if (p.order[kSide][lane * M::kOwn + j] == place) open[kSide] &= ~(1u << j);

@@ -11,6 +11,8 @@ Not here, because nothing depends on them:
 - ``low > end``: a pointer at the end still has a mask word's 16 rows before it, the mirror;
 - how many steps of wgmma may be in flight: a matter of which registers the compiler takes.
 
+x as images, for more columns, is mutated in test_x_images_mutations.py.
+
 Not here, because the emulator orders more than a GPU: ``__syncwarp`` before a release, behind an instruction for which
 all lanes of the warp have met; the fence behind the initialisation of the barriers.
 """
@@ -105,14 +107,15 @@ MUTATIONS = (
     # What it brings of every tile.
     *both("x is not announced", KERNEL, "ptx::mbarrier_arrive_after_copies(full);", ";"),
     Mutation("x is announced too early", KERNEL, "arrive_after_copies(full", "arrive(full", WGMMA),
-    Mutation("arrivals for x are not counted", KERNEL, "L::Feed::kArrivals + bitmap::kLanes;", "L::Feed::kArrivals;"),
-    Mutation("x goes to the first stage", KERNEL, "x.load(stage * L::kStageBytes);", "x.load(0);"),
+    Mutation("arrivals for x are not counted", KERNEL, "L::Feed::kArrivals + X::kArrivals);", "L::Feed::kArrivals);"),
+    Mutation("x goes to the first stage", KERNEL, "from.load(stage * L::kStageBytes);", "from.load(0);"),
     Mutation("turns of x keep their swizzle", X_STAGE, "(target ^ (turn * kOtherSwizzle % 8 << 4))", "target"),
-    *both("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();"),
-    Mutation("one warp brings x of the first tiles", KERNEL, "if (warp < min(kStages, count))", "if (warp == 0)"),
-    Mutation("the feeder brings x of the first tiles", KERNEL, "if (feed.step >= L::kTiles) "),
-    Mutation("the feeder begins with x of the first tile", KERNEL, "loader(kStages)", "loader(0)"),
-    Mutation("the feeder begins with x beyond the row", KERNEL, "(tile_k + tile) % split.tiles_k", "tile_k + tile"),
+    *both("the launch before is not waited for", KERNEL, "ptx::grid_dependency_wait();  // the feeder",
+          "// the feeder"),
+    Mutation("one warp brings x of the first tiles", KERNEL, "if (warp < min(L::kStages, count))", "if (warp == 0)"),
+    Mutation("the feeder brings x of the first tiles", KERNEL, "feed.step >= L::kStages;", "true;"),
+    Mutation("the feeder begins with x of the first tile", KERNEL, "loader(layout, L::kStages)", "loader(layout, 0)"),
+    Mutation("the feeder begins with x beyond the row", KERNEL, "(tile_k + tile) % tiles_k", "tile_k + tile"),
     *both("masks stand still", KERNEL, "feed.advance(), masks += bitmap::kMaskBytes", "feed.advance()"),
     # By copies of all lanes.
     Mutation("half of the masks", RING, "at < pieces[i].bytes;", "at < pieces[i].bytes / 2;"),

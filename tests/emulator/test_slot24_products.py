@@ -21,9 +21,13 @@ from flashllm.matmul.stream_k import StreamK
 from products import NUMPY_DTYPE, assert_exact, exact, integers, weight
 
 CHUNK_BYTES = 8192
+COLUMN_BYTES = {8: 16, 16: 32, 32: 80}
+"""Of a window of x, by its rows."""
 pytestmark = pytest.mark.usefixtures("kernels")
 every_arch = pytest.mark.parametrize("arch", ["80", "90a", "120a"])
 both_parts = pytest.mark.parametrize("part_rows", [32, 64])
+every_layout = pytest.mark.parametrize("layout", [(32, 4), (64, 4), (32, 2), (64, 2)], ids=str)
+"""Rows that pair alike, and values of a group."""
 both_paths = pytest.mark.parametrize("arch", ["80", "90a"])
 
 
@@ -34,10 +38,12 @@ def check(
     seed: int = 0,
     window: int | None = None,
     part_rows: int | None = None,
+    group_values: int | None = None,
     **split: int,
 ) -> emulator.Counts:
     """The product is exact; ``split``: blocks and row_cost."""
-    return check_packed(Slot24.from_dense(w, window=window, part_rows=part_rows), w, n, arch, seed, **split)
+    sparse = Slot24.from_dense(w, window=window, part_rows=part_rows, group_values=group_values)
+    return check_packed(sparse, w, n, arch, seed, **split)
 
 
 def check_packed(sparse: Slot24, w: NDArray[Any], n: int, arch: str, seed: int = 0, **split: int) -> emulator.Counts:
@@ -55,11 +61,29 @@ def encoded(
     dtype: str,
     seed: int,
     window: int | None,
-    part_rows: int | None = None,
+    layout: tuple[int | None, int | None] = (None, None),
 ) -> tuple[NDArray[Any], Slot24]:
-    """What many instances multiply, and its slots: packing takes as long as a product."""
+    """What many instances multiply, and its slots: packing takes as long as a product.
+
+    As dense as a weight of the layout can be.
+    """
+    part_rows, group_values = layout
+    if group_values == 2:
+        pattern = "skewed" if pattern == "full" else pattern
+        density = min(density, Slot24.densest(group_values=2))
     w = weight(pattern, shape, density, dtype, seed)
-    return w, Slot24.from_dense(w, window=window, part_rows=part_rows)
+    return w, Slot24.from_dense(w, window=window, part_rows=part_rows, group_values=group_values)
+
+
+def ring_rows(sparse: Slot24, n: int, arch: str) -> int:
+    """Value rows that a block keeps of each part."""
+    return int(dict(slot24.default_choice(sparse, n, arch=arch).spec.template)["kRing"])
+
+
+def meets_banks(counts: emulator.Counts, sparse: Slot24) -> bool:
+    """Whether more columns meet in a bank than may: none, but where pairs are made for groups of two values some."""
+    allowed = 0 if sparse.group_values == 4 else counts.ldmatrix.ideal // 3
+    return counts.ldmatrix.conflicts > allowed
 
 
 def runs(sparse: Slot24, blocks: int, row_cost: int = 0) -> list[tuple[int, int]]:
@@ -76,11 +100,11 @@ def runs(sparse: Slot24, blocks: int, row_cost: int = 0) -> list[tuple[int, int]
 )
 def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
     """Runs of one tile, of a few, and one of all: each that begins in the first and in the second tile of a window."""
-    columns = 1024 if choice.aligned else 1021
+    columns, layout = 1024 if choice.aligned else 1021, (choice.part_rows, choice.group_values)
     for seed, (pattern, density, window) in enumerate(
         (("uniform", 0.1, 256), ("uniform", 0.3, None), ("skewed", 0.3, None), ("full", 1.0, None))
     ):
-        w, sparse = encoded(pattern, (200, columns), density, choice.dtype, seed, window, choice.part_rows)
+        w, sparse = encoded(pattern, (200, columns), density, choice.dtype, seed, window, layout)
         tiles = sparse.tiles[0] * sparse.tiles[1]
         x = integers(np.random.default_rng(seed), (choice.n_block - seed % 3, columns), choice.dtype)
         for blocks in (1, 5, tiles):
@@ -89,13 +113,14 @@ def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
 
 
 @every_arch
-@both_parts
+@every_layout
 @pytest.mark.parametrize("pattern", ["uniform", "full", "skewed", "column", "even-columns", "block"])
-def test_exact_while_the_ring_turns(pattern: str, part_rows: int, arch: str) -> None:
+def test_exact_while_the_ring_turns(pattern: str, layout: tuple[int, int], arch: str) -> None:
     """Rows of tiles whose values go through the ring many times over, in one run and in several."""
+    longer = 1 if layout[1] == 4 else 3  # so few values do not fill it as often
     for seed, (columns, n, blocks) in enumerate(((2555, 9, 1), (2107, 24, 2), (1659, 40, 3))):
-        w, sparse = encoded(pattern, (130, columns), 0.6, "fp16", seed, None, part_rows)
-        assert sparse.fronts[-1] >= 4 * slot24.RING_ROWS
+        w, sparse = encoded(pattern, (130, columns * longer), 0.6, "fp16", seed, None, layout)
+        assert sparse.fronts[-1] >= (4 if longer == 1 else 1.5) * ring_rows(sparse, n, arch)
         check_packed(sparse, w, n, arch, seed=seed, blocks=blocks)
 
 
@@ -119,13 +144,13 @@ def test_exact_for_every_width_of_the_last_window(part_rows: int, arch: str) -> 
 
 
 @every_arch
-@both_parts
+@every_layout
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "empty-tiles"])
-def test_exact_for_runs_that_start_at_any_tile(pattern: str, part_rows: int, arch: str) -> None:
+def test_exact_for_runs_that_start_at_any_tile(pattern: str, layout: tuple[int, int], arch: str) -> None:
     """At both tiles of a window, at every tile since lags were stored, with streams that lag by up to the slack."""
     for seed, (density, columns) in enumerate(((0.5, 1300), (0.2, 2400), (0.1, 2400), (0.03, 2400))):
-        w, sparse = encoded(pattern, (256, columns), density, "bf16", seed, None, part_rows)
-        assert seed == 3 or np.unique(sparse.lags[1:]).size > 10
+        w, sparse = encoded(pattern, (256, columns), density, "bf16", seed, None, layout)
+        assert layout[1] == 2 or seed == 3 or np.unique(sparse.lags[1:]).size > 10
         tiles = sparse.tiles[0] * sparse.tiles[1]
         for blocks in (tiles, tiles * 2 // 3, tiles // 2 - 1, 7):
             begins = runs(sparse, blocks)
@@ -135,14 +160,13 @@ def test_exact_for_runs_that_start_at_any_tile(pattern: str, part_rows: int, arc
 
 
 @both_paths
-@both_parts
+@every_layout
 @pytest.mark.parametrize("n", [8, 16, 32])
-def test_exact_for_runs_over_rows_of_tiles(n: int, part_rows: int, arch: str) -> None:
+def test_exact_for_runs_over_rows_of_tiles(n: int, layout: tuple[int, int], arch: str) -> None:
     """Blocks that end a row of tiles and begin the next: the windows of x start over, once or many times."""
     splits = ((100, 1, 0), (100, 3, 0), (300, 2, 0), (700, 4, 2), (700, 3, 1))
     for seed, (columns, blocks, row_cost) in enumerate(splits):
-        w = weight("uniform", (128 * 5 - 3, columns), 0.1, "fp16", seed)
-        sparse = Slot24.from_dense(w, part_rows=part_rows)
+        w, sparse = encoded("uniform", (128 * 5 - 3, columns), 0.1, "fp16", seed, None, layout)
         tiles_k = sparse.tiles[1]
         assert any((end - 1) // tiles_k > first // tiles_k for first, end in runs(sparse, blocks, row_cost))
         check_packed(sparse, w, n, arch, seed, blocks=blocks, row_cost=row_cost)
@@ -200,10 +224,13 @@ def test_exact_for_rows_of_several_chains(part_rows: int, arch: str) -> None:
 @both_paths
 @both_parts
 def test_exact_for_any_pairing_in_any_order(part_rows: int, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results do not depend on the order of the pairs; only that there are no bank conflicts does."""
+    """Results do not depend on the order of the pairs; only that there are no bank conflicts does.
 
-    def shuffled(masks: Any, window: int, parts: Any) -> Any:
-        pairs = real(masks, window, parts)
+    Of groups of four values, that is: which slots make up a group is what gives others two.
+    """
+
+    def shuffled(masks: Any, how: Any) -> Any:
+        pairs = real(masks, how)
         if pairs is None:
             return None
         order = np.random.default_rng(5).permuted(np.broadcast_to(np.arange(128), pairs[0].shape), axis=-1)
@@ -212,35 +239,34 @@ def test_exact_for_any_pairing_in_any_order(part_rows: int, arch: str, monkeypat
     real = slot24_encode.pair_up
     w = weight("uniform", (200, 700), 0.2, "fp16")
     for n in (8, 16, 32):
-        assert check(w, n, arch, n, part_rows=part_rows, blocks=3).ldmatrix.conflicts == 0
+        assert check(w, n, arch, n, None, part_rows, 4, blocks=3).ldmatrix.conflicts == 0
         with monkeypatch.context() as patch:
             patch.setattr(slot24_encode, "pair_up", shuffled)
-            assert check(w, n, arch, n, part_rows=part_rows, blocks=3).ldmatrix.conflicts > 0
+            assert check(w, n, arch, n, None, part_rows, 4, blocks=3).ldmatrix.conflicts > 0
 
 
 @every_arch
-@both_parts
+@every_layout
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_value_read_ahead_is_not_used(dtype: str, part_rows: int, arch: str) -> None:
+def test_a_value_read_ahead_is_not_used(dtype: str, layout: tuple[int, int], arch: str) -> None:
     """Lanes without a value load the next one of their stream all the same: NaN or infinity of a later tile."""
-    w = weight("uniform", (256, 1536), 0.2, dtype)
+    w = weight("uniform", (256, 1536), 0.2 if layout[1] == 4 else 0.08, dtype)
     w[128:][w[128:] != 0] = np.nan
     w[200:][w[200:] != 0] = np.inf
     x = integers(np.random.default_rng(1), (9, w.shape[1]), dtype)
     for seed, blocks in enumerate((1, 5, 16)):
-        sparse = Slot24.from_dense(w, part_rows=part_rows)
+        sparse = Slot24.from_dense(w, part_rows=layout[0], group_values=layout[1])
         got, _ = emulator.spmm(x, sparse, arch=arch, seed=seed, blocks=blocks)
         assert_exact(np.ascontiguousarray(got[:, :128]), exact(x, w[:128], dtype))
         assert not np.isfinite(got[:, 128:].astype(np.float32)).any()
 
 
 @both_paths
-@both_parts
+@every_layout
 @pytest.mark.parametrize("n", [8, 13, 40])
-def test_infinities_of_x_reach_only_the_rows_that_may_meet_them(n: int, part_rows: int, arch: str) -> None:
+def test_infinities_of_x_reach_only_the_rows_that_may_meet_them(n: int, layout: tuple[int, int], arch: str) -> None:
     """An infinity in every column of x in turn: rows of W with an element there, and at most those with a zero."""
-    w = weight("uniform", (100, 300), 0.15, "fp16")
-    sparse = Slot24.from_dense(w, part_rows=part_rows)
+    w, sparse = encoded("uniform", (100, 300), 0.15, "fp16", 0, None, layout)
     x = integers(np.random.default_rng(2), (n, 300), "fp16")
     for column in (0, 5, 127, 128, 255, 256, 299):
         special = x.copy()
@@ -271,45 +297,45 @@ def test_repeats_give_the_same_bits(dtype: str, part_rows: int, arch: str) -> No
             assert len(set(results)) == 1
 
 
-@both_parts
+@every_layout
 @pytest.mark.parametrize("n", [8, 16, 32])
-def test_counts(n: int, part_rows: int) -> None:
-    """Every byte of W once and by bulk copies, x once for a row of tiles; no bank conflict in gather or transposing.
+def test_counts(n: int, layout: tuple[int, int]) -> None:
+    """Every byte of W once and by bulk copies, and all windows of x but the run's first; no barrier on the way.
 
     But the chunks at the first places of the ring, which it holds twice. Warps with 64 rows gather half as much.
     """
-    w = weight("uniform", (256, 1000), 0.2, "fp16")
-    sparse = Slot24.from_dense(w, part_rows=part_rows)
+    part_rows, values = layout
+    w, sparse = encoded("uniform", (256, 1000), 0.2, "fp16", 0, None, layout)
     tiles_m, tiles_k = sparse.tiles
     windows = tiles_m * tiles_k // 2
-    mirrored = -(-len(sparse.values) // (slot24.RING_ROWS // CHUNK_ROWS)) * CHUNK_BYTES
-    whole = mirrored + sum(array.nbytes for name, array in sparse.arrays().items() if name not in ("fronts", "lags"))
-    bulk = check(w, n, "90a", part_rows=part_rows, blocks=1)
-    assert bulk.bulk_copy_bytes == whole
-    assert bulk.copy_async_bytes == tiles_m * n * 1000 * 2
-    assert bulk.copy_async_zeros == windows * n * 256 * 2 - bulk.copy_async_bytes
-    single = check(w, n, "80", part_rows=part_rows, blocks=1)
-    assert single.bulk_copy_bytes == 0
-    assert single.copy_async_bytes == whole + bulk.copy_async_bytes
-    for counts in (bulk, single):
+    weights = sum(array.nbytes for name, array in sparse.arrays().items() if name not in ("fronts", "lags"))
+    for arch in ("90a", "80"):
+        mirrored = -(-len(sparse.values) // (ring_rows(sparse, n, arch) // CHUNK_ROWS)) * CHUNK_BYTES
+        whole = weights + mirrored + (windows - 1) * 256 * COLUMN_BYTES[n]
+        counts = check_packed(sparse, w, n, arch, blocks=1)
+        copied = (counts.bulk_copy_bytes, counts.copy_async_bytes)
+        assert copied == ((whole, 0) if arch == "90a" else (0, whole))
+        assert counts.copy_async_zeros == 0
         assert counts.mma == {"sp.m16n8k32": tiles_m * tiles_k * 4 * 4 * 2 * n // 8}
-        gathers, turns = tiles_m * tiles_k * 4 * PARTS_OF[part_rows].steps * n // 8, windows * 4 * 2 * n // 8
-        assert counts.ldmatrix.requests == gathers + turns
-        assert counts.ldmatrix.conflicts == counts.stmatrix.conflicts == 0
-        # The warps of a block meet at its begin; those of a band of 64 rows for every fragment of every row of tiles.
-        assert counts.barriers == 1 + (tiles_m * 2 * 4 * n // 8 if part_rows == 64 else 0)
-    # Runs that start amid the values bring what the slowest stream may still need: the slack, to whole chunks.
-    shared = check(w, n, "90a", part_rows=part_rows, blocks=4)
+        assert counts.ldmatrix.requests == tiles_m * tiles_k * 4 * PARTS_OF[part_rows].steps * n // 8
+        assert not meets_banks(counts, sparse)
+        assert counts.ldmatrix.conflicts == 0 or values == 2
+        # The warps of a block meet when its barriers are there, those that multiply when x is; those of a band of 64
+        # rows twice for every fragment of every row of tiles.
+        assert counts.barriers == 2 + (tiles_m * 2 * 4 * 2 * n // 8 if part_rows == 64 else 0)
+    # Runs that start amid the values bring what the slowest stream may still need: the slack, to whole chunks. Each
+    # lays out its first window itself.
+    whole -= 3 * 256 * COLUMN_BYTES[n]
+    shared = check_packed(sparse, w, n, "90a", blocks=4)
     assert whole < shared.bulk_copy_bytes <= whole + 3 * 5 * CHUNK_BYTES
 
 
-@both_parts
-def test_no_conflicts_whatever_the_window(part_rows: int) -> None:
+@every_layout
+def test_conflicts_whatever_the_window(layout: tuple[int, int]) -> None:
     for n, window in ((8, 128), (16, 176), (32, 248), (24, 256)):
-        w = weight("uniform", (130, 700), 0.08, "fp16", n)
+        w, sparse = encoded("uniform", (130, 700), 0.07, "fp16", n, window, layout)
         for arch in ("80", "90a"):
-            counts = check(w, n, arch, n, window, part_rows, blocks=3)
-            assert counts.ldmatrix.conflicts == counts.stmatrix.conflicts == 0
+            assert not meets_banks(check_packed(sparse, w, n, arch, n, blocks=3), sparse)
 
 
 def test_plans_of_the_emulated_device_have_blocks_that_share_rows() -> None:

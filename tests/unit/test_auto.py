@@ -49,9 +49,9 @@ def test_choosing_by_density_alone_loses_next_to_nothing() -> None:
             cases.setdefault((row.M, row.K, row.N, row.sparsity), {})[row.format] = row.median_us
     for (m, k, n, zeros), us in cases.items():
         if len(us) > 1:
-            ranking = rank_formats((m, k), 1 - zeros, n, gpu=GPU, formats=list(us))
+            ranking = rank_formats((m, k), 1 - zeros, n, gpu=fit_model.GPU, formats=list(us))
             regrets.append(us[ranking.best.format] / min(us.values()) - 1)
-    assert len(regrets) >= 144
+    assert len(regrets) >= 132
     assert fmean(regrets) < 0.02
     assert max(regrets) < 0.10
 

@@ -103,7 +103,6 @@ def test_a_dense_matrix_is_packed_in_the_best_format(tmp_path: Path, suffix: str
     ranking = rank_formats_of(DENSE, 16, gpu=GPU)
     assert (one["format"], one["packed_here"]) == (ranking.best.format, True)
     assert one["nnz"] == np.count_nonzero(DENSE)
-    assert one["plans"]["16"]["workspace_bytes"] > 0
     assert one["rows_packed_to_estimate"] == 640
 
 

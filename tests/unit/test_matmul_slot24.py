@@ -7,14 +7,13 @@ import re
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 from test_matmul import A100, H100
 
 from flashllm import Slot24, plan
 from flashllm.formats.base import DTYPES
-from flashllm.formats.bitmap_encode import LANES, PARTS
-from flashllm.formats.slot24_pairs import MAX_WINDOW
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, LANES, PARTS, SLACK, STREAM_ELEMENTS
+from flashllm.formats.slot24_pairs import GROUP_VALUES, MAX_WINDOW
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.sources import cuda_root
 from flashllm.jit.spec import ALL_ARCHS
@@ -38,25 +37,44 @@ def constants(header: str) -> dict[str, str]:
 
 
 def test_host_and_device_agree_on_the_constants() -> None:
-    windows, ring = map(constants, ("flashllm/x_window.cuh", "flashllm/value_ring.cuh"))
+    window, ring = map(constants, ("flashllm/x_window.cuh", "flashllm/value_ring.cuh"))
     assert int(ring["kMaxChainSteps"]) == MAX_CHAIN_STEPS
     assert ring["kThreads"] == "bitmap::kTileThreads + bitmap::kLanes"
     assert slot24.THREADS == PARTS * LANES + LANES
-    assert int(windows["kWarps"]) == PARTS
-    assert int(windows["kWarps"]) * int(windows["kWarpColumns"]) == MAX_WINDOW
+    assert int(window["kColumns"]) == MAX_WINDOW
     assert int(ring["kMirrorRows"]) == bitmap.MIRROR_ROWS
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
-def test_one_instance_for_each_width_shape_of_parts_type_and_alignment(arch: str) -> None:
-    def facts(c: slot24.Choice) -> tuple[int, int, str, bool]:
-        return c.n_block, c.part_rows, c.dtype, c.aligned
+def test_one_instance_for_each_width_layout_and_type(arch: str) -> None:
+    """Whatever K is."""
 
-    found = [facts(c) for c in slot24.instances() if c.spec.supports(arch)]
-    want = set(product(slot24.N_BLOCKS, PARTS_OF, DTYPES, (True, False)))
+    def facts(c: slot24.Choice) -> tuple[int, int, int, str, bool]:
+        return c.n_block, c.part_rows, c.group_values, c.dtype, c.aligned
+
+    found = [c for c in slot24.instances() if c.spec.supports(arch)]
+    want = set(product(slot24.N_BLOCKS, PARTS_OF, GROUP_VALUES, DTYPES, (True, False)))
     assert len(found) == len(want)
-    assert set(found) == want
-    assert {facts(c) for c in slot24.typical(arch)} == want
+    assert {facts(c) for c in found} == {facts(c) for c in slot24.typical(arch)} == want
+    specs = {c.spec for c in found}
+    assert specs == {spec for spec in slot24.specs() if spec.supports(arch)}
+    assert len(specs) == len(want) // 2
+    for choice in found:
+        template = dict(choice.spec.template)
+        assert (int(template["kN"]), int(template["kPartRows"])) == (choice.n_block, choice.part_rows)
+        assert int(template["kGroupValues"]) == choice.group_values
+
+
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_rings_hold_what_the_feeder_may_have_to_bring_at_one_time(arch: str) -> None:
+    """As ``value_ring.cuh`` insists: see there."""
+    for choice in slot24.typical(arch):
+        tiles = slot24.WINDOW_TILES if choice.group_values == 2 else 1
+        moves = tiles * STREAM_ELEMENTS * choice.group_values // 4
+        rows = int(dict(choice.spec.template)["kRing"])
+        assert rows >= SLACK + moves + 1 + CHUNK_ROWS
+        assert rows % CHUNK_ROWS == 0
+        assert rows <= slot24.MAX_RING_ROWS
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
@@ -110,15 +128,19 @@ def test_choices_of_a_file_are_checked() -> None:
         {"stages": 7},
         {"part_rows": 48},
         {"windows": 3},
+        {"group_values": 3},
         {"blocks_per_sm": 0},
         {"blocks_per_sm": 65},
     ):
         assert not slot24.usable(replace(choice, **change)), change
 
 
-def test_candidates_of_unaligned_k_are_the_default() -> None:
-    w = Slot24.from_dense(np.eye(9, dtype=np.float16))
-    (only,) = slot24.candidates(w, 8, arch="90a")
-    assert not only.aligned
-    found = list(slot24.candidates(packed(), 8, arch="90a"))
-    assert len(found) == len(set(found)) == 5
+@pytest.mark.parametrize("columns", [9, 512])
+def test_candidates_differ_in_blocks(columns: int) -> None:
+    """For any K: one instance is for all."""
+    w = packed((256, columns))
+    found = list(slot24.candidates(w, 8, arch="90a"))
+    assert found[0] == slot24.default_choice(w, 8, arch="90a")
+    assert {choice.spec for choice in found} == {found[0].spec}
+    assert sorted(choice.blocks_per_sm for choice in found) == [1, 2, 3, 4, 6]
+    assert {choice.aligned for choice in found} == {columns % 8 == 0}

@@ -19,13 +19,14 @@ def test_table_is_generated_from_the_committed_rows(document: str) -> None:
 
     text = (REPOSITORY / document).read_text(encoding="utf-8")
     pattern = r"<!-- results: `flashllm table experiments/results/(\S+)` -->\n(.*?)\n<!-- end of results -->"
-    block = re.search(pattern, text, re.DOTALL)
-    assert block is not None
-    files = sorted((REPOSITORY / "experiments" / "results").glob(block.group(1)))
-    assert files
-    result = CliRunner().invoke(command, [str(file) for file in files])
-    assert result.exit_code == 0, result.output
-    assert block.group(2).strip() == result.output.strip()
+    blocks = re.findall(pattern, text, re.DOTALL)
+    assert blocks
+    for glob, table in blocks:
+        files = sorted((REPOSITORY / "experiments" / "results").glob(glob))
+        assert files
+        result = CliRunner().invoke(command, [str(file) for file in files])
+        assert result.exit_code == 0, result.output
+        assert table.strip() == result.output.strip()
 
 
 def test_every_committed_row_is_valid_and_passed() -> None:

@@ -53,6 +53,7 @@ _MESSAGE_BYTES = 2048
 _MAX_ARGUMENTS = 64
 _GUARD = 512  # elements of guard before an output; after it as many and a whole block of rows
 _GUARD_ROWS = 64
+_SCRATCH_GUARD = 1 << 17  # bytes behind scratch memory: several images of x
 _NAN_BITS = 0x7FDA  # NaN in fp16 and bf16, and not the one that conversions give
 
 
@@ -209,7 +210,8 @@ def spmm(
     ``x`` is C-contiguous of W's type (bf16: ``ml_dtypes.bfloat16`` or its bits as uint16), W on the host; y has
     the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles, with the end of
     a row of tiles counting for ``row_cost`` more; the rest is as for :func:`launch`. Raises :class:`ArgumentError`, and
-    :class:`EmulationError` also when the kernel writes outside y or leaves its workspace not zero.
+    :class:`EmulationError` also when the kernel writes outside y or behind its scratch memory, or leaves its workspace
+    not zero.
     """
     from dataclasses import replace
 
@@ -244,7 +246,8 @@ def spmm(
     workspace = _aligned(np.zeros(needed, np.uint8) if needed else np.full(16, 0xFF, np.uint8))
     w = w.with_arrays({name: _aligned(array) for name, array in w.arrays().items()})
     inner = _fenced(x)
-    scratch = _aligned(np.full(max(plan.scratch_bytes, 16), 0xFF, np.uint8))
+    memory = _aligned(np.full(max(plan.scratch_bytes, 16) + _SCRATCH_GUARD, 0xFF, np.uint8))
+    scratch = memory[:-_SCRATCH_GUARD]
     args = kernel(w.format).arguments(w, plan.split, inner, y, workspace, scratch)
     counts = launch(plan.spec, plan.grid, args, seed=seed, build=build, dependent=(inner, y, workspace, scratch))
     if needed and workspace.any():
@@ -252,6 +255,8 @@ def spmm(
     for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):
         if (guard != _NAN_BITS).any():
             raise EmulationError(f"{plan.spec.label} (seed {seed}): wrote {name} the output")
+    if (memory[-_SCRATCH_GUARD:] != 0xFF).any():
+        raise EmulationError(f"{plan.spec.label} (seed {seed}): wrote behind the scratch memory")
     return y.reshape(n, rows).view(x.dtype), counts
 
 

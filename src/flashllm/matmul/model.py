@@ -3,7 +3,7 @@
 
 A kernel reads the packed weight and decodes it tile by tile while the next bytes arrive, so its time is a start-up and
 the longer of the two, rounded off where they are about equal. The constants of each format and width of a column block
-were fitted to measurements on an H100 (``model_h100.json``, written by ``experiments/fit_model.py``). On another GPU
+were fitted to measurements on an H200 (``model_h200.json``, written by ``experiments/fit_model.py``). On another GPU
 the cycles of a tile and the start-up are taken to be the same; multiprocessors, clock and bandwidth are that GPU's.
 That is an extrapolation.
 """
@@ -23,7 +23,7 @@ from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 from flashllm.gpus import Gpu
 from flashllm.matmul.tensor_cores import n_block_for
 
-DATA_FILE = "model_h100.json"
+DATA_FILE = "model_h200.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,27 +42,27 @@ struct Layout {
 
 constexpr int kXRowBytes = bitmap::kTileK * 2;  // of x in a stage
 
-// Fragments of two k16 steps of x, from column 32 kWord of a stage on.
-template <typename S, int kWord>
-FLASHLLM_DEVICE void load_x(unsigned (&b)[2][S::kColumnFragments][2], unsigned stage) {
+// Fragments of two k16 steps of 8 columns of x, from column 32 kWord of a stage on.
+template <int kWord>
+FLASHLLM_DEVICE void load_narrow_x(unsigned (&b)[2][1][2], unsigned stage) {
     const int lane = threadIdx.x & 31;
-    if constexpr (S::kN == 8) {
+    unsigned quad[4];
+    ptx::load_matrix_x4(quad, stage + (lane & 7) * kXRowBytes + ((kWord * 4 + (lane >> 3)) ^ (lane & 7)) * 16);
+    b[0][0][0] = quad[0], b[0][0][1] = quad[1], b[1][0][0] = quad[2], b[1][0][1] = quad[3];
+}
+
+// Fragments of step kStep (0..3) of more columns of x.
+template <typename S, int kStep>
+FLASHLLM_DEVICE void load_x(unsigned (&b)[S::kColumnFragments][2], unsigned stage) {
+    const int lane = threadIdx.x & 31;
+    const unsigned row = stage + ((lane & 7) + (lane >> 4) * 8) * kXRowBytes;
+    const unsigned chunk = ((kStep * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4;
+#pragma unroll
+    for (int j = 0; j < S::kColumnFragments; j += 2) {
         unsigned quad[4];
-        ptx::load_matrix_x4(quad, stage + (lane & 7) * kXRowBytes + ((kWord * 4 + (lane >> 3)) ^ (lane & 7)) * 16);
-        b[0][0][0] = quad[0], b[0][0][1] = quad[1], b[1][0][0] = quad[2], b[1][0][1] = quad[3];
-    } else {
-        const unsigned row = stage + ((lane & 7) + (lane >> 4) * 8) * kXRowBytes;
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-            const unsigned chunk = ((kWord * 4 + step * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4;
-#pragma unroll
-            for (int j = 0; j < S::kColumnFragments; j += 2) {
-                unsigned quad[4];
-                ptx::load_matrix_x4(quad, row + j * 8 * kXRowBytes + chunk);
-                b[step][j][0] = quad[0], b[step][j][1] = quad[1];
-                b[step][j + 1][0] = quad[2], b[step][j + 1][1] = quad[3];
-            }
-        }
+        ptx::load_matrix_x4(quad, row + j * 8 * kXRowBytes + chunk);
+        b[j][0] = quad[0], b[j][1] = quad[1];
+        b[j + 1][0] = quad[2], b[j + 1][1] = quad[3];
     }
 }
 
@@ -82,10 +82,18 @@ FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, Values& streams, unsign
 // Half a tile: one mask word per lane, 32 columns.
 template <typename T, typename S, int kWord, typename Values>
 FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned stage) {
-    unsigned b[2][S::kColumnFragments][2];
-    load_x<S, kWord>(b, stage);
-    multiply_step<T, S, 0>(sum, streams, mask, b[0]);
-    multiply_step<T, S, 1>(sum, streams, mask, b[1]);
+    if constexpr (S::kN == 8) {
+        unsigned b[2][1][2];
+        load_narrow_x<kWord>(b, stage);
+        multiply_step<T, S, 0>(sum, streams, mask, b[0]);
+        multiply_step<T, S, 1>(sum, streams, mask, b[1]);
+    } else {
+        unsigned b[S::kColumnFragments][2];
+        load_x<S, 2 * kWord>(b, stage);
+        multiply_step<T, S, 0>(sum, streams, mask, b);
+        load_x<S, 2 * kWord + 1>(b, stage);
+        multiply_step<T, S, 1>(sum, streams, mask, b);
+    }
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -156,7 +164,7 @@ struct XByRows {
     };
 };
 
-// The same for many columns, where that would keep the feeder from its other work: it copies images.
+// The same for many columns, where that would keep the feeder from its other work: it copies images (sm_90a).
 template <typename L>
 struct XByImages {
     static constexpr unsigned kArrivals = 0;
@@ -179,29 +187,17 @@ struct XByImages {
         FLASHLLM_DEVICE Feed(const L&, const XByImages& x)
             : images(x.images), tile_k((x.tile_k + L::kStages) % x.images.images) {}
 
-        FLASHLLM_DEVICE void copy(const L& layout, const typename L::Feed& feed, int stage) {
+        FLASHLLM_DEVICE void before(const L&, const typename L::Feed&, int) {}
+        // Bulk copies follow what their barrier expects.
+        FLASHLLM_DEVICE void after(const L& layout, const typename L::Feed& feed, int stage) {
             constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
             if (feed.step == L::kStages) ptx::grid_dependency_wait();
             if (!all) all = images.are_there();
             if (!all && !images.is_there(tile_k, kLooks)) images.lay_out(tile_k);
             const unsigned char* const from = images.image(tile_k);
-#if __CUDA_ARCH__ >= 900
             if (ptx::elect()) ptx::bulk_copy(layout.x(stage), from, L::Tile::kBytes, feed.barrier());
-#else
-            for (unsigned at = (threadIdx.x & 31) * 16; at < L::Tile::kBytes; at += bitmap::kLanes * 16) {
-                ptx::copy_async16(true, layout.x(stage) + at, from + at, 16);
-            }
-#endif
             if (++tile_k == images.images) tile_k = 0;
         }
-        // Bulk copies follow what their barrier expects; other copies come before the arrival for them.
-#if __CUDA_ARCH__ >= 900
-        FLASHLLM_DEVICE void before(const L&, const typename L::Feed&, int) {}
-        FLASHLLM_DEVICE void after(const L& layout, const typename L::Feed& feed, int stage) { copy(layout, feed, stage); }
-#else
-        FLASHLLM_DEVICE void before(const L& layout, const typename L::Feed& feed, int stage) { copy(layout, feed, stage); }
-        FLASHLLM_DEVICE void after(const L&, const typename L::Feed&, int) {}
-#endif
         FLASHLLM_DEVICE void leave(typename L::Feed& feed) {
             while (feed.done == 0) feed.wait_release();
             ptx::grid_dependency_wait();
@@ -263,7 +259,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const bool feeds = warp == bitmap::kParts;
 
     const int tiles_k = (K + bitmap::kTileK - 1) / bitmap::kTileK;
-    constexpr bool kImages = kN >= 32;  // matmul/bitmap.py knows it too
+    constexpr bool kImages = kWarpgroup && kN >= 32;  // matmul/bitmap.py knows it too
     using MakeX = XFor<S, L, kAligned, kImages>;
     using X = typename MakeX::Type;
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, tiles_k, row_cost,

@@ -206,7 +206,7 @@ FULL_GROUPS = "full-groups"
 """Groups of four have two values in some rows, so that the ring turns as fast as it may, and others lag behind."""
 # Shape, pattern, density, window, blocks, row_cost. The first has blocks that begin in either tile of a window, the
 # next blocks of one tile, more than run at one time; rows of tiles begin anew where K ends a window and where it does
-# not; the last has runs of many windows.
+# not; then runs of many windows, and one for which the feeder need not wait for anybody.
 PRODUCTS: tuple[tuple[tuple[int, int], str, float, int | None, int, int], ...] = (
     ((201, 560), "uniform", 0.1, 248, 3, 1),
     ((130, 768), "skewed", 0.1, None, 12, 0),
@@ -216,6 +216,7 @@ PRODUCTS: tuple[tuple[tuple[int, int], str, float, int | None, int, int], ...] =
     ((128, 2104), "uniform", 0.15, None, 1, 0),
     ((300, 1800), "uniform", 0.08, None, 7, 0),
     ((256, 1800), FULL_GROUPS, 0.25, None, 5, 0),
+    ((128, 200), "uniform", 0.1, None, 1, 0),
 )
 DENSEST = {(32, 2): 0.1, (64, 2): 0.07}
 """By rows that pair alike and values of a group: that a weight can surely have."""

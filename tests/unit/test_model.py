@@ -29,7 +29,7 @@ def rows() -> list[fit_model.Row]:
 
 
 def test_times_are_close_to_every_committed_row(rows: list[fit_model.Row]) -> None:
-    """Where tensor cores have much to do, from 32 columns on, the clock falls under load, and the model knows of none."""
+    """From 32 columns on the clock falls under load, which the model does not know."""
     for quality in fit_model.errors(rows, model.committed()):
         assert quality.mean < 0.06, quality
         assert quality.largest < 0.14, quality

@@ -56,7 +56,7 @@ struct Thread : ThreadView {
     unsigned id = 0, lane = 0;
     Writes stores, copied;  // its ordinary stores; its cp.async whose end it leaves to an mbarrier
     CopyQueue* copies = nullptr;
-    unsigned looks = 0;                  // at global memory that another block is to write
+    unsigned looks = 0;                  // at global memory that another block is to write, since the last __syncwarp
     bool last_look = false;
 };
 

@@ -160,6 +160,8 @@ void check_ordered(const Thread& thread, unsigned metadata) {
 }  // namespace
 
 void warp_barrier(unsigned mask) {
+    Thread& thread = current();
+    thread.looks = 0, thread.last_look = false;  // it went on, even if it gave up looking
     meet(Operation::syncwarp, mask, nullptr, [](Warp&, unsigned) {});
 }
 

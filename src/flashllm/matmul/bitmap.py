@@ -44,7 +44,7 @@ _RESIDENT_BLOCKS = {
 }
 # What writing the accumulators costs a block, in tiles: between 0 and 4 the time changes by less than 1 % (measured).
 _ROW_COST = 2
-_IMAGES_FROM = 32  # columns of x: from here on x is laid out once for a launch (x_images.cuh)
+_IMAGES_FROM = 32  # columns of x: from here on wgmma has x laid out once for a launch (x_images.cuh)
 _IMAGE_GROUP = 8  # tiles whose x is counted together
 
 
@@ -138,7 +138,7 @@ def split_for(w: Bitmap, n: int, choice: Choice, *, sm_count: int) -> StreamK:
         row_cost=_ROW_COST,
         max_chain=MAX_CHAIN_STEPS * K_STEP // TILE_K,
     )
-    if choice.n_block < _IMAGES_FROM:
+    if not choice.warpgroup or choice.n_block < _IMAGES_FROM:
         return split
     image_bytes = choice.n_block * TILE_K * 2
     return with_images(split, images=w.tiles[1], image_bytes=image_bytes, group=_IMAGE_GROUP)

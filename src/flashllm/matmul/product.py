@@ -47,11 +47,11 @@ def spmm(
 
     With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed once by
     the caller; a call leaves it zero, so one, as large as the largest, serves all products of a stream), and, where
-    ``plan.scratch_bytes`` is not 0, ``scratch`` (uint8, with anything in it; one serves all products of a stream too), a
-    call after the first allocates nothing and can be captured in a CUDA graph. For wide x a plan may expand W to a dense
-    matrix, whose product is cuBLAS's, in a workspace of its own. Runs on ``stream`` (default: CuPy's current one) and
-    does not wait for it. ``backend``: ``"cuda"``, ``"emulator"``, ``"reference"`` or ``None`` to go by where the operands
-    are.
+    ``plan.scratch_bytes`` is not 0, ``scratch`` (uint8, with anything in it; one serves all products of a stream
+    too), a call after the first allocates nothing and can be captured in a CUDA graph. For wide x a plan may expand W
+    to a dense matrix, whose product is cuBLAS's, in a workspace of its own. Runs on ``stream`` (default: CuPy's
+    current one) and does not wait for it. ``backend``: ``"cuda"``, ``"emulator"``, ``"reference"`` or ``None`` to go
+    by where the operands are.
 
     ``overlap_previous`` lets the kernel start, on a GPU of compute capability 9.0 or newer, while the one before it on
     the stream still runs: it reads weights until that one is through, and only then x. The condition is that the launch

@@ -36,7 +36,7 @@ _ROW_COST = 2  # see matmul/bitmap.py
 _RESIDENT_BLOCKS = {
     "80": {8: 2, 16: 2, 32: 1},
     "90a": {8: 3, 16: 3, 32: 2},
-    "100a": {8: 3, 16: 3, 32: 2},
+    "100a": {8: 3, 16: 2, 32: 1},  # more would spill
 }
 
 
@@ -61,8 +61,11 @@ _ROOM = {
     (16, 4): _Room(ring_rows=80, stages=3, windows=2),
     (32, 4): _Room(ring_rows=96, stages=4, windows=2),
 }
-
-
+# Blocks of an SM with 100 KB have less.
+_SMALL_ROOM = _ROOM | {
+    (32, 2): _Room(ring_rows=80, stages=2, windows=2),
+    (32, 4): _Room(ring_rows=80, stages=3, windows=2),
+}
 MAX_RING_ROWS = max(room.ring_rows for room in _ROOM.values())
 """Value rows that a block keeps in shared memory, at the most."""
 
@@ -77,6 +80,8 @@ class Choice:
     """Of the weight; planning sets it."""
     group_values: int = 4
     """Of the weight; planning sets it."""
+    ring_rows: int = 80
+    """Value rows that a block keeps in shared memory."""
     stages: int = 4
     windows: int = 2
     """Windows of x that have room in shared memory."""
@@ -108,19 +113,33 @@ def _spec(choice: Choice) -> KernelSpec:
             ("kN", str(n)),
             ("kPartRows", str(parts.rows)),
             ("kGroupValues", str(choice.group_values)),
-            ("kRing", str(_ROOM[n, choice.group_values].ring_rows)),
+            ("kRing", str(choice.ring_rows)),
             ("kStages", str(choice.stages)),
             ("kWindows", str(choice.windows)),
             ("kMinBlocks", str(choice.resident_blocks)),
         ),
         threads=THREADS,
-        shared_bytes=PARTS * (_ROOM[n, choice.group_values].ring_rows + MIRROR_ROWS) * ROW_BYTES
+        shared_bytes=PARTS * (choice.ring_rows + MIRROR_ROWS) * ROW_BYTES
         + choice.windows * _WINDOW_COLUMNS * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
         + (_SUM_BYTES if parts.halves == 2 else 0)
         + choice.stages * 16,  # barriers
-        archs=tuple(arch for arch in ALL_ARCHS if resident_blocks(arch, n) == choice.resident_blocks),
+        archs=_archs_of(choice),
     )
+
+
+def _archs_of(choice: Choice) -> tuple[str, ...]:
+    room = _Room(ring_rows=choice.ring_rows, stages=choice.stages, windows=choice.windows)
+    return tuple(
+        arch
+        for arch in ALL_ARCHS
+        if resident_blocks(arch, choice.n_block) == choice.resident_blocks
+        and _room(arch, choice.n_block, choice.group_values) == room
+    )
+
+
+def _room(arch: str, n_block: int, group_values: int) -> _Room:
+    return (_ROOM if arch in _RESIDENT_BLOCKS else _SMALL_ROOM)[n_block, group_values]
 
 
 def resident_blocks(arch: str, n_block: int) -> int:
@@ -135,12 +154,13 @@ def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
 
 
 def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, aligned: bool) -> Choice:
-    room, resident = _ROOM[n_block, layout[1]], resident_blocks(arch, n_block)
+    room, resident = _room(arch, n_block, layout[1]), resident_blocks(arch, n_block)
     return Choice(
         dtype=dtype,
         n_block=n_block,
         part_rows=layout[0],
         group_values=layout[1],
+        ring_rows=room.ring_rows,
         stages=room.stages,
         windows=room.windows,
         resident_blocks=resident,

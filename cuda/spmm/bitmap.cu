@@ -241,8 +241,9 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, typename
 }
 
 // Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh where it is used, then see stream_k.cuh. scratch: see
-// x_images.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing: value rows that the ring of a part holds. kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead
-// of mma.sync. kAligned: K is a multiple of 8 and x 16-byte aligned.
+// x_images.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing: value rows that the ring of a part holds.
+// kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead of mma.sync. kAligned: K is a multiple of 8
+// and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[N, M] = x[N, K] @ W[M, K]^T with W in slots of the 2:4 sparse tensor cores: two columns of W share one.
 //
-// Which two is a choice of the format, made for bands of 32 or 64 rows, so x is gathered: from windows that have it column
-// by column (x_window.cuh, x_images.cuh), of which a lane loads the columns that its band has paired. All else is as in bitmap.cu: slots
-// are a bitmap and value streams, fed by a fifth warp (value_ring.cuh), windows too, and walked tile by tile, a tile being
-// 128 rows x 64 slots of 128 columns. Per tile, a multiplying warp
+// Which two is a choice of the format, made for bands of 32 or 64 rows, so x is gathered: from windows that have it
+// column by column (x_window.cuh, x_images.cuh), of which a lane loads the columns that its band has paired. All else is
+// as in bitmap.cu: slots are a bitmap and value streams, fed by a fifth warp (value_ring.cuh), windows too, and walked
+// tile by tile, a tile being 128 rows x 64 slots of 128 columns. Per tile, a multiplying warp
 //   waits      for the tile's barrier: masks, picks, columns, value rows and the window of x are there,
 //   gathers    the columns of x that each step's slots belong to,
 //   decodes    its masks, 16 groups of four slots per lane, into A fragments (bitmap.cuh),
@@ -231,8 +231,9 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const int before = phase % L::kStepTiles;  // tiles of the first step that are not in the run
         const long long begin = first - before;
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, before, first_fronts),
-                   WindowFeed<L>{layout, images, (first_window + L::Images::kFirst) % windows, phase}, masks + begin * bitmap::kMaskBytes,
-                   picks + begin * slot24::kPickBytes, columns + begin * L::kColumnBytes);
+                   WindowFeed<L>{layout, images, (first_window + L::Images::kFirst) % windows, phase},
+                   masks + begin * bitmap::kMaskBytes, picks + begin * slot24::kPickBytes,
+                   columns + begin * L::kColumnBytes);
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
@@ -281,7 +282,11 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             if (tile == chains.chain_end) {
                 add_slices<S>(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));
                 chains.end(split, tile, sum, write);
-                if (tile == count) break;
+                if (tile == count) {
+                    // The feeder waits for the first step, which may have no more than this tile.
+                    if (L::kStepTiles != 1 && in_window == 1) barriers.release(cycle.stage);
+                    break;
+                }
             }
             if (tile == restart) {
                 streams.restart(ring, restart_front);

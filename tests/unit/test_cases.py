@@ -104,7 +104,7 @@ def test_auto_looks_at_the_pattern_of_zeros() -> None:
     """Rows that are dense at the top leave slot24 its smallest windows, and then it is not the best."""
 
     def taken(pattern: str) -> str:
-        options = {"shapes": ["8192x4096"], "sparsity": "0.8", "n": "16", "pattern": pattern}
+        options = {"shapes": ["16384x4096"], "sparsity": "0.8", "n": "16", "pattern": pattern}
         (group,) = plan_work(backend="cuda", gpu=find_gpu("H100 80GB"), **options).groups  # type: ignore[arg-type]
         return group.formats[0]
 

@@ -199,8 +199,8 @@ def test_every_instance_of_an_architecture_is_covered(arch: str, name: str) -> N
 def test_one_block_has_a_row_of_several_chains(arch: str) -> None:
     device = emulator.emulated_device(arch, sm_count=1)
     found = [case for case in cases.build_cases(backend="emulator", archs=(arch,)) if case.sm_count == 1]
-    specs = [spec for name in registry.FORMATS for spec in registry.kernel(name).specs()]
-    assert len(found) == sum(spec.supports(arch) for spec in specs)
+    choices = [choice for name in registry.FORMATS for choice in registry.kernel(name).instances()]
+    assert len(found) == sum(choice.spec.supports(arch) for choice in choices)
     for case in found:
         split = plan(make_problem(case.data).w, case.data.n, device=device, choice=case.choice).split
         assert split.blocks == 1
@@ -276,8 +276,9 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_gpu(monkeypatch)
     result = _run("--quick", "--kernel", "kN=16,")
     assert result.exit_code == 0, result.output
-    kernels = 4 * (len(registry.FORMATS) + 1)  # slot24 has two shapes of parts
-    assert f"{5 * kernels} of {5 * kernels} cases right, {kernels} kernels" in result.stdout
+    # Two types, aligned or not; slot24 has four layouts, and one kernel for any K.
+    choices, kernels = 4 * (len(registry.FORMATS) - 1 + 4), 4 * (len(registry.FORMATS) - 1) + 2 * 4
+    assert f"{5 * choices} of {5 * choices} cases right, {kernels} kernels" in result.stdout
     assert _run("--arch", "80").exit_code == 2
 
 

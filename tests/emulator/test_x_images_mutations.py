@@ -17,14 +17,14 @@ warps has, so that the feeder's waits show nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mutations import MMA, WGMMA, Mutation, Outcomes, build_of, outcomes
+from mutations import MMA, WGMMA, Mutation, Outcomes, build_of, chosen, outcomes
 
 from flashllm.backends import emulator
 from flashllm.formats.weight import SparseWeight
@@ -214,10 +214,10 @@ def run(build: emulator.BuildOptions, *, name: str = "bitmap", aligned: bool = T
     return None
 
 
-CASES: dict[str, tuple[tuple[Mutation, ...], Run]] = {
-    "tiles": (MUTATIONS, run),
-    "any K": (UNALIGNED, partial(run, aligned=False)),
-    "windows": (WINDOWS, partial(run, name="slot24", aligned=False)),
+CASES: dict[str, tuple[Sequence[Mutation], Run]] = {
+    "tiles": (chosen(MUTATIONS), run),
+    "any K": (chosen(UNALIGNED), partial(run, aligned=False)),
+    "windows": (chosen(WINDOWS), partial(run, name="slot24", aligned=False)),
 }
 
 

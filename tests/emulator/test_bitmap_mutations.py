@@ -233,6 +233,7 @@ def run(build: emulator.BuildOptions, *, aligned: bool = True) -> str | None:
         ((256, 64 * 101), 9, "uniform", 0.02, 1, 0),
         ((128, 64 * 220), 8, "uniform", 0.02, 2, 0),
         ((128, 256), 12, "uniform", 0.3, 4, 0),
+        ((128, 64 * 20), 8, "uniform", 0.03, 5, 0),  # blocks that begin with the first few rows
         ((128, 64 * 90), 8, "lagging", 0.7, 1, 0),
         ((128, 64 * 90), 8, "lagging", 0.3, 2, 0),
     )

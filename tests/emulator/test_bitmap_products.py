@@ -36,7 +36,7 @@ def test_exact_while_the_ring_turns(pattern: str, arch: str) -> None:
     """Rows of tiles whose values go through the ring many times over, in one run and in several."""
     for seed, (tiles, n, blocks) in enumerate(((40, 9, 1), (33, 24, 2), (26, 40, 3))):
         w = weight(pattern, (130, 64 * tiles - 5), 0.6, "fp16", seed)
-        assert Bitmap.from_dense(w).fronts[-1] > 4 * RING_ROWS[16]
+        assert Bitmap.from_dense(w).fronts[-1] > 3.5 * RING_ROWS[16]
         check(w, n, arch, seed=seed, blocks=blocks)
 
 
@@ -57,9 +57,9 @@ def test_exact_for_runs_that_start_at_any_tile(pattern: str, arch: str) -> None:
 def test_exact_where_one_stream_leads_all_others(lane: int, arch: str) -> None:
     """All lag by the whole slack, and all their values are zeros that let them catch up."""
     w = np.zeros((128, 64 * 20), np.float16)
-    w[16 * (lane % 4) + lane // 4, lane % 4 * 2 + 1 :: 8] = 3
+    w[16 * (lane % 4) + lane // 4, lane % 4 * 2 + 1 :: 16] = 3
     sparse = Bitmap.from_dense(w)
-    assert (sparse.lags[1] == 32).sum() == 255
+    assert (sparse.lags[1] == SLACK).sum() == 255
     for seed, blocks in enumerate((1, 3, 20)):
         check(w, 9 + 24 * seed, arch, seed=seed, blocks=blocks)
 
@@ -94,7 +94,8 @@ def test_exact_wherever_the_last_row_lies_in_its_chunk(arch: str) -> None:
     """The values end anywhere in their last chunk, whose next row is asked for as well."""
     for last in range(14, 50):
         w = np.zeros((128, 64 * 2), np.float16)
-        stream = [(row, 64 * tile + column) for tile in (0, 1) for column in range(0, 64, 8) for row in (0, 8, 64, 72)]
+        columns = [64 * tile + 16 * step for tile in (0, 1) for step in range(4)]
+        stream = [(row, column + e) for column in columns for row in (0, 8, 64, 72) for e in (0, 1)]
         w[tuple(np.transpose(stream[:last]))] = np.resize([1, 2, 3], last)
         assert Bitmap.from_dense(w).fronts[-1] == last
         check(w, 8, arch, seed=last, blocks=1 + last % 2)
@@ -135,7 +136,7 @@ def copied_bytes(sparse: Bitmap, first: int, end: int) -> int:
     """Masks and values that a block with tiles ``first`` to ``end`` brings: from a run's begin on none from before."""
     begins = first in runs_of(sparse.tiles).first_tiles()
     front = max(int(sparse.fronts[first]) - (0 if begins else SLACK), 0)
-    chunks = int(sparse.fronts[end]) // CHUNK_ROWS + 1 - front // CHUNK_ROWS
+    chunks = (int(sparse.fronts[end]) + 1) // CHUNK_ROWS + 1 - front // CHUNK_ROWS  # a row behind the front too
     twice = -(-chunks * CHUNK_ROWS // RING_ROWS[16])  # those at the first place of the ring, for pointers that run over
     return sparse.masks[first:end].nbytes + (chunks + twice) * sparse.values[0].nbytes
 

@@ -43,8 +43,8 @@ constexpr int kGroup = 4;                    // elements of a group
 // Elements of a mask word that belong to the first and to the second stream.
 constexpr unsigned kLowBits = 0x55555555u, kHighBits = 0xaaaaaaaau;
 
-// Decodes group kGroup of a mask word, which has at most kValues values, into two fragment registers. `place` is the shared
-// address of the next value of the group's stream; it moves to behind the group's values. No population count, no
+// Decodes group kNumber of a mask word, which has at most kValues values, into two fragment registers. `place` is the
+// shared address of the next value of the group's stream; it moves to behind the group's values. No population count, no
 // predicate: a multiply-add of the flag bytes with a row's bytes (IDP.4A, off the ALU) gives every address, all loads are
 // made, and the byte selector of a permute takes a loaded half or a zero that a 2-byte load leaves above it.
 template <int kNumber, int kValues>

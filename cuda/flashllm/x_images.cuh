@@ -24,10 +24,10 @@ constexpr int kImagesBarrier = 3;  // a named barrier: two are for slices (epilo
 // x, as an image takes it: columns from `column` on, as many as `width`, rows from n0 on. Others are zeros.
 struct XPart {
     const unsigned short* x;
-    int K, column, width, rows;  // rows: from n0 on, that there are
+    int K, width, rows;  // rows: from n0 on, that there are
 
     FLASHLLM_DEVICE XPart(const unsigned short* x_, int n0, int N, int K_, int column_, int width_)
-        : x(x_ + static_cast<long long>(n0) * K_ + column_), K(K_), column(column_), width(min(width_, K_ - column_)),
+        : x(x_ + static_cast<long long>(n0) * K_ + column_), K(K_), width(min(width_, K_ - column_)),
           rows(N - n0) {}
 };
 

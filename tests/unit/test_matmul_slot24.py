@@ -69,7 +69,7 @@ def test_one_instance_for_each_width_layout_and_type(arch: str) -> None:
 def test_rings_hold_what_the_feeder_may_have_to_bring_at_one_time(arch: str) -> None:
     """As ``value_ring.cuh`` insists: see there."""
     for choice in slot24.typical(arch):
-        tiles = slot24.WINDOW_TILES if choice.group_values == 2 else 1
+        tiles = slot24.TILES if choice.group_values == 2 else 1
         moves = tiles * STREAM_ELEMENTS * choice.group_values // 4
         rows = int(dict(choice.spec.template)["kRing"])
         assert rows >= SLACK + moves + 1 + CHUNK_ROWS

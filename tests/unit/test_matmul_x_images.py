@@ -70,7 +70,7 @@ def _split(w: Any, n: int, device: Any) -> Split:
 def test_slot24_has_an_image_of_every_window(n: int, block: int, device: Any) -> None:
     w = packed("slot24", weight("uniform", (300, 1001), 0.05, "fp16"))
     column_bytes = {8: 16, 16: 32, 32: 80}[block]
-    windows, blocks = w.tiles[1] // slot24.WINDOW_TILES, -(-n // block)
+    windows, blocks = w.tiles[1] // slot24.TILES, -(-n // block)
     split: Any = _split(w, n, device)
     assert split.column_blocks == blocks
     assert split.scratch_bytes == blocks * windows * 256 * column_bytes

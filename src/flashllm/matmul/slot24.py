@@ -12,7 +12,8 @@ import numpy as np
 
 from flashllm.formats.bitmap_encode import LANES, PARTS
 from flashllm.formats.runs import runs_of
-from flashllm.formats.slot24_pairs import GROUP_VALUES
+from flashllm.formats.slot24_encode import TILES
+from flashllm.formats.slot24_pairs import GROUP_VALUES, MAX_WINDOW
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 N_BLOCKS = (8, 16, 32)
 """Columns of x one block computes: more leave too little shared memory for windows of x."""
 THREADS = (PARTS + 1) * LANES
-WINDOW_TILES = 2
-"""Tiles of slots of a window."""
-_WINDOW_COLUMNS = 256
 _COLUMN_BYTES = {8: 16, 16: 32, 32: 80}  # of a window of x, by its rows
 _SUM_BYTES = 1024  # of sums on their way between the parts of a band of 64 rows
 _ROW_COST = 2  # see matmul/bitmap.py
@@ -102,7 +100,7 @@ class Choice:
 def _spec(choice: Choice) -> KernelSpec:
     n = choice.n_block
     parts = PARTS_OF[choice.part_rows]
-    step_tiles = WINDOW_TILES if choice.group_values == 2 else 1
+    step_tiles = TILES if choice.group_values == 2 else 1
     stage_bytes = step_tiles * PARTS * LANES * (8 + 8 + parts.steps)  # masks, picks and columns
     return KernelSpec(
         name="slot24",
@@ -120,7 +118,7 @@ def _spec(choice: Choice) -> KernelSpec:
         ),
         threads=THREADS,
         shared_bytes=PARTS * (choice.ring_rows + MIRROR_ROWS) * ROW_BYTES
-        + choice.windows * _WINDOW_COLUMNS * _COLUMN_BYTES[n]
+        + choice.windows * MAX_WINDOW * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
         + (_SUM_BYTES if parts.halves == 2 else 0)
         + choice.stages * 16,  # barriers
@@ -179,7 +177,7 @@ def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
         row_cost=_ROW_COST,
         max_chain=MAX_CHAIN_STEPS // STEPS,
     )
-    window_bytes = _WINDOW_COLUMNS * _COLUMN_BYTES[choice.n_block]
+    window_bytes = MAX_WINDOW * _COLUMN_BYTES[choice.n_block]
     return with_images(split, images=-(-w.shape[1] // w.window), image_bytes=window_bytes, group=1)
 
 

@@ -43,7 +43,7 @@ bench: $(base_env) ## Measure the kernels (where there is no GPU: emulate and ch
 
 .PHONY: test
 test: $(test_env) ## Run every test that this machine can run
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: $(test_env) ## Style (ruff) and types (mypy)

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-# Set before anything imports CuPy: it creates its cache folder on import and fails where it cannot.
-_SCRATCH = Path(tempfile.mkdtemp(prefix="flashllm-tests-"))
-atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+# Set before anything imports CuPy: it creates its cache folder on import and fails where it cannot. Workers of
+# pytest-xdist have the folder of the process that starts them, and what one has compiled the others need not.
+if "FLASHLLM_TESTS_SCRATCH" not in os.environ:
+    os.environ["FLASHLLM_TESTS_SCRATCH"] = tempfile.mkdtemp(prefix="flashllm-tests-")
+    atexit.register(shutil.rmtree, os.environ["FLASHLLM_TESTS_SCRATCH"], ignore_errors=True)
+_SCRATCH = Path(os.environ["FLASHLLM_TESTS_SCRATCH"])
 os.environ["CUPY_CACHE_DIR"] = str(_SCRATCH / "cupy")
 os.environ["FLASHLLM_CACHE_DIR"] = str(_SCRATCH / "flashllm")
 

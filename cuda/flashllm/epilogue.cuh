@@ -78,6 +78,54 @@ FLASHLLM_DEVICE void add_slices(Accumulators<S>& sum, float4* scratch) {
     }
 }
 
+// Where slices have as many warps as these have fragments of 16 rows, each can have one fragment in the end, and all go on
+// together: the shape of that.
+template <typename S>
+struct DealtShape : S {
+    static_assert(S::kRowFragments == S::kSlices, "a fragment for each slice");
+    static constexpr int kSlices = 1, kRowFragments = 1;
+    FLASHLLM_DEVICE static int row(int) { return S::row(S::slice()); }
+    FLASHLLM_DEVICE static int slice() { return 0; }
+};
+
+template <typename S>
+inline constexpr int kDealBytes = S::kBlockWarps / S::kSlices * (S::kSlices - 1) * S::kColumnFragments * 32 * 16;
+
+// Adds the accumulators of all slices, a row fragment in each, and leaves them zero. Warps with slices of the same rows, one
+// after the other, meet by themselves, barriers 1 on; they need kDealBytes.
+template <typename S>
+FLASHLLM_DEVICE void deal_slices(Accumulators<S>& sum, Accumulators<DealtShape<S>>& own, float4* scratch) {
+    constexpr int kThreads = S::kSlices * 32, kOthers = S::kSlices - 1;
+    const int group = threadIdx.x / kThreads;
+    float4* const cells = scratch + group * kOthers * S::kColumnFragments * 32 + (threadIdx.x & 31);
+#pragma unroll
+    for (int owner = 0; owner < S::kSlices; ++owner) {
+        if (S::slice() != owner) {
+            const int place = S::slice() - (S::slice() > owner ? 1 : 0);
+#pragma unroll
+            for (int j = 0; j < S::kColumnFragments; ++j) {
+                const float(&part)[4] = sum[owner][j];
+                cells[(place * S::kColumnFragments + j) * 32] = make_float4(part[0], part[1], part[2], part[3]);
+            }
+        }
+        ptx::meet<kThreads>(1 + group);
+#pragma unroll
+        for (int j = 0; j < S::kColumnFragments; ++j) {
+            float(&part)[4] = sum[owner][j];
+            if (S::slice() == owner) {
+#pragma unroll
+                for (int other = 0; other < kOthers; ++other) {
+                    accumulate(part, cells[(other * S::kColumnFragments + j) * 32]);
+                }
+#pragma unroll
+                for (int r = 0; r < 4; ++r) own[0][j][r] = part[r];
+            }
+            part[0] = part[1] = part[2] = part[3] = 0.0f;
+        }
+        ptx::meet<kThreads>(1 + group);
+    }
+}
+
 // Turns the accumulators of the first K slice in shared memory, 32 columns of y at a time (scratch: kM x 32 floats),
 // and hands each thread groups of 4 neighbouring rows m of one column n: consume(n, m, float4). Leaves the accumulators
 // zero.

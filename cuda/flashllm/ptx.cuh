@@ -212,6 +212,16 @@ FLASHLLM_DEVICE void meet(int barrier) {
     asm volatile("barrier.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
 }
 
+// Registers of a thread from here on, for all four warps of a warpgroup: fewer, or more once others have given theirs.
+template <int kRegisters>
+FLASHLLM_DEVICE void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kRegisters));
+}
+template <int kRegisters>
+FLASHLLM_DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kRegisters));
+}
+
 // ---- barriers in shared memory (sm_80), bulk copies (sm_90) -----------------------------------------------------
 
 // A barrier (8 bytes of shared memory) whose phase ends with its `arrivals` and when all announced bytes have come.
@@ -240,8 +250,7 @@ FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) {
 #endif
 }
 
-// Arrives once this thread's asynchronous copies so far have landed. Only they are there then: ordinary stores need the
-// next.
+// Arrives once this thread's asynchronous copies so far have landed. Ordinary stores need the next.
 FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(address) : "memory");
 }
@@ -292,23 +301,15 @@ FLASHLLM_DEVICE void load_matrix_x2(unsigned& first, unsigned& second, unsigned 
 
 // c[16x8] += a[16x16] b[16x8], fp32 accumulators; T names the type of a and b.
 template <typename T>
-FLASHLLM_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
-
-template <>
-FLASHLLM_DEVICE void mma_m16n8k16<__half>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-FLASHLLM_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const unsigned (&a)[4], unsigned b0,
-                                                 unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+FLASHLLM_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#define FLASHLLM_MMA(type)                                                                               \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                                   \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+    if constexpr (is_half<T>) FLASHLLM_MMA("f16");
+    else FLASHLLM_MMA("bf16");
+#undef FLASHLLM_MMA
 }
 
 // c[16x8] += a[16x32] b[32x8] with two elements of a in every group of four along K: the "slots" of the group. a holds

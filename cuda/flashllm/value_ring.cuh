@@ -45,17 +45,17 @@ struct Cycle {
     }
 };
 
-// For each stage two barriers: `full`, all that a tile needs has come; `empty`, the four warps have released the tile.
+// For each stage two barriers: `full`, all that a tile needs has come; `empty`, the other warps have released the tile.
 struct StageBarriers {
     unsigned base;  // shared address
     FLASHLLM_DEVICE unsigned full(int stage) const { return base + stage * 16; }
     FLASHLLM_DEVICE unsigned empty(int stage) const { return full(stage) + 8; }
 
-    // By one thread; then a barrier of the block. The feeder arrives `arrivals` times for each tile.
-    FLASHLLM_DEVICE void init(int stages, unsigned arrivals) const {
+    // By one thread; then a barrier of the block. The feeder arrives `arrivals` times for each tile, and `warps` multiply.
+    FLASHLLM_DEVICE void init(int stages, unsigned arrivals, int warps = bitmap::kParts) const {
         for (int i = 0; i < stages; ++i) {
             ptx::mbarrier_init(full(i), arrivals);
-            ptx::mbarrier_init(empty(i), bitmap::kParts * kWarpArrivals);
+            ptx::mbarrier_init(empty(i), warps * kWarpArrivals);
         }
         ptx::mbarrier_init_fence();
     }
@@ -96,21 +96,20 @@ template <typename Ring>
 struct Streams {
     unsigned low, high, begin;  // begin: of the part's ring
 
-    // Before tile `first`, in the format's run that begins at tile `restart`. There streams stand at the front, every
-    // kLagTiles tiles where the lags say; from the last such place on masks are counted.
+    // Of lane `thread` of a tile, before tile `first`, in the format's run that begins at tile `restart`. There streams stand
+    // at the front, every kLagTiles tiles where the lags say; from the last such place on masks are counted.
     FLASHLLM_DEVICE Streams(const Ring& ring, const unsigned char* masks, const int* fronts,
-                            const unsigned short* lags, int first, int restart, int part) {
-        const int lane = threadIdx.x & 31;
-        begin = ring.part(part) + lane * 4;
+                            const unsigned short* lags, int first, int restart, int part, int thread) {
+        begin = ring.part(part) + (thread & 31) * 4;
         const int stored = first / bitmap::kLagTiles * bitmap::kLagTiles, known = max(stored, restart);
         const int front = __ldg(fronts + known) - ring.origin;
         int low_row = front, high_row = front;
         if (known != restart) {
-            const unsigned lag = __ldg(lags + stored / bitmap::kLagTiles * bitmap::kTileThreads + threadIdx.x);
+            const unsigned lag = __ldg(lags + stored / bitmap::kLagTiles * bitmap::kTileThreads + thread);
             low_row -= static_cast<int>(lag & 0xff), high_row -= static_cast<int>(lag >> 8);
         }
         const uint2* before = reinterpret_cast<const uint2*>(masks) +
-                              static_cast<long long>(known) * bitmap::kTileThreads + threadIdx.x;
+                              static_cast<long long>(known) * bitmap::kTileThreads + thread;
         // No branches, for which loads would wait: one latency, not seven.
 #pragma unroll
         for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
@@ -127,6 +126,12 @@ struct Streams {
     FLASHLLM_DEVICE void restart(const Ring& ring, int front) {
         low = begin + (front - ring.origin) % Ring::kRows * bitmap::kRowBytes;
         high = low + 2;
+    }
+
+    // Moves on behind the elements of a tile that another warp decodes.
+    FLASHLLM_DEVICE void skip(uint2 mask) {
+        low += (__popc(mask.x & bitmap::kLowBits) + __popc(mask.y & bitmap::kLowBits)) * bitmap::kRowBytes;
+        high += (__popc(mask.x & bitmap::kHighBits) + __popc(mask.y & bitmap::kHighBits)) * bitmap::kRowBytes;
     }
 
     // Before each mask word.

@@ -19,7 +19,7 @@ namespace flashllm {
 // What the blocks of a launch know of each other, zero before and after it: how many need no more, and of each group of
 // images how many pieces are there. In sectors of their own, as many look.
 constexpr int kCounterWords = 8;
-constexpr int kImagesBarrier = 3;  // a named barrier: two are for slices (epilogue.cuh)
+constexpr int kImagesBarrier = 5;  // a named barrier: those before it are for slices (epilogue.cuh)
 
 // x, as an image takes it: columns from `column` on, as many as `width`, rows from n0 on. Others are zeros.
 struct XPart {
@@ -31,11 +31,11 @@ struct XPart {
           rows(N - n0) {}
 };
 
-template <typename Image, int kFirst_, int kGroup>
+template <typename Image, int kFirst_, int kGroup, int kWarps = bitmap::kParts>
 struct XImages {
     static constexpr int kFirst = kFirst_;  // images that a block lays out for itself
     static constexpr int kPieces = Image::kPieces;
-    static constexpr int kOwn = (kFirst * kPieces + bitmap::kParts - 1) / bitmap::kParts;  // pieces of a warp
+    static constexpr int kOwn = (kFirst * kPieces + kWarps - 1) / kWarps;  // pieces of a warp
     static constexpr int kTogether = kOwn < Image::kTogether ? kOwn : Image::kTogether;  // loaded before the first is stored
 
     const unsigned short* x;
@@ -57,11 +57,11 @@ struct XImages {
         typename Image::Piece own[kTogether], share;
     };
 
-    // By the four multiplying warps, when they begin. Then they have time for what else they need to begin.
+    // By the kWarps multiplying warps, when they begin. Then they have time for what else they need to begin.
     FLASHLLM_DEVICE Begun begin(int first_image, int warp) const {
         Begun begun = {};
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) begun.own[i] = load_own(first_image, warp + i * bitmap::kParts);
+        for (int i = 0; i < kTogether; ++i) begun.own[i] = load_own(first_image, warp + i * kWarps);
         if (first_share(warp) < pieces()) begun.share = load_share(first_share(warp));
         return begun;
     }
@@ -70,12 +70,12 @@ struct XImages {
     // may read when this returns, and their shares.
     FLASHLLM_DEVICE void finish(const Begun& begun, unsigned char* to, unsigned distance, int first_image, int warp) const {
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) store_own(to, distance, warp + i * bitmap::kParts, begun.own[i]);
+        for (int i = 0; i < kTogether; ++i) store_own(to, distance, warp + i * kWarps, begun.own[i]);
         const bool has_share = first_share(warp) < pieces();
         if (has_share) store_share(first_share(warp), begun.share);
 #pragma unroll 1
         for (int i = kTogether; i < kOwn; ++i) {
-            const int piece = warp + i * bitmap::kParts;
+            const int piece = warp + i * kWarps;
             store_own(to, distance, piece, load_own(first_image, piece));
         }
 #pragma unroll 1
@@ -83,7 +83,7 @@ struct XImages {
             store_share(share, load_share(share));
         }
         Image::publish();
-        ptx::meet<bitmap::kTileThreads>(kImagesBarrier);
+        ptx::meet<kWarps * 32>(kImagesBarrier);
         if (has_share) tell(warp);
     }
 
@@ -139,9 +139,9 @@ private:
     FLASHLLM_DEVICE int pieces() const { return images * kPieces * static_cast<int>(gridDim.y); }
     // The first piece of a warp's share, and how far it is to the next.
     FLASHLLM_DEVICE int first_share(int warp) const {
-        return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * bitmap::kParts + warp;
+        return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * kWarps + warp;
     }
-    FLASHLLM_DEVICE int step() const { return static_cast<int>(gridDim.x * gridDim.y) * bitmap::kParts; }
+    FLASHLLM_DEVICE int step() const { return static_cast<int>(gridDim.x * gridDim.y) * kWarps; }
 
     FLASHLLM_DEVICE typename Image::Piece load_share(int share) const {
         const int number = share / kPieces, column_block = number / images;

@@ -15,10 +15,12 @@ struct XWindow {
     static constexpr int kN = kN_;
     static constexpr int kColumns = 256;
     static constexpr int kUnits = kN / 8;  // 16 bytes: a column's values of 8 rows
-    // Columns are an odd number of units apart; two at N = 16, and those of rights swapped: as good, and smaller.
-    static constexpr bool kSwaps = kUnits == 2;
+    // Columns are an odd number of units apart; two at N = 16, and those of rights swapped: as good, and smaller. At N = 64
+    // four such planes of 16 rows lie one behind the other.
+    static constexpr bool kSwaps = kN == 16 || kN == 64;
     static constexpr int kColumnBytes = kSwaps ? 32 : (kUnits | 1) * 16;
-    static constexpr unsigned kBytes = kColumns * kColumnBytes;
+    static constexpr unsigned kPlaneBytes = kColumns * kColumnBytes;
+    static constexpr unsigned kBytes = kN == 64 ? 4 * kPlaneBytes : kPlaneBytes;
     static_assert(kColumnBytes < 256, "an address is base + column * kColumnBytes by one 8-bit multiply-add");
 
     static constexpr int kPieceColumns = 32;  // a lane has one
@@ -28,7 +30,9 @@ struct XWindow {
     // Where unit 0 of a column lies, from the begin of the column.
     FLASHLLM_DEVICE static unsigned first_unit(int column) { return kSwaps ? column << 2 & 16 : 0; }
     // Unit j, from unit 0.
-    FLASHLLM_DEVICE static unsigned unit(unsigned first, int j) { return kSwaps ? first ^ j * 16u : first + j * 16; }
+    FLASHLLM_DEVICE static unsigned unit(unsigned first, int j) {
+        return kSwaps ? (first ^ (j & 1) * 16u) + (j >> 1) * kPlaneBytes : first + j * 16;
+    }
 
     struct Piece {
         unsigned values[kN / 2];

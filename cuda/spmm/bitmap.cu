@@ -291,7 +291,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
         };
-        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, warp);
+        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, warp, threadIdx.x);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();

@@ -13,6 +13,8 @@
 // Dense tensor cores take as many fragment registers for half as many columns: decoding costs half per element.
 // A warp has one part: a band of 32 rows, or half of the slots of one of 64, for which it gathers half as much. Then the
 // halves' sums have to be added, once a chain.
+// For 64 columns of x windows are so large that an SM has room for one block only. It has two teams of four warps: one for
+// the first tile of each window, one for the second. Each moves its streams on over the other's tiles.
 #include "flashllm/chains.cuh"
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
@@ -24,18 +26,50 @@
 
 namespace flashllm {
 
-// PartShape, but that in bands of 64 rows a warp has four fragments of 16 rows, and one of two slices of K.
+// Teams of four warps that multiply in a block of kN columns of x.
+template <int kN>
+inline constexpr int kTeamsOf = kN > 32 ? slot24::kWindowTiles : 1;
+template <int kN>
+inline constexpr int kSlotThreads = kTeamsOf<kN> == 1 ? kThreads : 3 * bitmap::kTileThreads;
+
+constexpr int kFeedRegisters = 80, kMultiplyRegisters = 216;
+static_assert(kFeedRegisters + 2 * kMultiplyRegisters <= 512, "an SM has so many for each 128 threads");
+
+// PartShape, but that in bands of 64 rows a warp has four fragments of 16 rows. Halves of a band and teams have slices of
+// K; warps with the same rows come one after the other, and with the same part too.
 template <int kN, int kPartRows, int kGroupValues_>
 struct SlotShape : PartShape<kN> {
     static constexpr int kGroupValues = kGroupValues_;
     using Bands = slot24::Bands<kPartRows>;
-    static constexpr int kSlices = Bands::kHalves;
+    static constexpr int kTeams = kTeamsOf<kN>;
+    static constexpr int kBlockWarps = kTeams * bitmap::kParts;
+    static constexpr int kSlices = Bands::kHalves * kTeams;
     static constexpr int kRowFragments = kPartRows / 16;
 
-    FLASHLLM_DEVICE static int row(int i) {
-        return kSlices == 1 ? PartShape<kN>::row(i) : static_cast<int>(threadIdx.x >> 6) * 64 + i * 16;
+    FLASHLLM_DEVICE static int part() { return static_cast<int>(threadIdx.x >> 5) / kTeams; }
+    // Lane of a tile.
+    FLASHLLM_DEVICE static int thread() {
+        return kTeams == 1 ? threadIdx.x : part() * bitmap::kLanes + static_cast<int>(threadIdx.x & 31);
     }
-    FLASHLLM_DEVICE static int slice() { return kSlices == 1 ? 0 : threadIdx.x >> 5 & 1; }
+    FLASHLLM_DEVICE static int row(int i) {
+        return kPartRows == 32 ? i * 64 + part() * 16 : part() / Bands::kHalves * 64 + i * 16;
+    }
+    FLASHLLM_DEVICE static int slice() { return static_cast<int>(threadIdx.x >> 5) % kSlices; }
+};
+
+// The sums of all slices at the end of a chain, and whose they are: of the first slice, or a part of each warp.
+template <typename S, int kTeams = S::kTeams>
+struct Sums {
+    using Shape = S;
+    FLASHLLM_DEVICE static void add(Accumulators<S>& sum, float4* scratch) { add_slices<S>(sum, scratch); }
+    FLASHLLM_DEVICE static Accumulators<S>& of(Accumulators<S>& sum) { return sum; }
+};
+template <typename S>
+struct Sums<S, 2> {
+    using Shape = DealtShape<S>;
+    Accumulators<Shape> own = {};
+    FLASHLLM_DEVICE void add(Accumulators<S>& sum, float4* scratch) { deal_slices<S>(sum, own, scratch); }
+    FLASHLLM_DEVICE Accumulators<Shape>& of(Accumulators<S>&) { return own; }
 };
 
 // Loads the columns of x that step kStep of the part names: one of four bytes, times the distance of columns. A lane has
@@ -68,7 +102,7 @@ FLASHLLM_DEVICE void multiply_rows(Accumulators<S>& sum, Values& streams, unsign
 template <typename T, typename S, int kWord, typename Values>
 FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned picks, unsigned columns,
                                    unsigned window) {
-    constexpr bool kTwoSteps = S::kSlices == 1;
+    constexpr bool kTwoSteps = S::Bands::kHalves == 1;
     unsigned b[S::kColumnFragments][4];
     gather<S, kTwoSteps ? 2 * kWord : kWord>(b, columns, window);
     multiply_rows<T, S, 0, 0>(sum, streams, mask, picks, b);
@@ -77,16 +111,16 @@ FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsign
 }
 
 // Shared memory of a block: rings of value rows, windows of x, stages of masks, picks and columns, sums on their way from
-// one slice to the other, barriers. Where groups have two values, the tiles of a window are brought together: the feeder
-// has half as much to do, and their value rows have room.
+// one slice to the other, barriers. Where groups have two values, or there are two teams, the tiles of a window are brought
+// together: the feeder has half as much to do, and their value rows have room.
 template <typename S, int kRing, int kStages_, int kWindows_>
 struct Layout {
-    static constexpr int kStepTiles = S::kGroupValues == bitmap::kGroup ? 1 : slot24::kWindowTiles;
+    static constexpr int kStepTiles = S::kGroupValues == bitmap::kGroup && S::kTeams == 1 ? 1 : slot24::kWindowTiles;
     static constexpr int kStages = kStages_, kWindows = kWindows_;
     using Ring = ValueRing<kRing, kStepTiles * bitmap::kStreamElements * S::kGroupValues / bitmap::kGroup>;
     using Feed = Feeder<Ring, kStages, kStepTiles>;
     using Window = XWindow<S::kN>;
-    using Images = XImages<Window, 1, 1>;  // two first windows take .5 us longer than the second is waited for
+    using Images = XImages<Window, 1, 1, S::kBlockWarps>;  // two first windows take .5 us longer than the second is waited for
     static constexpr int kColumnBytes = S::Bands::kColumnBytes;
     static constexpr unsigned kPicksAt = kStepTiles * bitmap::kMaskBytes;
     static constexpr unsigned kColumnsAt = kPicksAt + kStepTiles * slot24::kPickBytes;
@@ -94,7 +128,7 @@ struct Layout {
     static constexpr unsigned kWindowsAt = Ring::kBytes;
     static constexpr unsigned kStagesAt = kWindowsAt + kWindows * Window::kBytes;
     static constexpr unsigned kSumsAt = kStagesAt + kStages * kStageBytes;
-    static constexpr unsigned kBarriersAt = kSumsAt + kSumBytes<S>;
+    static constexpr unsigned kBarriersAt = kSumsAt + (S::kTeams == 1 ? kSumBytes<S> : kDealBytes<S>);
 
     unsigned base;  // shared address
 
@@ -193,62 +227,84 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
 // masks ... columns: see docs/formats/slot24.md. window_columns: of x in a window. kRing: value rows that the ring of a part
 // holds. kStages: tiles for which masks, picks and columns have room. kWindows: of x.
 template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kSlotThreads<kN>, kMinBlocks)
 spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
             const int* __restrict__ fronts, const unsigned short* __restrict__ lags,
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
             unsigned char* workspace, unsigned char* scratch, int M, int N, int K, int window_columns, int row_cost,
             int runs, int runs_row_cost) {
-    static_assert(kN % 8 == 0 && kN <= 32, "one block computes 8..32 columns of x");
+    static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64, "columns of x that one block computes");
     using S = SlotShape<kN, kPartRows, kGroupValues>;
     using L = Layout<S, kRing, kStages, kWindows>;
+    using Sum = Sums<S>;
+    using Out = typename Sum::Shape;
+    constexpr int kTeams = S::kTeams;
     FLASHLLM_DYNAMIC_SHARED(shared);
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
     const int warp = ptx::uniform(threadIdx.x >> 5);
-    const bool feeds = warp == bitmap::kParts;
+    const bool feeds = warp == S::kBlockWarps;
 
     const int windows = (K + window_columns - 1) / window_columns;
-    const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, windows * slot24::kWindowTiles, row_cost,
-                           workspace + L::Images::counter_bytes(windows));
+    const int tiles_m = (M + bitmap::kTileM - 1) / bitmap::kTileM, tiles_k = windows * slot24::kWindowTiles;
+    // Two teams take whole windows: those are what is dealt then, and what `begin`, `split_count` and `tile` count.
+    const StreamK<Out> split(tiles_m, tiles_k / kTeams, row_cost, workspace + L::Images::counter_bytes(windows));
     const typename L::Images images{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
                                     reinterpret_cast<unsigned*>(workspace), scratch};
-    const int first = static_cast<int>(split.first_tile(blockIdx.x));
-    const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
+    const int begin = static_cast<int>(split.first_tile(blockIdx.x));
+    const int split_count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - begin;
+    const int first = begin * kTeams, count = split_count * kTeams;
     const int n0 = blockIdx.y * kN;
-    const int row = first / split.tiles_k, tile_k = first - row * split.tiles_k;
+    const int row = first / tiles_k, tile_k = first - row * tiles_k;
     const int phase = tile_k % slot24::kWindowTiles, first_window = tile_k / slot24::kWindowTiles;
 
     const FirstFronts first_fronts(fronts + first, count);
     // From the begin of a run of the format on, no row is needed from before it.
-    const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
+    const Runs format_runs{tiles_m, tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
     const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
-    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals);
+    if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals, S::kBlockWarps);
     __syncthreads();
+
+    if constexpr (kTeams == 2) {
+        // Registers are given out to warps of four at a time: the three that would feed leave theirs to the others.
+        if (warp >= S::kBlockWarps) {
+            ptx::give_registers<kFeedRegisters>();
+            if (!feeds) return;
+        } else {
+            ptx::take_registers<kMultiplyRegisters>();
+        }
+    }
 
     if (feeds) {
         const int before = phase % L::kStepTiles;  // tiles of the first step that are not in the run
-        const long long begin = first - before;
+        const long long brought = first - before;
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, before, first_fronts),
                    WindowFeed<L>{layout, images, (first_window + L::Images::kFirst) % windows, phase},
-                   masks + begin * bitmap::kMaskBytes, picks + begin * slot24::kPickBytes,
-                   columns + begin * L::kColumnBytes);
+                   masks + brought * bitmap::kMaskBytes, picks + brought * slot24::kPickBytes,
+                   columns + brought * L::kColumnBytes);
     } else {
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
         const auto begun = images.begin(first_window, warp);
         Accumulators<S> sum = {};
-        const auto write = [&](Accumulators<S>& sum, int row) {
-            store_fragments<S>(sum, y, n0, row * S::kM, N, M);
-        };
-        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, warp);
+        Sum all;
+        const auto write = [&](Accumulators<Out>& sum, int row) { store_fragments<Out>(sum, y, n0, row * S::kM, N, M); };
+        const int part = warp / kTeams, team = warp % kTeams, thread = S::thread();
+        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, part, thread);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));
-        Chains<S> chains(split, first, row, count);
-        int stop = min(chains.chain_end, restart);
+        const auto restart_at = [&](int tile) {
+            if (tile == restart) streams.restart(ring, restart_front);
+        };
+        const auto leave_run = [&] {
+            restart = next_restart();
+            restart_front = __ldg(fronts + first + min(restart, count));
+        };
+        Chains<Out> chains(split, begin, row, split_count);
+        int stop = kTeams == 1 ? min(chains.chain_end, restart) : chains.chain_end;
         images.finish(begun, reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, L::Window::kBytes, first_window, warp);
 
         Cycle<kStages> cycle;
@@ -256,46 +312,61 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const unsigned windows_begin = layout.window(0) + L::Window::first_unit((threadIdx.x & 1) * 4);
         unsigned window = windows_begin;  // of x, the one in use
         while (true) {
-            const int in_step = L::kStepTiles == 1 ? 0 : in_window;
-            if (in_step == 0 || tile == 0) ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
+            const int in_step = kTeams == 2 ? team : L::kStepTiles == 1 ? 0 : in_window;
+            if (kTeams == 2 || in_step == 0 || tile == 0) ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
             const unsigned stage = layout.stage(cycle.stage);
-            const unsigned words = stage + in_step * bitmap::kMaskBytes + threadIdx.x * 8;
+            const unsigned words = stage + in_step * bitmap::kMaskBytes + thread * 8;
             static_assert(bitmap::kMaskBytes == slot24::kPickBytes, "masks and picks lie alike");
             const uint2 mask = ptx::load_shared8(words), pick = ptx::load_shared8(words + L::kPicksAt);
-            const unsigned place = stage + L::kColumnsAt + in_step * L::kColumnBytes + threadIdx.x * S::Bands::kPartSteps;
-            const unsigned column = S::kSlices == 1 ? ptx::load_shared4(place) : ptx::load_shared_half(place);
+            const unsigned place = stage + L::kColumnsAt + in_step * L::kColumnBytes + thread * S::Bands::kPartSteps;
+            const unsigned column = S::Bands::kHalves == 1 ? ptx::load_shared4(place) : ptx::load_shared_half(place);
+            // Over the other team's tile of the window.
+            const auto skip = [&](int other) {
+                streams.skip(ptx::load_shared8(stage + other * bitmap::kMaskBytes + thread * 8));
+            };
+            if (kTeams == 2 && team == 1) {
+                skip(0);
+                restart_at(2 * tile + 1);
+            }
             streams.wrap();
             multiply_word<T, S, 0>(sum, streams, mask.x, pick.x, column, window);
             streams.wrap();
             multiply_word<T, S, 1>(sum, streams, mask.y, pick.y, column, window);
-            if (in_step == L::kStepTiles - 1) {
+            if (kTeams == 2 && team == 0) {
+                restart_at(2 * tile + 1);
+                skip(1);
+            }
+            if (kTeams == 2 || in_step == L::kStepTiles - 1) {
                 barriers.release(cycle.stage);
                 cycle.advance();
             }
             ++tile;
             in_window ^= 1;
-            if (in_window == 0) {
+            if (kTeams == 2 && restart <= 2 * tile) {
+                restart_at(2 * tile);
+                leave_run();
+            }
+            if (kTeams == 2 || in_window == 0) {
                 window += L::Window::kBytes;
                 if (window == windows_begin + kWindows * L::Window::kBytes) window = windows_begin;
             }
             if (tile != stop) continue;
             if (tile == chains.chain_end) {
-                add_slices<S>(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));
-                chains.end(split, tile, sum, write);
-                if (tile == count) {
+                all.add(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));
+                chains.end(split, tile, all.of(sum), write);
+                if (tile == split_count) {
                     // The feeder waits for the first step, which may have no more than this tile.
-                    if (L::kStepTiles != 1 && in_window == 1) barriers.release(cycle.stage);
+                    if (kTeams == 1 && L::kStepTiles != 1 && in_window == 1) barriers.release(cycle.stage);
                     break;
                 }
             }
-            if (tile == restart) {
+            if (kTeams == 1 && tile == restart) {
                 streams.restart(ring, restart_front);
-                restart = next_restart();
-                restart_front = __ldg(fronts + first + min(restart, count));
+                leave_run();
             }
-            stop = min(chains.chain_end, restart);
+            stop = kTeams == 1 ? min(chains.chain_end, restart) : chains.chain_end;
         }
-        chains.finish(split, sum, write);
+        chains.finish(split, all.of(sum), write);
     }
 }
 

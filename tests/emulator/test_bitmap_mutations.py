@@ -81,7 +81,7 @@ MUTATIONS = (
     Mutation("steps are not committed", KERNEL, "    ptx::warpgroup_commit();\n", "", WGMMA),
     Mutation("a stage is released under wgmma", KERNEL, "ptx::warpgroup_wait();\n#endif", "#endif", WGMMA),
     Mutation("all lanes release", ARRIVAL, "if (kWarpArrivals == 32 || ptx::elect()) ", ""),
-    *both("three warps release for four", RING, "empty(i), bitmap::kParts *", "empty(i), (bitmap::kParts - 1) *"),
+    *both("three warps release for four", RING, "empty(i), warps *", "empty(i), (warps - 1) *"),
     *both("parity does not turn", RING, "stage = 0, parity ^= 1;", "stage = 0;"),
     Mutation("barriers are used before they are there", KERNEL, "kArrivals);\n    __syncthreads();", "kArrivals);"),
     # Where a run begins.

@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).parent / "sanitized.py"
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **emulator.sanitizer_environment(), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(PROGRAM), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_kernels_pass() -> None:

@@ -39,12 +39,17 @@ WORD_0, WORD_1 = (
     for number, word in enumerate("xy")
 )
 WORDS = WRAP + WORD_0 + WRAP + WORD_1
-RELEASE = """            if (in_step == L::kStepTiles - 1) {
+FIRST_TEAM = """            if (kTeams == 2 && team == 0) {
+                restart_at(2 * tile + 1);
+                skip(1);
+            }
+"""
+RELEASE = """            if (kTeams == 2 || in_step == L::kStepTiles - 1) {
                 barriers.release(cycle.stage);
                 cycle.advance();
             }
 """
-WAIT = "if (in_step == 0 || tile == 0) ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);"
+WAIT = "if (kTeams == 2 || in_step == 0 || tile == 0) ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);"
 STAND = "part[0] = part[1] = part[2] = part[3] = 0.0f;\n            }\n            ptx::meet<64>"
 MEETS = """            ptx::meet<64>(1 + pair);
             if (S::slice() == 0) accumulate(part, *cell);
@@ -60,12 +65,13 @@ def both(name: str, file: str, old: str, new: str = "") -> tuple[Mutation, Mutat
 MUTATIONS = (
     # A tile, from the side of the warps that multiply.
     *both("the step is not waited for", KERNEL, WAIT, ";"),
-    *both("a run that begins amid a window does not wait", KERNEL, "if (in_step == 0 || tile == 0)",
-          "if (in_step == 0)"),
+    *both("a run that begins amid a window does not wait", KERNEL, "|| in_step == 0 || tile == 0)",
+          "|| in_step == 0)"),
     Mutation("the stage does not advance", KERNEL, "                cycle.advance();\n"),
     Mutation("the step is not released", KERNEL, "                barriers.release(cycle.stage);\n"),
-    Mutation("the step is released at its first tile", KERNEL, "(in_step == L::kStepTiles - 1)", "(in_step == 0)"),
-    Mutation("the step is released before it is decoded", KERNEL, WORDS + RELEASE, RELEASE + WORDS),
+    Mutation("the step is released at its first tile", KERNEL, "|| in_step == L::kStepTiles - 1)", "|| in_step == 0)"),
+    Mutation("the step is released before it is decoded", KERNEL, WORDS + FIRST_TEAM + RELEASE,
+             RELEASE + WORDS + FIRST_TEAM),
     Mutation("no wrap before a tile", KERNEL, WRAP + WORD_0, WORD_0),
     Mutation("no wrap within a tile", KERNEL, WRAP + WORD_1, WORD_1),
     Mutation("both tiles of a step are the first", KERNEL, "L::kStepTiles == 1 ? 0 : in_window;", "0;"),
@@ -74,7 +80,7 @@ MUTATIONS = (
              "L::kColumnsAt +"),
     Mutation("runs begin with a window", KERNEL, "int tile = 0, in_window = phase;", "int tile = 0, in_window = 0;"),
     Mutation("all tiles read the first window", KERNEL, "window += L::Window::kBytes;", ";"),
-    Mutation("the window turns amid it", KERNEL, "if (in_window == 0) {", "if (in_window == 1) {"),
+    Mutation("the window turns amid it", KERNEL, "|| in_window == 0) {", "|| in_window == 1) {"),
     Mutation("places of windows do not turn", KERNEL,
              "if (window == windows_begin + kWindows * L::Window::kBytes) window = windows_begin;", ";"),
     Mutation("all lanes have the first unit of lefts", KERNEL, "first_unit((threadIdx.x & 1) * 4)", "first_unit(0)"),
@@ -88,10 +94,10 @@ MUTATIONS = (
     Mutation("masks move by one tile", KERNEL, "masks += L::kStepTiles * bitmap", "masks += bitmap"),
     Mutation("picks stand still", KERNEL, ", picks += L::kStepTiles * slot24::kPickBytes;", ";"),
     Mutation("columns stand still", KERNEL, "columns += L::kStepTiles * L::kColumnBytes;"),
-    Mutation("masks of the first run", KERNEL, "masks + begin * bitmap::kMaskBytes", "masks"),
-    Mutation("picks of the first run", KERNEL, "picks + begin * slot24::kPickBytes", "picks"),
-    Mutation("columns of the first run", KERNEL, "columns + begin * L::kColumnBytes", "columns"),
-    Mutation("the first step begins with the run", KERNEL, "begin = first - before;", "begin = first;"),
+    Mutation("masks of the first run", KERNEL, "masks + brought * bitmap::kMaskBytes", "masks"),
+    Mutation("picks of the first run", KERNEL, "picks + brought * slot24::kPickBytes", "picks"),
+    Mutation("columns of the first run", KERNEL, "columns + brought * L::kColumnBytes", "columns"),
+    Mutation("the first step begins with the run", KERNEL, "brought = first - before;", "brought = first;"),
     Mutation("steps begin with the run", KERNEL, "fronts + first, count, before, first",
              "fronts + first, count, 0, first"),
     Mutation("a step of two tiles is the first's", KERNEL, "{{stage, masks, L::kStepTiles * bitmap",
@@ -106,7 +112,7 @@ MUTATIONS = (
     Mutation("stages lie on x", KERNEL, "kStagesAt = kWindowsAt + kWindows * Window::kBytes;",
              "kStagesAt = kWindowsAt;"),
     Mutation("windows lie on the rings", KERNEL, "kWindowsAt = Ring::kBytes;", "kWindowsAt = 0;"),
-    Mutation("barriers are not there yet", KERNEL, "    __syncthreads();\n\n    if (feeds)", "\n    if (feeds)"),
+    Mutation("barriers are not there yet", KERNEL, "    __syncthreads();\n\n    if constexpr", "\n    if constexpr"),
     Mutation("the last step of a run is left out", RING, "step * kStepTiles - phase) < count",
              "step * kStepTiles) < count"),
     Mutation("steps have one tile", RING, "min((step + 1) * kStepTiles - phase, count) - 1",
@@ -160,7 +166,7 @@ MUTATIONS = (
     Mutation("all rows are the first eight", WINDOWS, "make_uint4(values[j * 4], values[j * 4 + 1]",
              "make_uint4(values[0], values[1]"),
     Mutation("units are stored unswapped", WINDOWS, "window + unit(first_unit(number), j)", "window + unit(0, j)"),
-    Mutation("units are read unswapped", WINDOWS, "kSwaps ? first ^ j * 16u : first", "first"),
+    Mutation("units are read unswapped", WINDOWS, "(first ^ (j & 1) * 16u)", "(first + (j & 1) * 16u)"),
     Mutation("no units are swapped", WINDOWS, "kSwaps ? column << 2 & 16 : 0", "0"),
     Mutation("units are swapped for every second column", WINDOWS, "column << 2 & 16", "column << 4 & 16"),
     Mutation("columns meet in a bank", WINDOWS, "(kUnits | 1) * 16", "kUnits * 16"),
@@ -183,10 +189,10 @@ MUTATIONS = (
     Mutation("one step is two", KERNEL, "kTwoSteps ? 2 * kWord : kWord>", "2 * kWord>"),
     Mutation("all of 64 rows are the first 32", KERNEL, "kTwoSteps ? 0 : 2>", "0>"),
     Mutation("all rows of fragments are the first", KERNEL, "sum[kFirst + i][j]", "sum[kFirst][j]"),
-    Mutation("columns of four steps each", KERNEL, "threadIdx.x * S::Bands::kPartSteps", "threadIdx.x * 4"),
-    Mutation("all bands of 64 are the first", KERNEL, "static_cast<int>(threadIdx.x >> 6) * 64 + i * 16", "i * 16"),
-    Mutation("slices are not added", KERNEL, "add_slices<S>(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));"),
-    Mutation("all warps are of the first slice", KERNEL, "kSlices == 1 ? 0 : threadIdx.x >> 5 & 1", "0"),
+    Mutation("columns of four steps each", KERNEL, "thread * S::Bands::kPartSteps", "thread * 4"),
+    Mutation("all bands of 64 are the first", KERNEL, "part() / Bands::kHalves * 64 + i * 16", "i * 16"),
+    Mutation("slices are not added", KERNEL, "all.add(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));"),
+    Mutation("all warps are of the first slice", KERNEL, "static_cast<int>(threadIdx.x >> 5) % kSlices", "0"),
     Mutation("sums lie on the stages", KERNEL, "kSumsAt = kStagesAt + kStages * kStageBytes;", "kSumsAt = kStagesAt;"),
     Mutation("slices do not meet before they are added", EPILOGUE, MEETS, MEETS.split("\n", 1)[1]),
     Mutation("a place is written while it is read", EPILOGUE, MEETS, MEETS[: MEETS.rindex("            ptx")]),

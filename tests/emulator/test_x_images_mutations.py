@@ -49,9 +49,9 @@ def both(name: str, file: str, old: str, new: str = "") -> tuple[Mutation, Mutat
 MUTATIONS = (
     # The first images, by a block's own warps.
     tiles("the first images are not stored",
-             IMAGES, "store_own(to, distance, warp + i * bitmap::kParts, begun.own[i]);",
+             IMAGES, "store_own(to, distance, warp + i * kWarps, begun.own[i]);",
           ";"),
-    tiles("a warp's pieces are all its first", IMAGES, "load_own(first_image, warp + i * bitmap::kParts)",
+    tiles("a warp's pieces are all its first", IMAGES, "load_own(first_image, warp + i * kWarps)",
           "load_own(first_image, warp)"),
     tiles("first images go beyond the row", IMAGES, "min(piece / kPieces, kFirst - 1)) % images",
           "min(piece / kPieces, kFirst - 1))"),
@@ -62,7 +62,7 @@ MUTATIONS = (
     tiles("first images lie closely", KERNEL, "L::kStageBytes, tile_k, warp", "L::Tile::kBytes, tile_k, warp"),
     tiles("nothing is laid out",
              KERNEL, "images.finish(begun, shared + L::Ring::kBytes, L::kStageBytes, tile_k, warp);"),
-    tiles("warps read before all have laid out", IMAGES, "ptx::meet<bitmap::kTileThreads>(kImagesBarrier);"),
+    tiles("warps read before all have laid out", IMAGES, "ptx::meet<kWarps * 32>(kImagesBarrier);"),
     # Each block's share, and what is known of it.
     tiles("the first piece of a share is not stored", IMAGES,
           "if (has_share) store_share(first_share(warp), begun.share);"),
@@ -156,7 +156,7 @@ WINDOWS = (
     Mutation("column blocks share windows", IMAGES, "(static_cast<long long>(blockIdx.y) * images + number)",
              "(number)"),
     Mutation("shares of windows have one piece", IMAGES, "store_share(share, load_share(share));", ";"),
-    Mutation("windows are not published together", IMAGES, "ptx::meet<bitmap::kTileThreads>(kImagesBarrier);"),
+    Mutation("windows are not published together", IMAGES, "ptx::meet<kWarps * 32>(kImagesBarrier);"),
     Mutation("later pieces of the first window are not stored", IMAGES,
              "store_own(to, distance, piece, load_own(first_image, piece));", ";"),
     Mutation("an image of the first column block's windows is laid out", IMAGES,

@@ -18,6 +18,7 @@ from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.sources import cuda_root
 from flashllm.jit.spec import ALL_ARCHS
 from flashllm.matmul import bitmap, slot24
+from flashllm.matmul.stream_k import StreamK
 from flashllm.matmul.tensor_cores import MAX_CHAIN_STEPS
 from products import weight
 
@@ -31,6 +32,10 @@ def packed(shape: tuple[int, int] = (256, 512), density: float = 0.2, part_rows:
     return Slot24.from_dense(weight("uniform", shape, density, "fp16"), part_rows=part_rows)
 
 
+def of(arch: str) -> list[slot24.Choice]:
+    return [choice for choice in slot24.instances() if choice.spec.supports(arch)]
+
+
 def constants(header: str) -> dict[str, str]:
     text = (cuda_root() / header).read_text(encoding="utf-8")
     return dict(re.findall(r"constexpr (?:int|unsigned) (k\w+) = ([^;]+);", text))
@@ -40,7 +45,6 @@ def test_host_and_device_agree_on_the_constants() -> None:
     window, ring = map(constants, ("flashllm/x_window.cuh", "flashllm/value_ring.cuh"))
     assert int(ring["kMaxChainSteps"]) == MAX_CHAIN_STEPS
     assert ring["kThreads"] == "bitmap::kTileThreads + bitmap::kLanes"
-    assert slot24.THREADS == PARTS * LANES + LANES
     assert int(window["kColumns"]) == MAX_WINDOW
     assert int(ring["kMirrorRows"]) == bitmap.MIRROR_ROWS
 
@@ -52,10 +56,11 @@ def test_one_instance_for_each_width_layout_and_type(arch: str) -> None:
     def facts(c: slot24.Choice) -> tuple[int, int, int, str, bool]:
         return c.n_block, c.part_rows, c.group_values, c.dtype, c.aligned
 
-    found = [c for c in slot24.instances() if c.spec.supports(arch)]
-    want = set(product(slot24.N_BLOCKS, PARTS_OF, GROUP_VALUES, DTYPES, (True, False)))
+    found = of(arch)
+    want = set(product(slot24.widths(arch), PARTS_OF, GROUP_VALUES, DTYPES, (True, False)))
     assert len(found) == len(want)
-    assert {facts(c) for c in found} == {facts(c) for c in slot24.typical(arch)} == want
+    assert {facts(c) for c in found} == want
+    assert {facts(c) for c in slot24.typical(arch)} == {fact for fact in want if fact[0] in slot24.N_BLOCKS}
     specs = {c.spec for c in found}
     assert specs == {spec for spec in slot24.specs() if spec.supports(arch)}
     assert len(specs) == len(want) // 2
@@ -63,13 +68,15 @@ def test_one_instance_for_each_width_layout_and_type(arch: str) -> None:
         template = dict(choice.spec.template)
         assert (int(template["kN"]), int(template["kPartRows"])) == (choice.n_block, choice.part_rows)
         assert int(template["kGroupValues"]) == choice.group_values
+        # Two teams of warps, and four that leave them their registers; else four and one.
+        assert choice.spec.threads == LANES * (12 if choice.n_block == slot24.WIDE else PARTS + 1)
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
 def test_rings_hold_what_the_feeder_may_have_to_bring_at_one_time(arch: str) -> None:
     """As ``value_ring.cuh`` insists: see there."""
-    for choice in slot24.typical(arch):
-        tiles = slot24.TILES if choice.group_values == 2 else 1
+    for choice in of(arch):
+        tiles = slot24.TILES if choice.group_values == 2 or choice.n_block == slot24.WIDE else 1
         moves = tiles * STREAM_ELEMENTS * choice.group_values // 4
         rows = int(dict(choice.spec.template)["kRing"])
         assert rows >= SLACK + moves + 1 + CHUNK_ROWS
@@ -79,10 +86,10 @@ def test_rings_hold_what_the_feeder_may_have_to_bring_at_one_time(arch: str) -> 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
 def test_blocks_that_share_an_sm_fit_its_shared_memory(arch: str) -> None:
-    for choice in slot24.typical(arch):
+    for choice in of(arch):
         each = choice.spec.shared_bytes + SYSTEM_SHARED
         assert choice.resident_blocks * each <= SM_SHARED.get(arch, 100 << 10), choice
-        assert 65536 // (choice.resident_blocks * slot24.THREADS) >= 128, "registers of a thread"
+        assert 65536 // (choice.resident_blocks * choice.spec.threads) >= 128, "registers of a thread"
 
 
 @pytest.mark.parametrize(("n", "blocks"), [(1, (8, 1)), (8, (8, 1)), (9, (16, 1)), (17, (32, 1)), (33, (32, 2)),
@@ -92,6 +99,24 @@ def test_plan_covers_n(n: int, blocks: tuple[int, int]) -> None:
         chosen = plan(packed(), n, device=device)
         assert (chosen.choice.n_block, chosen.grid[1]) == blocks
         assert chosen.spec in slot24.specs()
+
+
+def test_wide_blocks_take_windows_of_x_as_tiles() -> None:
+    """For 33 columns of x and more the tuner tries them, where registers can be shared out."""
+    w = packed((300, 1000), 0.05)
+    wide = [c for c in slot24.candidates(w, 33, arch="90a") if c.n_block == slot24.WIDE]
+    assert len(wide) == 1
+    assert slot24.usable(wide[0])
+    for n, arch in ((32, "90a"), (33, "80"), (33, "100a")):
+        assert all(c.n_block in slot24.N_BLOCKS for c in slot24.candidates(w, n, arch=arch))
+    for n, columns in ((33, 1), (64, 1), (65, 2)):
+        chosen = plan(w, n, device=H100, choice=wide[0])
+        assert isinstance(chosen.split, StreamK)
+        assert (chosen.split.tiles_m, chosen.split.tiles_k) == (3, 4)
+        assert chosen.grid == (chosen.split.blocks, columns)
+        assert chosen.scratch_bytes == columns * 4 * MAX_WINDOW * slot24.WIDE * 2
+        assert chosen.split.max_chain * STEPS == MAX_CHAIN_STEPS
+        assert "two teams" in chosen.reason
 
 
 def test_reason_names_the_window() -> None:
@@ -124,7 +149,8 @@ def test_choices_of_a_file_are_checked() -> None:
     choice = slot24.default_choice(packed(), 16, arch="90a")
     assert slot24.usable(choice)
     for change in (
-        {"n_block": 64},
+        {"n_block": 64},  # of the rooms of another
+        {"n_block": 24},
         {"stages": 7},
         {"part_rows": 48},
         {"windows": 3},

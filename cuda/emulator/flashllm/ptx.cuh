@@ -102,6 +102,11 @@ FLASHLLM_DEVICE void meet(int barrier) {
     emu::named_barrier(static_cast<unsigned>(barrier), kThreads);
 }
 
+template <int kRegisters>
+FLASHLLM_DEVICE void give_registers() {}
+template <int kRegisters>
+FLASHLLM_DEVICE void take_registers() {}
+
 // ---- barriers in shared memory (sm_80), bulk copies (sm_90) ----------------------------------------------------
 
 FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) { emu::mbarrier_init(address, arrivals); }

@@ -36,7 +36,7 @@ _FLAGS = (
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 )
-_SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+_SANITIZE_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _V3_FEATURES = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _PER_OBJECT = 12
 """Kernels compiled into one shared object: parsing is shared, memory and waiting stay small."""

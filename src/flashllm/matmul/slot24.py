@@ -17,7 +17,7 @@ from flashllm.formats.slot24_pairs import GROUP_VALUES, MAX_WINDOW
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
 from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
-from flashllm.matmul.stream_k import StreamK, stream_k_for_runs
+from flashllm.matmul.stream_k import StreamK, stream_k_for, stream_k_for_runs
 from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, n_block_for
 from flashllm.matmul.x_images import with_images
 
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     from flashllm.formats.slot24 import Slot24
 
 N_BLOCKS = (8, 16, 32)
-"""Columns of x one block computes: more leave too little shared memory for windows of x."""
-THREADS = (PARTS + 1) * LANES
-_COLUMN_BYTES = {8: 16, 16: 32, 32: 80}  # of a window of x, by its rows
-_SUM_BYTES = 1024  # of sums on their way between the parts of a band of 64 rows
+"""Columns of x one block computes."""
+WIDE = 64
+"""Columns of x of a block that has an SM for itself, on an architecture that can share out registers."""
+_WIDE_ARCHS = ("90a",)
+_COLUMN_BYTES = {8: 16, 16: 32, 32: 80, WIDE: 128}  # of a window of x, by its rows
+_FRAGMENT_BYTES = 512  # sums on their way to a warp that has the same rows
 _ROW_COST = 2  # see matmul/bitmap.py
 # Blocks that share an SM, by columns of x: as many as its shared memory holds; one on the others, which have 100 KB.
 _RESIDENT_BLOCKS = {
     "80": {8: 2, 16: 2, 32: 1},
-    "90a": {8: 3, 16: 3, 32: 2},
+    "90a": {8: 3, 16: 3, 32: 2, WIDE: 1},
     "100a": {8: 3, 16: 2, 32: 1},  # more would spill
 }
 
@@ -50,7 +52,7 @@ class _Room:
     """Windows of x: one is read, the others are on their way."""
 
 
-# By columns of x and values of a group: steps of both tiles of a window where it is two, of one tile where it is four.
+# By columns of x and values of a group: steps of both tiles of a window where it is two or x is wide, else of one.
 _ROOM = {
     (8, 2): _Room(ring_rows=96, stages=2, windows=2),
     (16, 2): _Room(ring_rows=80, stages=2, windows=2),
@@ -58,6 +60,8 @@ _ROOM = {
     (8, 4): _Room(ring_rows=80, stages=5, windows=3),
     (16, 4): _Room(ring_rows=80, stages=3, windows=2),
     (32, 4): _Room(ring_rows=96, stages=4, windows=2),
+    (WIDE, 2): _Room(ring_rows=128, stages=4, windows=3),
+    (WIDE, 4): _Room(ring_rows=128, stages=4, windows=3),
 }
 # Blocks of an SM with 100 KB have less.
 _SMALL_ROOM = _ROOM | {
@@ -100,7 +104,8 @@ class Choice:
 def _spec(choice: Choice) -> KernelSpec:
     n = choice.n_block
     parts = PARTS_OF[choice.part_rows]
-    step_tiles = TILES if choice.group_values == 2 else 1
+    teams = _teams(n)
+    step_tiles = TILES if choice.group_values == 2 or teams == 2 else 1
     stage_bytes = step_tiles * PARTS * LANES * (8 + 8 + parts.steps)  # masks, picks and columns
     return KernelSpec(
         name="slot24",
@@ -116,14 +121,27 @@ def _spec(choice: Choice) -> KernelSpec:
             ("kWindows", str(choice.windows)),
             ("kMinBlocks", str(choice.resident_blocks)),
         ),
-        threads=THREADS,
+        threads=(PARTS + 1 if teams == 1 else 3 * PARTS) * LANES,  # registers of two teams are given out by four warps
         shared_bytes=PARTS * (choice.ring_rows + MIRROR_ROWS) * ROW_BYTES
         + choice.windows * MAX_WINDOW * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
-        + (_SUM_BYTES if parts.halves == 2 else 0)
+        + _sum_fragments(n, parts.halves) * _FRAGMENT_BYTES
         + choice.stages * 16,  # barriers
         archs=_archs_of(choice),
     )
+
+
+def _teams(n_block: int) -> int:
+    """Of four multiplying warps, in a block."""
+    return 2 if n_block == WIDE else 1
+
+
+def _sum_fragments(n_block: int, halves: int) -> int:
+    """Fragments on their way at one time: one of each pair of halves, or all of a row fragment with two teams."""
+    if _teams(n_block) == 1:
+        return PARTS // 2 if halves == 2 else 0
+    slices = 2 * halves
+    return 2 * PARTS // slices * (slices - 1) * n_block // 8
 
 
 def _archs_of(choice: Choice) -> tuple[str, ...]:
@@ -131,13 +149,19 @@ def _archs_of(choice: Choice) -> tuple[str, ...]:
     return tuple(
         arch
         for arch in ALL_ARCHS
-        if resident_blocks(arch, choice.n_block) == choice.resident_blocks
+        if choice.n_block in widths(arch)
+        and resident_blocks(arch, choice.n_block) == choice.resident_blocks
         and _room(arch, choice.n_block, choice.group_values) == room
     )
 
 
 def _room(arch: str, n_block: int, group_values: int) -> _Room:
     return (_ROOM if arch in _RESIDENT_BLOCKS else _SMALL_ROOM)[n_block, group_values]
+
+
+def widths(arch: str) -> tuple[int, ...]:
+    """Columns of x that a block can compute on ``arch``."""
+    return (*N_BLOCKS, WIDE) if arch in _WIDE_ARCHS else N_BLOCKS
 
 
 def resident_blocks(arch: str, n_block: int) -> int:
@@ -169,21 +193,25 @@ def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, ali
 
 def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
     """Blocks and workspace of ``choice``: about as many blocks as fit the device at once."""
-    split = stream_k_for_runs(
-        runs_of(w.tiles),
-        n_block=choice.n_block,
-        column_blocks=-(-n // choice.n_block),
-        blocks=sm_count * choice.blocks_per_sm,
-        row_cost=_ROW_COST,
-        max_chain=MAX_CHAIN_STEPS // STEPS,
-    )
+    how = {
+        "n_block": choice.n_block,
+        "column_blocks": -(-n // choice.n_block),
+        "blocks": sm_count * choice.blocks_per_sm,
+        "row_cost": _ROW_COST,
+        "max_chain": MAX_CHAIN_STEPS // STEPS,
+    }
+    if _teams(choice.n_block) == 2:
+        # Windows are dealt, not tiles: both teams have as much to do.
+        split = stream_k_for((w.tiles[0], w.tiles[1] // TILES), **how)
+    else:
+        split = stream_k_for_runs(runs_of(w.tiles), **how)
     window_bytes = MAX_WINDOW * _COLUMN_BYTES[choice.n_block]
     return with_images(split, images=-(-w.shape[1] // w.window), image_bytes=window_bytes, group=1)
 
 
 def reason(w: Slot24, choice: Choice, split: StreamK, *, sm_count: int) -> str:
     """One line on how the tiles are dealt and what they hold."""
-    n_blocks = f"N blocks of {choice.n_block}"
+    n_blocks = f"N blocks of {choice.n_block}" + (", two teams of warps" if _teams(choice.n_block) == 2 else "")
     window = f"windows of {w.window} columns for {w.part_rows} rows, up to {w.group_values} values in a group"
     return f"{split.describe(sm_count)}, mma.sp, {n_blocks}, {window}, {w.bytes_per_element:.3f} bytes per element"
 
@@ -204,6 +232,8 @@ def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
         choice = replace(base, blocks_per_sm=blocks_per_sm)
         if choice != base:
             yield choice
+    if n > N_BLOCKS[-1] and WIDE in widths(arch):
+        yield _choice(w.dtype, WIDE, (w.part_rows, w.group_values), arch, aligned=base.aligned)
 
 
 def tune_key(w: Slot24, n: int) -> str:
@@ -214,7 +244,7 @@ def tune_key(w: Slot24, n: int) -> str:
 
 def usable(choice: Choice) -> bool:
     """Whether a choice that comes from a file may be launched."""
-    known = choice.n_block in N_BLOCKS and choice.part_rows in PARTS_OF and choice.group_values in GROUP_VALUES
+    known = choice.n_block in _COLUMN_BYTES and choice.part_rows in PARTS_OF and choice.group_values in GROUP_VALUES
     return known and choice.spec in specs() and 1 <= choice.blocks_per_sm <= MAX_BLOCKS_PER_SM
 
 
@@ -229,7 +259,7 @@ def instances() -> tuple[Choice, ...]:
     choices = [
         _choice(dtype, n_block, (part_rows, values), arch, aligned=aligned)
         for arch in ALL_ARCHS
-        for n_block in N_BLOCKS
+        for n_block in widths(arch)
         for part_rows in PARTS_OF
         for values in GROUP_VALUES
         for dtype in CXX_TYPE
@@ -240,7 +270,7 @@ def instances() -> tuple[Choice, ...]:
 
 def typical(arch: str) -> tuple[Choice, ...]:
     """The instances that the heuristic takes on ``arch``: for every width, layout and type two."""
-    return tuple(choice for choice in instances() if choice.spec.supports(arch))
+    return tuple(choice for choice in instances() if choice.n_block in N_BLOCKS and choice.spec.supports(arch))
 
 
 @cache

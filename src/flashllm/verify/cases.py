@@ -26,7 +26,7 @@ SHAPES: dict[bool, tuple[tuple[int, int], ...]] = {
 """M x K by whether K is a multiple of 8: one tile, part of one, ragged edges, rows of tiles that blocks share."""
 LARGE_SHAPES: dict[bool, tuple[int, int]] = {True: (4104, 2056), False: (4103, 2055)}
 """On a GPU also more tiles than it has blocks."""
-LONG_SHAPES: dict[bool, tuple[int, int]] = {True: (128, 12872), False: (100, 12871)}
+LONG_SHAPES: dict[bool, tuple[int, int]] = {True: (72, 24840), False: (57, 24839)}
 """Rows so long that a block ends a chain of accumulations inside them, where it has the row for itself."""
 LONG_COLUMN_BLOCKS = 3
 """Times the block's columns: as many as the blocks of one multiprocessor, which leaves one block per row of tiles."""

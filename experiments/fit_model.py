@@ -163,8 +163,8 @@ def fit(files: Sequence[Path]) -> Model:
 
 
 def widths_of(format_name: str) -> Sequence[int]:
-    """Widths of the column blocks of the format's kernel, ascending."""
-    return sorted({choice.n_block for choice in kernel(format_name).instances()})
+    """Widths of the column blocks that plans take for the format on the GPU, ascending."""
+    return sorted({choice.n_block for choice in kernel(format_name).typical(GPU.arch)})
 
 
 def _fit_kernel(name: str, width: int, rows: Sequence[Row]) -> KernelTime:

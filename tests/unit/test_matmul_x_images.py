@@ -75,10 +75,19 @@ def test_slot24_has_an_image_of_every_window(n: int, block: int, device: Any) ->
     assert split.column_blocks == blocks
     assert split.scratch_bytes == blocks * windows * 256 * column_bytes
     assert split.counter_bytes == counter_bytes(windows, 1, blocks)
-    assert found(r"XImages<Window, 1, (\d+)>", "spmm/slot24.cu") == 1
+    assert found(r"XImages<Window, 1, (\d+), S::kBlockWarps>", "spmm/slot24.cu") == 1
     window = text("flashllm/x_window.cuh")
     assert "kColumnBytes = kSwaps ? 32 : (kUnits | 1) * 16;" in window
-    assert "kSwaps = kUnits == 2;" in window
+    assert "kSwaps = kN == 16 || kN == 64;" in window
+
+
+def test_wide_blocks_have_larger_images() -> None:
+    w = packed("slot24", weight("uniform", (300, 1001), 0.05, "fp16"))
+    wide = next(c for c in slot24.candidates(w, 64, arch="90a") if c.n_block == slot24.WIDE)  # type: ignore[arg-type]
+    chosen = plan(w, 100, device=H100, choice=wide)
+    windows = w.tiles[1] // slot24.TILES
+    assert chosen.scratch_bytes == 2 * windows * 256 * 128
+    assert "kBytes = kN == 64 ? 4 * kPlaneBytes : kPlaneBytes;" in text("flashllm/x_window.cuh")
 
 
 @pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])

@@ -196,6 +196,11 @@ def read(path: str | Path) -> list[Row]:
     A last line without its line end was cut short by a crash and is left out. Raises :class:`FormatError`
     (file, line, field) for anything else that is no row, and ``OSError`` when the file cannot be read.
     """
+    return [row for _, row in read_numbered(path)]
+
+
+def read_numbered(path: str | Path) -> list[tuple[int, Row]]:
+    """As :func:`read`, each row with the number of its line."""
     data = Path(path).read_bytes()
     rows = []
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
@@ -209,7 +214,7 @@ def read(path: str | Path) -> list[Row]:
         if not isinstance(value, dict):
             raise FormatError(path=where, field="line", expected="a JSON object", got=type(value).__name__)
         if value.get("kind", "kernel") == "kernel":
-            rows.append(from_dict(value, where=where))
+            rows.append((number, from_dict(value, where=where)))
     return rows
 
 

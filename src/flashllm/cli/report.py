@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn result files into one web page."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import click
+
+from flashllm.cli._cases import usage_errors
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="RESULTS...")
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page.",
+)
+@click.option("--title", default="flashllm results", show_default=True, help="Heading of the page.")
+def command(files: tuple[Path, ...], out: Path, title: str) -> None:
+    """Turn result files into one web page.
+
+    RESULTS are files that `flashllm bench --out` or --save wrote. The page holds all that it needs: sortable tables,
+    charts that can be filtered, and the whole row behind each number. Needs Bokeh: pip install "flashllm[report]".
+    """
+    with usage_errors():
+        from flashllm.bench import page, results
+
+        rows = [
+            page.Sourced(row=row, file=file.name, line=line)
+            for file in files
+            for line, row in results.read_numbered(file)
+        ]
+    text = page.render(rows, title=title)
+    _replace(out, text)
+    click.echo(f"{len(rows)} rows, {len(text) / 1e6:.1f} MB: {out}", err=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -95,7 +95,7 @@ def runs(sparse: Slot24, blocks: int, row_cost: int = 0) -> list[tuple[int, int]
 
 @pytest.mark.parametrize(
     ("arch", "choice"),
-    [(arch, c) for arch in ("80", "90a", "120a") for c in slot24.instances() if c.spec.supports(arch)],
+    [(arch, c) for arch in ("80", "90a", "120a") for c in slot24.typical(arch)],
     ids=lambda value: value if isinstance(value, str) else value.spec.label,
 )
 def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:

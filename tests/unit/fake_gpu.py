@@ -227,6 +227,8 @@ def install(
 
     monkeypatch.setattr("flashllm.matmul.plan", plan)
 
+    products: dict[tuple[int, bytes], tuple[Any, Any]] = {}
+
     def product(
         x: Any,
         w: Any,
@@ -244,7 +246,10 @@ def install(
         spoilt = wrong_column is not None and (overlaps or not only_overlapping)
 
         def run() -> None:
-            out[...] = reference(np.asarray(x), w)
+            operands = id(w), np.asarray(x).tobytes()
+            if operands not in products:  # a graph launches the same ones many times
+                products[operands] = w, reference(np.asarray(x), w)  # with w, so that its number stays its own
+            out[...] = products[operands][1]
             if spoilt:
                 out[:, wrong_column] += 1
 

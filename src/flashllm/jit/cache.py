@@ -81,8 +81,9 @@ def store(key: str, cubin: bytes, meta: Mapping[str, Any], root: Path | None = N
     """
     entry = _entry(key, root)
     for _ in range(_ATTEMPTS):
-        # clear() in another process may take the temporary directory away, or the one around it.
-        with contextlib.suppress(FileNotFoundError):
+        # clear() in another process may take the temporary directory away, or the one around it: then mkdir() may find
+        # it there, and look again when it is not, which it reports as FileExistsError.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             return _store(entry, key, cubin, meta, root)
     raise OSError(f"{entry}: other processes keep removing this entry")
 

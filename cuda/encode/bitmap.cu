@@ -82,6 +82,59 @@ FLASHLLM_DEVICE long long value_index(int row, int part, int lane, int stream) {
     return ((chunk * kParts + part) * kChunkRows + in_chunk) * kStreams + lane * 2 + stream;
 }
 
+// Lags and columns of all streams of a run, one warp: a lane has those of its number, of every part and half.
+struct Columns {
+    int lag[kParts][2] = {};
+    int lane[kParts][2];  // whose column it is
+
+    FLASHLLM_DEVICE Columns() {
+        for (int part = 0; part < kParts; ++part) lane[part][0] = lane[part][1] = threadIdx.x;
+    }
+
+    FLASHLLM_DEVICE Places places(int part) const {
+        return {static_cast<unsigned>(lag[part][0] | lane[part][0] << 8 | lag[part][1] << 16 | lane[part][1] << 24)};
+    }
+
+    // The stream with the most values to come, `total`, gets the column that is furthest behind, and so on. Of equals the
+    // lower lane comes first.
+    FLASHLLM_DEVICE void trade(const int (&total)[kParts][2]) {
+        __shared__ unsigned char lags[kLanes], ordered[kLanes];  // by column; columns, the one furthest behind first
+#pragma unroll 1
+        for (int i = 0; i < 2 * kParts; ++i) {
+            int(&own_lag)[2] = lag[i / 2], (&own_lane)[2] = lane[i / 2];
+            lags[own_lane[i % 2]] = static_cast<unsigned char>(own_lag[i % 2]);
+            __syncwarp();
+            ordered[rank((kSlack - lags[threadIdx.x]) * kLanes + threadIdx.x)] = static_cast<unsigned char>(threadIdx.x);
+            constexpr int kMost = kStreamElements * kPlaceTiles;
+            const int place = rank((kMost - total[i / 2][i % 2]) * kLanes + threadIdx.x);
+            __syncwarp();
+            own_lane[i % 2] = ordered[place];
+            own_lag[i % 2] = lags[ordered[place]];
+            __syncwarp();
+        }
+    }
+
+private:
+    // How many lanes have a lower key.
+    FLASHLLM_DEVICE static int rank(int key) {
+        int lower = 0;
+        for (int lane = 0; lane < kLanes; ++lane) lower += __shfl_sync(0xffffffffu, key, lane) < key;
+        return lower;
+    }
+};
+
+// The first tile of the run that a tile is in.
+FLASHLLM_DEVICE long long begin_of_run(long long tile, int M, int K, int runs, int row_cost) {
+    const Runs all{(M + kTileM - 1) / kTileM, (K + kTileK - 1) / kTileK, row_cost, static_cast<unsigned>(runs)};
+    return all.first_tile(all.run_of(static_cast<unsigned>(tile)));
+}
+
+// Where the streams of a lane went on last, in the run that begins at tile `restart`, before or at a tile.
+FLASHLLM_DEVICE Places places_before(const Places* places, long long tile, long long restart) {
+    if (restart >= tile / kPlaceTiles * kPlaceTiles) return Places::own();
+    return places[tile / kPlaceTiles * kTileThreads + threadIdx.x];
+}
+
 }  // namespace bitmap
 
 // Grid: tiles. a [M, K], `pitch` elements from row to row. counts [tiles][4][64]: stored elements of every stream;
@@ -100,41 +153,66 @@ bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, un
 }
 
 // Grid: runs, of one warp. In place of the counts, the lag of every stream behind the front when the tile begins;
-// fronts [tiles]: rows from the begin of the run to the front; lengths [runs]: rows of the run.
+// fronts [tiles]: rows from the begin of the run to the front; lengths [runs]: rows of the run; places: of every
+// kPlaceTiles-th tile.
 __global__ void __launch_bounds__(bitmap::kLanes)
-bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* __restrict__ lengths, int tiles_m,
-             int tiles_k, int runs, int row_cost) {
-    constexpr int kOwn = bitmap::kStreamBytes / bitmap::kLanes;  // streams of a lane, one byte each
-    constexpr int kBatch = 8;  // tiles loaded together: the walk itself is one chain of dependent steps
+bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* __restrict__ lengths,
+             bitmap::Places* __restrict__ places, int tiles_m, int tiles_k, int runs, int row_cost) {
     const Runs all{tiles_m, tiles_k, row_cost, static_cast<unsigned>(runs)};
     const int first = static_cast<int>(all.first_tile(blockIdx.x));
     const int end = static_cast<int>(all.first_tile(blockIdx.x + 1));
-    uint2* const streams = reinterpret_cast<uint2*>(counts) + threadIdx.x;
-    const auto at = [](int tile) { return static_cast<long long>(tile) * bitmap::kLanes; };
-    int lag[kOwn] = {}, front = 0;
-    for (int tile = first; tile < end; tile += kBatch) {
-        uint2 batch[kBatch];
+    // Of a lane, a byte for either half; part by part.
+    unsigned short* const streams = reinterpret_cast<unsigned short*>(counts) + threadIdx.x;
+    const auto at = [](int tile, int part) { return static_cast<long long>(tile * bitmap::kParts + part) * bitmap::kLanes; };
+    bitmap::Columns columns;
+    int front = 0;
+    for (int tile = first, next; tile < end; tile = next) {
+        // Tiles loaded together, up to where streams trade: the walk itself is one chain of dependent steps.
+        next = min((tile | (bitmap::kPlaceTiles - 1)) + 1, end);
+        unsigned short batch[bitmap::kPlaceTiles][bitmap::kParts];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) batch[i] = streams[at(min(tile + i, end - 1))];
+        for (int i = 0; i < bitmap::kPlaceTiles; ++i)
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (tile + i >= end) break;
-            unsigned packed[2] = {};
-            int ahead[kOwn], gain = 0;  // not max(gain, -lag): CUDA 13.2 drops that sign in VIMNMX3 for sm_90
+            for (int part = 0; part < bitmap::kParts; ++part) batch[i][part] = streams[at(min(tile + i, end - 1), part)];
+        if (tile % bitmap::kPlaceTiles == 0) {
+            if (tile != first) {
+                const int coming = min(next, (tile / tiles_k + 1) * tiles_k) - tile;  // in this row of tiles
+                int total[bitmap::kParts][2] = {};
 #pragma unroll
-            for (int own = 0; own < kOwn; ++own) {
-                const int shift = own % 4 * 8;
-                packed[own / 4] |= static_cast<unsigned>(lag[own]) << shift;
-                ahead[own] = static_cast<int>((own < 4 ? batch[i].x : batch[i].y) >> shift & 0xff) - lag[own];
-                gain = max(gain, ahead[own]);
+                for (int i = 0; i < bitmap::kPlaceTiles; ++i)
+#pragma unroll
+                    for (int part = 0; part < bitmap::kParts; ++part) {
+                        total[part][0] += i < coming ? batch[i][part] & 0xff : 0;
+                        total[part][1] += i < coming ? batch[i][part] >> 8 : 0;
+                    }
+                columns.trade(total);
             }
-            streams[at(tile + i)] = make_uint2(packed[0], packed[1]);
+#pragma unroll
+            for (int part = 0; part < bitmap::kParts; ++part) {
+                places[at(tile / bitmap::kPlaceTiles, part) + threadIdx.x] = columns.places(part);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < bitmap::kPlaceTiles; ++i) {
+            if (tile + i >= next) break;
+            int ahead[bitmap::kParts][2], gain = 0;  // not max(gain, -lag): CUDA 13.2 drops that sign in VIMNMX3 for sm_90
+#pragma unroll
+            for (int part = 0; part < bitmap::kParts; ++part) {
+                const int(&lag)[2] = columns.lag[part];
+                streams[at(tile + i, part)] = static_cast<unsigned short>(lag[0] | lag[1] << 8);
+                ahead[part][0] = (batch[i][part] & 0xff) - lag[0], ahead[part][1] = (batch[i][part] >> 8) - lag[1];
+                gain = max(gain, max(ahead[part][0], ahead[part][1]));
+            }
             if (threadIdx.x == 0) fronts[tile + i] = front;
 #pragma unroll
             for (int lanes = 16; lanes > 0; lanes /= 2) gain = max(gain, __shfl_xor_sync(0xffffffffu, gain, lanes));
             front += gain;
 #pragma unroll
-            for (int own = 0; own < kOwn; ++own) lag[own] = min(gain - ahead[own], bitmap::kSlack);
+            for (int part = 0; part < bitmap::kParts; ++part)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    columns.lag[part][half] = min(gain - ahead[part][half], bitmap::kSlack);
+                }
         }
     }
     if (threadIdx.x == 0) lengths[blockIdx.x] = front;
@@ -156,24 +234,22 @@ bitmap_join(const int* __restrict__ lengths, int* __restrict__ fronts, int tiles
     if (lane == 0 && run == runs - 1) fronts[end] = begin + lengths[run];
 }
 
-// Grid: tiles. No group has more than kGroupValues elements. lags as bitmap_place, fronts as bitmap_join leaves them.
-// Writes masks, values (which must be zero where no stream has one) and every kLagTiles-th tile's lags.
+// Grid: tiles. No group has more than kGroupValues elements. lags and places as bitmap_place, fronts as bitmap_join leaves
+// them. Writes masks and values, which must be zero where no stream has one.
 template <typename Source, int kGroupValues>
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, const unsigned char* __restrict__ lags,
              const int* __restrict__ fronts, uint2* __restrict__ masks, unsigned short* __restrict__ values,
-             unsigned char* __restrict__ stored_lags, int M, int K) {
-    const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
+             const bitmap::Places* __restrict__ places, int M, int K, int runs, int row_cost) {
+    const int part = threadIdx.x >> 5;
     const bitmap::LaneElements at(M, K);
     source::Rounding rounding;  // counted before
     const uint2 stored = bitmap::find_stored<Source>(a, pitch, at, rounding);
     const long long tile = blockIdx.x;
     const int front = fronts[tile], end = fronts[tile + 1];
     const unsigned char* lag = lags + (tile * bitmap::kThreads + threadIdx.x) * 2;
-    if (tile % bitmap::kLagTiles == 0) {
-        unsigned char* target = stored_lags + (tile / bitmap::kLagTiles * bitmap::kThreads + threadIdx.x) * 2;
-        target[0] = lag[0], target[1] = lag[1];
-    }
+    const bitmap::Places stood =
+        bitmap::places_before(places, tile, bitmap::begin_of_run(tile, M, K, runs, row_cost));
     uint2 mask = make_uint2(0, 0);
 #pragma unroll 1
     for (int stream = 0; stream < 2; ++stream) {
@@ -187,7 +263,7 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
         for (int element = 0; element < bitmap::kStreamElements; ++element) {
             if ((bits >> element & 1) == 0) continue;
             const unsigned short value = bitmap::pattern<Source>(a, pitch, at, element, stream, rounding);
-            values[bitmap::value_index(row, part, lane, stream)] = bitmap::is_stored(value) ? value : 0;
+            values[bitmap::value_index(row, part, stood.lane(stream), stream)] = bitmap::is_stored(value) ? value : 0;
             const unsigned bit = 1u << bitmap::mask_bit(element, stream);
             if (element < 16) mask.x |= bit;
             else mask.y |= bit;
@@ -197,20 +273,17 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
     masks[tile * bitmap::kThreads + threadIdx.x] = mask;
 }
 
-// Grid: tiles. Dense [M, K] from masks, values, fronts and stored lags.
+// Grid: tiles. Dense [M, K] from masks, values, fronts and places.
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict__ values,
-              const int* __restrict__ fronts, const unsigned char* __restrict__ stored_lags,
+              const int* __restrict__ fronts, const bitmap::Places* __restrict__ places,
               unsigned short* __restrict__ w, int M, int K, int runs, int row_cost) {
-    const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
+    const int part = threadIdx.x >> 5;
     const bitmap::LaneElements at(M, K);
-    const Runs all{(M + bitmap::kTileM - 1) / bitmap::kTileM, (K + bitmap::kTileK - 1) / bitmap::kTileK, row_cost,
-                   static_cast<unsigned>(runs)};
-    const long long tile = blockIdx.x, stored = tile / bitmap::kLagTiles * bitmap::kLagTiles;
-    const long long restart = all.first_tile(all.run_of(blockIdx.x)), first = max(stored, restart);
-    const unsigned char* lag = stored_lags + (tile / bitmap::kLagTiles * bitmap::kThreads + threadIdx.x) * 2;
-    int rows[2];
-    for (int stream = 0; stream < 2; ++stream) rows[stream] = fronts[first] - (first == restart ? 0 : lag[stream]);
+    const long long tile = blockIdx.x, stored = tile / bitmap::kPlaceTiles * bitmap::kPlaceTiles;
+    const long long restart = bitmap::begin_of_run(tile, M, K, runs, row_cost), first = max(stored, restart);
+    const bitmap::Places stood = bitmap::places_before(places, tile, restart);
+    int rows[2] = {fronts[first] - stood.lag(0), fronts[first] - stood.lag(1)};
     for (long long before = first; before < tile; ++before) {
         const uint2 mask = masks[before * bitmap::kThreads + threadIdx.x];
         rows[0] += __popc(mask.x & bitmap::kLowBits) + __popc(mask.y & bitmap::kLowBits);
@@ -222,7 +295,7 @@ bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict_
             const unsigned word = element < 16 ? mask.x : mask.y;
             unsigned short value = 0;
             if ((word >> bitmap::mask_bit(element, stream) & 1) != 0) {
-                value = values[bitmap::value_index(rows[stream]++, part, lane, stream)];
+                value = values[bitmap::value_index(rows[stream]++, part, stood.lane(stream), stream)];
             }
             if (at.inside(element, stream)) {
                 w[static_cast<long long>(at.row_of(element)) * K + at.column_of(element, stream)] = value;

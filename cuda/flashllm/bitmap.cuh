@@ -32,13 +32,25 @@ constexpr int kTileThreads = kParts * kLanes;  // each with 64 elements of a til
 constexpr int kMaskBytes = kTileM * kTileK / 8;  // masks of a tile: [part][lane] of 8 bytes
 constexpr int kStreamElements = kTileM * kTileK / kParts / (2 * kLanes);  // 32: elements of one stream in one tile
 constexpr int kRowBytes = kLanes * 4;        // a value row
-constexpr int kLagTiles = 8;                 // tiles between the places where the lags of the streams are stored
+constexpr int kPlaceTiles = 8;               // tiles after which streams trade columns, and where their places are stored
 constexpr int kSlack = 31;                   // rows that a stream may lag behind the front
 constexpr int kChunkRows = 16;               // value rows of a chunk
 constexpr int kPartChunkBytes = kChunkRows * kRowBytes;  // a part's rows in one chunk
 constexpr int kChunkBytes = kParts * kPartChunkBytes;
 
 constexpr int kGroup = 4;                    // elements of a group
+
+// Where the two streams of a lane go on: rows behind the front, and the lanes whose columns of the value rows they have.
+struct Places {
+    unsigned packed;  // as stored, a byte each: rows and lane of the first, rows and lane of the second
+
+    FLASHLLM_DEVICE int lag(int stream) const { return packed >> (16 * stream) & 0xff; }
+    FLASHLLM_DEVICE int lane(int stream) const { return packed >> (16 * stream + 8) & 0xff; }
+    // Of the column in a value row, whose lanes have two values each.
+    FLASHLLM_DEVICE unsigned column_byte(int stream) const { return lane(stream) * 4 + stream * 2; }
+    // At the front, each in its own column: where a run begins.
+    FLASHLLM_DEVICE static Places own() { return {(threadIdx.x & 31) * 0x01000100u}; }
+};
 
 // Elements of a mask word that belong to the first and to the second stream.
 constexpr unsigned kLowBits = 0x55555555u, kHighBits = 0xaaaaaaaau;

@@ -91,41 +91,41 @@ struct ValueRing {
     FLASHLLM_DEVICE unsigned part(int part) const { return base + part * kPartBytes; }
 };
 
-// The next values of the two streams of one lane, as shared addresses.
+// The next values of the two streams of one lane, as shared addresses. Each is in some lane's column, so that the 32 of
+// either half lie in different banks.
 template <typename Ring>
 struct Streams {
     unsigned low, high, begin;  // begin: of the part's ring
 
     // Of lane `thread` of a tile, before tile `first`, in the format's run that begins at tile `restart`. There streams stand
-    // at the front, every kLagTiles tiles where the lags say; from the last such place on masks are counted.
-    FLASHLLM_DEVICE Streams(const Ring& ring, const unsigned char* masks, const int* fronts,
-                            const unsigned short* lags, int first, int restart, int part, int thread) {
-        begin = ring.part(part) + (thread & 31) * 4;
-        const int stored = first / bitmap::kLagTiles * bitmap::kLagTiles, known = max(stored, restart);
+    // at the front, every kPlaceTiles tiles where the places say; from the last such tile on masks are counted.
+    FLASHLLM_DEVICE Streams(const Ring& ring, const unsigned char* masks, const int* fronts, const unsigned* places,
+                            int first, int restart, int part, int thread) {
+        begin = ring.part(part);
+        const int stored = first / bitmap::kPlaceTiles * bitmap::kPlaceTiles, known = max(stored, restart);
         const int front = __ldg(fronts + known) - ring.origin;
-        int low_row = front, high_row = front;
-        if (known != restart) {
-            const unsigned lag = __ldg(lags + stored / bitmap::kLagTiles * bitmap::kTileThreads + thread);
-            low_row -= static_cast<int>(lag & 0xff), high_row -= static_cast<int>(lag >> 8);
-        }
+        bitmap::Places at = bitmap::Places::own();
+        if (known != restart) at = {__ldg(places + stored / bitmap::kPlaceTiles * bitmap::kTileThreads + thread)};
+        int low_row = front - at.lag(0), high_row = front - at.lag(1);
         const uint2* before = reinterpret_cast<const uint2*>(masks) +
                               static_cast<long long>(known) * bitmap::kTileThreads + thread;
         // No branches, for which loads would wait: one latency, not seven.
 #pragma unroll
-        for (int i = 0; i < bitmap::kLagTiles - 1; ++i) {
+        for (int i = 0; i < bitmap::kPlaceTiles - 1; ++i) {
             const uint2 mask = __ldg(before + min(i, first - known) * bitmap::kTileThreads);
             const unsigned counted = i < first - known ? ~0u : 0u;
             low_row += __popc(mask.x & bitmap::kLowBits & counted) + __popc(mask.y & bitmap::kLowBits & counted);
             high_row += __popc(mask.x & bitmap::kHighBits & counted) + __popc(mask.y & bitmap::kHighBits & counted);
         }
-        low = begin + low_row * bitmap::kRowBytes;
-        high = begin + 2 + high_row * bitmap::kRowBytes;
+        low = begin + low_row * bitmap::kRowBytes + at.column_byte(0);
+        high = begin + high_row * bitmap::kRowBytes + at.column_byte(1);
     }
 
-    // At the begin of a run: both go on at value row `front`.
-    FLASHLLM_DEVICE void restart(const Ring& ring, int front) {
-        low = begin + (front - ring.origin) % Ring::kRows * bitmap::kRowBytes;
-        high = low + 2;
+    // Both go on at other places: at the begin of a run, and where streams trade columns. `front`: there.
+    FLASHLLM_DEVICE void go_on(const Ring& ring, const bitmap::Places& at, int front) {
+        const int row = front - ring.origin;
+        low = begin + (row - at.lag(0)) % Ring::kRows * bitmap::kRowBytes + at.column_byte(0);
+        high = begin + (row - at.lag(1)) % Ring::kRows * bitmap::kRowBytes + at.column_byte(1);
     }
 
     // Moves on behind the elements of a tile that another warp decodes.

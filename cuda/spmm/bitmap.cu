@@ -241,13 +241,13 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, typename
 }
 
 // Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh where it is used, then see stream_k.cuh. scratch: see
-// x_images.cuh. masks, values, fronts, lags: see docs/formats/bitmap.md. kRing: value rows that the ring of a part holds.
+// x_images.cuh. masks, values, fronts, places: see docs/formats/bitmap.md. kRing: value rows that the ring of a part holds.
 // kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead of mma.sync. kAligned: K is a multiple of 8
 // and x 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
-            const int* __restrict__ fronts, const unsigned short* __restrict__ lags, T* __restrict__ y,
+            const int* __restrict__ fronts, const unsigned* __restrict__ places, T* __restrict__ y,
             unsigned char* workspace, unsigned char* scratch, int M, int N, int K, int row_cost, int runs,
             int runs_row_cost) {
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
@@ -291,13 +291,17 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
         };
-        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, warp, threadIdx.x);
+        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, restart, warp, threadIdx.x);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));
         Chains<S> chains(split, first, row, count);
-        int stop = min(chains.chain_end, restart);
+        // The next tile before which streams trade columns. (Opaque: CUDA 13.2 loses signs in minima of three.)
+        const auto next_trade = [&](int tile) {
+            return ptx::opaque(tile + bitmap::kPlaceTiles - (first + tile) % bitmap::kPlaceTiles);
+        };
+        int stop = min(min(chains.chain_end, restart), next_trade(0));
         all_x.finish(layout, begun, reinterpret_cast<unsigned char*>(shared), warp);
         Cycle<kStages> cycle;
         int tile = 0;
@@ -328,12 +332,16 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                 chains.end(split, tile, sum, write);
                 if (tile == count) break;
             }
+            const int next = first + tile;
             if (tile == restart) {
-                streams.restart(ring, restart_front);
+                streams.go_on(ring, bitmap::Places::own(), restart_front);
                 restart = next_restart();
                 restart_front = __ldg(fronts + first + min(restart, count));
+            } else if (next % bitmap::kPlaceTiles == 0) {
+                const bitmap::Places at{__ldg(places + next / bitmap::kPlaceTiles * bitmap::kTileThreads + threadIdx.x)};
+                streams.go_on(ring, at, __ldg(fronts + next));
             }
-            stop = min(chains.chain_end, restart);
+            stop = min(min(chains.chain_end, restart), next_trade(tile));
         }
         chains.finish(split, sum, write);
     }

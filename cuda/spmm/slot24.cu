@@ -229,7 +229,7 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
 template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks>
 __global__ void __launch_bounds__(kSlotThreads<kN>, kMinBlocks)
 spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
-            const int* __restrict__ fronts, const unsigned short* __restrict__ lags,
+            const int* __restrict__ fronts, const unsigned* __restrict__ places,
             const unsigned char* __restrict__ picks, const unsigned char* __restrict__ columns, T* __restrict__ y,
             unsigned char* workspace, unsigned char* scratch, int M, int N, int K, int window_columns, int row_cost,
             int runs, int runs_row_cost) {
@@ -291,20 +291,32 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         Sum all;
         const auto write = [&](Accumulators<Out>& sum, int row) { store_fragments<Out>(sum, y, n0, row * S::kM, N, M); };
         const int part = warp / kTeams, team = warp % kTeams, thread = S::thread();
-        Streams<typename L::Ring> streams(ring, masks, fronts, lags, first, restart, part, thread);
+        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, restart, part, thread);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));
         const auto restart_at = [&](int tile) {
-            if (tile == restart) streams.restart(ring, restart_front);
+            if (tile == restart) streams.go_on(ring, bitmap::Places::own(), restart_front);
         };
         const auto leave_run = [&] {
             restart = next_restart();
             restart_front = __ldg(fronts + first + min(restart, count));
         };
         Chains<Out> chains(split, begin, row, split_count);
-        int stop = kTeams == 1 ? min(chains.chain_end, restart) : chains.chain_end;
+        // Streams trade columns before tiles that are multiples of kPlaceTiles. (Opaque: see bitmap.cu.)
+        const auto trade_at = [&](int tile) {
+            const int next = first + tile;
+            if (next % bitmap::kPlaceTiles != 0) return;
+            const bitmap::Places at{__ldg(places + next / bitmap::kPlaceTiles * bitmap::kTileThreads + thread)};
+            streams.go_on(ring, at, __ldg(fronts + next));
+        };
+        const auto next_stop = [&](int tile) {
+            if (kTeams == 2) return chains.chain_end;
+            const int trade = tile + bitmap::kPlaceTiles - (first + tile) % bitmap::kPlaceTiles;
+            return min(min(chains.chain_end, restart), ptx::opaque(trade));
+        };
+        int stop = next_stop(0);
         images.finish(begun, reinterpret_cast<unsigned char*>(shared) + L::kWindowsAt, L::Window::kBytes, first_window, warp);
 
         Cycle<kStages> cycle;
@@ -342,9 +354,12 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             }
             ++tile;
             in_window ^= 1;
-            if (kTeams == 2 && restart <= 2 * tile) {
-                restart_at(2 * tile);
-                leave_run();
+            if (kTeams == 2) {
+                if (restart != 2 * tile && tile != split_count) trade_at(2 * tile);
+                if (restart <= 2 * tile) {
+                    restart_at(2 * tile);
+                    leave_run();
+                }
             }
             if (kTeams == 2 || in_window == 0) {
                 window += L::Window::kBytes;
@@ -361,10 +376,12 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                 }
             }
             if (kTeams == 1 && tile == restart) {
-                streams.restart(ring, restart_front);
+                restart_at(tile);
                 leave_run();
+            } else if (kTeams == 1) {
+                trade_at(tile);
             }
-            stop = kTeams == 1 ? min(chains.chain_end, restart) : chains.chain_end;
+            stop = next_stop(tile);
         }
         chains.finish(split, all.of(sum), write);
     }

@@ -15,7 +15,7 @@ from flashllm.encode.bitmap import run_arguments
 from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import GROUP, _advance, chunks_for, encode_strips, unpack_masks
+from flashllm.formats.bitmap_encode import GROUP, Position, _advance, chunks_for, encode_strips, unpack_masks
 from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
@@ -35,12 +35,14 @@ def kernel(name: str, *template: str) -> KernelSpec:
     return SPECS[f"bitmap_{name}", template]
 
 
-def join_runs(lags: NDArray[np.uint8], fronts: NDArray[np.int32], shape: tuple[int, int], **run: Any) -> None:
-    """Make the lags of the streams of ``lags``, which holds their counts, and fill ``fronts``."""
+def join_runs(
+    lags: NDArray[np.uint8], fronts: NDArray[np.int32], places: NDArray[np.uint8], shape: tuple[int, int], **run: Any
+) -> None:
+    """Make the lags of the streams of ``lags``, which holds their counts, and fill ``fronts`` and ``places``."""
     tiles_m, tiles_k = tile_grid(shape)
     runs = (np.int32(tiles_m), np.int32(tiles_k), *run_arguments(shape))
     lengths = np.full(int(runs[2]), -1, np.int32)
-    emulator.launch(kernel("place"), lengths.shape, (lags, fronts, lengths, *runs), **run)
+    emulator.launch(kernel("place"), lengths.shape, (lags, fronts, lengths, places, *runs), **run)
     lengths.flags.writeable = False
     emulator.launch(kernel("join"), lengths.shape, (lengths, fronts, *runs), **run)
 
@@ -64,13 +66,14 @@ def encode(
     lags, totals = np.full((tiles, 4, 64), 0xEE, np.uint8), np.zeros(5, np.uint64)
     emulator.launch(kernel("count", source), (tiles,), (*matrix, lags, totals, *size), **run)
     fronts = np.full(tiles + 1, -1, np.int32)
-    join_runs(lags, fronts, (rows, columns), **run)
+    places = np.full((-(-tiles // 8), 4, 64, 2), 0xEE, np.uint8)
+    join_runs(lags, fronts, places, (rows, columns), **run)
     values = np.zeros((chunks_for(int(fronts[-1])), 4, 16, 32, 2), np.uint16)
     masks = np.full((tiles, 4, 32, 2), 0xDEADBEEF, np.uint32)
-    stored = np.full((-(-tiles // 8), 4, 64), 0xEE, np.uint8)
-    lags.flags.writeable = fronts.flags.writeable = False
+    lags.flags.writeable = fronts.flags.writeable = places.flags.writeable = False
     write = kernel("write", source, str(group_values))
-    emulator.launch(write, (tiles,), (*matrix, lags, fronts, masks, values, stored, *size), **run)
+    written = (lags, fronts, masks, values, places, *size, *run_arguments((rows, columns)))
+    emulator.launch(write, (tiles,), (*matrix, *written), **run)
     packed = Bitmap(
         shape=(rows, columns),
         dtype=dtype,
@@ -78,7 +81,7 @@ def encode(
         masks=masks,
         values=values,
         fronts=fronts,
-        lags=stored,
+        places=places,
     )
     return packed, totals[1:]
 
@@ -87,7 +90,7 @@ def decode(w: Bitmap, seed: int = 0, *, sanitize: bool = False) -> NDArray[np.ui
     out = np.full(w.shape, 0x7E5A, np.uint16)
     size = (np.int32(w.shape[0]), np.int32(w.shape[1]))
     grid = (w.tiles[0] * w.tiles[1],)
-    buffers = (w.masks, w.values, w.fronts, w.lags)
+    buffers = (w.masks, w.values, w.fronts, w.places)
     arguments = (*buffers, out, *size, *run_arguments(w.shape))
     emulator.launch(kernel("decode"), grid, arguments, seed=seed, sanitize=sanitize)
     return out
@@ -154,12 +157,20 @@ def test_streams_of_as_many_runs_as_there_can_be(grid: tuple[int, int], runs: in
     of_format = runs_of(grid)
     assert of_format.count == runs
     want = np.zeros(tiles + 1, np.int64)
-    starts, padding, _ = _advance(counts, np.zeros((4, 64), np.int64), want, 0, of_format.first_tiles())
+    position, walked = Position.at_front(0), []
+    for first in range(0, tiles, grid[1]):  # by rows of tiles, as matrices come
+        row = slice(first, first + grid[1])
+        fronts = want[first : first + grid[1] + 1]
+        walked.append(_advance(counts[row], position, fronts, first, of_format.first_tiles()))
+    starts, columns, padding = map(np.concatenate, zip(*walked, strict=True))
     assert padding.any()
     lags, fronts = counts.astype(np.uint8), np.full(tiles + 1, -1, np.int32)
-    join_runs(lags, fronts, (grid[0] * 128, grid[1] * 64), seed=runs)
+    places = np.full((-(-tiles // 8), 4, 64, 2), 0xEE, np.uint8)
+    join_runs(lags, fronts, places, (grid[0] * 128, grid[1] * 64), seed=runs)
     np.testing.assert_array_equal(fronts, want)
     np.testing.assert_array_equal(lags, want[:-1, None, None] - starts)
+    np.testing.assert_array_equal(places[..., 0], lags[::8])
+    np.testing.assert_array_equal(places[..., 1], columns[::8] // 2)
 
 
 def test_zeros_that_let_streams_catch_up() -> None:

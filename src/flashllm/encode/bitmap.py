@@ -21,7 +21,7 @@ from flashllm.encode.source import (
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import ReportCallback
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import CHUNK_ROWS, GROUP, LAG_TILES, LANES, MAX_ROWS, PARTS, STREAMS, chunks_for
+from flashllm.formats.bitmap_encode import CHUNK_ROWS, GROUP, LANES, MAX_ROWS, PARTS, PLACE_TILES, STREAMS, chunks_for
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
@@ -88,7 +88,8 @@ def encode(
     count, row_cost = run_arguments(shape)
     lengths = cupy.empty(int(count), np.int32)
     runs = (np.int32(tiles_m), np.int32(tiles_k), count, row_cost)
-    launch(_run_spec("place"), lengths.shape, (lags, fronts, lengths, *runs))
+    places = cupy.empty((-(-tiles // PLACE_TILES), PARTS, STREAMS, 2), np.uint8)
+    launch(_run_spec("place"), lengths.shape, (lags, fronts, lengths, places, *runs))
     launch(_run_spec("join"), lengths.shape, (lengths, fronts, *runs))
     rows, nnz = (int(v) for v in cupy.stack([fronts[-1].astype(np.int64), totals[0].astype(np.int64)]).get())
     if not 0 <= rows <= MAX_ROWS:
@@ -97,11 +98,10 @@ def encode(
     with memory_errors("encoded weight", 2 * chunks * PARTS * CHUNK_ROWS * STREAMS + tiles * _THREADS * 8):
         values = cupy.zeros((chunks, PARTS, CHUNK_ROWS, LANES, 2), np.uint16)
         masks = cupy.empty((tiles, PARTS, LANES, 2), np.uint32)
-        stored_lags = cupy.empty((-(-tiles // LAG_TILES), PARTS, STREAMS), np.uint8)
-    written = (lags, fronts, masks, values, stored_lags)
-    launch(_spec("write", source, group_values=group_values), (tiles,), (a, np.int64(pitch), *written, *size))
+    written = (lags, fronts, masks, values, places, *size, count, row_cost)
+    launch(_spec("write", source, group_values=group_values), (tiles,), (a, np.int64(pitch), *written))
     send_report(report, source, nnz, totals[1:])
-    return Bitmap(shape=shape, dtype=kind, nnz=nnz, masks=masks, values=values, fronts=fronts, lags=stored_lags)
+    return Bitmap(shape=shape, dtype=kind, nnz=nnz, masks=masks, values=values, fronts=fronts, places=places)
 
 
 def decode(w: Bitmap, *, out: Any = None) -> Any:
@@ -121,7 +121,7 @@ def decode(w: Bitmap, *, out: Any = None) -> Any:
     else:
         check_dense_output(out, w.shape, w.dtype)
     tiles_m, tiles_k = w.tiles
-    buffers = (w.masks, w.values, w.fronts, w.lags)
+    buffers = (w.masks, w.values, w.fronts, w.places)
     size = (np.int32(rows), np.int32(columns))
     launch(_spec("decode"), (tiles_m * tiles_k,), (*buffers, out, *size, *run_arguments(w.shape)))
     return out

@@ -132,7 +132,7 @@ def encode(
         masks=packed.masks,
         values=packed.values,
         fronts=packed.fronts,
-        lags=packed.lags,
+        places=packed.places,
         picks=picks,
         columns=pairs,
     )

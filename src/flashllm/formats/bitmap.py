@@ -12,9 +12,8 @@ import numpy as np
 from flashllm.formats.base import DType, ReportCallback
 from flashllm.formats.bitmap_check import check_buffers, check_content, check_fields
 from flashllm.formats.bitmap_encode import (
-    PARTS,
-    STREAMS,
     EncodedBitmap,
+    Position,
     encode_strips,
     estimated_value_bytes,
     flag_counts,
@@ -33,7 +32,7 @@ from flashllm.formats.weight import SparseWeight
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MASK_BYTES = 0.131  # per element: 1 bit, and the fronts and lags of the tiles
+_MASK_BYTES = 0.131  # per element: 1 bit, and the fronts of tiles and places of streams
 _SMALL = 1 << 15  # rows of values that are not full at the end, bytes
 
 
@@ -43,18 +42,19 @@ class Bitmap(SparseWeight):
 
     ``masks`` is uint32 [tiles, 4, 32, 2], two words for each lane of the four warps that share a tile of 128 x 64;
     ``values`` uint16 [chunks, 4, 16, 32, 2], 16 rows of values of all lanes together; ``fronts`` int32 [tiles + 1] the
-    value row that the longest stream has reached when a tile begins; ``lags`` uint8 [ceil(tiles / 8), 4, 64] how many
-    rows each stream is behind that at every eighth tile. ``nnz`` does not count the zeros that keep lags small.
+    value row that the longest stream has reached when a tile begins; ``places`` uint8 [ceil(tiles / 8), 4, 64, 2] how
+    many rows each stream is behind that at every eighth tile, and the lane whose column it has from there on. ``nnz``
+    does not count the zeros that keep streams from falling behind.
     """
 
     FORMAT: ClassVar[str] = "bitmap"
-    VERSION: ClassVar[int] = 2
-    BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags")
+    VERSION: ClassVar[int] = 3
+    BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "places")
 
     masks: Any = field(repr=False)
     values: Any = field(repr=False)
     fronts: Any = field(repr=False)
-    lags: Any = field(repr=False)
+    places: Any = field(repr=False)
 
     @classmethod
     def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
@@ -121,7 +121,7 @@ class Bitmap(SparseWeight):
             masks=encoded.masks,
             values=encoded.values,
             fronts=encoded.fronts,
-            lags=encoded.lags,
+            places=encoded.places,
         )
 
     @property
@@ -144,11 +144,11 @@ class Bitmap(SparseWeight):
     def strips(self) -> Iterator[NDArray[np.uint16]]:
         """Patterns [up to 128, K] of each row of tiles (host buffers)."""
         tiles_m, tiles_k = self.tiles
-        position = np.zeros((PARTS, STREAMS), np.int64)
+        position = Position.at_front(0)
         restarts = runs_of(self.tiles).first_tiles()
         for grid_row in range(tiles_m):
             kept = unpack_masks(self.masks[grid_row * tiles_k : (grid_row + 1) * tiles_k])
             counts = flag_counts(kept)
-            starts, position = stream_starts(counts, position, self.fronts, grid_row * tiles_k, restarts)
-            block = from_stream_order(read_streams(kept, self.values, counts, starts))
+            where = stream_starts(counts, position, self.fronts, self.places, grid_row * tiles_k, restarts)
+            block = from_stream_order(read_streams(kept, self.values, counts, *where))
             yield block[: self.shape[0] - grid_row * TILE_M, : self.shape[1]]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bitmap: check of every invariant, in time linear in the number of tiles and values.
 
-A kernel follows masks, fronts and lags without looking, so data from outside must pass here first.
+A kernel follows masks, fronts and places without looking, so data from outside must pass here first.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from flashllm.errors import FormatError
 from flashllm.formats.bitmap_encode import (
     CHUNK_ROWS,
-    LAG_TILES,
     LANES,
+    OWN_COLUMNS,
     PARTS,
+    PLACE_TILES,
     SLACK,
     STREAM_ELEMENTS,
     STREAMS,
+    Position,
     chunks_for,
     flag_counts,
     stream_order,
@@ -42,7 +44,7 @@ def check_fields(*, shape: Any, dtype: Any, nnz: Any, path: str | None = None) -
 
 
 def check_buffers(
-    *, shape: tuple[int, int], masks: Any, values: Any, fronts: Any, lags: Any, path: str | None = None
+    *, shape: tuple[int, int], masks: Any, values: Any, fronts: Any, places: Any, path: str | None = None
 ) -> None:
     """``FormatError`` unless the buffers (NumPy or CuPy) have the types and shapes the matrix asks for."""
     tiles_m, tiles_k = tile_grid(shape)
@@ -51,7 +53,7 @@ def check_buffers(
         "masks": (masks, np.uint32, (tiles, PARTS, LANES, 2)),
         "values": (values, np.uint16, (None, PARTS, CHUNK_ROWS, LANES, 2)),
         "fronts": (fronts, np.int32, (tiles + 1,)),
-        "lags": (lags, np.uint8, (-(-tiles // LAG_TILES), PARTS, STREAMS)),
+        "places": (places, np.uint8, (-(-tiles // PLACE_TILES), PARTS, STREAMS, 2)),
     }
     for field, (array, dtype, dimensions) in wanted.items():
         check_array(field, array, dtype, dimensions, reason=f"{tiles_m} x {tiles_k} tiles", path=path)
@@ -64,10 +66,10 @@ def check_content(
     masks: NDArray[np.uint32],
     values: NDArray[np.uint16],
     fronts: NDArray[np.int32],
-    lags: NDArray[np.uint8],
+    places: NDArray[np.uint8],
     path: str | None = None,
 ) -> None:
-    """``FormatError`` unless masks, fronts, lags, values and ``nnz`` agree.
+    """``FormatError`` unless masks, fronts, places, values and ``nnz`` agree.
 
     Call ``check_fields`` and ``check_buffers`` first. An index counts the entries of a buffer from its beginning.
     """
@@ -81,16 +83,19 @@ def check_content(
             got="0x8000",
             path=path,
         )
-    position = np.zeros((PARTS, STREAMS), np.int64)
+    _check_lanes(places, path)
+    position = Position.at_front(0)
     restarts = runs_of(tile_grid(shape)).first_tiles()
     found = 0
     for start in range(0, len(masks), _CHUNK_TILES):
         tiles = np.arange(start, min(start + _CHUNK_TILES, len(masks)))
         kept = unpack_masks(masks[tiles])
         counts = flag_counts(kept)
-        starts, position = stream_starts(counts, position, fronts, start, restarts)
-        _check_streams(tiles, starts, counts, fronts, lags, path)
-        stored = (values.reshape(-1)[value_places(counts, starts)] & MAGNITUDE) != 0
+        before = Position(position.rows, position.columns)
+        starts, columns = stream_starts(counts, position, fronts, places, start, restarts)
+        _check_places(tiles, before, starts, columns, counts, fronts, restarts, path)
+        _check_streams(tiles, starts, counts, fronts, path)
+        stored = (values.reshape(-1)[value_places(counts, starts, columns)] & MAGNITUDE) != 0
         found += int(np.count_nonzero(stored))
         _check_inside(shape, tiles, kept, stored, path)
     if found != nnz:
@@ -125,15 +130,71 @@ def _check_fronts(fronts: NDArray[np.int32], chunks: int, path: str | None) -> N
         )
 
 
+def _check_lanes(places: NDArray[np.uint8], path: str | None) -> None:
+    """In each half of a part every lane has one column."""
+    lanes = places[..., 1].reshape(len(places), PARTS, LANES, 2)
+    sound = (np.sort(lanes, axis=2) == np.arange(LANES)[:, None]).all(axis=(1, 2, 3))
+    if sound.all():
+        return
+    at = int(np.argmin(sound))
+    for part in range(PARTS):
+        for half in range(2):
+            found = lanes[at, part, :, half].tolist()
+            for lane, column in enumerate(found):
+                if column >= LANES or column in found[:lane]:
+                    index = ((at * PARTS + part) * STREAMS + 2 * lane + half) * 2 + 1
+                    raise FormatError(
+                        field="places",
+                        index=index,
+                        expected="a lane below 32 that no stream of the half has yet",
+                        got=str(column),
+                        path=path,
+                    )
+
+
+def _check_places(
+    tiles: NDArray[np.int64],
+    before: Position,
+    starts: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    fronts: NDArray[np.int32],
+    restarts: NDArray[np.int64],
+    path: str | None,
+) -> None:
+    """Where streams trade columns each column goes on where it ended; where a run begins all do at the front."""
+    stored = np.flatnonzero(tiles % PLACE_TILES == 0)
+    begins = np.isin(tiles[stored], restarts)
+    heights = np.empty((len(stored), PARTS, STREAMS), np.int64)  # of the columns, before and after
+    ends = np.concatenate([before.rows[None], starts[stored[1:] - 1] + counts[stored[1:] - 1]])
+    np.put_along_axis(heights, np.concatenate([before.columns[None], columns[stored[1:] - 1]]), ends, axis=2)
+    heights[begins] = fronts[tiles[stored[begins]]][:, None, None]
+    own = np.broadcast_to(OWN_COLUMNS, columns[stored].shape)
+    wrong_lane = begins[:, None, None] & (columns[stored] != own)
+    wrong_row = starts[stored] != np.take_along_axis(heights, columns[stored], axis=2)
+    for wrong, kind in ((wrong_lane, 1), (wrong_row, 0)):
+        if not wrong.any():
+            continue
+        at, part, stream = (int(index[0]) for index in np.nonzero(wrong))
+        column, tile = int(columns[stored[at], part, stream]), int(tiles[stored[at]])
+        row = int(starts[stored[at], part, stream])
+        raise FormatError(
+            field="places",
+            index=((tile // PLACE_TILES * PARTS + part) * STREAMS + stream) * 2 + kind,
+            expected=str(stream // 2 if kind else int(fronts[tile]) - int(heights[at, part, column])),
+            got=str(column // 2 if kind else int(fronts[tile]) - row),
+            path=path,
+        )
+
+
 def _check_streams(
     tiles: NDArray[np.int64],
     starts: NDArray[np.int64],
     counts: NDArray[np.int64],
     fronts: NDArray[np.int32],
-    lags: NDArray[np.uint8],
     path: str | None,
 ) -> None:
-    """After each tile the longest stream is at the front and none more than the slack behind; stored lags say so."""
+    """After each tile the longest stream is at the front and none more than the slack behind."""
     behind = fronts[tiles + 1].astype(np.int64)[:, None, None] - (starts + counts)
     for wrong, expected in (
         (behind.min(axis=(1, 2)) != 0, "the value row that the longest stream reaches by its masks"),
@@ -143,14 +204,6 @@ def _check_streams(
             at = int(np.argmax(wrong))
             got = f"{fronts[tiles[at] + 1]}, with streams {behind[at].min()} to {behind[at].max()} rows behind"
             raise FormatError(field="fronts", index=int(tiles[at]) + 1, expected=expected, got=got, path=path)
-    stored = np.flatnonzero(tiles % LAG_TILES == 0)
-    lag = fronts[tiles[stored]].astype(np.int64)[:, None, None] - starts[stored]
-    wrong = lag != lags[tiles[stored] // LAG_TILES]
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        index = int(tiles[stored[0]]) // LAG_TILES * lag[0].size + at
-        expected, got = str(lag.reshape(-1)[at]), str(lags.reshape(-1)[index])
-        raise FormatError(field="lags", index=index, expected=expected, got=got, path=path)
 
 
 def _check_inside(

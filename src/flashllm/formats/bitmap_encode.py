@@ -27,8 +27,8 @@ STREAM_ELEMENTS = TILE_M * TILE_K // PARTS // STREAMS
 """Elements of one stream in one tile."""
 GROUP = 4
 """Elements of a group, which are neighbours in a stream: two rows by two columns of a fragment."""
-LAG_TILES = 8
-"""Tiles between the places where the lags of the streams are stored."""
+PLACE_TILES = 8
+"""Tiles after which streams trade columns; their places are stored there."""
 SLACK = 31
 """Value rows that a stream may lag behind the longest."""
 CHUNK_ROWS = 16
@@ -46,12 +46,15 @@ class EncodedBitmap:
     values: NDArray[np.uint16]
     """[chunks, 4 parts, 16 value rows, 32 lanes, 2]: patterns of the first and second halves of steps.
 
-    At least two rows follow the last front: a stream that is through may read its next two values.
+    A stream has one of the 32 columns of its half. At least two rows follow the last front: a stream that is through
+    may read its next two values.
     """
     fronts: NDArray[np.int32]
     """[tiles + 1]: value row behind the longest stream when a tile begins; last, at the end."""
-    lags: NDArray[np.uint8]
-    """[ceil(tiles / 8), 4 parts, 64 streams]: rows each stream is behind that, at every eighth tile."""
+    places: NDArray[np.uint8]
+    """[ceil(tiles / 8), 4 parts, 64 streams, 2]: where each stream goes on at every eighth tile: rows behind the front,
+    and the lane whose column it has.
+    """
     nnz: int
 
 
@@ -97,44 +100,86 @@ def flag_counts(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
     return counts
 
 
+OWN_COLUMNS = np.broadcast_to(np.arange(STREAMS), (PARTS, STREAMS))
+"""The columns of streams at the begin of a run: number 2 * lane + half, as the stream's."""
+
+
+@dataclass
+class Position:
+    """Where streams stand: rows and columns [4, 64], by stream."""
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+    @classmethod
+    def at_front(cls, front: int) -> Position:
+        """As at the begin of a run."""
+        return cls(np.full((PARTS, STREAMS), front, np.int64), OWN_COLUMNS)
+
+    @classmethod
+    def placed(cls, places: NDArray[np.uint8], front: int) -> Position:
+        """As stored for a tile that begins at ``front``: ``places`` [4, 64, 2]."""
+        at = places.astype(np.int64)
+        return cls(front - at[..., 0], 2 * at[..., 1] + np.arange(STREAMS) % 2)
+
+
 def stream_starts(
     counts: NDArray[np.int64],
-    position: NDArray[np.int64],
+    position: Position,
     fronts: NDArray[np.int32],
+    places: NDArray[np.uint8],
     first: int,
     restarts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each stream stands before each of the tiles from ``first`` on, and where all stand behind them.
+    """Row and column [tiles, 4, 64] where each stream stands before each of the tiles from ``first`` on.
 
-    ``counts`` [tiles, 4, 64] values are in the tiles, ``position`` is where the streams stand before them, ``fronts``
-    and ``restarts`` are those of the matrix.
+    ``counts`` [tiles, 4, 64] values are in the tiles. ``position`` is where the streams stand before them, and then
+    behind them; ``fronts``, ``places`` and ``restarts`` are those of the matrix.
     """
-    starts = position + np.cumsum(counts, axis=0) - counts
-    for restart in restarts[(restarts >= first) & (restarts < first + len(counts))]:
-        starts[restart - first :] += int(fronts[restart]) - starts[restart - first]
-    return starts, starts[-1] + counts[-1]
+    tiles = len(counts)
+    starts = np.cumsum(counts, axis=0) - counts
+    columns = np.empty_like(starts)
+    restarting = set(restarts.tolist())
+    multiples = range(first + -first % PLACE_TILES, first + tiles, PLACE_TILES)
+    begins = sorted({first, *multiples, *(tile for tile in restarting if first <= tile < first + tiles)})
+    for tile, end in zip(begins, [*begins[1:], first + tiles], strict=True):
+        if tile in restarting:
+            begun = Position.at_front(int(fronts[tile]))
+            position.rows, position.columns = begun.rows, begun.columns
+        elif tile % PLACE_TILES == 0:
+            stored = Position.placed(places[tile // PLACE_TILES], int(fronts[tile]))
+            position.rows, position.columns = stored.rows, stored.columns
+        span = slice(tile - first, end - first)
+        starts[span] += position.rows - starts[tile - first]
+        columns[span] = position.columns
+        position.rows = starts[end - first - 1] + counts[end - first - 1]
+    return starts, columns
 
 
-def value_places(counts: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+def value_places(counts: NDArray[np.int64], starts: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
     """Index in the flat values of every value, stream by stream.
 
-    ``counts`` [tiles, 4, 64] values are in the streams, from the rows ``starts`` on.
+    ``counts`` [tiles, 4, 64] values are in the streams, from the rows ``starts`` on in ``columns``.
     """
     runs = counts.ravel()
     first = np.cumsum(runs) - runs
     row = np.arange(int(runs.sum())) + np.repeat(starts.ravel() - first, runs)
-    place = np.tile(np.arange(PARTS)[:, None] * CHUNK_ROWS * STREAMS + np.arange(STREAMS), (len(counts), 1, 1)).ravel()
+    place = (np.arange(PARTS)[:, None] * CHUNK_ROWS * STREAMS + columns).ravel()
     chunk = row // CHUNK_ROWS * ((PARTS - 1) * CHUNK_ROWS * STREAMS)
     places: NDArray[np.int64] = chunk + row * STREAMS + np.repeat(place, runs)
     return places
 
 
 def read_streams(
-    kept: NDArray[np.bool_], values: NDArray[np.uint16], counts: NDArray[np.int64], starts: NDArray[np.int64]
+    kept: NDArray[np.bool_],
+    values: NDArray[np.uint16],
+    counts: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    columns: NDArray[np.int64],
 ) -> NDArray[np.uint16]:
-    """The elements of whole tiles as streams [tiles, 4, 64, 32]: those ``kept``, from the rows ``starts`` on."""
+    """The elements of whole tiles as streams [tiles, 4, 64, 32]: those ``kept``, from ``starts`` on in ``columns``."""
     out = np.zeros(kept.shape, np.uint16)
-    out.reshape(-1)[np.flatnonzero(kept)] = values.reshape(-1)[value_places(counts, starts)]
+    out.reshape(-1)[np.flatnonzero(kept)] = values.reshape(-1)[value_places(counts, starts, columns)]
     return out
 
 
@@ -168,9 +213,9 @@ def encode_strips(
     tiles = tiles_m * tiles_k
     masks = np.empty((tiles, PARTS, LANES, 2), np.uint32)
     fronts = np.zeros(tiles + 1, np.int64)
-    lags = np.zeros((-(-tiles // LAG_TILES), PARTS, STREAMS), np.uint8)
+    places = np.zeros((-(-tiles // PLACE_TILES), PARTS, STREAMS, 2), np.uint8)
     values = _Values()
-    position = np.zeros((PARTS, STREAMS), np.int64)
+    position = Position.at_front(0)
     restarts = runs_of((tiles_m, tiles_k)).first_tiles()
     nnz = 0
     for grid_row, strip in enumerate(strips):
@@ -179,43 +224,74 @@ def encode_strips(
         kept = (streams & MAGNITUDE) != 0
         counts = flag_counts(kept)
         nnz += int(counts.sum())
-        starts, padding, position = _advance(counts, position, fronts[first : first + tiles_k + 1], first, restarts)
+        starts, columns, padding = _advance(counts, position, fronts[first : first + tiles_k + 1], first, restarts)
         counts += padding
         _pad(kept, padding, group_values)
         masks[first : first + tiles_k] = pack_masks(kept)
-        stored = np.arange(-first % LAG_TILES, tiles_k, LAG_TILES)
-        lags[(first + stored) // LAG_TILES] = fronts[first + stored][:, None, None] - starts[stored]
-        values.put(streams, kept, counts, starts, int(fronts[first + tiles_k]), done=(grid_row + 1) / tiles_m)
+        stored = np.arange(-first % PLACE_TILES, tiles_k, PLACE_TILES)
+        at = places[(first + stored) // PLACE_TILES]
+        at[..., 0] = fronts[first + stored][:, None, None] - starts[stored]
+        at[..., 1] = columns[stored] // 2
+        places[(first + stored) // PLACE_TILES] = at
+        where = value_places(counts, starts, columns)
+        values.put(streams, kept, where, int(fronts[first + tiles_k]), done=(grid_row + 1) / tiles_m)
     if int(fronts[-1]) > MAX_ROWS:
         raise ArgumentError("a", expected=f"at most {MAX_ROWS} value rows", got=str(int(fronts[-1])))
-    return EncodedBitmap(masks=masks, values=values.finish(), fronts=fronts.astype(np.int32), lags=lags, nnz=nnz)
+    return EncodedBitmap(masks=masks, values=values.finish(), fronts=fronts.astype(np.int32), places=places, nnz=nnz)
 
 
 def _advance(
     counts: NDArray[np.int64],
-    position: NDArray[np.int64],
+    position: Position,
     fronts: NDArray[np.int64],
     first: int,
     restarts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Where each stream stands before each tile, the zeros it must add in it, and where all stand at the end.
+    """Row and column where each stream stands before each tile, and the zeros that it must add in it.
 
-    Fills ``fronts`` [tiles + 1] behind its first, which is that of tile ``first``. At a restart all streams go on at
-    the front. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with zeros;
+    Moves ``position`` on, and fills ``fronts`` [tiles + 1] behind its first, which is that of tile ``first``. At a
+    restart all streams go on at the front, each in its own column. At every other multiple of ``PLACE_TILES`` they trade
+    columns. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with zeros;
     there is room for them, as the longest gains at most what a tile holds.
     """
     starts = np.empty_like(counts)
+    columns = np.empty_like(counts)
     padding = np.empty_like(counts)
-    restarting = set((restarts - first).tolist())
-    for tile in range(counts.shape[0]):
-        if tile in restarting:
-            position = np.full_like(position, fronts[tile])
-        starts[tile] = position
-        reached = position + counts[tile]
+    tiles = counts.shape[0]
+    restarting = [*(int(restart) - first for restart in restarts if first <= restart < first + tiles), tiles]
+    for tile in range(tiles):
+        if tile == restarting[0]:
+            restarting.pop(0)
+            begun = Position.at_front(int(fronts[tile]))
+            position.rows, position.columns = begun.rows, begun.columns
+        elif (first + tile) % PLACE_TILES == 0:
+            coming = counts[tile : min(tile + PLACE_TILES, restarting[0])].sum(axis=0)
+            position.rows, position.columns = trade_columns(position.rows, position.columns, coming)
+        starts[tile], columns[tile] = position.rows, position.columns
+        reached = position.rows + counts[tile]
         front = fronts[tile + 1] = reached.max()
-        position = np.maximum(reached, front - SLACK)
-        np.subtract(position, reached, out=padding[tile])
-    return starts, padding, position
+        position.rows = np.maximum(reached, front - SLACK)
+        np.subtract(position.rows, reached, out=padding[tile])
+    return starts, columns, padding
+
+
+def trade_columns(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], coming: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """New rows and columns [4, 64] of the streams, which stand in ``rows`` of ``columns``.
+
+    In each half of a part the stream with the most values to come gets the column that is furthest behind, and so on;
+    of equals the lower lane comes first.
+    """
+    heights = np.empty_like(rows)
+    np.put_along_axis(heights, columns, rows, axis=1)
+    halves = heights.reshape(PARTS, LANES, 2), coming.reshape(PARTS, LANES, 2)
+    lowest = np.argsort(halves[0], axis=1, kind="stable")
+    longest = np.argsort(-halves[1], axis=1, kind="stable")
+    lanes = np.empty_like(lowest)
+    np.put_along_axis(lanes, longest, lowest, axis=1)
+    traded = (2 * lanes + np.arange(2)).reshape(PARTS, STREAMS)
+    return np.take_along_axis(heights, traded, axis=1), traded
 
 
 def _pad(kept: NDArray[np.bool_], padding: NDArray[np.int64], group_values: int) -> None:
@@ -241,13 +317,12 @@ class _Values:
         self,
         streams: NDArray[np.uint16],
         kept: NDArray[np.bool_],
-        counts: NDArray[np.int64],
-        starts: NDArray[np.int64],
+        where: NDArray[np.int64],
         end: int,
         *,
         done: float,
     ) -> None:
-        """Store the kept elements of streams [tiles, 4, 64, 32] from the rows ``starts`` [tiles, 4, 64] on.
+        """Store the kept elements of streams [tiles, 4, 64, 32] at the places ``where``.
 
         They end below row ``end``, and with them ``done`` of the matrix is stored: so much there will be.
         """
@@ -259,7 +334,7 @@ class _Values:
             self._chunks = grown
         values = streams.reshape(-1)[np.flatnonzero(kept)]
         values[(values & MAGNITUDE) == 0] = 0  # padding may sit on a -0.0
-        self._chunks.reshape(-1)[value_places(counts, starts)] = values
+        self._chunks.reshape(-1)[where] = values
 
     def finish(self) -> NDArray[np.uint16]:
         """All chunks as [chunks, 4, 16, 32, 2]."""

@@ -26,7 +26,7 @@ from flashllm.formats.weight import SparseWeight
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_TILE_BYTES = 1024 + 1024 + 512 + 36  # masks, picks, columns; front and lags
+_TILE_BYTES = 1024 + 1024 + 512 + 68  # masks, picks, columns; front and places
 _TALL_SAVES = 256  # of them, where parts have 64 rows
 _DENSITIES = (0.17, 0.25, 0.29, 0.35)
 _WINDOWS = (256, 240, 176, 128)  # the largest in which the columns of large random matrices pair up, about
@@ -39,7 +39,7 @@ class Slot24(SparseWeight):
     """A sparse weight W [M, K] as a matrix of slots, each of which holds a value of one of two columns.
 
     ``window`` columns of W go into 128 slots, in pairs that each band of ``part_rows`` of 128 rows, 32 or 64, has for
-    itself. ``masks``, ``values``, ``fronts`` and ``lags`` are those of the ``Bitmap`` of the slots, 128 per window;
+    itself. ``masks``, ``values``, ``fronts`` and ``places`` are those of the ``Bitmap`` of the slots, 128 per window;
     where bands have 64 rows, it has them in another order in each tile. No group of four of its elements has more than
     ``group_values`` values, 2 or 4. ``picks`` is uint32 [tiles, 4, 32, 2]: a bit for each slot, 1 where its value is
     the right column's. ``columns`` is uint8 [tiles, 4, 32, 4], for bands of 64 rows [tiles, 4, 32, 2]: for each lane
@@ -47,8 +47,8 @@ class Slot24(SparseWeight):
     """
 
     FORMAT: ClassVar[str] = "slot24"
-    VERSION: ClassVar[int] = 2
-    BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "lags", "picks", "columns")
+    VERSION: ClassVar[int] = 3
+    BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "places", "picks", "columns")
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "window-128": {"window": 128},
@@ -65,7 +65,7 @@ class Slot24(SparseWeight):
     masks: Any = field(repr=False)
     values: Any = field(repr=False)
     fronts: Any = field(repr=False)
-    lags: Any = field(repr=False)
+    places: Any = field(repr=False)
     picks: Any = field(repr=False)
     columns: Any = field(repr=False)
 
@@ -194,7 +194,7 @@ class Slot24(SparseWeight):
             masks=encoded.bitmap.masks,
             values=encoded.bitmap.values,
             fronts=encoded.bitmap.fronts,
-            lags=encoded.bitmap.lags,
+            places=encoded.bitmap.places,
             picks=encoded.picks,
             columns=encoded.columns,
         )

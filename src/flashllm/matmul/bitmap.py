@@ -156,7 +156,7 @@ def arguments(w: Bitmap, split: StreamK, x: Any, out: Any, workspace: Any, scrat
     rows, columns = w.shape
     runs = runs_of(w.tiles)
     numbers = (rows, x.shape[0], columns, split.row_cost, runs.count, runs.row_cost)
-    return (x, w.masks, w.values, w.fronts, w.lags, out, workspace, scratch, *map(np.int32, numbers))
+    return (x, w.masks, w.values, w.fronts, w.places, out, workspace, scratch, *map(np.int32, numbers))
 
 
 def candidates(w: Bitmap, n: int, *, arch: str) -> Iterator[Choice]:

@@ -220,7 +220,7 @@ def arguments(w: Slot24, split: StreamK, x: Any, out: Any, workspace: Any, scrat
     """The kernel's arguments in the order of its parameters; x is [N, K]."""
     rows, columns = w.shape
     runs = runs_of(w.tiles)
-    arrays = (x, w.masks, w.values, w.fronts, w.lags, w.picks, w.columns, out, workspace, scratch)
+    arrays = (x, w.masks, w.values, w.fronts, w.places, w.picks, w.columns, out, workspace, scratch)
     return (*arrays, *map(np.int32, (rows, x.shape[0], columns, w.window, split.row_cost, runs.count, runs.row_cost)))
 
 

@@ -23,7 +23,7 @@ class Encoded:
     masks: list[int]
     values: list[int]
     fronts: list[int]
-    lags: list[int]
+    places: list[int]
     nnz: int
 
 
@@ -63,42 +63,65 @@ def restarts(tiles_m: int, tiles_k: int) -> set[int]:
 
 
 def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
-    """Masks, values, fronts and lags of 16-bit patterns; no group of the matrix has more than ``group_values``."""
+    """Masks, values, fronts and places of 16-bit patterns; no group of the matrix has more than ``group_values``."""
     rows, columns = bits.shape
+    tiles_k = -(-columns // 64)
+    tiles = [
+        elements_in(bits[top : top + 128, left : left + 64]) for top in range(0, rows, 128) for left in range(0, columns, 64)
+    ]  # fmt: skip
+    begins = restarts(-(-rows // 128), tiles_k)
     masks: list[int] = []
-    lags: list[int] = []
+    places: list[int] = []
     fronts = [0]
-    nnz = 0
-    values: dict[Stream, list[int]] = {stream: [] for stream in STREAMS}
-    tiles = [(top, left) for top in range(0, rows, 128) for left in range(0, columns, 64)]
-    begins = restarts(-(-rows // 128), -(-columns // 64))
-    for number, (top, left) in enumerate(tiles):
+    values: dict[Stream, list[int]] = {}  # of columns, which are numbered as streams are
+    has: dict[Stream, Stream] = {}  # the column of each stream
+    for number, found in enumerate(tiles):
         if number in begins:
-            for stream in STREAMS:
-                values[stream] += [0] * (fronts[-1] - len(values[stream]))
-        tile = np.zeros((128, 64), np.uint16)
-        inside = bits[top : top + 128, left : left + 64]
-        tile[: inside.shape[0], : inside.shape[1]] = inside
+            values = {stream: values.get(stream, []) for stream in STREAMS}
+            for column in values.values():
+                column += [0] * (fronts[-1] - len(column))
+            has = {stream: stream for stream in STREAMS}
+        elif number % 8 == 0:
+            # What comes until streams trade again, the run ends, or the row of tiles does.
+            last = number
+            while (last + 1) % 8 and (last + 1) % tiles_k and last + 1 < len(tiles) and last + 1 not in begins:
+                last += 1
+            coming = {stream: sum(len(tile[stream]) for tile in tiles[number : last + 1]) for stream in STREAMS}
+            for part in range(4):
+                for half in range(2):
+                    half_streams = [(part, lane, half) for lane in range(32)]
+                    lowest = sorted(half_streams, key=lambda column: len(values[column]))
+                    longest = sorted(half_streams, key=lambda stream: -coming[stream])
+                    has |= dict(zip(longest, lowest, strict=True))
         if number % 8 == 0:
-            lags += [fronts[-1] - len(values[stream]) for stream in STREAMS]
-        found: dict[Stream, dict[tuple[int, int], int]] = {}
-        for stream in STREAMS:
-            at = {e: int(tile[place_of(stream[0], stream[1], *e)]) for e in elements_of(stream)}
-            found[stream] = {e: value for e, value in at.items() if value not in (0x0000, 0x8000)}
-            nnz += len(found[stream])
-        front = max(len(values[stream]) + len(found[stream]) for stream in STREAMS)
+            for stream in STREAMS:
+                places += [fronts[-1] - len(values[has[stream]]), has[stream][1]]
+        front = max(len(values[has[stream]]) + len(found[stream]) for stream in STREAMS)
         word = dict.fromkeys(((part, lane, half) for part in range(4) for lane in range(32) for half in range(2)), 0)
         for stream in STREAMS:
             part, lane, _ = stream
-            missing = max(0, front - 31 - len(values[stream]) - len(found[stream]))
-            found[stream] |= dict.fromkeys(first_rooms(found[stream], stream, group_values)[:missing], 0)
+            column = values[has[stream]]
+            missing = max(0, front - 31 - len(column) - len(found[stream]))
+            stored = found[stream] | dict.fromkeys(first_rooms(found[stream], stream, group_values)[:missing], 0)
             for group, element in elements_of(stream):
-                if (group, element) in found[stream]:
-                    values[stream].append(found[stream][group, element])
+                if (group, element) in stored:
+                    column.append(stored[group, element])
                     word[part, lane, group // 8] |= 1 << (8 * element + group % 8)
         masks += word.values()
         fronts.append(front)
-    return Encoded(masks, lay_out(values, fronts[-1]), fronts, lags, nnz)
+    nnz = sum(len(found[stream]) for found in tiles for stream in STREAMS)
+    return Encoded(masks, lay_out(values, fronts[-1]), fronts, places, nnz)
+
+
+def elements_in(inside: NDArray[np.uint16]) -> dict[Stream, dict[tuple[int, int], int]]:
+    """The elements of each stream of a tile, which may reach over the edges of the matrix, that are not zero."""
+    tile = np.zeros((128, 64), np.uint16)
+    tile[: inside.shape[0], : inside.shape[1]] = inside
+    found = {}
+    for stream in STREAMS:
+        at = {e: int(tile[place_of(stream[0], stream[1], *e)]) for e in elements_of(stream)}
+        found[stream] = {e: value for e, value in at.items() if value not in (0x0000, 0x8000)}
+    return found
 
 
 def lay_out(values: dict[Stream, list[int]], front: int) -> list[int]:
@@ -114,24 +137,30 @@ def lay_out(values: dict[Stream, list[int]], front: int) -> list[int]:
     return out
 
 
-def decode(masks: list[int], values: list[int], shape: tuple[int, int]) -> NDArray[np.uint16]:
-    """The matrix, from masks and values alone: fronts and lags say nothing that these do not."""
+def decode(masks: list[int], values: list[int], places: list[int], shape: tuple[int, int]) -> NDArray[np.uint16]:
+    """The matrix, from masks, values and the lanes of places: fronts and rows say nothing that these do not."""
     begins = restarts(-(-shape[0] // 128), -(-shape[1] // 64))
     rows, columns = shape
     tiles_k = -(-columns // 64)
     out = np.zeros((-(-rows // 128) * 128, tiles_k * 64), np.uint16)
-    taken = dict.fromkeys(STREAMS, 0)
+    taken = dict.fromkeys(STREAMS, 0)  # of columns
+    has = {stream: stream for stream in STREAMS}
     for number in range(len(masks) // 256):
         top, left = number // tiles_k * 128, number % tiles_k * 64
         if number in begins:
             taken = dict.fromkeys(STREAMS, max(taken.values()))
+            has = {stream: stream for stream in STREAMS}
+        elif number % 8 == 0:
+            for i, (part, lane, half) in enumerate(STREAMS):
+                has[part, lane, half] = part, places[(number // 8 * 256 + i) * 2 + 1], half
         for stream in STREAMS:
             part, lane, half = stream
+            column = has[stream]
             for group, element in elements_of(stream):
                 if masks[((number * 4 + part) * 32 + lane) * 2 + group // 8] >> (8 * element + group % 8) & 1:
-                    row = taken[stream]
-                    value = values[((row // 16 * 4 + part) * 16 + row % 16) * 64 + 2 * lane + half]
+                    row = taken[column]
+                    value = values[((row // 16 * 4 + part) * 16 + row % 16) * 64 + 2 * column[1] + half]
                     down, right = place_of(part, lane, group, element)
                     out[top + down, left + right] = value
-                    taken[stream] += 1
+                    taken[column] += 1
     return out[:rows, :columns]

@@ -394,5 +394,5 @@ def assert_as_written(w: Any, want: Encoded) -> None:
     assert w.masks.ravel().tolist() == want.bitmap.masks
     assert w.values.ravel().tolist() == want.bitmap.values
     assert w.fronts.tolist() == want.bitmap.fronts
-    assert w.lags.ravel().tolist() == want.bitmap.lags
+    assert w.places.ravel().tolist() == want.bitmap.places
     assert w.nnz == want.bitmap.nnz

@@ -21,9 +21,10 @@ from flashllm.formats import bitmap_encode
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.bitmap_encode import (
-    LAG_TILES,
+    PLACE_TILES,
     SLACK,
     STREAM_ELEMENTS,
+    Position,
     estimated_value_bytes,
     flag_counts,
     stream_starts,
@@ -33,7 +34,7 @@ from flashllm.formats.runs import runs_of
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bitmap_v2.safetensors"
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bitmap_v3.safetensors"
 
 sizes = st.one_of(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 191, 256]), st.integers(1, 300))
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 1.0]), st.floats(0, 1))
@@ -45,16 +46,16 @@ def assert_as_written(w: Bitmap, bits: np.ndarray) -> None:
     want = reference.encode(bits)
     assert w.masks.ravel().tolist() == want.masks
     assert w.fronts.tolist() == want.fronts
-    assert w.lags.ravel().tolist() == want.lags
+    assert w.places.ravel().tolist() == want.places
     assert w.values.ravel().tolist() == want.values
     assert w.nnz == want.nnz
 
 
 def check_streams(w: Bitmap) -> int:
-    """Streams stand where fronts and lags say, and none falls back too far. Returns the zeros that were added."""
+    """Columns go on where they ended, and no stream falls back too far. Returns the zeros that were added."""
     counts = flag_counts(unpack_masks(w.masks))
     restarts = runs_of(w.tiles).first_tiles()
-    starts, _ = stream_starts(counts, np.zeros(counts.shape[1:], np.int64), w.fronts, 0, restarts)
+    starts, columns = stream_starts(counts, Position.at_front(0), w.fronts, w.places, 0, restarts)
     ends = starts + counts
     fronts = w.fronts.astype(np.int64)[:, None, None]
     behind = fronts[1:] - ends
@@ -63,7 +64,13 @@ def check_streams(w: Bitmap) -> int:
     assert (behind.min(axis=(1, 2)) == 0).all()
     assert fronts[0] == 0
     assert 0 <= np.diff(w.fronts).min() <= np.diff(w.fronts).max() <= STREAM_ELEMENTS
-    np.testing.assert_array_equal((fronts[:-1] - starts)[::LAG_TILES], w.lags)
+    np.testing.assert_array_equal((fronts[:-1] - starts)[::PLACE_TILES], w.places[..., 0])
+    np.testing.assert_array_equal(columns[::PLACE_TILES], 2 * w.places[..., 1] + np.arange(64) % 2)
+    by_column = [np.empty_like(starts), np.empty_like(starts)]
+    for rows, at in zip((starts, ends), by_column, strict=True):
+        np.put_along_axis(at, columns, rows, axis=2)
+    goes_on = ~np.isin(np.arange(1, len(counts)), restarts)
+    np.testing.assert_array_equal(by_column[0][1:][goes_on], np.maximum(by_column[1], 0)[:-1][goes_on])
     return int(counts.sum()) - w.nnz
 
 
@@ -114,7 +121,7 @@ def test_bytes_equal_the_written_format_where_streams_catch_up(pattern: str) -> 
         bits = cases.bits(pattern, *shape, density, seed)
         w = Bitmap.from_dense(bits.view(np.float16))
         assert_as_written(w, bits)
-        want = reference.decode(w.masks.ravel().tolist(), w.values.ravel().tolist(), shape)
+        want = reference.decode(*(a.ravel().tolist() for a in (w.masks, w.values, w.places)), shape)
         np.testing.assert_array_equal(want, cases.pruned(bits.view(np.float16)))
 
 
@@ -124,12 +131,12 @@ def test_one_stream_alone_makes_all_others_follow() -> None:
     bits[100, 65] = 0x8000  # a negative zero where a zero is added, which stays a plain one
     w = Bitmap.from_dense(bits.view(np.float16))
     assert_as_written(w, bits)
-    assert w.fronts.tolist() == list(range(0, 37, 4))
-    assert (w.lags[1] == 31).sum() == 255
-    assert w.lags[1, 0, 60] == 0
-    # The eighth tile takes every other stream a row further, the ninth 4.
+    assert w.fronts.tolist() == [*range(0, 33, 4), 32]
+    assert (w.places[1, ..., 0] == 31).sum() == 255
+    assert w.places[1, 0, 60].tolist() == [31, 0], "in the ninth tile it has the column of the first that is behind"
+    # The eighth tile takes every other stream a row further, the ninth none.
     assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[7] == 1) == 255
-    assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[8] == 4) == 256
+    assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[8]) == 1
     assert not (w.values == 0x8000).any()
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(bits.view(np.float16)))
 
@@ -159,12 +166,12 @@ def test_zeros_go_only_into_groups_that_have_room(pattern: str) -> None:
         want = reference.encode(bits, 2)
         assert encoded.masks.ravel().tolist() == want.masks
         assert encoded.fronts.tolist() == want.fronts
-        assert encoded.lags.ravel().tolist() == want.lags
+        assert encoded.places.ravel().tolist() == want.places
         assert encoded.values.ravel().tolist() == want.values
         kept = unpack_masks(encoded.masks)
         assert kept.sum() > encoded.nnz
         assert kept.reshape(-1, 4).sum(axis=1).max() == 2
-        back = reference.decode(want.masks, want.values, bits.shape)
+        back = reference.decode(want.masks, want.values, want.places, bits.shape)
         np.testing.assert_array_equal(back, cases.pruned(bits.view(np.float16)))
 
 
@@ -181,7 +188,7 @@ def test_values_of_a_dense_matrix_have_no_zeros_but_at_the_end() -> None:
     w = Bitmap.from_dense(np.ones((256, 640), np.float16))
     assert check_streams(w) == 0
     assert w.values.size == 256 * 640 + 16 * 256
-    assert not w.lags.any()
+    assert not w.places[..., 0].any()
     assert (w.masks == 0xFFFFFFFF).all()
 
 
@@ -202,7 +209,7 @@ def test_golden_file() -> None:
     a = golden_matrix()
     w = Bitmap.load(GOLDEN)
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
-    assert w.lags[1].max() > 10
+    assert w.places[1, ..., 0].max() > 10
     assert check_streams(w) > 100
     again = Bitmap.from_dense(a)
     for name, array in w.arrays().items():
@@ -232,7 +239,7 @@ def test_host_and_device_agree_on_the_constants() -> None:
     assert constants["kParts"] == bitmap_encode.PARTS
     assert constants["kLanes"] == bitmap_encode.LANES
     assert constants["kGroup"] == bitmap_encode.GROUP
-    assert constants["kLagTiles"] == bitmap_encode.LAG_TILES
+    assert constants["kPlaceTiles"] == bitmap_encode.PLACE_TILES
     assert constants["kSlack"] == bitmap_encode.SLACK
     assert constants["kChunkRows"] == bitmap_encode.CHUNK_ROWS
     assert constants["kStreamElements"] == bitmap_encode.STREAM_ELEMENTS
@@ -249,10 +256,10 @@ def test_facts() -> None:
     assert isinstance(w, SparseWeight)
     assert (w.format, w.shape, w.dtype, w.tiles) == ("bitmap", (200, 100), "fp16", (2, 2))
     assert (w.nnz, w.density, w.sparsity) == (10_000, 0.5, 0.5)
-    assert w.nbytes == 4 * 1024 + w.values.nbytes + 4 * 5 + 256
+    assert w.nbytes == 4 * 1024 + w.values.nbytes + 4 * 5 + 512
     assert not w.is_device
     assert w.to_host() is w
-    assert set(w.arrays()) == {"masks", "values", "fronts", "lags"}
+    assert set(w.arrays()) == {"masks", "values", "fronts", "places"}
     assert "array" not in repr(w)
 
 

@@ -21,10 +21,11 @@ Parts = dict[str, Any]
 
 
 def weight() -> Bitmap:
-    """200 x 600: 20 tiles that reach over both edges, streams that caught up, three places of stored lags."""
+    """200 x 600: 20 tiles that reach over both edges, streams that caught up, places stored three times."""
     w = Bitmap.from_dense(cases.matrix("uniform", 200, 600, 0.4, 21, "fp16"))
-    assert w.lags.shape == (3, 4, 64)
-    assert w.lags[1].max() > 20
+    assert w.places.shape == (3, 4, 64, 2)
+    assert w.places[1, ..., 0].max() > 20
+    assert (w.places[1, ..., 1] != np.arange(64) // 2).any()
     assert w.fronts[-1] % 16 not in (0, 15)
     return w
 
@@ -89,7 +90,7 @@ for _name, _wide, _signed in (
     ("masks", np.uint64, np.int32),
     ("values", np.uint32, np.int16),
     ("fronts", np.int64, np.uint32),
-    ("lags", np.uint16, np.int8),
+    ("places", np.uint16, np.int8),
 ):
     maker(_name, f"{_name}_wider", lambda a, wide=_wide: a.astype(wide))
     maker(_name, f"{_name}_of_the_other_sign", lambda a, signed=_signed: a.view(signed))
@@ -101,7 +102,7 @@ for _name, _wide, _signed in (
     maker(_name, f"{_name}_not_contiguous", lambda a: np.repeat(a, 2, axis=0)[::2])
     maker(_name, f"{_name}_with_an_axis_more", lambda a: a[..., None])
     maker(_name, f"{_name}_empty", lambda a: a[:0])
-for _name in ("masks", "values", "lags"):
+for _name in ("masks", "values", "places"):
     maker(_name, f"{_name}_flat", lambda a: a.reshape(-1))
     maker(_name, f"{_name}_parts_last", lambda a: np.ascontiguousarray(np.moveaxis(a, 1, -1)))
 maker("values", "values_half_a_chunk_longer", lambda a: a.reshape(-1, 4, 8, 32, 2))
@@ -114,11 +115,35 @@ poke("fronts", "fronts_huge", 7, lambda v: 2**31 - 1)
 poke("fronts", "fronts_least", 7, lambda v: -(2**31))
 poke("fronts", "fronts_late", 9, lambda v: v + 1)
 poke("fronts", "fronts_early", 9, lambda v: v - 1)
-poke("lags", "lag_not_zero_at_the_start", 3, lambda v: 1)
-poke("lags", "lag_one_more", 300, lambda v: v + 1)
-poke("lags", "lag_one_less", 256 + 70, lambda v: v - 1 if v else 1)
-poke("lags", "lag_of_255_rows", 400, lambda v: 255)
-poke("lags", "last_lag", 3 * 256 - 1, lambda v: v ^ 1)
+poke("places", "lag_not_zero_at_the_start", 6, lambda v: 1)
+poke("places", "lag_one_more", 600, lambda v: v + 1)
+poke("places", "lag_one_less", 652, lambda v: v - 1 if v else 1)
+poke("places", "lag_of_255_rows", 800, lambda v: 255)
+poke("places", "last_lag", 3 * 512 - 2, lambda v: v ^ 1)
+poke("places", "lane_of_another_part", 601, lambda v: v | 32)
+poke("places", "lane_of_255", 3 * 512 - 1, lambda v: 255)
+
+
+@mutation("places")
+def a_lane_twice(p: Parts) -> int:
+    """The second of two streams of a half that have the same column."""
+    p["places"][1, 2, 9, 1] = p["places"][1, 2, 5, 1]
+    return ((4 + 2) * 64 + 9) * 2 + 1
+
+
+@mutation("places")
+def streams_trade_where_a_run_begins(p: Parts) -> int:
+    p["places"][0, 1, [4, 8]] = p["places"][0, 1, [8, 4]]
+    return (64 + 4) * 2 + 1
+
+
+@mutation("places")
+def two_streams_in_the_columns_of_each_other(p: Parts) -> int:
+    """They go on where others ended, at other rows."""
+    rows = p["places"][1, 0, ::2, 0].astype(int)
+    first, second = next((i, j) for i in range(32) for j in range(i) if rows[i] != rows[j])
+    p["places"][1, 0, [2 * first, 2 * second], 1] = p["places"][1, 0, [2 * second, 2 * first], 1]
+    return (256 + 2 * second) * 2
 
 
 @mutation("values")
@@ -163,9 +188,9 @@ def all_masks_empty(p: Parts) -> int:
     return 1
 
 
-@mutation("lags")
-def lags_of_another_matrix(p: Parts) -> None:
-    p["lags"] = np.roll(p["lags"], 1, axis=2)
+@mutation("places")
+def places_of_another_matrix(p: Parts) -> None:
+    p["places"] = np.roll(p["places"], 1, axis=2)
 
 
 @mutation("values")
@@ -288,10 +313,10 @@ def test_many_tiles_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(bitmap_check, "_CHUNK_TILES", 3)
     w = weight()
     w.validate()
-    lags = w.lags.copy()
-    lags[2, 1, 5] ^= 1
-    with pytest.raises(FormatError, match=rf"lags\[{2 * 256 + 64 + 5}\]"):
-        w.with_arrays({"lags": lags}).validate()
+    places = w.places.copy()
+    places[2, 1, 5, 0] ^= 1
+    with pytest.raises(FormatError, match=rf"places\[{(2 * 256 + 64 + 5) * 2}\]"):
+        w.with_arrays({"places": places}).validate()
     masks = w.masks.copy()
     masks[17:, 3, 30] = 0
     with pytest.raises(FormatError, match=r"fronts\[\d+\]: expected no stream more than 31 rows behind") as error:

@@ -244,7 +244,7 @@ def test_facts() -> None:
     assert tall.nbytes == 12 * (1024 + 1024 + 256) + tall.values.nbytes + 4 * 13 + 512
     assert not w.is_device
     assert w.to_host() is w
-    assert set(w.arrays()) == {"masks", "values", "fronts", "lags", "picks", "columns"}
+    assert set(w.arrays()) == {"masks", "values", "fronts", "places", "picks", "columns"}
     metadata = {"shape": [200, 300], "dtype": "fp16", "nnz": 15_000, "window": 128, "part_rows": 32, "group_values": 4}
     assert w.metadata() == metadata
     assert "array" not in repr(w)

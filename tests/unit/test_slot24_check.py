@@ -27,7 +27,7 @@ def weight(part_rows: int = 32, group_values: int = 4) -> Slot24:
     a = cases.matrix("uniform", 200, 600, density, 21, "fp16")
     w = Slot24.from_dense(a, window=WINDOW, part_rows=part_rows, group_values=group_values)
     assert w.tiles == (2, 6)
-    assert w.lags[1].max() > 5
+    assert w.places[1, ..., 0].max() > 5
     return w
 
 
@@ -100,7 +100,7 @@ for _name, _wide, _signed in (
     ("masks", np.uint64, np.int32),
     ("values", np.uint32, np.int16),
     ("fronts", np.int64, np.uint32),
-    ("lags", np.uint16, np.int8),
+    ("places", np.uint16, np.int8),
     ("picks", np.uint64, np.int32),
     ("columns", np.uint16, np.int8),
 ):
@@ -232,10 +232,10 @@ def all_masks_empty(p: Parts) -> int:
     return 1
 
 
-@mutation("lags")
+@mutation("places")
 def lag_one_more(p: Parts) -> int:
-    p["lags"].reshape(-1)[300] += 1
-    return 300
+    p["places"].reshape(-1)[600] += 1
+    return 600
 
 
 @mutation("values")
@@ -349,7 +349,7 @@ def test_any_pairing_in_any_order_is_valid(part_rows: int) -> None:
         masks=np.array(written.bitmap.masks, np.uint32).reshape(-1, 4, 32, 2),
         values=np.array(written.bitmap.values, np.uint16).reshape(-1, 4, 16, 32, 2),
         fronts=np.array(written.bitmap.fronts, np.int32),
-        lags=np.array(written.bitmap.lags, np.uint8).reshape(-1, 4, 64),
+        places=np.array(written.bitmap.places, np.uint8).reshape(-1, 4, 64, 2),
         picks=np.array(written.picks, np.uint32).reshape(-1, 4, 32, 2),
         columns=np.array(written.columns, np.uint8).reshape(-1, 4, 32, 128 // part_rows),
     )

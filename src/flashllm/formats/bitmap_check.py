@@ -93,8 +93,8 @@ def check_content(
         counts = flag_counts(kept)
         before = Position(position.rows, position.columns)
         starts, columns = stream_starts(counts, position, fronts, places, start, restarts)
-        _check_places(tiles, before, starts, columns, counts, fronts, restarts, path)
         _check_streams(tiles, starts, counts, fronts, path)
+        _check_places(tiles, before, starts, columns, counts, fronts, places, restarts, path)
         stored = (values.reshape(-1)[value_places(counts, starts, columns)] & MAGNITUDE) != 0
         found += int(np.count_nonzero(stored))
         _check_inside(shape, tiles, kept, stored, path)
@@ -159,32 +159,30 @@ def _check_places(
     columns: NDArray[np.int64],
     counts: NDArray[np.int64],
     fronts: NDArray[np.int32],
+    places: NDArray[np.uint8],
     restarts: NDArray[np.int64],
     path: str | None,
 ) -> None:
     """Where streams trade columns each column goes on where it ended; where a run begins all do at the front."""
     stored = np.flatnonzero(tiles % PLACE_TILES == 0)
     begins = np.isin(tiles[stored], restarts)
-    heights = np.empty((len(stored), PARTS, STREAMS), np.int64)  # of the columns, before and after
-    ends = np.concatenate([before.rows[None], starts[stored[1:] - 1] + counts[stored[1:] - 1]])
-    np.put_along_axis(heights, np.concatenate([before.columns[None], columns[stored[1:] - 1]]), ends, axis=2)
-    heights[begins] = fronts[tiles[stored[begins]]][:, None, None]
-    own = np.broadcast_to(OWN_COLUMNS, columns[stored].shape)
-    wrong_lane = begins[:, None, None] & (columns[stored] != own)
-    wrong_row = starts[stored] != np.take_along_axis(heights, columns[stored], axis=2)
-    for wrong, kind in ((wrong_lane, 1), (wrong_row, 0)):
-        if not wrong.any():
-            continue
-        at, part, stream = (int(index[0]) for index in np.nonzero(wrong))
-        column, tile = int(columns[stored[at], part, stream]), int(tiles[stored[at]])
-        row = int(starts[stored[at], part, stream])
-        raise FormatError(
-            field="places",
-            index=((tile // PLACE_TILES * PARTS + part) * STREAMS + stream) * 2 + kind,
-            expected=str(stream // 2 if kind else int(fronts[tile]) - int(heights[at, part, column])),
-            got=str(column // 2 if kind else int(fronts[tile]) - row),
-            path=path,
-        )
+    ends = np.concatenate([before.rows[None], starts + counts])[stored]
+    had = np.concatenate([before.columns[None], columns])[stored]
+    heights = np.empty_like(ends)  # of the columns
+    np.put_along_axis(heights, had, ends, axis=2)
+    front = fronts[tiles[stored]].astype(np.int64)[:, None, None]
+    heights[begins] = front[begins]
+    at = places[tiles[stored] // PLACE_TILES].astype(np.int64)
+    lanes = np.broadcast_to(OWN_COLUMNS // 2, ends.shape)
+    lags = front - np.take_along_axis(heights, 2 * at[..., 1] + np.arange(STREAMS) % 2, axis=2)
+    wrong_lane = begins[:, None, None] & (at[..., 1] != lanes)
+    for wrong, want, kind in ((wrong_lane, lanes, 1), (at[..., 0] != lags, lags, 0)):
+        if wrong.any():
+            first = tuple(int(index[0]) for index in np.nonzero(wrong))
+            number = int(tiles[stored[first[0]]]) // PLACE_TILES
+            index = ((number * PARTS + first[1]) * STREAMS + first[2]) * 2 + kind
+            got = str(at[(*first, kind)])
+            raise FormatError(field="places", index=index, expected=str(want[first]), got=got, path=path)
 
 
 def _check_streams(

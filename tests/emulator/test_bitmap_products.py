@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only the bitmap kernel has to get right: its ring of value rows, lags of streams, runs that start anywhere."""
+"""What only the bitmap kernel has to get right: its ring of value rows, places of streams, runs that start anywhere."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_exact_while_the_ring_turns(pattern: str, arch: str) -> None:
 @every_arch
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "empty-tiles"])
 def test_exact_for_runs_that_start_at_any_tile(pattern: str, arch: str) -> None:
-    """At every tile since lags were stored last, with streams that lag by anything up to the slack."""
+    """At every tile since places were stored last, with streams that lag by anything up to the slack."""
     tiles = 19
     for seed, (density, blocks) in enumerate(((0.5, tiles), (0.3, 2 * tiles), (0.9, 11), (0.1, 7))):
         w = weight(pattern, (256, 64 * tiles), density, "bf16", seed)
         sparse = Bitmap.from_dense(w)
-        assert np.unique(sparse.lags[1:]).size > 10
+        assert np.unique(sparse.places[1:, ..., 0]).size > 10
         check(w, 8 if seed % 2 else 34, arch, seed=seed, blocks=blocks)
 
 
@@ -59,7 +59,7 @@ def test_exact_where_one_stream_leads_all_others(lane: int, arch: str) -> None:
     w = np.zeros((128, 64 * 20), np.float16)
     w[16 * (lane % 4) + lane // 4, lane % 4 * 2 + 1 :: 16] = 3
     sparse = Bitmap.from_dense(w)
-    assert (sparse.lags[1] == SLACK).sum() == 255
+    assert (sparse.places[1, ..., 0] == SLACK).sum() == 255
     for seed, blocks in enumerate((1, 3, 20)):
         check(w, 9 + 24 * seed, arch, seed=seed, blocks=blocks)
 
@@ -70,11 +70,11 @@ def test_exact_where_all_streams_but_one_lag_with_values(
     columns: int, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a slow stream needs is all there is between a row and the one that takes its place."""
-    monkeypatch.setattr(runs, "RUNS", 1)  # or no stream would lag where lags are stored
+    monkeypatch.setattr(runs, "RUNS", 1)  # or no stream would lag where places are stored
     for seed, (density, n, blocks) in enumerate(((0.5, 8, 1), (0.9, 16, 3), (0.25, 33, 1), (0.7, 9, 60))):
         w = weight("lagging", (128, columns), density, "fp16", seed)
         sparse = Bitmap.from_dense(w)
-        assert all((lags == SLACK).sum() == 255 for lags in sparse.lags[1:])
+        assert all((lags == SLACK).sum() == 255 for lags in sparse.places[1:, ..., 0])
         if columns % 64 == 0:
             assert sparse.nnz == np.count_nonzero(w)
         assert len(set(sparse.fronts % CHUNK_ROWS)) == CHUNK_ROWS

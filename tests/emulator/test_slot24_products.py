@@ -147,10 +147,10 @@ def test_exact_for_every_width_of_the_last_window(part_rows: int, arch: str) -> 
 @every_layout
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "empty-tiles"])
 def test_exact_for_runs_that_start_at_any_tile(pattern: str, layout: tuple[int, int], arch: str) -> None:
-    """At both tiles of a window, at every tile since lags were stored, with streams that lag by up to the slack."""
+    """At both tiles of a window, at every tile since places were stored, with streams that lag by up to the slack."""
     for seed, (density, columns) in enumerate(((0.5, 1300), (0.2, 2400), (0.1, 2400), (0.03, 2400))):
         w, sparse = encoded(pattern, (256, columns), density, "bf16", seed, None, layout)
-        assert layout[1] == 2 or seed == 3 or np.unique(sparse.lags[1:]).size > 10
+        assert layout[1] == 2 or seed == 3 or np.unique(sparse.places[1:, ..., 0]).size > 10
         tiles = sparse.tiles[0] * sparse.tiles[1]
         for blocks in (tiles, tiles * 2 // 3, tiles // 2 - 1, 9):
             begins = runs(sparse, blocks)
@@ -308,7 +308,7 @@ def test_counts(n: int, layout: tuple[int, int]) -> None:
     w, sparse = encoded("uniform", (256, 1000), 0.2, "fp16", 0, None, layout)
     tiles_m, tiles_k = sparse.tiles
     windows = tiles_m * tiles_k // 2
-    weights = sum(array.nbytes for name, array in sparse.arrays().items() if name not in ("fronts", "lags"))
+    weights = sum(array.nbytes for name, array in sparse.arrays().items() if name not in ("fronts", "places"))
     for arch in ("90a", "80"):
         mirrored = -(-len(sparse.values) // (ring_rows(sparse, n, arch) // CHUNK_ROWS)) * CHUNK_BYTES
         whole = weights + mirrored + (windows - 1) * 256 * COLUMN_BYTES[n]

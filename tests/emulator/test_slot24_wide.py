@@ -146,7 +146,7 @@ def test_counts(layout: tuple[int, int]) -> None:
     tiles_m, tiles_k = sparse.tiles
     windows = tiles_m * tiles_k // 2
     choice = wide(sparse)
-    weights = sum(array.nbytes for name, array in sparse.arrays().items() if name not in ("fronts", "lags"))
+    weights = sum(array.nbytes for name, array in sparse.arrays().items() if name not in ("fronts", "places"))
     mirrored = -(-len(sparse.values) // (choice.ring_rows // 16)) * CHUNK_BYTES
     counts = check(sparse, w, 64, 0, blocks=1)
     assert counts.bulk_copy_bytes == weights + mirrored + (windows - 1) * WINDOW_BYTES

@@ -54,7 +54,7 @@ def test_same_bytes_for_every_pattern(cp: Any, pattern: str, shape: tuple[int, i
 
 @pytest.mark.parametrize("tiles", [*range(1, 19), 63, 64, 65, 1000])
 def test_same_bytes_for_any_number_of_tiles(cp: Any, tiles: int) -> None:
-    """The walk over the tiles takes eight at a time; lags of every eighth are stored."""
+    """The walk over the tiles takes eight at a time; places of every eighth are stored."""
     a = patterns(128, 64 * tiles, 0.4, tiles)
     a[5] = 0x3C00  # a full row, which the other streams follow
     a[:, ::7] = 0x8000
@@ -150,10 +150,10 @@ def test_moves_and_files(cp: Any, tmp_path: Path) -> None:
     device.save(tmp_path / "w")
     np.testing.assert_array_equal(Bitmap.load(tmp_path / "w").values, host.values)
     assert (device.to_scipy() != host.to_scipy()).nnz == np.isnan(host.to_scipy().data).sum()
-    lags = device.lags.copy()
-    lags[1, 2, 3] += 1
-    with pytest.raises(FormatError, match=r"lags\[387\]"):
-        device.with_arrays({"lags": lags}).validate()
+    places = device.places.copy()
+    places[1, 2, 3, 0] += 1
+    with pytest.raises(FormatError, match=r"places\[774\]"):
+        device.with_arrays({"places": places}).validate()
 
 
 def test_refused_sources(cp: Any) -> None:

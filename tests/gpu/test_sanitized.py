@@ -95,7 +95,7 @@ def test_slot24_encoder_and_decoder(cp: Any, shape: tuple[int, int], part_rows: 
 
 @pytest.mark.parametrize("n", [8, 40])
 def test_products_while_the_ring_of_values_turns(cp: Any, n: int) -> None:
-    """Long runs at densities that keep the ring of the bitmap kernel full; runs that start amid stored lags."""
+    """Long runs at densities that keep the ring of the bitmap kernel full; runs that start between stored places."""
     for pattern, shape, blocks in (("full", (128, 2560), 1), ("skewed", (256, 1536), 7), ("column", (130, 1216), 19)):
         w = weight(pattern, shape, 0.5, "fp16", seed=n)
         x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only the bitmap kernel has to get right: its ring of value rows, lags of streams, runs that start anywhere."""
+"""What only the bitmap kernel has to get right: its ring of value rows, places of streams, runs that start anywhere."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_exact_while_the_ring_turns(cp: Any, pattern: str) -> None:
 
 @pytest.mark.parametrize("n", [8, 24, 64])
 def test_exact_for_runs_that_start_at_any_tile(cp: Any, n: int) -> None:
-    """At every tile since lags were stored last, with streams that lag by anything up to the slack."""
+    """At every tile since places were stored last, with streams that lag by anything up to the slack."""
     tiles = 67
     for seed, (pattern, density) in enumerate(
         (("uniform", 0.5), ("skewed", 0.3), ("column", 0.1), ("even-columns", 0.9))
     ):
         w = weight(pattern, (256, 64 * tiles), density, "bf16", seed)
-        assert np.unique(Bitmap.from_dense(w).lags[1:]).size > 10
+        assert np.unique(Bitmap.from_dense(w).places[1:, ..., 0]).size > 10
         for blocks in (2 * tiles, tiles, 37, 6):
             check(cp, w, n, seed, blocks=blocks, row_cost=0)
 
@@ -51,7 +51,7 @@ def test_exact_where_one_stream_leads_all_others(cp: Any) -> None:
         w = np.zeros((128, 64 * 90), np.float16)
         for row in (0, 8):
             w[row + 16 * (lane % 4) + lane // 4, lane % 4 * 2 + 1 :: 16] = 3
-        assert (Bitmap.from_dense(w).lags[-1] == 31).sum() == 255
+        assert (Bitmap.from_dense(w).places[1, ..., 0] == 31).sum() == 255
         for n, blocks in ((8, 1), (33, 7), (64, 90)):
             check(cp, w, n, lane, blocks=blocks, row_cost=0)
 
@@ -61,10 +61,10 @@ def test_exact_where_all_streams_but_one_lag_with_values(
     cp: Any, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a slow stream needs is all there is between a row and the one that takes its place."""
-    monkeypatch.setattr(runs, "RUNS", 1)  # or no stream would lag where lags are stored
+    monkeypatch.setattr(runs, "RUNS", 1)  # or no stream would lag where places are stored
     for seed, (n, density, blocks) in enumerate(((8, 0.5, 1), (16, 0.9, 3), (33, 0.7, 2), (64, 0.3, 75))):
         w = weight("lagging", (128, columns), density, "fp16", seed)
-        assert all((lags == 31).sum() == 255 for lags in Bitmap.from_dense(w).lags[1:])
+        assert all((lags == 31).sum() == 255 for lags in Bitmap.from_dense(w).places[1:, ..., 0])
         for repeat in range(3):
             check(cp, w, n, repeat, blocks=blocks, row_cost=0)
 

@@ -66,9 +66,8 @@ def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
     """Masks, values, fronts and places of 16-bit patterns; no group of the matrix has more than ``group_values``."""
     rows, columns = bits.shape
     tiles_k = -(-columns // 64)
-    tiles = [
-        elements_in(bits[top : top + 128, left : left + 64]) for top in range(0, rows, 128) for left in range(0, columns, 64)
-    ]  # fmt: skip
+    corners = [(top, left) for top in range(0, rows, 128) for left in range(0, columns, 64)]
+    tiles = [elements_in(bits[top : top + 128, left : left + 64]) for top, left in corners]
     begins = restarts(-(-rows // 128), tiles_k)
     masks: list[int] = []
     places: list[int] = []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import weight_cases as cases
 from flashllm.errors import ArgumentError
-from flashllm.formats import bitmap_encode
+from flashllm.formats import bitmap_encode, runs
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.bitmap_encode import (
@@ -176,12 +176,16 @@ def test_zeros_go_only_into_groups_that_have_room(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.4, 0.6])
-def test_random_streams_need_few_zeros(density: float) -> None:
+def test_random_streams_need_few_zeros(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros that let streams catch up, as a part of the values; and all that lie behind the ends of streams."""
     rng = np.random.default_rng(1)
-    w = Bitmap.from_dense((rng.random((1024, 16384)) < density).astype(np.float16))
-    assert 0 <= check_streams(w) / w.nnz < 0.07
-    assert 0.95 < (w.values.nbytes - 16 * 512) / estimated_value_bytes(w.tiles, density) < 1.02
+    a = (rng.random((1024, 16384)) < density).astype(np.float16)
+    for count in (runs.RUNS, 60, 8):  # of 8, 34 and 256 tiles
+        monkeypatch.setattr(runs, "RUNS", count)
+        w = Bitmap.from_dense(a)
+        assert 0 <= check_streams(w) / w.nnz < 0.01
+        assert 0.95 < (w.values.nbytes - 16 * 512) / estimated_value_bytes(w.tiles, density) < 1.03
+    assert w.values.nbytes < 1.04 * 2 * w.nnz, "streams that trade columns end at nearly the same row"
 
 
 def test_values_of_a_dense_matrix_have_no_zeros_but_at_the_end() -> None:
@@ -210,7 +214,7 @@ def test_golden_file() -> None:
     w = Bitmap.load(GOLDEN)
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
     assert w.places[1, ..., 0].max() > 10
-    assert check_streams(w) > 100
+    assert check_streams(w) > 0
     again = Bitmap.from_dense(a)
     for name, array in w.arrays().items():
         assert getattr(again, name).tobytes() == array.tobytes(), name

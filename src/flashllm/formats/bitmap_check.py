@@ -91,10 +91,9 @@ def check_content(
         tiles = np.arange(start, min(start + _CHUNK_TILES, len(masks)))
         kept = unpack_masks(masks[tiles])
         counts = flag_counts(kept)
-        before = Position(position.rows, position.columns)
         starts, columns = stream_starts(counts, position, fronts, places, start, restarts)
         _check_streams(tiles, starts, counts, fronts, path)
-        _check_places(tiles, before, starts, columns, counts, fronts, places, restarts, path)
+        _check_places(tiles, starts, fronts, places, restarts, path)
         stored = (values.reshape(-1)[value_places(counts, starts, columns)] & MAGNITUDE) != 0
         found += int(np.count_nonzero(stored))
         _check_inside(shape, tiles, kept, stored, path)
@@ -154,35 +153,28 @@ def _check_lanes(places: NDArray[np.uint8], path: str | None) -> None:
 
 def _check_places(
     tiles: NDArray[np.int64],
-    before: Position,
     starts: NDArray[np.int64],
-    columns: NDArray[np.int64],
-    counts: NDArray[np.int64],
     fronts: NDArray[np.int32],
     places: NDArray[np.uint8],
     restarts: NDArray[np.int64],
     path: str | None,
 ) -> None:
-    """Where streams trade columns each column goes on where it ended; where a run begins all do at the front."""
+    """Stored rows are those where columns ended; where a run begins each stream has its own column."""
     stored = np.flatnonzero(tiles % PLACE_TILES == 0)
-    begins = np.isin(tiles[stored], restarts)
-    ends = np.concatenate([before.rows[None], starts + counts])[stored]
-    had = np.concatenate([before.columns[None], columns])[stored]
-    heights = np.empty_like(ends)  # of the columns
-    np.put_along_axis(heights, had, ends, axis=2)
-    front = fronts[tiles[stored]].astype(np.int64)[:, None, None]
-    heights[begins] = front[begins]
     at = places[tiles[stored] // PLACE_TILES].astype(np.int64)
-    lanes = np.broadcast_to(OWN_COLUMNS // 2, ends.shape)
-    lags = front - np.take_along_axis(heights, 2 * at[..., 1] + np.arange(STREAMS) % 2, axis=2)
-    wrong_lane = begins[:, None, None] & (at[..., 1] != lanes)
-    for wrong, want, kind in ((wrong_lane, lanes, 1), (at[..., 0] != lags, lags, 0)):
-        if wrong.any():
-            first = tuple(int(index[0]) for index in np.nonzero(wrong))
-            number = int(tiles[stored[first[0]]]) // PLACE_TILES
-            index = ((number * PARTS + first[1]) * STREAMS + first[2]) * 2 + kind
-            got = str(at[(*first, kind)])
-            raise FormatError(field="places", index=index, expected=str(want[first]), got=got, path=path)
+    want = np.empty_like(at)
+    want[..., 0] = fronts[tiles[stored]].astype(np.int64)[:, None, None] - starts[stored]
+    begins = np.isin(tiles[stored], restarts)[:, None, None]
+    want[..., 1] = np.where(begins, OWN_COLUMNS // 2, at[..., 1])
+    if (at != want).any():
+        wrong = int(np.argmax((at != want).ravel()))
+        raise FormatError(
+            field="places",
+            index=int(tiles[stored[0]]) // PLACE_TILES * at[0].size + wrong,
+            expected=str(want.ravel()[wrong]),
+            got=str(at.ravel()[wrong]),
+            path=path,
+        )
 
 
 def _check_streams(

@@ -116,11 +116,17 @@ class Position:
         """As at the begin of a run."""
         return cls(np.full((PARTS, STREAMS), front, np.int64), OWN_COLUMNS)
 
-    @classmethod
-    def placed(cls, places: NDArray[np.uint8], front: int) -> Position:
-        """As stored for a tile that begins at ``front``: ``places`` [4, 64, 2]."""
-        at = places.astype(np.int64)
-        return cls(front - at[..., 0], 2 * at[..., 1] + np.arange(STREAMS) % 2)
+    @property
+    def heights(self) -> NDArray[np.int64]:
+        """Rows [4, 64], by column."""
+        heights = np.empty_like(self.rows)
+        np.put_along_axis(heights, self.columns, self.rows, axis=1)
+        return heights
+
+    def traded(self, lanes: NDArray[np.integer]) -> Position:
+        """The streams in the columns of ``lanes`` [4, 64]: each goes on where the column ended."""
+        columns = 2 * lanes.astype(np.int64) + np.arange(STREAMS) % 2
+        return Position(np.take_along_axis(self.heights, columns, axis=1), columns)
 
 
 def stream_starts(
@@ -144,15 +150,15 @@ def stream_starts(
     begins = sorted({first, *multiples, *(tile for tile in restarting if first <= tile < first + tiles)})
     for tile, end in zip(begins, [*begins[1:], first + tiles], strict=True):
         if tile in restarting:
-            begun = Position.at_front(int(fronts[tile]))
-            position.rows, position.columns = begun.rows, begun.columns
+            at = Position.at_front(int(fronts[tile]))
         elif tile % PLACE_TILES == 0:
-            stored = Position.placed(places[tile // PLACE_TILES], int(fronts[tile]))
-            position.rows, position.columns = stored.rows, stored.columns
+            at = position.traded(places[tile // PLACE_TILES, ..., 1])
+        else:
+            at = position
         span = slice(tile - first, end - first)
-        starts[span] += position.rows - starts[tile - first]
-        columns[span] = position.columns
-        position.rows = starts[end - first - 1] + counts[end - first - 1]
+        starts[span] += at.rows - starts[tile - first]
+        columns[span] = at.columns
+        position.rows, position.columns = starts[end - first - 1] + counts[end - first - 1], at.columns
     return starts, columns
 
 
@@ -186,14 +192,14 @@ def read_streams(
 def estimated_value_bytes(grid: tuple[int, int], density: float) -> int:
     """Bytes of the values of random elements in ``grid`` tiles along M and along K; ``density`` is of the elements.
 
-    In a run the longest of the 256 streams is some standard deviations ahead of the mean, until it is so far ahead that
-    the others catch up with zeros. Within 5 % at densities from 0.05 to 0.9 (measured).
+    In a run the longest of the 256 streams is some standard deviations ahead of the mean, until they trade columns: then
+    columns are as far apart as a stream gets in so many tiles. Within 5 % at densities from 0.05 to 0.9 (measured).
     """
     runs = runs_of(grid)
-    mean = STREAM_ELEMENTS * density * grid[0] * grid[1] / runs.count  # values of a stream in a run
-    ahead = 2.9 * (mean * (1 - density)) ** 0.5
-    padding = 0.015 + 0.033 / max(density, 1e-3) ** 0.5
-    rows = mean + 1 + min(ahead, mean * padding + 22)
+    tiles = grid[0] * grid[1] / runs.count
+    deviation = (STREAM_ELEMENTS * min(tiles, PLACE_TILES) * density * (1 - density)) ** 0.5
+    ahead = (2.9 if tiles <= PLACE_TILES else 2.0) * deviation
+    rows = STREAM_ELEMENTS * density * tiles + 1 + ahead
     return int(runs.count * rows) * PARTS * STREAMS * 2
 
 
@@ -250,9 +256,9 @@ def _advance(
     """Row and column where each stream stands before each tile, and the zeros that it must add in it.
 
     Moves ``position`` on, and fills ``fronts`` [tiles + 1] behind its first, which is that of tile ``first``. At a
-    restart all streams go on at the front, each in its own column. At every other multiple of ``PLACE_TILES`` they trade
-    columns. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with zeros;
-    there is room for them, as the longest gains at most what a tile holds.
+    restart all streams go on at the front, each in its own column. At every other multiple of ``PLACE_TILES`` they
+    trade columns. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with
+    zeros; there is room for them, as the longest gains at most what a tile holds.
     """
     starts = np.empty_like(counts)
     columns = np.empty_like(counts)
@@ -260,38 +266,32 @@ def _advance(
     tiles = counts.shape[0]
     restarting = [*(int(restart) - first for restart in restarts if first <= restart < first + tiles), tiles]
     for tile in range(tiles):
+        at = position
         if tile == restarting[0]:
             restarting.pop(0)
-            begun = Position.at_front(int(fronts[tile]))
-            position.rows, position.columns = begun.rows, begun.columns
+            at = Position.at_front(int(fronts[tile]))
         elif (first + tile) % PLACE_TILES == 0:
             coming = counts[tile : min(tile + PLACE_TILES, restarting[0])].sum(axis=0)
-            position.rows, position.columns = trade_columns(position.rows, position.columns, coming)
-        starts[tile], columns[tile] = position.rows, position.columns
-        reached = position.rows + counts[tile]
+            at = position.traded(_lanes_to_trade(position.heights, coming))
+        starts[tile], columns[tile] = at.rows, at.columns
+        reached = at.rows + counts[tile]
         front = fronts[tile + 1] = reached.max()
-        position.rows = np.maximum(reached, front - SLACK)
+        position.rows, position.columns = np.maximum(reached, front - SLACK), at.columns
         np.subtract(position.rows, reached, out=padding[tile])
     return starts, columns, padding
 
 
-def trade_columns(
-    rows: NDArray[np.int64], columns: NDArray[np.int64], coming: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """New rows and columns [4, 64] of the streams, which stand in ``rows`` of ``columns``.
+def _lanes_to_trade(heights: NDArray[np.int64], coming: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The lanes [4, 64] whose columns the streams get, which have ``coming`` [4, 64] values to come.
 
-    In each half of a part the stream with the most values to come gets the column that is furthest behind, and so on;
-    of equals the lower lane comes first.
+    In each half of a part the stream with the most values gets the column that is furthest behind, and so on; of
+    equals the lower lane comes first.
     """
-    heights = np.empty_like(rows)
-    np.put_along_axis(heights, columns, rows, axis=1)
-    halves = heights.reshape(PARTS, LANES, 2), coming.reshape(PARTS, LANES, 2)
-    lowest = np.argsort(halves[0], axis=1, kind="stable")
-    longest = np.argsort(-halves[1], axis=1, kind="stable")
+    lowest = np.argsort(heights.reshape(PARTS, LANES, 2), axis=1, kind="stable")
+    longest = np.argsort(-coming.reshape(PARTS, LANES, 2), axis=1, kind="stable")
     lanes = np.empty_like(lowest)
     np.put_along_axis(lanes, longest, lowest, axis=1)
-    traded = (2 * lanes + np.arange(2)).reshape(PARTS, STREAMS)
-    return np.take_along_axis(heights, traded, axis=1), traded
+    return lanes.reshape(PARTS, STREAMS)
 
 
 def _pad(kept: NDArray[np.bool_], padding: NDArray[np.int64], group_values: int) -> None:

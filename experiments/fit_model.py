@@ -42,8 +42,8 @@ RESULTS = REPOSITORY / "experiments" / "results"
 DOCUMENT = REPOSITORY / "docs" / "auto.md"
 BEGIN, END = "<!-- fit: `python experiments/fit_model.py` -->\n", "<!-- end of fit -->"
 GPU = find_gpu("H200")
-TILE_BYTES = {"slot24": 1024 + 1024 + 512 + 36}
-"""Masks, picks, columns, and front and lags of a tile of slots; docs/formats/slot24.md."""
+TILE_BYTES = {"slot24": 1024 + 1024 + 512 + 68}
+"""Masks, picks, columns, and front and places of a tile of slots; docs/formats/slot24.md."""
 UNSEEN = ("20261124T175218-h100-80gb-hbm3-smollm2-ffn-down.jsonl", "20261124T175154-h100-80gb-hbm3-opt-sweep.jsonl")
 """Files that it is not fitted to, of an H100 (two thirds of the bandwidth): a small real matrix; the twelve shapes."""
 WIDE_SHAPE = (28672, 8192)

@@ -99,7 +99,7 @@ struct Columns {
     // lower lane comes first.
     FLASHLLM_DEVICE void trade(const int (&total)[kParts][2]) {
         __shared__ unsigned char lags[kLanes], ordered[kLanes];  // by column; columns, the one furthest behind first
-#pragma unroll 1
+#pragma unroll  // or the registers had to be in memory
         for (int i = 0; i < 2 * kParts; ++i) {
             int(&own_lag)[2] = lag[i / 2], (&own_lane)[2] = lane[i / 2];
             lags[own_lane[i % 2]] = static_cast<unsigned char>(own_lag[i % 2]);
@@ -118,6 +118,7 @@ private:
     // How many lanes have a lower key.
     FLASHLLM_DEVICE static int rank(int key) {
         int lower = 0;
+#pragma unroll 8
         for (int lane = 0; lane < kLanes; ++lane) lower += __shfl_sync(0xffffffffu, key, lane) < key;
         return lower;
     }

@@ -102,7 +102,7 @@ MUTATIONS = (
     Mutation("traded columns go on beyond the ring", RING, "(row - at.lag(1)) % Ring::kRows", "(row - at.lag(1))"),
     Mutation("streams keep their column", RING, "% Ring::kRows * bitmap::kRowBytes + at.column_byte(0)",
              "% Ring::kRows * bitmap::kRowBytes + bitmap::Places::own().column_byte(0)"),
-    Mutation("second streams are first ones", "flashllm/bitmap.cuh", "lane(stream) * 4 + stream * 2", "lane(stream) * 4"),
+    Mutation("second streams are first ones", DECODE, "lane(stream) * 4 + stream * 2", "lane(stream) * 4"),
     Mutation("masks before the run are not counted", RING, "i < first - known ? ~0u : 0u", "0u"),
     Mutation("more masks than there are before the run", RING, "i < first - known ? ~0u : 0u", "~0u"),
     Mutation("masks before the run are the first", RING, "static_cast<long long>(known) * b", "0 * b"),

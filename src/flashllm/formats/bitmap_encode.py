@@ -192,8 +192,8 @@ def read_streams(
 def estimated_value_bytes(grid: tuple[int, int], density: float) -> int:
     """Bytes of the values of random elements in ``grid`` tiles along M and along K; ``density`` is of the elements.
 
-    In a run the longest of the 256 streams is some standard deviations ahead of the mean, until they trade columns: then
-    columns are as far apart as a stream gets in so many tiles. Within 5 % at densities from 0.05 to 0.9 (measured).
+    In a run the longest of the 256 streams is some standard deviations ahead of the mean, until they trade columns:
+    then columns are as far apart as a stream gets in so many tiles. Within 5 % at densities from 0.05 to 0.9.
     """
     runs = runs_of(grid)
     tiles = grid[0] * grid[1] / runs.count

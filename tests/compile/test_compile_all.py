@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel of the package compiles for every architecture, without spills and within shared memory.
 
-By default every kernel for sm_90a, with one value type, and for one or two of its other architectures in turn, so that
-each has its share; with ``FLASHLLM_COMPILE=all`` for all of them, as ``flashllm compile --all`` does.
+By default every kernel for sm_90a and for one of its other architectures in turn, with one value type each, so that all
+have their share; with ``FLASHLLM_COMPILE=all`` for all of them, as ``flashllm compile --all`` does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def archs_of(spec: KernelSpec) -> tuple[str, ...]:
         return spec.archs
     others = [arch for arch in spec.archs if arch != "90a"]
     twins = [other for other in SPECS if kernel_of(other) == kernel_of(spec)]
-    chosen = [others[SPECS.index(spec) % len(others)]] if others else []
+    turn = SPECS.index(twins[0])
+    chosen = [others[turn % len(others)]] if others and spec == twins[turn % len(twins)] else []
     return tuple(chosen + ["90a"] * ("90a" in spec.archs and spec == twins[0]))
 
 

@@ -230,7 +230,7 @@ DENSEST = {(32, 2): 0.1, (64, 2): 0.07}
 
 def choices_for(arch: str) -> tuple[slot24.Choice, ...]:
     """Two windows of x and three; parts and groups of either shape; units that are swapped."""
-    wanted = ((32, 64, 2), (16, 32, 4), (8, 64, 4), (8, 32, 2))
+    wanted = ((32, 64, 2), (16, 32, 4), (8, 64, 4), (16, 32, 2))
     instances = [c for c in slot24.instances() if c.dtype == "fp16" and c.spec.supports(arch)]
     return tuple(next(c for c in instances if (c.n_block, c.part_rows, c.group_values) == one) for one in wanted)
 

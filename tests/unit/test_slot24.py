@@ -239,9 +239,9 @@ def test_facts() -> None:
     assert isinstance(w, SparseWeight)
     assert (w.format, w.shape, w.dtype, w.tiles, w.window) == ("slot24", (200, 300), "fp16", (2, 6), 128)
     assert (w.nnz, w.density, w.sparsity) == (15_000, 0.25, 0.75)
-    assert w.nbytes == 12 * (1024 + 1024 + 512) + w.values.nbytes + 4 * 13 + 512
+    assert w.nbytes == 12 * (1024 + 1024 + 512) + w.values.nbytes + 4 * 13 + 1024
     tall = Slot24.from_dense(a, window=128, part_rows=64, group_values=4)
-    assert tall.nbytes == 12 * (1024 + 1024 + 256) + tall.values.nbytes + 4 * 13 + 512
+    assert tall.nbytes == 12 * (1024 + 1024 + 256) + tall.values.nbytes + 4 * 13 + 1024
     assert not w.is_device
     assert w.to_host() is w
     assert set(w.arrays()) == {"masks", "values", "fronts", "places", "picks", "columns"}

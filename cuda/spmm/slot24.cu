@@ -355,7 +355,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             ++tile;
             in_window ^= 1;
             if (kTeams == 2) {
-                if (restart != 2 * tile && tile != split_count) trade_at(2 * tile);
+                if (tile != split_count) trade_at(2 * tile);
                 if (restart <= 2 * tile) {
                     restart_at(2 * tile);
                     leave_run();

@@ -74,6 +74,7 @@ MUTATIONS = (
              RELEASE + WORDS + FIRST_TEAM),
     Mutation("no wrap before a tile", KERNEL, WRAP + WORD_0, WORD_0),
     Mutation("no wrap within a tile", KERNEL, WRAP + WORD_1, WORD_1),
+    Mutation("streams do not trade columns", KERNEL, "                trade_at(tile);\n"),
     Mutation("both tiles of a step are the first", KERNEL, "L::kStepTiles == 1 ? 0 : in_window;", "0;"),
     Mutation("masks of a step's first tile", KERNEL, "stage + in_step * bitmap::kMaskBytes +", "stage +"),
     Mutation("columns of a step's first tile", KERNEL, "L::kColumnsAt + in_step * L::kColumnBytes +",

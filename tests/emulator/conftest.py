@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from flashllm import registry
 from flashllm.backends import emulator
+from flashllm.io.files import locked
 from products import arch_of
 
 
@@ -22,8 +22,8 @@ def _compiler() -> None:
 def kernels() -> None:
     """Every instance of the product kernels, compiled together: a third of the time of one by one."""
     specs = list(dict.fromkeys(spec for name in registry.FORMATS for spec in registry.kernel(name).specs()))
-    with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "kernels.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker compiles the same: then all come from the cache
+    # Another worker compiles the same: then all come from the cache.
+    with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "kernels.lock").open("w") as lock, locked(lock.fileno()):
         for arch in ("80", "90a", "120a"):
             chosen = [spec for spec in specs if arch_of(spec) == arch or (arch == "80" and spec.supports("80"))]
             emulator.preload(chosen, build=emulator.BuildOptions(arch=arch))

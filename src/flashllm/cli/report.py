@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import click
 
 from flashllm.cli._cases import usage_errors
+from flashllm.io.files import write_whole
 
 
 @click.command()
@@ -38,18 +37,5 @@ def command(files: tuple[Path, ...], out: Path, title: str) -> None:
             for line, row in results.read_numbered(file)
         ]
     text = page.render(rows, title=title)
-    _replace(out, text)
+    write_whole(out, text, mode=0o644)
     click.echo(f"{len(rows)} rows, {len(text) / 1e6:.1f} MB: {out}", err=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening files that may be anything, and locks between processes."""
+"""Opening files that may be anything, writing them whole, and locks between processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,21 @@ def _check_regular(mode: int, path: str | Path) -> None:
     if not stat.S_ISREG(mode):
         got = _KINDS.get(stat.S_IFMT(mode), "something else")
         raise FormatError(field="file", expected="a regular file", got=got, path=str(path))
+
+
+def write_whole(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Put a file with ``text`` and permissions ``mode`` in place of ``path``: whole, on disk, or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(mode)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flashllm.io.files import locked
+from flashllm.io.files import locked, write_whole
 from flashllm.jit.cache import tune_dir
 from flashllm.registry import FORMATS, kernel
 
@@ -123,7 +121,7 @@ def store(
         )
         choices: dict[str, Any] = dict(sorted(entries.items()))
         payload = {"version": VERSION, "choices": {key: asdict(value) for key, value in choices.items()}}
-        _replace(path, payload)
+        write_whole(path, json.dumps(payload, indent=1))
     _loaded.clear()
     return path
 
@@ -133,19 +131,6 @@ def _writing(folder: Path) -> Iterator[None]:
     """Hold the lock of all writers in ``folder``: on a file of its own, as the others are replaced."""
     with (folder / _LOCK).open("ab") as lock, locked(lock.fileno()):
         yield
-
-
-def _replace(path: Path, payload: dict[str, Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(payload, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path) -> dict[str, Measurement]:

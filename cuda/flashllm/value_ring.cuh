@@ -128,6 +128,12 @@ struct Streams {
         high = begin + (row - at.lag(1)) % Ring::kRows * bitmap::kRowBytes + at.column_byte(1);
     }
 
+    // Before tile `next` of the matrix, a multiple of kPlaceTiles: both go on in other columns, as stored.
+    FLASHLLM_DEVICE void trade(const Ring& ring, const unsigned* places, const int* fronts, int next, int thread) {
+        const bitmap::Places at{__ldg(places + next / bitmap::kPlaceTiles * bitmap::kTileThreads + thread)};
+        go_on(ring, at, __ldg(fronts + next));
+    }
+
     // Moves on behind the elements of a tile that another warp decodes.
     FLASHLLM_DEVICE void skip(uint2 mask) {
         low += (__popc(mask.x & bitmap::kLowBits) + __popc(mask.y & bitmap::kLowBits)) * bitmap::kRowBytes;

@@ -338,8 +338,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                 restart = next_restart();
                 restart_front = __ldg(fronts + first + min(restart, count));
             } else if (next % bitmap::kPlaceTiles == 0) {
-                const bitmap::Places at{__ldg(places + next / bitmap::kPlaceTiles * bitmap::kTileThreads + threadIdx.x)};
-                streams.go_on(ring, at, __ldg(fronts + next));
+                streams.trade(ring, places, fronts, next, threadIdx.x);
             }
             stop = min(min(chains.chain_end, restart), next_trade(tile));
         }

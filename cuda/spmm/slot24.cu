@@ -307,9 +307,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         // Streams trade columns before tiles that are multiples of kPlaceTiles. (Opaque: see bitmap.cu.)
         const auto trade_at = [&](int tile) {
             const int next = first + tile;
-            if (next % bitmap::kPlaceTiles != 0) return;
-            const bitmap::Places at{__ldg(places + next / bitmap::kPlaceTiles * bitmap::kTileThreads + thread)};
-            streams.go_on(ring, at, __ldg(fronts + next));
+            if (next % bitmap::kPlaceTiles == 0) streams.trade(ring, places, fronts, next, thread);
         };
         const auto next_stop = [&](int tile) {
             if (kTeams == 2) return chains.chain_end;

@@ -96,7 +96,7 @@ MUTATIONS = (
              "} else if (false) {"),
     Mutation("streams trade columns a tile late", KERNEL, "- (first + tile) % bitmap::kPlaceTiles);",
              "- (first + tile) % bitmap::kPlaceTiles + 1);"),
-    Mutation("streams trade as the first did", KERNEL, "places + next / bitmap::kPlaceTiles * bitmap::kTileThreads +",
+    Mutation("streams trade as the first did", RING, "places + next / bitmap::kPlaceTiles * bitmap::kTileThreads +",
              "places +"),
     Mutation("traded columns are all at the front", RING, "(row - at.lag(0)) % Ring", "row % Ring"),
     Mutation("traded columns go on beyond the ring", RING, "(row - at.lag(1)) % Ring::kRows", "(row - at.lag(1))"),

@@ -85,24 +85,30 @@ FLASHLLM_DEVICE long long value_index(int row, int part, int lane, int stream) {
 // Lags and columns of all streams of a run, one warp: a lane has those of its number, of every part and half.
 struct Columns {
     int lag[kParts][2] = {};
-    int lane[kParts][2];  // whose column it is
+    int lane[kParts][2];   // whose column it is
+    int giver[kParts][2];  // whose stream had it before
 
     FLASHLLM_DEVICE Columns() {
-        for (int part = 0; part < kParts; ++part) lane[part][0] = lane[part][1] = threadIdx.x;
+        for (int part = 0; part < kParts; ++part) {
+            lane[part][0] = lane[part][1] = giver[part][0] = giver[part][1] = threadIdx.x;
+        }
     }
 
     FLASHLLM_DEVICE Places places(int part) const {
-        return {static_cast<unsigned>(lag[part][0] | lane[part][0] << 8 | lag[part][1] << 16 | lane[part][1] << 24)};
+        return {Places::pack(giver[part][0], lane[part][0], lag[part][0]) |
+                Places::pack(giver[part][1], lane[part][1], lag[part][1]) << 16};
     }
 
     // The stream with the most values to come, `total`, gets the column that is furthest behind, and so on. Of equals the
     // lower lane comes first.
     FLASHLLM_DEVICE void trade(const int (&total)[kParts][2]) {
-        __shared__ unsigned char lags[kLanes], ordered[kLanes];  // by column; columns, the one furthest behind first
+        __shared__ unsigned char lags[kLanes], streams[kLanes];  // by column
+        __shared__ unsigned char ordered[kLanes];                // columns, the one furthest behind first
 #pragma unroll  // or the registers had to be in memory
         for (int i = 0; i < 2 * kParts; ++i) {
             int(&own_lag)[2] = lag[i / 2], (&own_lane)[2] = lane[i / 2];
             lags[own_lane[i % 2]] = static_cast<unsigned char>(own_lag[i % 2]);
+            streams[own_lane[i % 2]] = static_cast<unsigned char>(threadIdx.x);
             __syncwarp();
             ordered[rank((kSlack - lags[threadIdx.x]) * kLanes + threadIdx.x)] = static_cast<unsigned char>(threadIdx.x);
             constexpr int kMost = kStreamElements * kPlaceTiles;
@@ -110,6 +116,7 @@ struct Columns {
             __syncwarp();
             own_lane[i % 2] = ordered[place];
             own_lag[i % 2] = lags[ordered[place]];
+            giver[i / 2][i % 2] = streams[ordered[place]];
             __syncwarp();
         }
     }

@@ -40,16 +40,20 @@ constexpr int kChunkBytes = kParts * kPartChunkBytes;
 
 constexpr int kGroup = 4;                    // elements of a group
 
-// Where the two streams of a lane go on: rows behind the front, and the lanes whose columns of the value rows they have.
+// Where the two streams of a lane go on. As stored, two half words with five bits each for the lane of the stream that had
+// the column of the value rows before, for the lane of the column, and for how many rows that is behind the front.
 struct Places {
-    unsigned packed;  // as stored, a byte each: rows and lane of the first, rows and lane of the second
+    unsigned packed;
 
-    FLASHLLM_DEVICE int lag(int stream) const { return packed >> (16 * stream) & 0xff; }
-    FLASHLLM_DEVICE int lane(int stream) const { return packed >> (16 * stream + 8) & 0xff; }
+    FLASHLLM_DEVICE static unsigned pack(int giver, int lane, int lag) { return giver | lane << 5 | lag << 10; }
+    // Its low five bits are the lane, which is all that a shuffle looks at.
+    FLASHLLM_DEVICE int giver(int stream) const { return static_cast<int>(packed >> (16 * stream)); }
+    FLASHLLM_DEVICE int lane(int stream) const { return packed >> (16 * stream + 5) & 0x1f; }
+    FLASHLLM_DEVICE int lag(int stream) const { return packed >> (16 * stream + 10) & 0x1f; }
     // Of the column in a value row, whose lanes have two values each.
     FLASHLLM_DEVICE unsigned column_byte(int stream) const { return lane(stream) * 4 + stream * 2; }
     // At the front, each in its own column: where a run begins.
-    FLASHLLM_DEVICE static Places own() { return {(threadIdx.x & 31) * 0x01000100u}; }
+    FLASHLLM_DEVICE static Places own() { return {(threadIdx.x & 31) * 0x00210021u}; }
 };
 
 // Elements of a mask word that belong to the first and to the second stream.

@@ -96,11 +96,13 @@ struct ValueRing {
 template <typename Ring>
 struct Streams {
     unsigned low, high, begin;  // begin: of the part's ring
+    bitmap::Places coming;      // at the next tile where streams trade columns: nothing waits for it then
 
     // Of lane `thread` of a tile, before tile `first`, in the format's run that begins at tile `restart`. There streams stand
     // at the front, every kPlaceTiles tiles where the places say; from the last such tile on masks are counted.
+    // end: of the block's tiles, behind `first`.
     FLASHLLM_DEVICE Streams(const Ring& ring, const unsigned char* masks, const int* fronts, const unsigned* places,
-                            int first, int restart, int part, int thread) {
+                            int first, int end, int restart, int part, int thread) {
         begin = ring.part(part);
         const int stored = first / bitmap::kPlaceTiles * bitmap::kPlaceTiles, known = max(stored, restart);
         const int front = __ldg(fronts + known) - ring.origin;
@@ -119,19 +121,21 @@ struct Streams {
         }
         low = begin + low_row * bitmap::kRowBytes + at.column_byte(0);
         high = begin + high_row * bitmap::kRowBytes + at.column_byte(1);
+        load_coming(places, first, end, thread);
     }
 
-    // Both go on at other places: at the begin of a run, and where streams trade columns. `front`: there.
-    FLASHLLM_DEVICE void go_on(const Ring& ring, const bitmap::Places& at, int front) {
-        const int row = front - ring.origin;
-        low = begin + (row - at.lag(0)) % Ring::kRows * bitmap::kRowBytes + at.column_byte(0);
-        high = begin + (row - at.lag(1)) % Ring::kRows * bitmap::kRowBytes + at.column_byte(1);
+    // At the begin of a run both go on at the front, each in its own column.
+    FLASHLLM_DEVICE void restart(const Ring& ring, int front) {
+        const unsigned row = begin + (front - ring.origin) % Ring::kRows * bitmap::kRowBytes;
+        low = row + bitmap::Places::own().column_byte(0);
+        high = row + bitmap::Places::own().column_byte(1);
     }
 
-    // Before tile `next` of the matrix, a multiple of kPlaceTiles: both go on in other columns, as stored.
-    FLASHLLM_DEVICE void trade(const Ring& ring, const unsigned* places, const int* fronts, int next, int thread) {
-        const bitmap::Places at{__ldg(places + next / bitmap::kPlaceTiles * bitmap::kTileThreads + thread)};
-        go_on(ring, at, __ldg(fronts + next));
+    // Before tile `next` of the matrix, a multiple of kPlaceTiles: streams trade columns, each goes on where another was.
+    FLASHLLM_DEVICE void trade(const unsigned* places, int next, int end, int thread) {
+        low = __shfl_sync(0xffffffffu, low, coming.giver(0));
+        high = __shfl_sync(0xffffffffu, high, coming.giver(1));
+        load_coming(places, next, end, thread);
     }
 
     // Moves on behind the elements of a tile that another warp decodes.
@@ -144,6 +148,13 @@ struct Streams {
     FLASHLLM_DEVICE void wrap() {
         if (low >= begin + Ring::kWrapBytes) low -= Ring::kWrapBytes;
         if (high >= begin + Ring::kWrapBytes) high -= Ring::kWrapBytes;
+    }
+
+private:
+    // What is stored of the first tile behind `tile` where streams trade, if that is before `end`.
+    FLASHLLM_DEVICE void load_coming(const unsigned* places, int tile, int end, int thread) {
+        const int stored = min(tile / bitmap::kPlaceTiles + 1, (end - 1) / bitmap::kPlaceTiles);
+        coming = {__ldg(places + stored * bitmap::kTileThreads + thread)};
     }
 };
 

@@ -291,7 +291,8 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
         };
-        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, restart, warp, threadIdx.x);
+        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, first + count, restart, warp,
+                                         threadIdx.x);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
@@ -333,12 +334,11 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                 if (tile == count) break;
             }
             const int next = first + tile;
+            if (next % bitmap::kPlaceTiles == 0) streams.trade(places, next, first + count, threadIdx.x);
             if (tile == restart) {
-                streams.go_on(ring, bitmap::Places::own(), restart_front);
+                streams.restart(ring, restart_front);
                 restart = next_restart();
                 restart_front = __ldg(fronts + first + min(restart, count));
-            } else if (next % bitmap::kPlaceTiles == 0) {
-                streams.trade(ring, places, fronts, next, threadIdx.x);
             }
             stop = min(min(chains.chain_end, restart), next_trade(tile));
         }

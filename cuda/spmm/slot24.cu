@@ -32,8 +32,9 @@ inline constexpr int kTeamsOf = kN > 32 ? slot24::kWindowTiles : 1;
 template <int kN>
 inline constexpr int kSlotThreads = kTeamsOf<kN> == 1 ? kThreads : 3 * bitmap::kTileThreads;
 
-constexpr int kFeedRegisters = 80, kMultiplyRegisters = 216;
-static_assert(kFeedRegisters + 2 * kMultiplyRegisters <= 512, "an SM has so many for each 128 threads");
+constexpr int kFeedRegisters = 72, kMultiplyRegisters = 216;
+static_assert(kFeedRegisters + 2 * kMultiplyRegisters <= 3 * 168,
+              "or warps wait for ever: 384 threads start with 168 registers each, the most that an SM has for them");
 
 // PartShape, but that in bands of 64 rows a warp has four fragments of 16 rows. Halves of a band and teams have slices of
 // K; warps with the same rows come one after the other, and with the same part too.
@@ -291,13 +292,13 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         Sum all;
         const auto write = [&](Accumulators<Out>& sum, int row) { store_fragments<Out>(sum, y, n0, row * S::kM, N, M); };
         const int part = warp / kTeams, team = warp % kTeams, thread = S::thread();
-        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, restart, part, thread);
+        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, first + count, restart, part, thread);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));
         const auto restart_at = [&](int tile) {
-            if (tile == restart) streams.go_on(ring, bitmap::Places::own(), restart_front);
+            if (tile == restart) streams.restart(ring, restart_front);
         };
         const auto leave_run = [&] {
             restart = next_restart();
@@ -307,7 +308,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         // Streams trade columns before tiles that are multiples of kPlaceTiles. (Opaque: see bitmap.cu.)
         const auto trade_at = [&](int tile) {
             const int next = first + tile;
-            if (next % bitmap::kPlaceTiles == 0) streams.trade(ring, places, fronts, next, thread);
+            if (next % bitmap::kPlaceTiles == 0) streams.trade(places, next, first + count, thread);
         };
         const auto next_stop = [&](int tile) {
             if (kTeams == 2) return chains.chain_end;
@@ -373,11 +374,12 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                     break;
                 }
             }
-            if (kTeams == 1 && tile == restart) {
-                restart_at(tile);
-                leave_run();
-            } else if (kTeams == 1) {
+            if (kTeams == 1) {
                 trade_at(tile);
+                if (tile == restart) {
+                    restart_at(tile);
+                    leave_run();
+                }
             }
             stop = next_stop(tile);
         }

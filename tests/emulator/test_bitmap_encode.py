@@ -15,7 +15,16 @@ from flashllm.encode.bitmap import run_arguments
 from flashllm.encode.source import BITS16, ROUNDING
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import GROUP, Position, _advance, chunks_for, encode_strips, unpack_masks
+from flashllm.formats.bitmap_encode import (
+    GROUP,
+    OWN_COLUMNS,
+    Position,
+    _advance,
+    chunks_for,
+    encode_strips,
+    places_at,
+    unpack_masks,
+)
 from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
@@ -36,7 +45,7 @@ def kernel(name: str, *template: str) -> KernelSpec:
 
 
 def join_runs(
-    lags: NDArray[np.uint8], fronts: NDArray[np.int32], places: NDArray[np.uint8], shape: tuple[int, int], **run: Any
+    lags: NDArray[np.uint8], fronts: NDArray[np.int32], places: NDArray[np.uint16], shape: tuple[int, int], **run: Any
 ) -> None:
     """Make the lags of the streams of ``lags``, which holds their counts, and fill ``fronts`` and ``places``."""
     tiles_m, tiles_k = tile_grid(shape)
@@ -66,7 +75,7 @@ def encode(
     lags, totals = np.full((tiles, 4, 64), 0xEE, np.uint8), np.zeros(5, np.uint64)
     emulator.launch(kernel("count", source), (tiles,), (*matrix, lags, totals, *size), **run)
     fronts = np.full(tiles + 1, -1, np.int32)
-    places = np.full((-(-tiles // 8), 4, 64, 2), 0xEE, np.uint8)
+    places = np.full((-(-tiles // 8), 4, 64), 0xEEEE, np.uint16)
     join_runs(lags, fronts, places, (rows, columns), **run)
     values = np.zeros((chunks_for(int(fronts[-1])), 4, 16, 32, 2), np.uint16)
     masks = np.full((tiles, 4, 32, 2), 0xDEADBEEF, np.uint32)
@@ -165,12 +174,12 @@ def test_streams_of_as_many_runs_as_there_can_be(grid: tuple[int, int], runs: in
     starts, columns, padding = map(np.concatenate, zip(*walked, strict=True))
     assert padding.any()
     lags, fronts = counts.astype(np.uint8), np.full(tiles + 1, -1, np.int32)
-    places = np.full((-(-tiles // 8), 4, 64, 2), 0xEE, np.uint8)
+    places = np.full((-(-tiles // 8), 4, 64), 0xEEEE, np.uint16)
     join_runs(lags, fronts, places, (grid[0] * 128, grid[1] * 64), seed=runs)
     np.testing.assert_array_equal(fronts, want)
     np.testing.assert_array_equal(lags, want[:-1, None, None] - starts)
-    np.testing.assert_array_equal(places[..., 0], lags[::8])
-    np.testing.assert_array_equal(places[..., 1], columns[::8] // 2)
+    wanted = places_at(np.arange(tiles), want[:-1], starts, columns, OWN_COLUMNS, of_format.first_tiles())
+    np.testing.assert_array_equal(places, wanted.pack())
 
 
 def test_zeros_that_let_streams_catch_up() -> None:

@@ -13,6 +13,7 @@ from test_spmm import multiply
 from flashllm import spmm
 from flashllm.formats import runs
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import Places
 from flashllm.matmul.bitmap import RING_ROWS
 from products import assert_exact, exact, integers, weight
 from weight_cases import PATTERNS
@@ -40,7 +41,7 @@ def test_exact_for_runs_that_start_at_any_tile(cp: Any, n: int) -> None:
         (("uniform", 0.5), ("skewed", 0.3), ("column", 0.1), ("even-columns", 0.9))
     ):
         w = weight(pattern, (256, 64 * tiles), density, "bf16", seed)
-        assert np.unique(Bitmap.from_dense(w).places[1:, ..., 0]).size > 10
+        assert np.unique(Places.unpack(Bitmap.from_dense(w).places[1:]).lags).size > 10
         for blocks in (2 * tiles, tiles, 37, 6):
             check(cp, w, n, seed, blocks=blocks, row_cost=0)
 
@@ -51,7 +52,7 @@ def test_exact_where_one_stream_leads_all_others(cp: Any) -> None:
         w = np.zeros((128, 64 * 90), np.float16)
         for row in (0, 8):
             w[row + 16 * (lane % 4) + lane // 4, lane % 4 * 2 + 1 :: 16] = 3
-        assert (Bitmap.from_dense(w).places[1, ..., 0] == 31).sum() == 255
+        assert (Places.unpack(Bitmap.from_dense(w).places[1]).lags == 31).sum() == 255
         for n, blocks in ((8, 1), (33, 7), (64, 90)):
             check(cp, w, n, lane, blocks=blocks, row_cost=0)
 
@@ -64,7 +65,7 @@ def test_exact_where_all_streams_but_one_lag_with_values(
     monkeypatch.setattr(runs, "RUNS", 1)  # or no stream would lag where places are stored
     for seed, (n, density, blocks) in enumerate(((8, 0.5, 1), (16, 0.9, 3), (33, 0.7, 2), (64, 0.3, 75))):
         w = weight("lagging", (128, columns), density, "fp16", seed)
-        assert all((lags == 31).sum() == 255 for lags in Bitmap.from_dense(w).places[1:, ..., 0])
+        assert all((lags == 31).sum() == 255 for lags in Places.unpack(Bitmap.from_dense(w).places[1:]).lags)
         for repeat in range(3):
             check(cp, w, n, repeat, blocks=blocks, row_cost=0)
 

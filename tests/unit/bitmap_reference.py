@@ -80,7 +80,8 @@ def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
             for column in values.values():
                 column += [0] * (fronts[-1] - len(column))
             has = {stream: stream for stream in STREAMS}
-        elif number % 8 == 0:
+        had = has
+        if number % 8 == 0 and number not in begins:
             # What comes until streams trade again, the run ends, or the row of tiles does.
             last = number
             while (last + 1) % 8 and (last + 1) % tiles_k and last + 1 < len(tiles) and last + 1 not in begins:
@@ -91,10 +92,12 @@ def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
                     half_streams = [(part, lane, half) for lane in range(32)]
                     lowest = sorted(half_streams, key=lambda column: len(values[column]))
                     longest = sorted(half_streams, key=lambda stream: -coming[stream])
-                    has |= dict(zip(longest, lowest, strict=True))
+                    has = has | dict(zip(longest, lowest, strict=True))
         if number % 8 == 0:
+            had_by = {column: stream for stream, column in had.items()}
             for stream in STREAMS:
-                places += [fronts[-1] - len(values[has[stream]]), has[stream][1]]
+                column = has[stream]
+                places.append(had_by[column][1] + 32 * column[1] + 1024 * (fronts[-1] - len(values[column])))
         front = max(len(values[has[stream]]) + len(found[stream]) for stream in STREAMS)
         word = dict.fromkeys(((part, lane, half) for part in range(4) for lane in range(32) for half in range(2)), 0)
         for stream in STREAMS:
@@ -151,7 +154,7 @@ def decode(masks: list[int], values: list[int], places: list[int], shape: tuple[
             has = {stream: stream for stream in STREAMS}
         elif number % 8 == 0:
             for i, (part, lane, half) in enumerate(STREAMS):
-                has[part, lane, half] = part, places[(number // 8 * 256 + i) * 2 + 1], half
+                has[part, lane, half] = part, places[number // 8 * 256 + i] // 32 % 32, half
         for stream in STREAMS:
             part, lane, half = stream
             column = has[stream]

@@ -24,6 +24,7 @@ from flashllm.formats.bitmap_encode import (
     PLACE_TILES,
     SLACK,
     STREAM_ELEMENTS,
+    Places,
     Position,
     estimated_value_bytes,
     flag_counts,
@@ -34,7 +35,7 @@ from flashllm.formats.runs import runs_of
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bitmap_v3.safetensors"
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bitmap_v4.safetensors"
 
 sizes = st.one_of(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 191, 256]), st.integers(1, 300))
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 1.0]), st.floats(0, 1))
@@ -64,8 +65,9 @@ def check_streams(w: Bitmap) -> int:
     assert (behind.min(axis=(1, 2)) == 0).all()
     assert fronts[0] == 0
     assert 0 <= np.diff(w.fronts).min() <= np.diff(w.fronts).max() <= STREAM_ELEMENTS
-    np.testing.assert_array_equal((fronts[:-1] - starts)[::PLACE_TILES], w.places[..., 0])
-    np.testing.assert_array_equal(columns[::PLACE_TILES], 2 * w.places[..., 1] + np.arange(64) % 2)
+    places = Places.unpack(w.places)
+    np.testing.assert_array_equal((fronts[:-1] - starts)[::PLACE_TILES], places.lags)
+    np.testing.assert_array_equal(columns[::PLACE_TILES], 2 * places.lanes + np.arange(64) % 2)
     by_column = [np.empty_like(starts), np.empty_like(starts)]
     for rows, at in zip((starts, ends), by_column, strict=True):
         np.put_along_axis(at, columns, rows, axis=2)
@@ -132,8 +134,10 @@ def test_one_stream_alone_makes_all_others_follow() -> None:
     w = Bitmap.from_dense(bits.view(np.float16))
     assert_as_written(w, bits)
     assert w.fronts.tolist() == [*range(0, 33, 4), 32]
-    assert (w.places[1, ..., 0] == 31).sum() == 255
-    assert w.places[1, 0, 60].tolist() == [31, 0], "in the ninth tile it has the column of the first that is behind"
+    places = Places.unpack(w.places[1])
+    assert (places.lags == 31).sum() == 255
+    at = tuple(int(field[0, 60]) for field in places)
+    assert at == (0, 0, 31), "in the ninth tile it has the column of the first that is behind"
     # The eighth tile takes every other stream a row further, the ninth none.
     assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[7] == 1) == 255
     assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[8]) == 1
@@ -192,7 +196,7 @@ def test_values_of_a_dense_matrix_have_no_zeros_but_at_the_end() -> None:
     w = Bitmap.from_dense(np.ones((256, 640), np.float16))
     assert check_streams(w) == 0
     assert w.values.size == 256 * 640 + 16 * 256
-    assert not w.places[..., 0].any()
+    assert not Places.unpack(w.places).lags.any()
     assert (w.masks == 0xFFFFFFFF).all()
 
 
@@ -213,7 +217,7 @@ def test_golden_file() -> None:
     a = golden_matrix()
     w = Bitmap.load(GOLDEN)
     np.testing.assert_array_equal(w.to_dense().view(np.uint16), cases.pruned(a))
-    assert w.places[1, ..., 0].max() > 10
+    assert Places.unpack(w.places).lags[1].max() > 10
     assert check_streams(w) > 0
     again = Bitmap.from_dense(a)
     for name, array in w.arrays().items():

@@ -16,6 +16,7 @@ import weight_cases as cases
 from flashllm.errors import FormatError
 from flashllm.formats import bitmap_check
 from flashllm.formats.bitmap import Bitmap
+from flashllm.formats.bitmap_encode import Places
 
 Parts = dict[str, Any]
 
@@ -23,9 +24,10 @@ Parts = dict[str, Any]
 def weight() -> Bitmap:
     """200 x 600: 20 tiles that reach over both edges, streams that caught up, places stored three times."""
     w = Bitmap.from_dense(cases.matrix("uniform", 200, 600, 0.4, 21, "fp16"))
-    assert w.places.shape == (3, 4, 64, 2)
-    assert w.places[1, ..., 0].max() > 20
-    assert (w.places[1, ..., 1] != np.arange(64) // 2).any()
+    assert w.places.shape == (3, 4, 64)
+    places = Places.unpack(w.places)
+    assert places.lags[1].max() > 20
+    assert (places.lanes[1] != np.arange(64) // 2).any()
     assert w.fronts[-1] % 16 not in (0, 15)
     return w
 
@@ -90,7 +92,7 @@ for _name, _wide, _signed in (
     ("masks", np.uint64, np.int32),
     ("values", np.uint32, np.int16),
     ("fronts", np.int64, np.uint32),
-    ("places", np.uint16, np.int8),
+    ("places", np.uint32, np.int16),
 ):
     maker(_name, f"{_name}_wider", lambda a, wide=_wide: a.astype(wide))
     maker(_name, f"{_name}_of_the_other_sign", lambda a, signed=_signed: a.view(signed))
@@ -115,35 +117,40 @@ poke("fronts", "fronts_huge", 7, lambda v: 2**31 - 1)
 poke("fronts", "fronts_least", 7, lambda v: -(2**31))
 poke("fronts", "fronts_late", 9, lambda v: v + 1)
 poke("fronts", "fronts_early", 9, lambda v: v - 1)
-poke("places", "lag_not_zero_at_the_start", 6, lambda v: 1)
-poke("places", "lag_one_more", 600, lambda v: v + 1)
-poke("places", "lag_one_less", 652, lambda v: v - 1 if v else 1)
-poke("places", "lag_of_255_rows", 800, lambda v: 255)
-poke("places", "last_lag", 3 * 512 - 2, lambda v: v ^ 1)
-poke("places", "lane_of_another_part", 601, lambda v: v | 32)
-poke("places", "lane_of_255", 3 * 512 - 1, lambda v: 255)
+poke("places", "lag_not_zero_at_the_start", 6, lambda v: v | 1 << 10)
+poke("places", "lag_one_more", 300, lambda v: v + (1 << 10))
+poke("places", "lag_one_less", 326, lambda v: v - (1 << 10) if v >> 10 else v + (1 << 10))
+poke("places", "lag_of_63_rows", 400, lambda v: v | 63 << 10)
+poke("places", "bit_above_the_lag", 500, lambda v: v | 1 << 15)
+poke("places", "last_lag", 3 * 256 - 1, lambda v: v ^ 1 << 10)
+poke("places", "giver_at_the_start", 8, lambda v: v ^ 2)
+poke("places", "another_giver", 700, lambda v: v ^ 1)
+poke("places", "last_giver", 3 * 256 - 1, lambda v: v ^ 16)
 
 
 @mutation("places")
 def a_lane_twice(p: Parts) -> int:
     """The second of two streams of a half that have the same column."""
-    p["places"][1, 2, 9, 1] = p["places"][1, 2, 5, 1]
-    return ((4 + 2) * 64 + 9) * 2 + 1
+    two = p["places"][1, 2, [5, 9]]
+    p["places"][1, 2, 9] = two[1] ^ (two[0] ^ two[1]) & 31 << 5
+    return (4 + 2) * 64 + 9
 
 
 @mutation("places")
 def streams_trade_where_a_run_begins(p: Parts) -> int:
     p["places"][0, 1, [4, 8]] = p["places"][0, 1, [8, 4]]
-    return (64 + 4) * 2 + 1
+    return 64 + 4
 
 
 @mutation("places")
 def two_streams_in_the_columns_of_each_other(p: Parts) -> int:
     """They go on where others ended, at other rows."""
-    rows = p["places"][1, 0, ::2, 0].astype(int)
-    first, second = next((i, j) for i in range(32) for j in range(i) if rows[i] != rows[j])
-    p["places"][1, 0, [2 * first, 2 * second], 1] = p["places"][1, 0, [2 * second, 2 * first], 1]
-    return (256 + 2 * second) * 2
+    places = Places.unpack(p["places"][1, 0, ::2])
+    first, second = next((i, j) for i in range(32) for j in range(i) if places.lags[i] != places.lags[j])
+    places.givers[[first, second]] = places.givers[[second, first]]
+    places.lanes[[first, second]] = places.lanes[[second, first]]
+    p["places"][1, 0, ::2] = places.pack()
+    return 256 + 2 * second
 
 
 @mutation("values")
@@ -193,7 +200,8 @@ def all_masks_empty(p: Parts) -> int:
 
 @mutation("places")
 def places_of_another_matrix(p: Parts) -> None:
-    p["places"][..., 0] = np.roll(p["places"][..., 0], 2, axis=2)
+    places = Places.unpack(p["places"])
+    p["places"][:] = places._replace(lags=np.roll(places.lags, 2, axis=2)).pack()
 
 
 @mutation("values")
@@ -317,8 +325,8 @@ def test_many_tiles_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     w = weight()
     w.validate()
     places = w.places.copy()
-    places[2, 1, 5, 0] ^= 1
-    with pytest.raises(FormatError, match=rf"places\[{(2 * 256 + 64 + 5) * 2}\]"):
+    places[2, 1, 5] ^= 1 << 10
+    with pytest.raises(FormatError, match=rf"places\[{2 * 256 + 64 + 5}\]"):
         w.with_arrays({"places": places}).validate()
     masks = w.masks.copy()
     masks[17:, 3, 30] = 0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import weight_cases as cases
 from flashllm.errors import FormatError
+from flashllm.formats.bitmap_encode import Places
 from flashllm.formats.slot24 import Slot24
 
 Parts = dict[str, Any]
@@ -27,7 +28,7 @@ def weight(part_rows: int = 32, group_values: int = 4) -> Slot24:
     a = cases.matrix("uniform", 200, 600, density, 21, "fp16")
     w = Slot24.from_dense(a, window=WINDOW, part_rows=part_rows, group_values=group_values)
     assert w.tiles == (2, 6)
-    assert w.places[1, ..., 0].max() > 5
+    assert Places.unpack(w.places).lags[1].max() > 5
     return w
 
 
@@ -100,7 +101,7 @@ for _name, _wide, _signed in (
     ("masks", np.uint64, np.int32),
     ("values", np.uint32, np.int16),
     ("fronts", np.int64, np.uint32),
-    ("places", np.uint16, np.int8),
+    ("places", np.uint32, np.int16),
     ("picks", np.uint64, np.int32),
     ("columns", np.uint16, np.int8),
 ):
@@ -234,8 +235,8 @@ def all_masks_empty(p: Parts) -> int:
 
 @mutation("places")
 def lag_one_more(p: Parts) -> int:
-    p["places"].reshape(-1)[600] += 1
-    return 600
+    p["places"].reshape(-1)[300] += 1 << 10
+    return 300
 
 
 @mutation("values")
@@ -349,7 +350,7 @@ def test_any_pairing_in_any_order_is_valid(part_rows: int) -> None:
         masks=np.array(written.bitmap.masks, np.uint32).reshape(-1, 4, 32, 2),
         values=np.array(written.bitmap.values, np.uint16).reshape(-1, 4, 16, 32, 2),
         fronts=np.array(written.bitmap.fronts, np.int32),
-        places=np.array(written.bitmap.places, np.uint8).reshape(-1, 4, 64, 2),
+        places=np.array(written.bitmap.places, np.uint16).reshape(-1, 4, 64),
         picks=np.array(written.picks, np.uint32).reshape(-1, 4, 32, 2),
         columns=np.array(written.columns, np.uint8).reshape(-1, 4, 32, 128 // part_rows),
     )

@@ -88,7 +88,7 @@ def encode(
     count, row_cost = run_arguments(shape)
     lengths = cupy.empty(int(count), np.int32)
     runs = (np.int32(tiles_m), np.int32(tiles_k), count, row_cost)
-    places = cupy.empty((-(-tiles // PLACE_TILES), PARTS, STREAMS, 2), np.uint8)
+    places = cupy.empty((-(-tiles // PLACE_TILES), PARTS, STREAMS), np.uint16)
     launch(_run_spec("place"), lengths.shape, (lags, fronts, lengths, places, *runs))
     launch(_run_spec("join"), lengths.shape, (lengths, fronts, *runs))
     rows, nnz = (int(v) for v in cupy.stack([fronts[-1].astype(np.int64), totals[0].astype(np.int64)]).get())

@@ -42,13 +42,13 @@ class Bitmap(SparseWeight):
 
     ``masks`` is uint32 [tiles, 4, 32, 2], two words for each lane of the four warps that share a tile of 128 x 64;
     ``values`` uint16 [chunks, 4, 16, 32, 2], 16 rows of values of all lanes together; ``fronts`` int32 [tiles + 1] the
-    value row that the longest stream has reached when a tile begins; ``places`` uint8 [ceil(tiles / 8), 4, 64, 2] how
-    many rows each stream is behind that at every eighth tile, and the lane whose column it has from there on. ``nnz``
-    does not count the zeros that keep streams from falling behind.
+    value row that the longest stream has reached when a tile begins; ``places`` uint16 [ceil(tiles / 8), 4, 64] which
+    column each stream has from every eighth tile on, which had it before, and how many rows that is behind (``Places``
+    in bitmap_encode.py). ``nnz`` does not count the zeros that keep streams from falling behind.
     """
 
     FORMAT: ClassVar[str] = "bitmap"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "places")
 
     masks: Any = field(repr=False)

@@ -15,15 +15,16 @@ from flashllm.errors import FormatError
 from flashllm.formats.bitmap_encode import (
     CHUNK_ROWS,
     LANES,
-    OWN_COLUMNS,
     PARTS,
     PLACE_TILES,
     SLACK,
     STREAM_ELEMENTS,
     STREAMS,
+    Places,
     Position,
     chunks_for,
     flag_counts,
+    places_at,
     stream_order,
     stream_starts,
     unpack_masks,
@@ -53,7 +54,7 @@ def check_buffers(
         "masks": (masks, np.uint32, (tiles, PARTS, LANES, 2)),
         "values": (values, np.uint16, (None, PARTS, CHUNK_ROWS, LANES, 2)),
         "fronts": (fronts, np.int32, (tiles + 1,)),
-        "places": (places, np.uint8, (-(-tiles // PLACE_TILES), PARTS, STREAMS, 2)),
+        "places": (places, np.uint16, (-(-tiles // PLACE_TILES), PARTS, STREAMS)),
     }
     for field, (array, dtype, dimensions) in wanted.items():
         check_array(field, array, dtype, dimensions, reason=f"{tiles_m} x {tiles_k} tiles", path=path)
@@ -66,7 +67,7 @@ def check_content(
     masks: NDArray[np.uint32],
     values: NDArray[np.uint16],
     fronts: NDArray[np.int32],
-    places: NDArray[np.uint8],
+    places: NDArray[np.uint16],
     path: str | None = None,
 ) -> None:
     """``FormatError`` unless masks, fronts, places, values and ``nnz`` agree.
@@ -91,9 +92,10 @@ def check_content(
         tiles = np.arange(start, min(start + _CHUNK_TILES, len(masks)))
         kept = unpack_masks(masks[tiles])
         counts = flag_counts(kept)
+        before = position.columns
         starts, columns = stream_starts(counts, position, fronts, places, start, restarts)
         _check_streams(tiles, starts, counts, fronts, path)
-        _check_places(tiles, starts, fronts, places, restarts, path)
+        _check_places(places, tiles, places_at(tiles, fronts[tiles], starts, columns, before, restarts), path)
         stored = (values.reshape(-1)[value_places(counts, starts, columns)] & MAGNITUDE) != 0
         found += int(np.count_nonzero(stored))
         _check_inside(shape, tiles, kept, stored, path)
@@ -129,9 +131,9 @@ def _check_fronts(fronts: NDArray[np.int32], chunks: int, path: str | None) -> N
         )
 
 
-def _check_lanes(places: NDArray[np.uint8], path: str | None) -> None:
+def _check_lanes(places: NDArray[np.uint16], path: str | None) -> None:
     """In each half of a part every lane has one column."""
-    lanes = places[..., 1].reshape(len(places), PARTS, LANES, 2)
+    lanes = Places.unpack(places).lanes.reshape(len(places), PARTS, LANES, 2)
     sound = (np.sort(lanes, axis=2) == np.arange(LANES)[:, None]).all(axis=(1, 2, 3))
     if sound.all():
         return
@@ -140,41 +142,35 @@ def _check_lanes(places: NDArray[np.uint8], path: str | None) -> None:
         for half in range(2):
             found = lanes[at, part, :, half].tolist()
             for lane, column in enumerate(found):
-                if column >= LANES or column in found[:lane]:
-                    index = ((at * PARTS + part) * STREAMS + 2 * lane + half) * 2 + 1
+                if column in found[:lane]:
                     raise FormatError(
                         field="places",
-                        index=index,
-                        expected="a lane below 32 that no stream of the half has yet",
-                        got=str(column),
+                        index=(at * PARTS + part) * STREAMS + 2 * lane + half,
+                        expected="a column of a lane whose column no stream of the half has yet",
+                        got=f"that of lane {column}",
                         path=path,
                     )
 
 
-def _check_places(
-    tiles: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    fronts: NDArray[np.int32],
-    places: NDArray[np.uint8],
-    restarts: NDArray[np.int64],
-    path: str | None,
-) -> None:
-    """Stored rows are those where columns ended; where a run begins each stream has its own column."""
-    stored = np.flatnonzero(tiles % PLACE_TILES == 0)
-    at = places[tiles[stored] // PLACE_TILES].astype(np.int64)
-    want = np.empty_like(at)
-    want[..., 0] = fronts[tiles[stored]].astype(np.int64)[:, None, None] - starts[stored]
-    begins = np.isin(tiles[stored], restarts)[:, None, None]
-    want[..., 1] = np.where(begins, OWN_COLUMNS // 2, at[..., 1])
-    if (at != want).any():
-        wrong = int(np.argmax((at != want).ravel()))
-        raise FormatError(
-            field="places",
-            index=int(tiles[stored[0]]) // PLACE_TILES * at[0].size + wrong,
-            expected=str(want.ravel()[wrong]),
-            got=str(at.ravel()[wrong]),
-            path=path,
-        )
+def _check_places(places: NDArray[np.uint16], tiles: NDArray[np.int64], want: Places, path: str | None) -> None:
+    """Of the multiples of ``PLACE_TILES`` among ``tiles``: columns go on where they ended, in no other order."""
+    first = -(-int(tiles[0]) // PLACE_TILES)
+    found = places[first : first + len(want.lanes)]
+    if (found == want.pack()).all():
+        return
+    wrong = int(np.argmax((found != want.pack()).ravel()))
+
+    def text(at: Places) -> str:
+        giver, lane, lag = (int(field.ravel()[wrong]) for field in at)
+        return f"the column of lane {lane}, from the stream of lane {giver}, {lag} rows behind the front"
+
+    raise FormatError(
+        field="places",
+        index=first * PARTS * STREAMS + wrong,
+        expected=text(want),
+        got=text(Places.unpack(found)),
+        path=path,
+    )
 
 
 def _check_streams(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,10 +52,8 @@ class EncodedBitmap:
     """
     fronts: NDArray[np.int32]
     """[tiles + 1]: value row behind the longest stream when a tile begins; last, at the end."""
-    places: NDArray[np.uint8]
-    """[ceil(tiles / 8), 4 parts, 64 streams, 2]: where each stream goes on at every eighth tile: rows behind the front,
-    and the lane whose column it has.
-    """
+    places: NDArray[np.uint16]
+    """[ceil(tiles / 8), 4 parts, 64 streams]: where each stream goes on at every eighth tile; see :class:`Places`."""
     nnz: int
 
 
@@ -100,6 +99,26 @@ def flag_counts(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
     return counts
 
 
+class Places(NamedTuple):
+    """Where streams go on, each [..., 4, 64] by stream. Packed: five bits each, the last field the highest."""
+
+    givers: NDArray[np.integer]
+    """Lanes of the streams that had the columns before."""
+    lanes: NDArray[np.integer]
+    """Lanes of the columns."""
+    lags: NDArray[np.integer]
+    """Rows behind the front."""
+
+    @classmethod
+    def unpack(cls, packed: NDArray[np.uint16]) -> Places:
+        """The fields of ``packed``."""
+        return cls(packed & 31, packed >> 5 & 31, packed >> 10)
+
+    def pack(self) -> NDArray[np.uint16]:
+        """As they are stored."""
+        return (self.givers | self.lanes << 5 | self.lags << 10).astype(np.uint16)
+
+
 OWN_COLUMNS = np.broadcast_to(np.arange(STREAMS), (PARTS, STREAMS))
 """The columns of streams at the begin of a run: number 2 * lane + half, as the stream's."""
 
@@ -119,9 +138,7 @@ class Position:
     @property
     def heights(self) -> NDArray[np.int64]:
         """Rows [4, 64], by column."""
-        heights = np.empty_like(self.rows)
-        np.put_along_axis(heights, self.columns, self.rows, axis=1)
-        return heights
+        return by_column(self.rows, self.columns)
 
     def traded(self, lanes: NDArray[np.integer]) -> Position:
         """The streams in the columns of ``lanes`` [4, 64]: each goes on where the column ended."""
@@ -129,11 +146,38 @@ class Position:
         return Position(np.take_along_axis(self.heights, columns, axis=1), columns)
 
 
+def by_column(of_streams: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What ``of_streams`` [..., 64] says of streams, by the ``columns`` [..., 64] that they have."""
+    out = np.empty_like(columns)
+    np.put_along_axis(out, columns, of_streams, axis=-1)
+    return out
+
+
+def places_at(
+    tiles: NDArray[np.int64],
+    fronts: NDArray[np.integer],
+    starts: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    before: NDArray[np.int64],
+    restarts: NDArray[np.int64],
+) -> Places:
+    """What is stored of the multiples of ``PLACE_TILES`` among consecutive ``tiles``.
+
+    ``fronts`` [tiles], ``starts`` and ``columns`` [tiles, 4, 64] are of these tiles, ``before`` [4, 64] are the columns
+    that streams had before the first. Where a run begins, no stream gave its column to another.
+    """
+    stored = np.flatnonzero(tiles % PLACE_TILES == 0)
+    had = np.concatenate([before[None], columns])[stored]
+    had[np.isin(tiles[stored], restarts)] = OWN_COLUMNS
+    givers = np.take_along_axis(by_column(np.broadcast_to(OWN_COLUMNS, had.shape), had), columns[stored], axis=-1)
+    return Places(givers // 2, columns[stored] // 2, fronts[stored].astype(np.int64)[:, None, None] - starts[stored])
+
+
 def stream_starts(
     counts: NDArray[np.int64],
     position: Position,
     fronts: NDArray[np.int32],
-    places: NDArray[np.uint8],
+    places: NDArray[np.uint16],
     first: int,
     restarts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -152,7 +196,7 @@ def stream_starts(
         if tile in restarting:
             at = Position.at_front(int(fronts[tile]))
         elif tile % PLACE_TILES == 0:
-            at = position.traded(places[tile // PLACE_TILES, ..., 1])
+            at = position.traded(Places.unpack(places[tile // PLACE_TILES]).lanes)
         else:
             at = position
         span = slice(tile - first, end - first)
@@ -219,13 +263,14 @@ def encode_strips(
     tiles = tiles_m * tiles_k
     masks = np.empty((tiles, PARTS, LANES, 2), np.uint32)
     fronts = np.zeros(tiles + 1, np.int64)
-    places = np.zeros((-(-tiles // PLACE_TILES), PARTS, STREAMS, 2), np.uint8)
+    places = np.zeros((-(-tiles // PLACE_TILES), PARTS, STREAMS), np.uint16)
     values = _Values()
     position = Position.at_front(0)
     restarts = runs_of((tiles_m, tiles_k)).first_tiles()
     nnz = 0
     for grid_row, strip in enumerate(strips):
         first = grid_row * tiles_k
+        before = position.columns
         streams = stream_order(whole_tiles(strip, tiles_k))
         kept = (streams & MAGNITUDE) != 0
         counts = flag_counts(kept)
@@ -234,11 +279,10 @@ def encode_strips(
         counts += padding
         _pad(kept, padding, group_values)
         masks[first : first + tiles_k] = pack_masks(kept)
-        stored = np.arange(-first % PLACE_TILES, tiles_k, PLACE_TILES)
-        at = places[(first + stored) // PLACE_TILES]
-        at[..., 0] = fronts[first + stored][:, None, None] - starts[stored]
-        at[..., 1] = columns[stored] // 2
-        places[(first + stored) // PLACE_TILES] = at
+        stored = slice(-(-first // PLACE_TILES), -(-(first + tiles_k) // PLACE_TILES))
+        of_tiles = fronts[first : first + tiles_k]
+        numbers = np.arange(first, first + tiles_k)
+        places[stored] = places_at(numbers, of_tiles, starts, columns, before, restarts).pack()
         where = value_places(counts, starts, columns)
         values.put(streams, kept, where, int(fronts[first + tiles_k]), done=(grid_row + 1) / tiles_m)
     if int(fronts[-1]) > MAX_ROWS:

@@ -47,7 +47,7 @@ class Slot24(SparseWeight):
     """
 
     FORMAT: ClassVar[str] = "slot24"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     BUFFERS: ClassVar[tuple[str, ...]] = ("masks", "values", "fronts", "places", "picks", "columns")
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},

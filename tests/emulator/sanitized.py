@@ -23,7 +23,6 @@ from flashllm.backends.emulator import BuildOptions
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.slot24 import Slot24
 from flashllm.jit.spec import KernelSpec
-from flashllm.matmul import slot24
 from products import assert_exact, exact, integers, packed, weight
 
 
@@ -47,8 +46,6 @@ def products() -> None:
         w = weight(pattern, shape, 0.4, "fp16")
         sparse = packed(name, w, **({} if number < len(cases) else {"part_rows": 64}))
         choice = registry.kernel(name).default_choice(sparse, n, arch=arch)
-        if name == "slot24" and n == slot24.WIDE:
-            choice = next(c for c in slot24.candidates(sparse, n, arch=arch) if c.n_block == slot24.WIDE)
         jobs.append((arch, integers(np.random.default_rng(n), (n, shape[1]), "fp16"), w, sparse, choice))
     for arch in {job[0] for job in jobs}:  # together, which takes half the time
         specs = dict.fromkeys(job[-1].spec for job in jobs if job[0] == arch)

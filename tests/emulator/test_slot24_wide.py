@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 def wide(w: Slot24) -> slot24.Choice:
     """The instance of the layout of ``w``."""
-    return next(c for c in slot24.candidates(w, 64, arch=ARCH) if c.n_block == slot24.WIDE)
+    return slot24.default_choice(w, slot24.WIDE, arch=ARCH)
 
 
 def encode(w: NDArray[Any], layout: tuple[int, int], **options: Any) -> Slot24:

@@ -30,7 +30,7 @@ def check(cp: Any, w: NDArray[Any], n: int, layout: tuple[int, int], seed: int =
     dtype = "fp16" if w.dtype == np.float16 else "bf16"
     x = integers(np.random.default_rng(seed), (n, w.shape[1]), dtype)
     sparse = Slot24.from_dense(w, part_rows=layout[0], group_values=layout[1])
-    wide = next(c for c in slot24.candidates(sparse, 64, arch=device_facts().arch) if c.n_block == slot24.WIDE)
+    wide = slot24.default_choice(sparse, slot24.WIDE, arch=device_facts().arch)
     assert_exact(multiply(cp, x, sparse.to_device(), wide, **split), exact(x, w, dtype))
 
 
@@ -75,6 +75,6 @@ def test_repeats_give_the_same_bits(cp: Any, layout: tuple[int, int]) -> None:
     w[rng.random(w.shape) >= density(layout, 0.2)] = 0
     x = rng.standard_normal((64, 2600)).astype(np.float16)
     sparse = Slot24.from_dense(w, part_rows=layout[0], group_values=layout[1])
-    wide = next(c for c in slot24.candidates(sparse, 64, arch=device_facts().arch) if c.n_block == slot24.WIDE)
+    wide = slot24.default_choice(sparse, slot24.WIDE, arch=device_facts().arch)
     device = sparse.to_device()
     assert len({multiply(cp, x, device, wide).tobytes() for _ in range(30)}) == 1

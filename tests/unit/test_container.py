@@ -294,7 +294,7 @@ def test_files_say_the_version_of_the_format(name: str, tmp_path: Path) -> None:
     made.from_dense(cases.matrix("uniform", 20, 20, 0.1, 1, "fp16")).save(tmp_path / "w")
     inner = json.loads(read_header(tmp_path / "w").metadata["weights"])
     assert list(inner["weight"])[:2] == ["format", "version"]
-    assert inner["weight"]["version"] == made.VERSION == {"tiled-csl": 1, "bitmap": 3, "slot24": 3}[name]
+    assert inner["weight"]["version"] == made.VERSION == {"tiled-csl": 1, "bitmap": 4, "slot24": 4}[name]
     for version in (KeyError, 0, 1, 2, 3, 4, -1, True, "2", 2.0, None, [2]):
         made.from_dense(cases.matrix("uniform", 20, 20, 0.1, 1, "fp16")).save(tmp_path / "w")
         rewrite(tmp_path / "w", described(version=version))

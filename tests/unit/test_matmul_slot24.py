@@ -60,7 +60,7 @@ def test_one_instance_for_each_width_layout_and_type(arch: str) -> None:
     want = set(product(slot24.widths(arch), PARTS_OF, GROUP_VALUES, DTYPES, (True, False)))
     assert len(found) == len(want)
     assert {facts(c) for c in found} == want
-    assert {facts(c) for c in slot24.typical(arch)} == {fact for fact in want if fact[0] in slot24.N_BLOCKS}
+    assert {facts(c) for c in slot24.typical(arch)} == want
     specs = {c.spec for c in found}
     assert specs == {spec for spec in slot24.specs() if spec.supports(arch)}
     assert len(specs) == len(want) // 2
@@ -92,25 +92,29 @@ def test_blocks_that_share_an_sm_fit_its_shared_memory(arch: str) -> None:
         assert 65536 // (choice.resident_blocks * choice.spec.threads) >= 128, "registers of a thread"
 
 
-@pytest.mark.parametrize(("n", "blocks"), [(1, (8, 1)), (8, (8, 1)), (9, (16, 1)), (17, (32, 1)), (33, (32, 2)),
-                                           (64, (32, 2)), (65, (32, 3)), (200, (32, 7))])  # fmt: skip
-def test_plan_covers_n(n: int, blocks: tuple[int, int]) -> None:
-    for device in (H100, A100):
+@pytest.mark.parametrize(
+    ("n", "narrow", "wide"),
+    [(1, (8, 1), (8, 1)), (8, (8, 1), (8, 1)), (9, (16, 1), (16, 1)), (17, (32, 1), (32, 1)), (33, (32, 2), (64, 1)),
+     (64, (32, 2), (64, 1)), (65, (32, 3), (64, 2)), (200, (32, 7), (64, 4))],
+)  # fmt: skip
+def test_plan_covers_n(n: int, narrow: tuple[int, int], wide: tuple[int, int]) -> None:
+    for device, blocks in ((H100, wide), (A100, narrow)):
         chosen = plan(packed(), n, device=device)
         assert (chosen.choice.n_block, chosen.grid[1]) == blocks
         assert chosen.spec in slot24.specs()
 
 
 def test_wide_blocks_take_windows_of_x_as_tiles() -> None:
-    """For 33 columns of x and more the tuner tries them, where registers can be shared out."""
+    """For 33 columns of x and more, where registers can be shared out; the tuner tries two of 32 as well."""
     w = packed((300, 1000), 0.05)
-    wide = [c for c in slot24.candidates(w, 33, arch="90a") if c.n_block == slot24.WIDE]
-    assert len(wide) == 1
-    assert slot24.usable(wide[0])
+    wide = slot24.default_choice(w, 33, arch="90a")
+    assert wide.n_block == slot24.WIDE
+    assert slot24.usable(wide)
+    assert {c.n_block for c in slot24.candidates(w, 33, arch="90a")} == {32, slot24.WIDE}
     for n, arch in ((32, "90a"), (33, "80"), (33, "100a")):
         assert all(c.n_block in slot24.N_BLOCKS for c in slot24.candidates(w, n, arch=arch))
     for n, columns in ((33, 1), (64, 1), (65, 2)):
-        chosen = plan(w, n, device=H100, choice=wide[0])
+        chosen = plan(w, n, device=H100)
         assert isinstance(chosen.split, StreamK)
         assert (chosen.split.tiles_m, chosen.split.tiles_k) == (3, 4)
         assert chosen.grid == (chosen.split.blocks, columns)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flashllm.formats.slot24 import Slot24
 
 N_BLOCKS = (8, 16, 32)
-"""Columns of x one block computes."""
+"""Columns of x one block computes, on any architecture."""
 WIDE = 64
 """Columns of x of a block that has an SM for itself, on an architecture that can share out registers."""
 _WIDE_ARCHS = ("90a",)
@@ -172,7 +172,7 @@ def resident_blocks(arch: str, n_block: int) -> int:
 def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
     """What the heuristic takes for ``n`` columns of x on ``arch``."""
     layout = w.part_rows, w.group_values
-    return _choice(w.dtype, n_block_for(n, N_BLOCKS), layout, arch, aligned=w.shape[1] % 8 == 0)
+    return _choice(w.dtype, n_block_for(n, widths(arch)), layout, arch, aligned=w.shape[1] % 8 == 0)
 
 
 def _choice(dtype: str, n_block: int, layout: tuple[int, int], arch: str, *, aligned: bool) -> Choice:
@@ -232,8 +232,8 @@ def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
         choice = replace(base, blocks_per_sm=blocks_per_sm)
         if choice != base:
             yield choice
-    if n > N_BLOCKS[-1] and WIDE in widths(arch):
-        yield _choice(w.dtype, WIDE, (w.part_rows, w.group_values), arch, aligned=base.aligned)
+    if base.n_block == WIDE:
+        yield _choice(w.dtype, N_BLOCKS[-1], (w.part_rows, w.group_values), arch, aligned=base.aligned)
 
 
 def tune_key(w: Slot24, n: int) -> str:
@@ -270,7 +270,7 @@ def instances() -> tuple[Choice, ...]:
 
 def typical(arch: str) -> tuple[Choice, ...]:
     """The instances that the heuristic takes on ``arch``: for every width, layout and type two."""
-    return tuple(choice for choice in instances() if choice.n_block in N_BLOCKS and choice.spec.supports(arch))
+    return tuple(choice for choice in instances() if choice.spec.supports(arch))
 
 
 @cache

@@ -52,6 +52,11 @@ struct Places {
     FLASHLLM_DEVICE int lag(int stream) const { return packed >> (16 * stream + 10) & 0x1f; }
     // Of the column in a value row, whose lanes have two values each.
     FLASHLLM_DEVICE unsigned column_byte(int stream) const { return lane(stream) * 4 + stream * 2; }
+    // What is stored of the first tile behind `tile` where streams trade columns, if that is before `end`.
+    FLASHLLM_DEVICE static Places behind(const unsigned* places, int tile, int end, int thread) {
+        const int stored = min(tile / kPlaceTiles + 1, (end - 1) / kPlaceTiles);
+        return {__ldg(places + stored * kTileThreads + thread)};
+    }
     // At the front, each in its own column: where a run begins.
     FLASHLLM_DEVICE static Places own() { return {(threadIdx.x & 31) * 0x00210021u}; }
 };

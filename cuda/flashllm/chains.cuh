@@ -33,15 +33,14 @@ struct Part {
 template <typename S>
 struct Chains {
     int count;               // tiles of the run
-    int first_row;           // the row of tiles that the run begins in
     int row;                 // the row at hand
     int row_begin, row_end;  // the run's part of it
     int chain_end;           // where the chain at hand ends
     Part part;               // in the row that the run begins in
 
     // first: the run's first tile, in the row of tiles first_row.
-    FLASHLLM_DEVICE Chains(const StreamK<S>& split, int first, int first_row_, int count_)
-        : count(count_), first_row(first_row_), row(first_row_), row_begin(0) {
+    FLASHLLM_DEVICE Chains(const StreamK<S>& split, int first, int first_row, int count_)
+        : count(count_), row(first_row), row_begin(0) {
         const int left = (first_row + 1) * split.tiles_k - first;  // of the row, from the run's begin on
         row_end = min(count, left);
         chain_end = split.first_chain(row_end, S::kMaxChain, blockIdx.x);
@@ -85,6 +84,8 @@ struct Chains {
     template <typename Write>
     FLASHLLM_DEVICE void finish(const StreamK<S>& split, Accumulators<S>& sum, Write&& write) const {
         if (!part.adds()) return;
+        int first_row = row;  // counted back: there is no register to keep it, and no time to divide
+        for (int tiles = row_begin; tiles > 0; tiles -= split.tiles_k) --first_row;
         const int others = static_cast<int>(blockIdx.x) - part.from();
         split.add(sum, part.from(), part.from_begin(), others + (keeps_piece() ? 0 : 1));
         if (part.ends()) {

@@ -176,7 +176,7 @@ FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
 template <typename S, typename T>
 FLASHLLM_DEVICE void store_fragments(Accumulators<S>& sum, T* y, int n0, int m0, int N, int M) {
     if (S::slice() != 0) return;
-    const int lane = threadIdx.x & 31;
+    const int lane = ptx::opaque(threadIdx.x & 31);  // or addresses would be kept in registers for all of the run
 #pragma unroll
     for (int i = 0; i < S::kRowFragments; ++i)
 #pragma unroll

@@ -57,8 +57,8 @@ struct StreamK {
         return least + (longest - least) * static_cast<int>(block % 8) / 7;
     }
 
-    // Where vector v of this thread lies in a piece.
-    FLASHLLM_DEVICE static int place(int v) {
+    // Where vector v of this thread lies in a piece. (Unsigned: a sign would take a register for all of the run.)
+    FLASHLLM_DEVICE static unsigned place(int v) {
         return v * kThreads + (threadIdx.x >> 5) / S::kSlices * 32 + (threadIdx.x & 31);
     }
 

@@ -91,6 +91,33 @@ struct ValueRing {
     FLASHLLM_DEVICE unsigned part(int part) const { return base + part * kPartBytes; }
 };
 
+// What a lane needs to know before its first tile, `first`: asked for before anything is waited for, and no branches, for
+// which loads would wait: one latency. In the format's run that begins at tile `restart` streams stand at the front, every
+// kPlaceTiles tiles where the places say; from the last such tile on masks are counted.
+struct StreamsBegin {
+    static constexpr int kCounted = bitmap::kPlaceTiles - 1;
+    int tiles;         // to be counted
+    int front;         // before them
+    int first_front;   // behind them, where the block begins
+    bitmap::Places at, coming;
+    uint2 masks[kCounted];
+
+    // Of lane `thread` of a tile. end: of the block's tiles.
+    FLASHLLM_DEVICE StreamsBegin(const unsigned char* masks_, const int* fronts, const unsigned* places, int first, int end,
+                                 int restart, int thread) {
+        const int stored = first / bitmap::kPlaceTiles * bitmap::kPlaceTiles, known = max(stored, restart);
+        tiles = first - known;
+        front = __ldg(fronts + known), first_front = __ldg(fronts + first);
+        const unsigned stood = __ldg(places + stored / bitmap::kPlaceTiles * bitmap::kTileThreads + thread);
+        coming = bitmap::Places::behind(places, first, end, thread);
+        const uint2* before = reinterpret_cast<const uint2*>(masks_) +
+                              static_cast<long long>(known) * bitmap::kTileThreads + thread;
+#pragma unroll
+        for (int i = 0; i < kCounted; ++i) masks[i] = __ldg(before + min(i, tiles) * bitmap::kTileThreads);
+        at = {known == restart ? bitmap::Places::own().packed : stood};
+    }
+};
+
 // The next values of the two streams of one lane, as shared addresses. Each is in some lane's column, so that the 32 of
 // either half lie in different banks.
 template <typename Ring>
@@ -98,30 +125,18 @@ struct Streams {
     unsigned low, high, begin;  // begin: of the part's ring
     bitmap::Places coming;      // at the next tile where streams trade columns: nothing waits for it then
 
-    // Of lane `thread` of a tile, before tile `first`, in the format's run that begins at tile `restart`. There streams stand
-    // at the front, every kPlaceTiles tiles where the places say; from the last such tile on masks are counted.
-    // end: of the block's tiles, behind `first`.
-    FLASHLLM_DEVICE Streams(const Ring& ring, const unsigned char* masks, const int* fronts, const unsigned* places,
-                            int first, int end, int restart, int part, int thread) {
-        begin = ring.part(part);
-        const int stored = first / bitmap::kPlaceTiles * bitmap::kPlaceTiles, known = max(stored, restart);
-        const int front = __ldg(fronts + known) - ring.origin;
-        bitmap::Places at = bitmap::Places::own();
-        if (known != restart) at = {__ldg(places + stored / bitmap::kPlaceTiles * bitmap::kTileThreads + thread)};
-        int low_row = front - at.lag(0), high_row = front - at.lag(1);
-        const uint2* before = reinterpret_cast<const uint2*>(masks) +
-                              static_cast<long long>(known) * bitmap::kTileThreads + thread;
-        // No branches, for which loads would wait: one latency, not seven.
+    FLASHLLM_DEVICE Streams(const Ring& ring, const StreamsBegin& from, int part)
+        : begin(ring.part(part)), coming(from.coming) {
+        int low_row = from.front - ring.origin - from.at.lag(0), high_row = from.front - ring.origin - from.at.lag(1);
 #pragma unroll
-        for (int i = 0; i < bitmap::kPlaceTiles - 1; ++i) {
-            const uint2 mask = __ldg(before + min(i, first - known) * bitmap::kTileThreads);
-            const unsigned counted = i < first - known ? ~0u : 0u;
+        for (int i = 0; i < StreamsBegin::kCounted; ++i) {
+            const uint2 mask = from.masks[i];
+            const unsigned counted = i < from.tiles ? ~0u : 0u;
             low_row += __popc(mask.x & bitmap::kLowBits & counted) + __popc(mask.y & bitmap::kLowBits & counted);
             high_row += __popc(mask.x & bitmap::kHighBits & counted) + __popc(mask.y & bitmap::kHighBits & counted);
         }
-        low = begin + low_row * bitmap::kRowBytes + at.column_byte(0);
-        high = begin + high_row * bitmap::kRowBytes + at.column_byte(1);
-        load_coming(places, first, end, thread);
+        low = begin + low_row * bitmap::kRowBytes + from.at.column_byte(0);
+        high = begin + high_row * bitmap::kRowBytes + from.at.column_byte(1);
     }
 
     // At the begin of a run both go on at the front, each in its own column.
@@ -135,7 +150,7 @@ struct Streams {
     FLASHLLM_DEVICE void trade(const unsigned* places, int next, int end, int thread) {
         low = __shfl_sync(0xffffffffu, low, coming.giver(0));
         high = __shfl_sync(0xffffffffu, high, coming.giver(1));
-        load_coming(places, next, end, thread);
+        coming = bitmap::Places::behind(places, next, end, thread);
     }
 
     // Moves on behind the elements of a tile that another warp decodes.
@@ -149,13 +164,6 @@ struct Streams {
         if (low >= begin + Ring::kWrapBytes) low -= Ring::kWrapBytes;
         if (high >= begin + Ring::kWrapBytes) high -= Ring::kWrapBytes;
     }
-
-private:
-    // What is stored of the first tile behind `tile` where streams trade, if that is before `end`.
-    FLASHLLM_DEVICE void load_coming(const unsigned* places, int tile, int end, int thread) {
-        const int stored = min(tile / bitmap::kPlaceTiles + 1, (end - 1) / bitmap::kPlaceTiles);
-        coming = {__ldg(places + stored * bitmap::kTileThreads + thread)};
-    }
 };
 
 // The front behind tile `lane` of those from `tile` on, of a run of `count` tiles whose fronts begin at `fronts`.
@@ -163,7 +171,7 @@ FLASHLLM_DEVICE int front_behind(const int* fronts, int count, int tile) {
     return __ldg(fronts + min(tile + static_cast<int>(threadIdx.x & 31) + 1, count));
 }
 
-// Fronts that a block needs before anything else, asked for at one time: one latency, not two. (Opaque: or the compiler
+// Fronts that the feeder needs before anything else, asked for at one time: one latency, not two. (Opaque: or the compiler
 // might ask where it needs them.)
 struct FirstFronts {
     int begin;      // where the run begins

@@ -18,7 +18,7 @@ struct XTile {
     static constexpr unsigned kBytes = kN * kRowBytes;
     static constexpr int kPieceRows = 4;  // a lane has 16 bytes
     static constexpr int kPieces = kN / kPieceRows;
-    static constexpr int kTogether = !kAligned ? 1 : kN >= 32 ? 4 : 8;  // there are registers for so many pieces
+    static constexpr int kTogether = !kAligned ? 1 : 12;  // there are registers for so many pieces
 
     struct Piece {
         uint4 values;

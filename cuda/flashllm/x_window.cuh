@@ -25,7 +25,7 @@ struct XWindow {
 
     static constexpr int kPieceColumns = 32;  // a lane has one
     static constexpr int kPieces = kColumns / kPieceColumns;
-    static constexpr int kTogether = kN <= 16 ? 2 : 1;  // there are registers for so many pieces
+    static constexpr int kTogether = kN <= 32 ? 2 : 1;  // there are registers for so many pieces
 
     // Where unit 0 of a column lies, from the begin of the column.
     FLASHLLM_DEVICE static unsigned first_unit(int column) { return kSwaps ? column << 2 & 16 : 0; }

@@ -269,30 +269,32 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
     const int row = first / split.tiles_k, tile_k = first - row * split.tiles_k;
-    const FirstFronts first_fronts(fronts + first, count);
     // From the begin of a run of the format on, no row is needed from before it.
     const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
-    const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
 
     if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals + X::kArrivals);
     __syncthreads();
 
     const X all_x = MakeX::make(reinterpret_cast<const unsigned short*>(x), n0, N, K, tiles_k, tile_k,
                                 reinterpret_cast<unsigned*>(workspace), scratch);
+    const int lag = first == restart ? 0 : bitmap::kSlack;
     if (feeds) {
+        const FirstFronts first_fronts(fronts + first, count);
+        const typename L::Ring ring(layout.base, first_fronts.begin, lag);
         feed_tiles<X>(layout, typename L::Feed(ring, barriers, values, fronts + first, count, 0, first_fronts),
                       typename X::Feed(layout, all_x), masks + static_cast<long long>(first) * bitmap::kMaskBytes);
     } else {
+        const StreamsBegin streams_begin(masks, fronts, places, first, first + count, restart, threadIdx.x);
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
         const auto begun = all_x.begin(layout, count, warp);
+        const typename L::Ring ring(layout.base, ptx::uniform(streams_begin.first_front), lag);
         Accumulators<S> sum = {};
         const auto write = [&](Accumulators<S>& sum, int row) {
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
         };
-        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, first + count, restart, warp,
-                                         threadIdx.x);
+        Streams<typename L::Ring> streams(ring, streams_begin, warp);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();

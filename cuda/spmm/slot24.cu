@@ -244,7 +244,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const L layout{ptx::shared_address(shared)};
     const StageBarriers barriers = layout.barriers();
     const int warp = ptx::uniform(threadIdx.x >> 5);
-    const bool feeds = warp == S::kBlockWarps;
+    const bool feeds = warp >= S::kBlockWarps;
 
     const int windows = (K + window_columns - 1) / window_columns;
     const int tiles_m = (M + bitmap::kTileM - 1) / bitmap::kTileM, tiles_k = windows * slot24::kWindowTiles;
@@ -259,25 +259,21 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const int row = first / tiles_k, tile_k = first - row * tiles_k;
     const int phase = tile_k % slot24::kWindowTiles, first_window = tile_k / slot24::kWindowTiles;
 
-    const FirstFronts first_fronts(fronts + first, count);
     // From the begin of a run of the format on, no row is needed from before it.
     const Runs format_runs{tiles_m, tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
-    const typename L::Ring ring(layout.base, first_fronts.begin, first == restart ? 0 : bitmap::kSlack);
     if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals, S::kBlockWarps);
     __syncthreads();
 
-    if constexpr (kTeams == 2) {
-        // Registers are given out to warps of four at a time: the three that would feed leave theirs to the others.
-        if (warp >= S::kBlockWarps) {
-            ptx::give_registers<kFeedRegisters>();
-            if (!feeds) return;
-        } else {
-            ptx::take_registers<kMultiplyRegisters>();
-        }
-    }
-
+    const int lag = first == restart ? 0 : bitmap::kSlack;
     if (feeds) {
+        if constexpr (kTeams == 2) {
+            // Registers are given out to warps of four at a time: three of these leave theirs to the others.
+            ptx::give_registers<kFeedRegisters>();
+            if (warp != S::kBlockWarps) return;
+        }
+        const FirstFronts first_fronts(fronts + first, count);
+        const typename L::Ring ring(layout.base, first_fronts.begin, lag);
         const int before = phase % L::kStepTiles;  // tiles of the first step that are not in the run
         const long long brought = first - before;
         feed_tiles(layout, typename L::Feed(ring, barriers, values, fronts + first, count, before, first_fronts),
@@ -285,14 +281,17 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                    masks + brought * bitmap::kMaskBytes, picks + brought * slot24::kPickBytes,
                    columns + brought * L::kColumnBytes);
     } else {
+        if constexpr (kTeams == 2) ptx::take_registers<kMultiplyRegisters>();
+        const int part = warp / kTeams, team = warp % kTeams, thread = S::thread();
+        const StreamsBegin streams_begin(masks, fronts, places, first, first + count, restart, thread);
         ptx::grid_dependency_wait();  // the feeder waits too, but brings what is constant first
         ptx::grid_launch_dependents();
         const auto begun = images.begin(first_window, warp);
         Accumulators<S> sum = {};
         Sum all;
         const auto write = [&](Accumulators<Out>& sum, int row) { store_fragments<Out>(sum, y, n0, row * S::kM, N, M); };
-        const int part = warp / kTeams, team = warp % kTeams, thread = S::thread();
-        Streams<typename L::Ring> streams(ring, masks, fronts, places, first, first + count, restart, part, thread);
+        const typename L::Ring ring(layout.base, ptx::uniform(streams_begin.first_front), lag);
+        Streams<typename L::Ring> streams(ring, streams_begin, part);
         // The next begin of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();

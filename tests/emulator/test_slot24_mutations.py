@@ -113,7 +113,7 @@ MUTATIONS = (
     Mutation("stages lie on x", KERNEL, "kStagesAt = kWindowsAt + kWindows * Window::kBytes;",
              "kStagesAt = kWindowsAt;"),
     Mutation("windows lie on the rings", KERNEL, "kWindowsAt = Ring::kBytes;", "kWindowsAt = 0;"),
-    Mutation("barriers are not there yet", KERNEL, "    __syncthreads();\n\n    if constexpr", "\n    if constexpr"),
+    Mutation("barriers are not there yet", KERNEL, "    __syncthreads();\n\n    const int lag", "\n    const int lag"),
     Mutation("the last step of a run is left out", RING, "step * kStepTiles - phase) < count",
              "step * kStepTiles) < count"),
     Mutation("steps have one tile", RING, "min((step + 1) * kStepTiles - phase, count) - 1",

@@ -45,13 +45,11 @@ struct Cycle {
     }
 };
 
-// For each stage two barriers: `full`, all that a tile needs has come; `empty`, the other warps have released the tile. And
-// one behind them: these warps have laid out their shares of x (x_images.cuh).
+// For each stage two barriers: `full`, all that a tile needs has come; `empty`, the other warps have released the tile.
 struct StageBarriers {
     unsigned base;  // shared address
     FLASHLLM_DEVICE unsigned full(int stage) const { return base + stage * 16; }
     FLASHLLM_DEVICE unsigned empty(int stage) const { return full(stage) + 8; }
-    FLASHLLM_DEVICE unsigned laid_out(int stages) const { return full(stages); }
 
     // By one thread; then a barrier of the block. The feeder arrives `arrivals` times for each tile, and `warps` multiply.
     FLASHLLM_DEVICE void init(int stages, unsigned arrivals, int warps = bitmap::kParts) const {
@@ -59,7 +57,6 @@ struct StageBarriers {
             ptx::mbarrier_init(full(i), arrivals);
             ptx::mbarrier_init(empty(i), warps * kWarpArrivals);
         }
-        ptx::mbarrier_init(laid_out(stages), warps * kWarpArrivals);
         ptx::mbarrier_init_fence();
     }
 

@@ -13,7 +13,6 @@
 #include "flashllm/bitmap.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
-#include "flashllm/warp_arrival.cuh"
 
 namespace flashllm {
 
@@ -44,7 +43,6 @@ struct XImages {
     int images, width;    // of a column block; columns of one
     unsigned* counters;
     unsigned char* scratch;
-    unsigned laid_out;    // barrier in shared memory: the block's kWarps have laid out their shares
 
     // Of workspace, for the counters: whole 128 bytes.
     FLASHLLM_DEVICE static unsigned counter_bytes(int images) {
@@ -73,7 +71,8 @@ struct XImages {
     FLASHLLM_DEVICE void finish(const Begun& begun, unsigned char* to, unsigned distance, int first_image, int warp) const {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) store_own(to, distance, warp + i * kWarps, begun.own[i]);
-        if (first_share(warp) < pieces()) store_share(first_share(warp), begun.share);
+        const bool has_share = first_share(warp) < pieces();
+        if (has_share) store_share(first_share(warp), begun.share);
 #pragma unroll 1
         for (int i = kTogether; i < kOwn; ++i) {
             const int piece = warp + i * kWarps;
@@ -83,22 +82,9 @@ struct XImages {
         for (int share = first_share(warp) + step(); share < pieces(); share += step()) {
             store_share(share, load_share(share));
         }
-        warp_arrive(laid_out);
         Image::publish();
         ptx::meet<kWarps * 32>(kImagesBarrier);
-    }
-
-    // By the block's feeding warp, once: waits for the shares of its block and counts them. It has more time than the
-    // others, whom the fence would cost a microsecond before their first tile.
-    FLASHLLM_DEVICE void tell() const {
-        ptx::mbarrier_wait(laid_out, 0);
-        __threadfence();
-        const int warp = threadIdx.x & 31;
-        if (warp >= kWarps) return;
-        for (int share = first_share(warp); share < pieces(); share += step()) {
-            const int number = share / kPieces, column_block = number / images;
-            atomicAdd(counter(column_block, (number - column_block * images) / kGroup), 1u);
-        }
+        if (has_share) tell(warp);
     }
 
     // By a feeding warp: whether an image is there, after so many looks at the most. Then copies may read it.
@@ -130,7 +116,7 @@ struct XImages {
         __syncwarp();
     }
 
-    // By a feeding warp that needs no more of x, and has counted its block's shares: the last one leaves zeros.
+    // By a feeding warp that needs no more of x, and whose block has laid out its share: the last one leaves zeros.
     FLASHLLM_DEVICE void leave() const {
         __threadfence();
         __syncwarp();
@@ -163,6 +149,17 @@ private:
     }
     FLASHLLM_DEVICE void store_share(int share, const typename Image::Piece& values) const {
         Image::store(scratch + static_cast<long long>(share / kPieces) * Image::kBytes, share % kPieces, values);
+    }
+
+    // Counts the pieces of a warp's share.
+    FLASHLLM_DEVICE void tell(int warp) const {
+        __threadfence();
+        __syncwarp();
+        if ((threadIdx.x & 31) != 0) return;
+        for (int share = first_share(warp); share < pieces(); share += step()) {
+            const int number = share / kPieces, column_block = number / images;
+            atomicAdd(counter(column_block, (number - column_block * images) / kGroup), 1u);
+        }
     }
 
     // A piece of the first images, which go on with the next row of tiles.

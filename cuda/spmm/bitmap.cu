@@ -160,7 +160,6 @@ struct XByRows {
         FLASHLLM_DEVICE Feed(const L& layout, const XByRows& x) : from(x.loader(layout, L::kStages)) {}
         FLASHLLM_DEVICE void before(const L& layout, const typename L::Feed&, int stage) { bring(layout, from, stage); }
         FLASHLLM_DEVICE void after(const L&, const typename L::Feed&, int) {}
-        FLASHLLM_DEVICE void tell() {}
         FLASHLLM_DEVICE void leave(typename L::Feed&) {}
     };
 };
@@ -199,9 +198,8 @@ struct XByImages {
             if (ptx::elect()) ptx::bulk_copy(layout.x(stage), from, L::Tile::kBytes, feed.barrier());
             if (++tile_k == images.images) tile_k = 0;
         }
-        FLASHLLM_DEVICE void tell() { images.tell(); }
         FLASHLLM_DEVICE void leave(typename L::Feed& feed) {
-            if (feed.step <= L::kStages) tell();
+            while (feed.done == 0) feed.wait_release();
             ptx::grid_dependency_wait();
             images.leave();
         }
@@ -213,7 +211,7 @@ template <typename S, typename L, bool kAligned, bool kImages>
 struct XFor {
     using Type = XByRows<S, L, kAligned>;
     FLASHLLM_DEVICE static Type make(const unsigned short* x, int n0, int N, int K, int tiles_k, int tile_k, unsigned*,
-                                     unsigned char*, unsigned) {
+                                     unsigned char*) {
         return {x, n0, N, K, tiles_k, tile_k};
     }
 };
@@ -221,8 +219,8 @@ template <typename S, typename L, bool kAligned>
 struct XFor<S, L, kAligned, true> {
     using Type = XByImages<L>;
     FLASHLLM_DEVICE static Type make(const unsigned short* x, int, int N, int K, int tiles_k, int tile_k, unsigned* counters,
-                                     unsigned char* scratch, unsigned laid_out) {
-        return {{x, N, K, tiles_k, bitmap::kTileK, counters, scratch, laid_out}, tile_k};
+                                     unsigned char* scratch) {
+        return {{x, N, K, tiles_k, bitmap::kTileK, counters, scratch}, tile_k};
     }
 };
 
@@ -231,7 +229,6 @@ template <typename X, typename L>
 FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, typename X::Feed x, const unsigned char* masks) {
     for (; feed.more(); feed.advance(), masks += bitmap::kMaskBytes) {
         const int need = feed.needed();
-        if (feed.step == L::kStages) x.tell();
         while (!feed.has_room(need)) feed.wait_release();
         const int stage = feed.filled.stage;
         const bool brings_x = feed.step >= L::kStages;
@@ -281,7 +278,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     __syncthreads();
 
     const X all_x = MakeX::make(reinterpret_cast<const unsigned short*>(x), n0, N, K, tiles_k, tile_k,
-                                reinterpret_cast<unsigned*>(workspace), scratch, barriers.laid_out(kStages));
+                                reinterpret_cast<unsigned*>(workspace), scratch);
     const int lag = first == restart ? 0 : bitmap::kSlack;
     if (feeds) {
         const typename L::Ring ring(layout.base, first_fronts.begin, lag);

@@ -167,7 +167,7 @@ struct WindowFeed {
     FLASHLLM_DEVICE void copy() {
         constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
         if (copied == asked) return;
-        if (copied == L::Images::kFirst) images.tell(), ptx::grid_dependency_wait();
+        if (copied == L::Images::kFirst) ptx::grid_dependency_wait();
         if (!all) all = images.are_there();
 #pragma unroll 1
         while (copied < asked) {
@@ -219,7 +219,6 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
         columns += L::kStepTiles * L::kColumnBytes;
     }
     x.copy();
-    if (x.copied == L::Images::kFirst) x.images.tell();
     while (feed.done == 0) feed.wait_release();
     ptx::grid_dependency_wait();
     x.images.leave();
@@ -252,7 +251,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     // Two teams take whole windows: those are what is dealt then, and what `begin`, `split_count` and `tile` count.
     const StreamK<Out> split(tiles_m, tiles_k / kTeams, row_cost, workspace + L::Images::counter_bytes(windows));
     const typename L::Images images{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
-                                    reinterpret_cast<unsigned*>(workspace), scratch, barriers.laid_out(kStages)};
+                                    reinterpret_cast<unsigned*>(workspace), scratch};
     const int begin = static_cast<int>(split.first_tile(blockIdx.x));
     const int split_count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - begin;
     const int first = begin * kTeams, count = split_count * kTeams;

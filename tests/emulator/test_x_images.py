@@ -138,7 +138,7 @@ def kernels_that(change: tuple[str, str], folder: Path, arch: str) -> BuildOptio
 
 
 LAY_OUT = "FLASHLLM_DEVICE void lay_out(int number) const {\n"
-TELL = ("            atomicAdd(counter(column_block, (number - column_block * images) / kGroup), 1u);\n", "            ;\n")
+TELL = ("        if (has_share) tell(warp);\n", "")
 
 
 @pytest.mark.parametrize(

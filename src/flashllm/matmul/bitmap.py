@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 THREADS = (PARTS + 1) * LANES
 ROW_BYTES = 4 * LANES  # a value row of one part
 MIRROR_ROWS = 16  # rows that a ring holds twice
-BARRIER_BYTES = 16  # of a stage; and as many for one of the block
 RING_ROWS = {8: 96, 16: 96, 32: 96, 64: 112}
 """Value rows that a block keeps in shared memory, by its columns of x."""
 _STAGES = {8: 4, 16: 4, 32: 3, 64: 3}
@@ -94,7 +93,7 @@ def _spec(choice: Choice) -> KernelSpec:
             ("kAligned", cxx_bool(choice.aligned)),
         ),
         threads=THREADS,
-        shared_bytes=ring_bytes + stages * stage_bytes + BARRIER_BYTES * (stages + 1),
+        shared_bytes=ring_bytes + stages * stage_bytes + stages * 16,
         archs=archs,
     )
 

@@ -16,7 +16,7 @@ from flashllm.formats.slot24_encode import TILES
 from flashllm.formats.slot24_pairs import GROUP_VALUES, MAX_WINDOW
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
 from flashllm.jit.spec import ALL_ARCHS, KernelSpec
-from flashllm.matmul.bitmap import BARRIER_BYTES, MIRROR_ROWS, ROW_BYTES
+from flashllm.matmul.bitmap import MIRROR_ROWS, ROW_BYTES
 from flashllm.matmul.stream_k import StreamK, stream_k_for, stream_k_for_runs
 from flashllm.matmul.tensor_cores import CXX_TYPE, MAX_BLOCKS_PER_SM, MAX_CHAIN_STEPS, n_block_for
 from flashllm.matmul.x_images import with_images
@@ -126,7 +126,7 @@ def _spec(choice: Choice) -> KernelSpec:
         + choice.windows * MAX_WINDOW * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
         + _sum_fragments(n, parts.halves) * _FRAGMENT_BYTES
-        + BARRIER_BYTES * (choice.stages + 1),
+        + choice.stages * 16,  # barriers
         archs=_archs_of(choice),
     )
 

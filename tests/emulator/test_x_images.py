@@ -14,7 +14,6 @@ import pytest
 from numpy.typing import NDArray
 
 from flashllm import plan
-from flashllm import plan
 from flashllm.backends import emulator
 from flashllm.backends.emulator import BuildOptions, EmulationError
 from flashllm.formats.weight import SparseWeight

@@ -37,6 +37,13 @@ SHAPES = (
 )
 
 
+def forced(chosen: Any, blocks: int, row_cost: int) -> Any:
+    """The plan with so many blocks, or as many as there is work for."""
+    split = replace(chosen.split, blocks=1, row_cost=row_cost)
+    most = min(split.tiles, split.cost // (row_cost + 1))
+    return replace(chosen, split=replace(split, blocks=min(blocks, most)))
+
+
 @pytest.mark.parametrize("name", registry.FORMATS)
 @pytest.mark.parametrize("n", [5, 16, 32, 65])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -57,8 +64,7 @@ def test_products_of_forced_splits(cp: Any, blocks: int, row_cost: int, name: st
         w = weight("uniform", (640, 500), 0.2, "fp16", seed=n)
         x = integers(np.random.default_rng(n), (n, 500), "fp16")
         sparse = packed(name, w).to_device()
-        chosen = plan(sparse, n)
-        chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=row_cost))
+        chosen = forced(plan(sparse, n), blocks, row_cost)
         assert_exact(spmm(cp.asarray(x), sparse, plan=chosen).get(), exact(x, w, "fp16"))
 
 
@@ -100,8 +106,7 @@ def test_products_while_the_ring_of_values_turns(cp: Any, n: int) -> None:
         w = weight(pattern, shape, 0.5, "fp16", seed=n)
         x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")
         sparse = Bitmap.from_dense(w).to_device()
-        chosen = plan(sparse, n)
-        chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=0))
+        chosen = forced(plan(sparse, n), blocks, 0)
         assert_exact(spmm(cp.asarray(x), sparse, plan=chosen).get(), exact(x, w, "fp16"))
 
 
@@ -113,8 +118,7 @@ def test_products_while_windows_of_x_turn(cp: Any, n: int) -> None:
         w = weight("uniform", shape, density, "fp16", seed=n)
         x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")
         sparse = Slot24.from_dense(w).to_device()
-        chosen = plan(sparse, n)
-        chosen = replace(chosen, split=replace(chosen.split, blocks=blocks, row_cost=0))
+        chosen = forced(plan(sparse, n), blocks, 0)
         assert_exact(spmm(cp.asarray(x), sparse, plan=chosen).get(), exact(x, w, "fp16"))
 
 

@@ -136,8 +136,8 @@ def test_the_tables_fit_100_columns(packed: Path) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert "for H100 80GB: 132 multiprocessors, 1980 MHz, 3060 GB/s (measured, pure read)" in result.stdout
     assert "layer.slot24: 640x512 fp16" in result.stdout
-    assert "better, by the geometric mean over N: slot24, " in result.stdout
-    assert "best, by the geometric mean over N: slot24, slower than dense" in result.stdout
+    assert "better, by the geometric mean over N: tiled-csl, " in result.stdout
+    assert "best, by the geometric mean over N: tiled-csl, slower than dense" in result.stdout
     shape = _run("--shape", "28672x8192", "--gpu", "l40s").stdout
     assert "for L40S: 142 multiprocessors" in shape
     assert "plans" not in shape

@@ -7,5 +7,5 @@ A figure is one module of this package with an ``ENTRY`` (``entry.py``), named i
 
 from __future__ import annotations
 
-ENTRIES = ("ladder",)
+ENTRIES = ("ladder", "speedup", "floor")
 """Modules of this package that draw a figure."""

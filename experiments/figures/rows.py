@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flashllm.bench import results
 from flashllm.errors import FormatError
 
-H100 = "NVIDIA H100 80GB HBM3"
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
 
 class Case(NamedTuple):
@@ -44,6 +44,7 @@ class Measured:
 class Final(Measured):
     """A row of ``flashllm bench``."""
 
+    format: str
     commit: str
     floor_us: float
     """What reading W and x and writing y take at the bandwidth that the same run measured."""
@@ -64,19 +65,26 @@ def newest(root: Path, format_name: str, *, gpu: str = H100, launch: str = "grap
 
     Rows that name no commit, had local changes, failed their check or have no cuBLAS beside them do not count.
     """
+    return _last(root, gpu=gpu, launch=launch, format=format_name)
+
+
+def chosen(root: Path, *, gpu: str) -> dict[Case, Final]:
+    """Likewise, of the format that ``flashllm bench`` chose by itself in a sweep saved as ``auto-sweep``."""
+    return _last(root, "*-auto-sweep.jsonl", gpu=gpu, launch="graph", choice="auto-format")
+
+
+def _last(root: Path, files: str = "*.jsonl", **more: str) -> dict[Case, Final]:
     wanted = {
-        "gpu": gpu,
         "system": "flashllm",
-        "format": format_name,
         "dtype": "fp16",
         "pattern": "uniform",
         "l2": "cold",
-        "launch": launch,
         "check": "pass",
         "dirty": False,
+        **more,
     }
     found = {}
-    for file in sorted((root / "results").glob("*.jsonl")):  # names begin with the time
+    for file in sorted((root / "results").glob(files)):  # names begin with the time
         for row in results.read(file):
             if any(getattr(row, field) != value for field, value in wanted.items()) or row.commit is None:
                 continue
@@ -85,6 +93,7 @@ def newest(root: Path, format_name: str, *, gpu: str = H100, launch: str = "grap
             found[Case(row.M, row.K, row.N, row.sparsity)] = Final(
                 us=row.median_us,
                 cublas_us=row.cublas_us,
+                format=row.format,
                 commit=row.commit,
                 floor_us=row.bytes / (row.read_gbps * 1e3),
             )

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from experiments.figures import ENTRIES, __main__, ladder, rows, style
+from experiments.figures import ENTRIES, __main__, floor, ladder, rows, speedup, style
 from experiments.figures.entry import draw, entry, stamp
-from experiments.figures.rows import H100, Case, Logged
+from experiments.figures.rows import H100, H200, Case, Logged
 from flashllm.bench import results
 from flashllm.errors import FormatError
 
@@ -104,6 +104,55 @@ def test_the_table_has_the_committed_numbers(data: ladder.Ladder) -> None:
         assert float(cells(text, title, column.title, "DRAM floor")[2]) == pytest.approx(floor, abs=0.06)
 
 
+def test_the_map_says_what_the_table_of_the_sweep_says() -> None:
+    """As in README.md, which `flashllm table` fills."""
+    text = speedup.table(speedup.load(ROOT))
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    sections = text.split("\n\nNVIDIA ")[1:]
+    for gpu, section in zip((H100, H200), sections, strict=True):
+        assert f"NVIDIA {section}".startswith(f"{gpu}, commit ")
+        commit = section.split("commit ")[1][:10]
+        (there,) = (part for part in readme.split("<!-- results: ") if f"{gpu}, driver" in part and commit in part)
+        lines = re.findall(
+            r"^\| (\d+)% \| (\d+) \| ([\d.]+ \| [\d.]+ \| [\d.]+ \| \d+) \| ([a-z0-9, -]+) \|$", section, re.M
+        )
+        assert len(lines) == 20
+        for zeros, n, numbers, formats in lines:
+            assert f"\n| {zeros} % | {n} | {numbers} |\n" in there
+            assert set(formats.split(", ")) <= {"tiled-csl", "bitmap", "slot24"}
+
+
+def test_the_map_takes_rows_that_were_chosen_in_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    base = a_row(N=8, sparsity=0.5, median_us=10.0, cublas_us=20.0, choice="auto-format")
+    for name, row in (
+        ("1-h100-auto-sweep", replace(base, M=128, K=64)),
+        ("1-h100-auto-sweep", replace(base, M=256, K=64, median_us=5.0, format="slot24")),
+        ("1-h100-auto-sweep", replace(base, M=384, K=64, median_us=1.0, choice="auto")),
+        ("2-h100-pdl", replace(base, M=128, K=64, median_us=1.0)),
+    ):
+        results.append(tmp_path / "results" / f"{name}.jsonl", row)
+    first, second = speedup.load(tmp_path)
+    assert second.cells == {}
+    (cell,) = first.cells.values()
+    assert cell.speedups == (2.0, 4.0)
+    assert cell.formats == ("bitmap", "slot24")
+    assert cell.mean == pytest.approx(8**0.5)
+
+
+def test_no_kernel_is_faster_than_its_bytes() -> None:
+    panels = floor.load(ROOT)
+    assert [panel.gpu for panel in panels] == [H100, H200]
+    for panel in panels:
+        for name, cases in panel.formats.items():
+            assert len(cases) >= 72, name
+            assert all(row.us > row.floor_us for row in cases.values()), name
+    means = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", floor.table(panels), re.M)
+    assert len(means) > 60
+    for bytes_, time, ratio in means:
+        assert float(time) / float(bytes_) == pytest.approx(float(ratio), abs=0.02)
+
+
 def test_every_step_that_is_drawn_has_times(data: ladder.Ladder) -> None:
     for column in data.columns:
         for label, times in column.steps:
@@ -178,11 +227,12 @@ def test_committed_figures_show_the_committed_rows(name: str) -> None:
 def test_files_are_written(data: ladder.Ladder, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
-    done = CliRunner().invoke(__main__.command, ["ladder", "--out", str(tmp_path / "new" / "one")])
+    done = CliRunner().invoke(__main__.command, ["--out", str(tmp_path / "new" / "one")])
     assert done.exit_code == 0, done.output
     assert ladder.table(data) in done.output
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
-    names = {f"ladder-{M}x{K}.{suffix}" for M, K in ladder.SHAPES for suffix in starts}
+    ladders = {f"ladder-{M}x{K}.{suffix}" for M, K in ladder.SHAPES for suffix in starts}
+    names = ladders | {f"{name}.{suffix}" for name in ("speedup-auto", "floor-formats") for suffix in starts}
     assert {file.name for file in (tmp_path / "new" / "one").iterdir()} == names
     for name in names:
         written = (tmp_path / "new" / "one" / name).read_bytes()
@@ -190,7 +240,7 @@ def test_files_are_written(data: ladder.Ladder, tmp_path: Path) -> None:
         assert len(written) > 10_000
 
     again = draw(ladder.ENTRY, data, tmp_path / "two", formats=("svg",))
-    assert [file.name for file in again] == sorted(name for name in names if name.endswith("svg"))
+    assert [file.name for file in again] == sorted(name for name in ladders if name.endswith("svg"))
     for file in again:
         assert file.read_bytes() == (tmp_path / "new" / "one" / file.name).read_bytes()
     assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where it pays: the speed-up over cuBLAS of what ``flashllm bench`` chooses, over zeros and N, a map for each GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING
+
+from experiments.figures import rows, style
+from experiments.figures.entry import Entry
+from experiments.figures.rows import H100, H200, Final
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BATCHES = (8, 16, 32, 64)
+ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9)
+GPUS = (H100, H200)
+
+CAPTION = (
+    "fp16, random zeros, CUDA graphs, L2 cold; the newest committed rows of the format that auto takes, each over the"
+    " best of cuBLAS in the same run. Large: geometric mean over the shapes; small: lowest and highest, and the formats"
+    " taken."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One fraction of zeros and one N, over all shapes that were measured."""
+
+    speedups: tuple[float, ...]
+    """Over cuBLAS, ascending."""
+    formats: tuple[str, ...]
+    """Those taken, the most frequent first."""
+
+    @property
+    def mean(self) -> float:
+        """Geometric mean."""
+        return geometric_mean(self.speedups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """One GPU."""
+
+    gpu: str
+    commits: tuple[str, ...]
+    cells: Mapping[tuple[float, int], Cell]
+    """By fraction of zeros and N."""
+
+
+def load(root: Path) -> tuple[Map, ...]:
+    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    return tuple(_map(gpu, rows.chosen(root, gpu=gpu)) for gpu in GPUS)
+
+
+def _map(gpu: str, found: Mapping[rows.Case, Final]) -> Map:
+    cells = {}
+    used = set()
+    for zeros in ZEROS:
+        for n in BATCHES:
+            here = [row for case, row in found.items() if (case.zeros, case.N) == (zeros, n)]
+            if here:
+                taken = Counter(row.format for row in here)
+                cells[zeros, n] = Cell(
+                    speedups=tuple(sorted(row.speedup for row in here)),
+                    formats=tuple(sorted(taken, key=lambda name: (-taken[name], name))),
+                )
+                used |= {row.commit[:10] for row in here}
+    return Map(gpu=gpu, commits=tuple(sorted(used)), cells=cells)
+
+
+def table(data: tuple[Map, ...]) -> str:
+    """The numbers of the maps, a table for each GPU."""
+    out = [CAPTION]
+    for one in data:
+        out += ["", f"{one.gpu}, commit {', '.join(one.commits)}", ""]
+        out += ["| zeros | N | geometric mean | lowest | highest | shapes | formats |", "|" + "---|" * 7]
+        for (zeros, n), cell in one.cells.items():
+            spread = f"{cell.mean:.2f} | {cell.speedups[0]:.2f} | {cell.speedups[-1]:.2f} | {len(cell.speedups)}"
+            out.append(f"| {zeros:.0%} | {n} | {spread} | {', '.join(cell.formats)} |")
+    return "\n".join(out)
+
+
+def plot(data: tuple[Map, ...]) -> dict[str, Figure]:
+    """One figure, a panel for each GPU."""
+    from textwrap import fill
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.6))
+    panels = figure.subplots(1, len(data), sharey=True)
+    highest = max(cell.mean for one in data for cell in one.cells.values())
+    for axes, one in zip(panels, data, strict=True):
+        _draw(axes, one, highest)
+    panels[0].set_ylabel("zeros")
+    figure.subplots_adjust(left=0.07, right=0.99, top=0.84, bottom=0.2, wspace=0.06)
+    figure.suptitle("y = x Wᵀ, speed-up over cuBLAS, twelve shapes of OPT", x=0.07, y=0.97, ha="left", fontsize=11)
+    figure.text(0.07, 0.02, fill(CAPTION, 150), fontsize=7, color=style.QUIET, ha="left", va="bottom", linespacing=1.35)
+    return {"speedup-auto": figure}
+
+
+def _draw(axes: Axes, one: Map, highest: float) -> None:
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+    # Below 1 another hue: there the dense product is faster.
+    colors = LinearSegmentedColormap.from_list("over cuBLAS", [style.ZEROS[0.9], "white", style.ZEROS[0.5]])
+    grid = [[one.cells[z, n].mean if (z, n) in one.cells else float("nan") for n in BATCHES] for z in ZEROS]
+    axes.imshow(grid, cmap=colors, norm=TwoSlopeNorm(1, 0.5, highest), aspect="auto", alpha=0.75)
+    for (zeros, n), cell in one.cells.items():
+        x, y = BATCHES.index(n), ZEROS.index(zeros)
+        axes.text(x, y - 0.1, f"{cell.mean:.2f}×", ha="center", va="center", fontsize=11, color=style.INK)
+        spread = f"{cell.speedups[0]:.2f} - {cell.speedups[-1]:.2f}\n{', '.join(cell.formats)}"
+        axes.text(x, y + 0.24, spread, ha="center", va="center", fontsize=6, color=style.INK, linespacing=1.25)
+    axes.set_title(f"{one.gpu}, {', '.join(one.commits)}", fontsize=8.5)
+    axes.set_xticks(range(len(BATCHES)), [f"N = {n}" for n in BATCHES])
+    axes.set_yticks(range(len(ZEROS)), [f"{zeros:.0%}" for zeros in ZEROS])
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+
+
+ENTRY = Entry(name="speedup", load=load, plot=plot, table=table)

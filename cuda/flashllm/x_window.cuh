@@ -25,7 +25,11 @@ struct XWindow {
 
     static constexpr int kPieceColumns = 32;  // a lane has one
     static constexpr int kPieces = kColumns / kPieceColumns;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     static constexpr int kTogether = kN <= 32 ? 2 : 1;  // there are registers for so many pieces
+#else
+    static constexpr int kTogether = kN <= 16 ? 2 : 1;  // sm_100a would spill
+#endif
 
     // Where unit 0 of a column lies, from the begin of the column.
     FLASHLLM_DEVICE static unsigned first_unit(int column) { return kSwaps ? column << 2 & 16 : 0; }

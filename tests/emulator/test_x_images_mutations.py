@@ -157,6 +157,8 @@ WINDOWS = (
              "(number)"),
     Mutation("shares of windows have one piece", IMAGES, "store_share(share, load_share(share));", ";"),
     Mutation("windows are not published together", IMAGES, "ptx::meet<kWarps * 32>(kImagesBarrier);"),
+    Mutation("later pieces of the first window are not stored", IMAGES,
+             "store_own(to, distance, piece, load_own(first_image, piece));", ";"),
     Mutation("an image of the first column block's windows is laid out", IMAGES,
              "Image::load(part(blockIdx.y, number), i)", "Image::load(part(0, number), i)"),
 )  # fmt: skip

@@ -103,12 +103,10 @@ def _draw(axes: Axes, panel: Panel, n: int, top: float) -> None:
     axes.plot((0, top), (0, top), color=style.INK, linewidth=0.9)
     axes.axhline(1, color=style.QUIET, linewidth=1)
     for name, marker in FORMATS.items():
-        for case, row in panel.formats[name].items():
-            if n == case.N:
-                at = row.floor_us / row.cublas_us, row.us / row.cublas_us
-                axes.plot(
-                    *at, marker=marker, color=style.ZEROS[case.zeros], markersize=3.6, mfc="none", linestyle="none"
-                )
+        for zeros, color in style.ZEROS.items():
+            here = [row for case, row in panel.formats[name].items() if (case.N, case.zeros) == (n, zeros)]
+            x, y = [row.floor_us / row.cublas_us for row in here], [row.us / row.cublas_us for row in here]
+            axes.plot(x, y, marker=marker, color=color, markersize=3.6, mfc="none", linestyle="none")
     axes.set_xlim(0, 1.05)
     axes.set_ylim(0, top)
     axes.grid(visible=True, axis="both")

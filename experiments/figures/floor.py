@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING
 
 from experiments.figures import rows, style
 from experiments.figures.entry import Entry
-from experiments.figures.rows import H100, H200, Case, Final
+from experiments.figures.rows import GPUS, Case, Final
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BATCHES = (8, 32, 64)
-ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9)
-GPUS = (H100, H200)
+ZEROS = tuple(style.ZEROS)
 FORMATS: Mapping[str, str] = {"tiled-csl": "s", "bitmap": "o", "slot24": "^"}
 """Marker of a format."""
 
@@ -45,11 +44,15 @@ class Panel:
 def load(root: Path) -> tuple[Panel, ...]:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     panels = []
+    newest = rows.newest_of_all(root)
     for gpu in GPUS:
-        found = {name: rows.newest(root, name, gpu=gpu) for name in FORMATS}
         drawn = {
-            name: {case: row for case, row in sorted(cases.items()) if case.N in BATCHES and case.zeros in ZEROS}
-            for name, cases in found.items()
+            name: {
+                case: row
+                for case, row in sorted(newest.get((gpu, name), {}).items())
+                if case.N in BATCHES and case.zeros in ZEROS
+            }
+            for name in FORMATS
         }
         panels.append(Panel(gpu=gpu, formats=drawn))
     return tuple(panels)
@@ -75,8 +78,6 @@ def table(data: tuple[Panel, ...]) -> str:
 
 def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     """One figure: a row for each GPU, a column for each N."""
-    from textwrap import fill
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 6.6))
@@ -95,7 +96,7 @@ def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     figure.subplots_adjust(left=0.09, right=0.985, top=0.85, bottom=0.12, wspace=0.06, hspace=0.08)
     figure.suptitle("y = x Wᵀ, how far from what its bytes take", x=0.09, y=0.985, ha="left", fontsize=11)
     _add_legend(figure)
-    figure.text(0.09, 0.015, fill(CAPTION, 160), fontsize=7, color=style.QUIET, ha="left", va="bottom")
+    style.add_caption(figure, CAPTION, x=0.09, y=0.015, width=160)
     return {"floor-formats": figure}
 
 

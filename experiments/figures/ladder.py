@@ -132,6 +132,7 @@ class Ladder:
 def load(root: Path) -> Ladder:
     """From the folder ``experiments``. Raises ``FormatError``, ``OSError``, ``KeyError`` for a step not in its log."""
     columns = []
+    newest = rows.newest_of_all(root)
     for form in FORMATS:
         by_step = defaultdict(list)
         for entry in rows.log(root, form.log):
@@ -140,7 +141,7 @@ def load(root: Path) -> Ladder:
         if missing:
             raise KeyError(f"{form.log}: no step {min(missing)!r}")
         steps = tuple((step.label, fastest(step, by_step[step.step])) for step in form.steps)
-        columns.append(Column(title=form.title, steps=steps, final=rows.newest(root, form.name)))
+        columns.append(Column(title=form.title, steps=steps, final=newest.get((rows.H100, form.name), {})))
     return Ladder(original=rows.reference(root, "h100_originals", ORIGINAL), columns=tuple(columns))
 
 
@@ -224,7 +225,7 @@ def _plot_shape(data: Ladder, M: int, K: int) -> Figure:
         axes.set_title(title)
     figure.suptitle(f"y = x Wᵀ, W {M} × {K}, time of one product", x=0.06, y=0.985, ha="left", fontsize=11)
     _add_legend(figure)
-    _add_caption(figure)
+    style.add_caption(figure, CAPTION, x=0.06, y=0.012, width=178)
     return figure
 
 
@@ -298,14 +299,6 @@ def _add_legend(figure: Figure) -> None:
         Line2D([], [], color=style.QUIET, linewidth=1, label="cuBLAS, same run"),
     ]
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.055, 0.968), ncols=5, fontsize=7.5)
-
-
-def _add_caption(figure: Figure) -> None:
-    from textwrap import fill
-
-    figure.text(
-        0.06, 0.012, fill(CAPTION, 178), fontsize=7, color=style.QUIET, ha="left", va="bottom", linespacing=1.35
-    )
 
 
 ENTRY = Entry(name="ladder", load=load, plot=plot, table=table)

@@ -8,14 +8,16 @@ raises :class:`flashllm.errors.FormatError` or ``OSError``.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from flashllm.bench import results
 from flashllm.errors import FormatError
 
-H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+H100, H200 = GPUS = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Case(NamedTuple):
@@ -65,15 +67,20 @@ def newest(root: Path, format_name: str, *, gpu: str = H100, launch: str = "grap
 
     Rows that name no commit, had local changes, failed their check or have no cuBLAS beside them do not count.
     """
-    return _last(root, gpu=gpu, launch=launch, format=format_name)
+    return newest_of_all(root, launch=launch).get((gpu, format_name), {})
 
 
-def chosen(root: Path, *, gpu: str) -> dict[Case, Final]:
-    """Likewise, of the format that ``flashllm bench`` chose by itself in a sweep saved as ``auto-sweep``."""
-    return _last(root, "*-auto-sweep.jsonl", gpu=gpu, launch="graph", choice="auto-format")
+def newest_of_all(root: Path, *, launch: str = "graph") -> dict[tuple[str, str], dict[Case, Final]]:
+    """Likewise of every GPU and format, whose names are the keys, in one reading."""
+    return _last(root, "*.jsonl", lambda row: (str(row.gpu), row.format), launch=launch)
 
 
-def _last(root: Path, files: str = "*.jsonl", **more: str) -> dict[Case, Final]:
+def chosen(root: Path) -> dict[str, dict[Case, Final]]:
+    """By GPU, of the format that ``flashllm bench`` chose by itself in a sweep saved as ``auto-sweep``."""
+    return _last(root, "*-auto-sweep.jsonl", lambda row: str(row.gpu), launch="graph", choice="auto-format")
+
+
+def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: str) -> dict[Key, dict[Case, Final]]:
     wanted = {
         "system": "flashllm",
         "dtype": "fp16",
@@ -83,14 +90,14 @@ def _last(root: Path, files: str = "*.jsonl", **more: str) -> dict[Case, Final]:
         "dirty": False,
         **more,
     }
-    found = {}
+    found: dict[Key, dict[Case, Final]] = {}
     for file in sorted((root / "results").glob(files)):  # names begin with the time
         for row in results.read(file):
             if any(getattr(row, field) != value for field, value in wanted.items()) or row.commit is None:
                 continue
             if row.sparsity is None or row.median_us is None or row.cublas_us is None or row.read_gbps is None:
                 continue
-            found[Case(row.M, row.K, row.N, row.sparsity)] = Final(
+            found.setdefault(key(row), {})[Case(row.M, row.K, row.N, row.sparsity)] = Final(
                 us=row.median_us,
                 cublas_us=row.cublas_us,
                 format=row.format,

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 
 from experiments.figures import rows, style
 from experiments.figures.entry import Entry
-from experiments.figures.rows import H100, H200, Final
+from experiments.figures.rows import GPUS, Case, Final
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BATCHES = (8, 16, 32, 64)
-ZEROS = (0.5, 0.6, 0.7, 0.8, 0.9)
-GPUS = (H100, H200)
+ZEROS = tuple(style.ZEROS)
 
 CAPTION = (
     "fp16, random zeros, CUDA graphs, L2 cold; the newest committed rows of the format that auto takes, each over the"
@@ -56,10 +55,11 @@ class Map:
 
 def load(root: Path) -> tuple[Map, ...]:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
-    return tuple(_map(gpu, rows.chosen(root, gpu=gpu)) for gpu in GPUS)
+    found = rows.chosen(root)
+    return tuple(_map(gpu, found.get(gpu, {})) for gpu in GPUS)
 
 
-def _map(gpu: str, found: Mapping[rows.Case, Final]) -> Map:
+def _map(gpu: str, found: Mapping[Case, Final]) -> Map:
     cells = {}
     used = set()
     for zeros in ZEROS:
@@ -89,8 +89,6 @@ def table(data: tuple[Map, ...]) -> str:
 
 def plot(data: tuple[Map, ...]) -> dict[str, Figure]:
     """One figure, a panel for each GPU."""
-    from textwrap import fill
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.6))
@@ -101,7 +99,7 @@ def plot(data: tuple[Map, ...]) -> dict[str, Figure]:
     panels[0].set_ylabel("zeros")
     figure.subplots_adjust(left=0.07, right=0.99, top=0.84, bottom=0.2, wspace=0.06)
     figure.suptitle("y = x Wᵀ, speed-up over cuBLAS, twelve shapes of OPT", x=0.07, y=0.97, ha="left", fontsize=11)
-    figure.text(0.07, 0.02, fill(CAPTION, 150), fontsize=7, color=style.QUIET, ha="left", va="bottom", linespacing=1.35)
+    style.add_caption(figure, CAPTION, x=0.07, y=0.02, width=150)
     return {"speedup-auto": figure}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ZEROS: Mapping[float, str] = {0.5: "#0072b2", 0.6: "#56b4e9", 0.7: "#009e73", 0.8: "#e69f00", 0.9: "#d55e00"}
 """Colour of a fraction of zeros, of the palette of Okabe and Ito (2008)."""
@@ -92,3 +94,9 @@ def label_right(axes: Axes, x: float, labels: Sequence[tuple[str, float, str]], 
     heights = spread([height for _, height, _ in labels], gap)
     for (text, _, color), height in zip(labels, heights, strict=True):
         axes.text(x, height, text, color=color, fontsize=7, va="center", ha="left")
+
+
+def add_caption(figure: Figure, text: str, *, x: float, y: float, width: int) -> None:
+    """What readers must know, in lines of ``width`` characters above the place ``x``, ``y`` of the figure."""
+    lines = fill(text, width)
+    figure.text(x, y, lines, fontsize=7, color=QUIET, ha="left", va="bottom", linespacing=1.35)

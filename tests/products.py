@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashllm import registry
+from flashllm.formats.slot24 import Slot24
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.spec import KernelSpec
+from flashllm.matmul import slot24
 from weight_cases import NUMPY_DTYPE, mask
 
 
@@ -104,3 +106,8 @@ def packed_for(spec: KernelSpec, w: NDArray[Any]) -> tuple[NDArray[Any], SparseW
         kept = np.random.default_rng(w.size).random(w.shape) < densest
         w = np.where(kept, w, np.zeros((), w.dtype))
     return w, packed(name, w, **layout)
+
+
+def narrow(sparse: Slot24, n: int, arch: str) -> slot24.Choice:
+    """Of slot24 the instance with blocks of 32 columns at most: wide ones have test files of their own."""
+    return next(c for c in slot24.candidates(sparse, n, arch=arch) if c.n_block in slot24.N_BLOCKS)

@@ -18,7 +18,7 @@ from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_parts import PARTS_OF
 from flashllm.matmul import slot24
 from flashllm.matmul.stream_k import StreamK
-from products import NUMPY_DTYPE, assert_exact, exact, integers, weight
+from products import NUMPY_DTYPE, assert_exact, exact, integers, narrow, weight
 
 CHUNK_BYTES = 8192
 COLUMN_BYTES = {8: 16, 16: 32, 32: 80}
@@ -51,11 +51,6 @@ def check_packed(sparse: Slot24, w: NDArray[Any], n: int, arch: str, seed: int =
     got, counts = emulator.spmm(x, sparse, choice=narrow(sparse, n, arch), arch=arch, seed=seed, **split)
     assert_exact(got, exact(x, w, sparse.dtype))
     return counts
-
-
-def narrow(sparse: Slot24, n: int, arch: str) -> slot24.Choice:
-    """The instance with blocks of 32 columns at most: wide ones are in test_slot24_wide.py."""
-    return next(c for c in slot24.candidates(sparse, n, arch=arch) if c.n_block in slot24.N_BLOCKS)
 
 
 @cache

@@ -12,9 +12,8 @@ from test_spmm import multiply
 
 from flashllm import Slot24, spmm
 from flashllm.device import device_facts
-from flashllm.matmul import slot24
 from flashllm.matmul.slot24 import MAX_RING_ROWS
-from products import assert_exact, exact, integers, weight
+from products import assert_exact, exact, integers, narrow, weight
 from weight_cases import PATTERNS
 
 both_parts = pytest.mark.parametrize("part_rows", [32, 64])
@@ -35,13 +34,8 @@ def check(
     dtype = "fp16" if w.dtype == np.float16 else "bf16"
     x = integers(np.random.default_rng(seed), (n, w.shape[1]), dtype)
     sparse = Slot24.from_dense(w, window=window, part_rows=part_rows, group_values=group_values).to_device()
-    assert_exact(multiply(cp, x, sparse, narrow(sparse, n), **split), exact(x, w, dtype))
-
-
-def narrow(sparse: Slot24, n: int) -> slot24.Choice:
-    """The instance with blocks of 32 columns at most: wide ones are in test_spmm_slot24_wide.py."""
-    found = slot24.candidates(sparse, n, arch=device_facts().arch)
-    return next(choice for choice in found if choice.n_block in slot24.N_BLOCKS)
+    choice = narrow(sparse, n, device_facts().arch)
+    assert_exact(multiply(cp, x, sparse, choice, **split), exact(x, w, dtype))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -44,10 +44,18 @@ def test_patterns_put_the_zeros_where_they_say() -> None:
     assert kept("per-row").mean(axis=1).std() > 3 * kept("uniform").mean(axis=1).std()
 
 
-def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = data.random_matrix(100, 70, density=0.5, pattern="block", seed=9)
+@pytest.mark.parametrize(("density", "kept"), [(0.0, 0), (0.3, 30), (0.999, 100), (1.0, 100)])
+def test_rows_of_equal_density(density: float, kept: int) -> None:
+    matrix = data.random_matrix(200, 100, density=density, pattern="row-equal", seed=2) != 0
+    assert (matrix.sum(axis=1) == kept).all()
+    assert len({row.tobytes() for row in matrix}) == (1 if kept in (0, 100) else 200)
+
+
+@pytest.mark.parametrize("pattern", ["block", "row-equal"])
+def test_strips_do_not_show(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = data.random_matrix(100, 70, density=0.5, pattern=pattern, seed=9)
     monkeypatch.setattr(data, "_STRIP_ELEMENTS", 333)
-    assert (data.random_matrix(100, 70, density=0.5, pattern="block", seed=9) == whole).all()
+    assert (data.random_matrix(100, 70, density=0.5, pattern=pattern, seed=9) == whole).all()
 
 
 def test_known_values_never_change() -> None:

@@ -147,5 +147,5 @@ def test_explicit_shapes_are_never_scaled() -> None:
 def test_tensor_needs_weights_and_patterns_are_known() -> None:
     with pytest.raises(ArgumentError, match="without --weights"):
         plan_work(backend="cuda", tensor="w")
-    with pytest.raises(ArgumentError, match="uniform, per-row"):
+    with pytest.raises(ArgumentError, match="uniform, row-equal, per-row"):
         plan_work(backend="cuda", pattern="random")

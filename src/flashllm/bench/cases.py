@@ -12,7 +12,7 @@ from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType
 from flashllm.registry import DEFAULT_FORMAT, entry
 
-PATTERNS: tuple[str, ...] = ("uniform", "per-row", "skewed", "columns", "block")
+PATTERNS: tuple[str, ...] = ("uniform", "row-equal", "per-row", "skewed", "columns", "block")
 DEFAULT_SPARSITIES: tuple[float, ...] = (0.7, 0.8, 0.9)
 DEFAULT_BATCHES: tuple[int, ...] = (8, 16, 32)
 MAX_DIMENSION = 2**31 - 1

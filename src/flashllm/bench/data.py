@@ -24,6 +24,7 @@ _SHARING = {"columns": 1, "block": 2}
 _BLOCK = 32
 _RAW_STD = 2.0 * float(np.sqrt(4.0 * (65536.0**2 - 1.0) / 12.0))  # of 2 (u0 + u1 + u2 + u3), u uniform 16-bit
 _STRIP_ELEMENTS = 1 << 20
+_DEVICE_STRIP_ELEMENTS = 1 << 26
 _C_TYPES = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 _X_SEED = 1 << 32
 
@@ -52,15 +53,21 @@ def _mix(z: UInt64) -> UInt64:
     return z ^ (z >> np.uint64(31))
 
 
-def row_thresholds(rows: int, *, density: float, pattern: str, seed: int) -> UInt64:
-    """uint64[rows]: an element is kept when its 32 random bits are below its row's threshold.
+def _key(seed: int) -> UInt64:
+    return _mix(np.array([seed + _GOLDEN & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
 
-    ``per-row`` draws each row's density from d +- min(d, 1 - d); ``skewed`` lets it fall linearly over the
-    rows
+
+def row_thresholds(rows: int, columns: int, *, density: float, pattern: str, seed: int, device: bool = False) -> Any:
+    """uint64[rows], NumPy or CuPy: an element is kept when its 32 random bits are below its row's threshold.
+
+    ``row-equal`` keeps round(density * columns) elements of every row, as pruning row by row does (Wanda, Sun et al.
+    2023); ``per-row`` draws each row's density from d +- min(d, 1 - d); ``skewed`` lets it fall linearly over the rows
     from d + min(d, 1 - d) to d - min(d, 1 - d); every other pattern has the same density in all rows.
     """
     if pattern not in PATTERNS:
         raise ArgumentError("pattern", expected=f"one of {', '.join(PATTERNS)}", got=repr(pattern))
+    if pattern == "row-equal":
+        return _equal_thresholds(rows, columns, round(density * columns), seed, device)
     width = min(density, 1.0 - density)
     values = np.full(rows, density)
     if pattern == "per-row":
@@ -68,6 +75,23 @@ def row_thresholds(rows: int, *, density: float, pattern: str, seed: int) -> UIn
     elif pattern == "skewed":
         values += width * (1.0 - 2.0 * (np.arange(rows) + 0.5) / rows)
     return np.rint(values * _FULL).astype(np.uint64)
+
+
+def _equal_thresholds(rows: int, columns: int, count: int, seed: int, device: bool) -> Any:
+    """One more than the ``count``-th smallest bits of each row; of equal bits there, all are kept."""
+    if device:
+        import cupy as xp
+    else:
+        xp = np
+    out = xp.zeros(rows, dtype=np.uint64)
+    key = xp.asarray(_key(seed))
+    strip = max(1, (_DEVICE_STRIP_ELEMENTS if device else _STRIP_ELEMENTS) // max(1, columns))
+    for first in range(0, rows if count else 0, strip):
+        last = min(rows, first + strip)
+        index = xp.arange(first * columns, last * columns, dtype=np.uint64).reshape(last - first, columns)
+        bits = _mix(key ^ _mix(index * np.uint64(2))) >> np.uint64(32)
+        out[first:last] = xp.partition(bits, count - 1, axis=1)[:, count - 1] + np.uint64(1)
+    return out
 
 
 def random_matrix(
@@ -84,12 +108,12 @@ def random_matrix(
     """Matrix [rows, columns] with bell-shaped zero-mean values of standard deviation ``std``, the rest zero.
 
     Patterns: ``uniform`` keeps each element with probability ``density``; ``columns`` keeps whole columns;
-    ``block`` keeps whole 32 x 32 blocks; ``per-row`` and ``skewed`` see :func:`row_thresholds`.
+    ``block`` keeps whole 32 x 32 blocks; ``row-equal``, ``per-row`` and ``skewed`` see :func:`row_thresholds`.
     Host: NumPy float16 or ml_dtypes.bfloat16; device: CuPy float16, or uint16 bits for bf16.
     """
     if not 0.0 <= density <= 1.0:
         raise ArgumentError("density", expected="a fraction from 0 to 1", got=str(density))
-    thresholds = row_thresholds(rows, density=density, pattern=pattern, seed=seed)
+    thresholds = row_thresholds(rows, columns, density=density, pattern=pattern, seed=seed, device=device)
     scale = np.float32(std / _RAW_STD)
     sharing = _SHARING.get(pattern, 0)
     if device:
@@ -101,7 +125,7 @@ def _on_host(
     rows: int, columns: int, thresholds: UInt64, seed: int, sharing: int, scale: np.float32, dtype: DType
 ) -> npt.NDArray[Any]:
     out = np.empty((rows, columns), dtype=numpy_dtype(dtype))
-    key = _mix(np.array([seed + _GOLDEN & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
+    key = _key(seed)
     strip = max(1, _STRIP_ELEMENTS // max(1, columns))
     column = np.arange(columns, dtype=np.uint64)[None, :]
     for first in range(0, rows, strip):
@@ -124,7 +148,7 @@ def _on_host(
 
 
 def _on_device(
-    rows: int, columns: int, thresholds: UInt64, seed: int, sharing: int, scale: np.float32, dtype: DType
+    rows: int, columns: int, thresholds: Any, seed: int, sharing: int, scale: np.float32, dtype: DType
 ) -> Any:
     import cupy
 

@@ -25,7 +25,7 @@ _LARGEST = sys.float_info.max
 _VALUES: dict[str, tuple[str, ...]] = {
     "kind": ("kernel", "e2e", "quality", "encode"),
     "dtype": ("fp16", "bf16"),
-    "pattern": ("uniform", "per-row", "skewed", "columns", "block", "2:4", "file"),
+    "pattern": ("uniform", "row-equal", "per-row", "skewed", "columns", "block", "2:4", "file"),
     # Of the kernel; with "-format", the format was chosen by `auto` too, else it was named.
     "choice": ("auto", "tuned", "forced", "auto-format", "tuned-format"),
     "l2": ("cold", "warm"),

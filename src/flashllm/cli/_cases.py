@@ -99,7 +99,7 @@ _CASE_OPTIONS = (
     click.option(
         "--pattern",
         metavar="NAME",
-        help="Where the zeros are: uniform, per-row, skewed, columns, block.  [default: uniform]",
+        help="Where the zeros are: uniform, row-equal, per-row, skewed, columns, block.  [default: uniform]",
     ),
     format_option,
     click.option(

@@ -80,7 +80,7 @@ soak: $(test_env) ## Random products with checks for MINUTES=5; on the emulator 
 
 .PHONY: figures
 figures: $(plot_env) ## Draw the figures from committed rows into build/figures, and print their tables; needs no GPU
-	$(RUN) -m experiments.figures $(ARGS)
+	$(RUN) -m flashllm figures --from-results $(ARGS)
 
 .PHONY: clean
 clean: ## Remove .venv, build results and tool caches (not the kernel cache: `flashllm cache clear`)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures drawn from committed rows, with no GPU: ``python3 -m experiments.figures NAME --out DIR``.
+"""Figures of rows that were measured before, or are now: ``flashllm figures [NAME]``.
 
 A figure is one module of this package with an ``ENTRY`` (``entry.py``), named in ``ENTRIES``. Rows come from
 ``rows.py``, looks from ``style.py``; matplotlib is imported when something is drawn.
@@ -7,5 +7,5 @@ A figure is one module of this package with an ``ENTRY`` (``entry.py``), named i
 
 from __future__ import annotations
 
-ENTRIES = ("ladder", "speedup", "floor")
+ENTRIES = ("ladder", "speedup", "floor", "utilisation", "ablation", "kernels", "sparsity", "crossover", "bytes")
 """Modules of this package that draw a figure."""

@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from experiments.figures.measure import Sweep
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -30,6 +32,8 @@ class Entry(Generic[Data]):
     """Figures by the names of their files, without suffix."""
     table: Callable[[Data], str]
     """The same numbers as markdown; needs no matplotlib."""
+    sweeps: tuple[Sweep, ...] = ()
+    """Where its rows come from; none for a figure of what others measured before, such as logs."""
 
 
 def entry(name: str) -> Entry[Any]:

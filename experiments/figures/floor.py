@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
-from experiments.figures import rows, style
+from experiments.figures import measure, rows, style
 from experiments.figures.entry import Entry
 from experiments.figures.rows import GPUS, Case, Final
 
@@ -126,4 +126,4 @@ def _add_legend(figure: Figure) -> None:
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.08, 0.96), ncols=8, fontsize=7.5)
 
 
-ENTRY = Entry(name="floor", load=load, plot=plot, table=table)
+ENTRY = Entry(name="floor", load=load, plot=plot, table=table, sweeps=measure.FORMATS)

@@ -8,7 +8,7 @@ raises :class:`flashllm.errors.FormatError` or ``OSError``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +50,8 @@ class Final(Measured):
     commit: str
     floor_us: float
     """What reading W and x and writing y take at the bandwidth that the same run measured."""
+    bytes: int
+    """Of W, x and y."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,46 @@ def chosen(root: Path) -> dict[str, dict[Case, Final]]:
     return _last(root, "*-auto-sweep.jsonl", lambda row: str(row.gpu), launch="graph", choice="auto-format")
 
 
-def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: str) -> dict[Key, dict[Case, Final]]:
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The systems of one GPU, measured beside each other."""
+
+    gpu: str
+    commits: tuple[str, ...]
+    systems: Mapping[str, Mapping[Case, Final]]
+    """By the name of the system; ours in the format that ``auto`` took. ``zeros`` of a case are those of the matrix
+    that a system multiplies: 0 of a dense one, 0.5 of a 2:4 one."""
+
+
+def compared(root: Path) -> tuple[Compared, ...]:
+    """Of each GPU the newest measurement of every case of every system in files saved as ``*systems``."""
+    cases = _last(root, "*systems.jsonl", lambda row: (str(row.gpu), row.system), launch="graph", **_ANY_SYSTEM)
+    found = []
+    for gpu in GPUS:
+        systems = {name: here for (where, name), here in cases.items() if where == gpu}
+        if systems:
+            commits = {row.commit[:10] for here in systems.values() for row in here.values()}
+            found.append(Compared(gpu=gpu, commits=tuple(sorted(commits)), systems=systems))
+    return tuple(found)
+
+
+def ablation(root: Path, gpu: str) -> dict[str, dict[Case, float]]:
+    """Microseconds of our kernel in files saved as ``*ablation``, by the idea that is left out: ``""`` for none."""
+    found: dict[str, dict[Case, float]] = {}
+    for system in ("flashllm", "flashllm-ablation"):
+        times = _last(root, "*ablation.jsonl", lambda row: (str(row.gpu), row.kernel), launch="graph", system=system)
+        for (where, kernel), cases in times.items():
+            if where == gpu:
+                idea = kernel.partition(":")[0] if system == "flashllm-ablation" else ""
+                found.setdefault(idea, {}).update({case: row.us for case, row in cases.items()})
+    return found
+
+
+_ANY_SYSTEM: Mapping[str, Any] = {"system": None, "dtype": None, "pattern": None}
+
+
+def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: Any) -> dict[Key, dict[Case, Final]]:
+    """``more``: values of fields that rows must have beside or instead of the usual ones; ``None``: any."""
     wanted = {
         "system": "flashllm",
         "dtype": "fp16",
@@ -90,6 +131,7 @@ def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: str
         "dirty": False,
         **more,
     }
+    wanted = {field: value for field, value in wanted.items() if value is not None}
     found: dict[Key, dict[Case, Final]] = {}
     for file in sorted((root / "results").glob(files)):  # names begin with the time
         for row in results.read(file):
@@ -103,6 +145,7 @@ def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: str
                 format=row.format,
                 commit=row.commit,
                 floor_us=row.bytes / (row.read_gbps * 1e3),
+                bytes=row.bytes,
             )
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
-from experiments.figures import rows, style
+from experiments.figures import measure, rows, style
 from experiments.figures.entry import Entry
 from experiments.figures.rows import GPUS, Case, Final
 
@@ -122,4 +122,4 @@ def _draw(axes: Axes, one: Map, highest: float) -> None:
     axes.tick_params(length=0)
 
 
-ENTRY = Entry(name="speedup", load=load, plot=plot, table=table)
+ENTRY = Entry(name="speedup", load=load, plot=plot, table=table, sweeps=(measure.AUTO,))

@@ -14,6 +14,20 @@ if TYPE_CHECKING:
 
 ZEROS: Mapping[float, str] = {0.5: "#0072b2", 0.6: "#56b4e9", 0.7: "#009e73", 0.8: "#e69f00", 0.9: "#d55e00"}
 """Colour of a fraction of zeros, of the palette of Okabe and Ito (2008)."""
+SYSTEMS: Mapping[str, tuple[str, str, str]] = {
+    "flashllm": ("flashllm", "#d55e00", "o"),
+    "cublas": ("cuBLAS", "#6b6b6b", "s"),
+    "cublas-notc": ("cuBLAS, no tensor cores", "#b5b5b5", "D"),
+    "tca-bme": ("TCA-BME (SpInfer)", "#0072b2", "^"),
+    "sparta": ("SparTA", "#009e73", "v"),
+    "sputnik": ("Sputnik", "#e69f00", "P"),
+    "cusparse": ("cuSPARSE", "#cc79a7", "X"),
+    "mma-2:4": ("2:4, our kernel", "#56b4e9", "<"),
+    "cusparselt-2:4": ("2:4, cuSPARSELt", "#56b4e9", ">"),
+    "torch-fp8": ("fp8, torch", "#222222", "*"),
+    "torch-int4": ("int4, torch", "#222222", "1"),
+}
+"""Label, colour and marker of a system."""
 INK, QUIET, RULE = "#222222", "#6b6b6b", "#d9d9d9"
 """Text, secondary text and cuBLAS, lines of the grid."""
 OTHERS: Mapping[str, Any] = {"hatch": "////", "facecolor": "white", "linewidth": 0.9}

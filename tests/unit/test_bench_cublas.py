@@ -94,11 +94,11 @@ def test_struct_sizes_follow_the_header() -> None:
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    cublas_api._open.cache_clear()
+    cublas_api.open_library.cache_clear()
     monkeypatch.setattr(cublas_api, "_pathfinder", lambda name: [])
     monkeypatch.setattr(cublas_api, "_SONAMES", {"cublas": ("libcublas-not-there.so",)})
     try:
         with pytest.raises(MissingDependencyError, match="install nvidia-cublas"):
-            cublas_api._open("cublas")
+            cublas_api.open_library("cublas")
     finally:
-        cublas_api._open.cache_clear()
+        cublas_api.open_library.cache_clear()

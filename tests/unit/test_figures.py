@@ -14,12 +14,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from experiments.figures import ENTRIES, __main__, floor, ladder, rows, speedup, style
+from experiments.figures import ENTRIES, floor, ladder, rows, speedup, style
 from experiments.figures.entry import draw, entry, stamp
 from experiments.figures.rows import H100, H200, Case, Logged
 from flashllm.bench import results
+from flashllm.cli import figures
 from flashllm.errors import FormatError
 
+FILES = (
+    "speedup-auto", "floor-formats", "utilisation-auto", "ablation-tiled-csl", "kernels-opt", "sparsity-sweep",
+    "crossover-systems", "bytes-systems",
+)  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = REPOSITORY / "experiments"
 
@@ -227,12 +232,12 @@ def test_committed_figures_show_the_committed_rows(name: str) -> None:
 def test_files_are_written(data: ladder.Ladder, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
-    done = CliRunner().invoke(__main__.command, ["--out", str(tmp_path / "new" / "one")])
+    done = CliRunner().invoke(figures.command, ["--from-results", "--out", str(tmp_path / "new" / "one")])
     assert done.exit_code == 0, done.output
     assert ladder.table(data) in done.output
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
     ladders = {f"ladder-{M}x{K}.{suffix}" for M, K in ladder.SHAPES for suffix in starts}
-    names = ladders | {f"{name}.{suffix}" for name in ("speedup-auto", "floor-formats") for suffix in starts}
+    names = ladders | {f"{name}.{suffix}" for name in FILES for suffix in starts}
     assert {file.name for file in (tmp_path / "new" / "one").iterdir()} == names
     for name in names:
         written = (tmp_path / "new" / "one" / name).read_bytes()
@@ -247,8 +252,8 @@ def test_files_are_written(data: ladder.Ladder, tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_command_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(__main__, "find_spec", lambda name: None)
-    done = CliRunner().invoke(__main__.command, ["--out", str(tmp_path / "out")])
-    assert done.exit_code == 1
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    done = CliRunner().invoke(figures.command, ["--from-results", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
     assert 'pip install -e ".[plot]"' in done.output
     assert not (tmp_path / "out").exists()

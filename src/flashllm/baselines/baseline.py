@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the systems we compare with have in common, where their kernels are our own code (``cuda/baselines/``).
+"""What the systems we compare with have in common.
 
-A class of weights for each: the matrix as that system stores it, on the host (NumPy) or the GPU (CuPy). It says which
-instances of its kernel come into question for N columns of x, and what has to be launched for a product.
+Each has a class of weights: the matrix as that system stores it. Where its kernels are our own code, in
+``cuda/baselines/`` (:class:`Baseline`), it is on the host (NumPy) or the GPU (CuPy), says which instances of its kernel
+come into question for N columns of x, and what has to be launched for a product. Where they are another library's, on
+the GPU alone, it prepares the calls itself (:class:`LibraryBaseline`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -74,6 +76,78 @@ class Baseline(Protocol):
         ``x`` and ``y``: C-contiguous float16, as :attr:`LAYOUT` says, addresses multiples of 16 bytes; ``workspace``:
         uint8. Every element of y is written.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to compute y = x @ W^T on the GPU, with any of the rotating copies of W: a system when it is timed."""
+
+    label: str
+    """Kernel or algorithm, for result rows."""
+    deterministic: bool | None
+    """``None``: not known."""
+    copies: int
+    launch: Callable[[int, Any], None]
+    """``launch(copy, stream)`` queues a product; a graph can capture it. ``stream`` is CuPy's current one."""
+    buffer: Callable[[], Any]
+    """What the last launch wrote, to be poisoned before the next."""
+    output: Callable[[], Any]
+    """The same as [N, M]."""
+    error_limit: float = 8.0
+    """Its error may be this many times the bound that ours promise: pieces of a sum may be added in fp16."""
+
+
+class LibraryBaseline(Protocol):
+    """W[M, K] as another library stores it, on the current GPU."""
+
+    SYSTEM: ClassVar[str]
+    FORMAT: ClassVar[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads of the weight."""
+
+    @classmethod
+    def from_dense(cls, dense: Any) -> Self:
+        """Encode a C-contiguous float16 CuPy array [M, K]. Raises :class:`flashllm.errors.ArgumentError`."""
+
+    def copy(self) -> Self:
+        """The same weight in buffers of its own."""
+
+    @classmethod
+    def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:
+        """What to try with x, a float16 CuPy array [N, K]; empty where the library can do none of it.
+
+        Whatever is allocated or searched for is done here, on ``stream``.
+        """
+
+
+def kernel_ways(weights: Sequence[Baseline], x: Any) -> list[Way]:
+    """The ways of a system with kernels of our own: all its choices, one workspace. x is CuPy float16 [N, K]."""
+    import cupy
+
+    from flashllm.device import device_facts
+
+    first = weights[0]
+    (n, _), (m, _) = x.shape, first.shape
+    columns = first.LAYOUT == "column"
+    x = cupy.ascontiguousarray(x.T) if columns else x
+    y = cupy.empty((m, n) if columns else (n, m), dtype=cupy.float16)
+    choices = first.choices(n, sm_count=device_facts().sm_count)
+    workspace = cupy.empty(max(1, *(first.workspace_bytes(n, choice) for choice in choices)), dtype=cupy.uint8)
+
+    def way(choice: Choice) -> Way:
+        steps = [w.steps(x, y, workspace, choice) for w in weights]
+        return Way(
+            label=choice.label,
+            deterministic=all(step.spec.deterministic for step in steps[0]),
+            copies=len(weights),
+            launch=lambda copy, stream: run(steps[copy], stream=stream),
+            buffer=lambda: y,
+            output=lambda: y.T if columns else y,
+        )
+
+    return [way(choice) for choice in choices]
 
 
 def run(steps: Sequence[Step], *, stream: Any = None) -> None:

@@ -119,9 +119,10 @@ class Cublas:
             )
             self._stream = stream
 
-    def gemm_ex(self, layout: Layout, *, m: int, k: int, n: int, dtype: str) -> Candidate:
-        """cublasGemmEx with the library's own choice of algorithm."""
+    def gemm_ex(self, layout: Layout, *, m: int, k: int, n: int, dtype: str, tensor_cores: bool = True) -> Candidate:
+        """cublasGemmEx with the library's own choice of algorithm; without ``tensor_cores`` in its pedantic mode."""
         call, kind = gemm_call(layout, m=m, k=k, n=n), _data_type(dtype)
+        compute = api.COMPUTE_32F if tensor_cores else api.COMPUTE_32F_PEDANTIC
 
         def launch(w: int, x: int, y: int, stream: int) -> None:
             self._use_stream(stream)
@@ -145,11 +146,12 @@ class Cublas:
                 y,
                 kind,
                 call.ldc,
-                api.COMPUTE_32F,
+                compute,
                 api.GEMM_DEFAULT,
             )
 
-        return Candidate(label=f"GemmEx {layout.label}", layout=layout, launch=launch)
+        name = "GemmEx" if tensor_cores else "GemmEx pedantic"
+        return Candidate(label=f"{name} {layout.label}", layout=layout, launch=launch)
 
     def lt_candidates(self, layout: Layout, *, m: int, k: int, n: int, dtype: str, count: int = 8) -> list[Candidate]:
         """Up to ``count`` cublasLt algorithms, in the order in which its heuristic ranks them."""
@@ -185,7 +187,7 @@ class Cublas:
         if status == api.NOT_SUPPORTED:  # no algorithm for this shape (a misaligned leading dimension, say)
             return []
         if status:
-            raise api.CublasError("cublasLtMatmulAlgoGetHeuristic", status, api.status_text(status))
+            raise api.CublasError("cublasLtMatmulAlgoGetHeuristic", status)
 
         def make(index: int) -> Candidate:
             algorithm = results[index].algo
@@ -217,12 +219,18 @@ class Cublas:
         usable = range(min(found.value, count))
         return [make(i) for i in usable if not results[i].state and results[i].workspace_bytes <= WORKSPACE_BYTES]
 
-    def candidates(self, layouts: Sequence[Layout], *, m: int, k: int, n: int, dtype: str) -> list[Candidate]:
-        """Everything worth timing for this shape: GemmEx and the best cublasLt heuristics in every layout."""
+    def candidates(
+        self, layouts: Sequence[Layout], *, m: int, k: int, n: int, dtype: str, tensor_cores: bool = True
+    ) -> list[Candidate]:
+        """Everything worth timing for this shape: GemmEx and the best cublasLt heuristics in every layout.
+
+        Without ``tensor_cores`` GemmEx alone, in its pedantic mode: the Flash-LLM paper's line of that name.
+        """
         found = []
         for layout in layouts:
-            found.append(self.gemm_ex(layout, m=m, k=k, n=n, dtype=dtype))
-            found += self.lt_candidates(layout, m=m, k=k, n=n, dtype=dtype)
+            found.append(self.gemm_ex(layout, m=m, k=k, n=n, dtype=dtype, tensor_cores=tensor_cores))
+            if tensor_cores:
+                found += self.lt_candidates(layout, m=m, k=k, n=n, dtype=dtype)
         return found
 
     def matmul(self, x: Any, w: Any, y: Any, *, dtype: str) -> None:

@@ -8,7 +8,7 @@ Constants and struct sizes follow the public headers cublas_api.h and cublasLt.h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ from flashllm.errors import FlashLLMError, MissingDependencyError
 
 OP_N, OP_T = 0, 1
 COMPUTE_32F = 68
+COMPUTE_32F_PEDANTIC = 69  # no tensor cores for 16-bit operands
 R_32F = 0
 DATA_TYPES = {"fp16": 2, "bf16": 14}  # CUDA_R_16F, CUDA_R_16BF
 GEMM_DEFAULT = -1
@@ -30,15 +31,22 @@ NOT_SUPPORTED = 15
 _SONAMES = {
     "cublas": ("libcublas.so.13", "libcublas.so.12"),
     "cublasLt": ("libcublasLt.so.13", "libcublasLt.so.12"),
+    "cusparse": ("libcusparse.so.12",),
+}
+_CUBLAS_PACKAGES = "nvidia-cublas (CUDA 13), nvidia-cublas-cu12"
+_PACKAGES = {
+    "cublas": _CUBLAS_PACKAGES,
+    "cublasLt": _CUBLAS_PACKAGES,
+    "cusparse": "nvidia-cusparse (CUDA 13), nvidia-cusparse-cu12",
 }
 
 
 class CublasError(FlashLLMError, RuntimeError):
     """A cuBLAS call failed; ``status`` is its code."""
 
-    def __init__(self, call: str, status: int, text: str) -> None:
+    def __init__(self, call: str, status: int) -> None:
         self.status = status
-        super().__init__(f"{call} failed with status {status} ({text})")
+        super().__init__(f"{call} failed with status {status} ({status_text(status)})")
 
 
 class MatmulAlgo(ctypes.Structure):
@@ -136,10 +144,16 @@ _LT: dict[str, Sequence[Any]] = {
 
 
 class Library:
-    """The functions of one shared library, with argument types set; :meth:`call` raises on a bad status."""
+    """The functions of one shared library, with argument types set; :meth:`call` raises ``error`` on a bad status."""
 
-    def __init__(self, dll: Any, prototypes: dict[str, Sequence[Any]]) -> None:
+    def __init__(
+        self,
+        dll: Any,
+        prototypes: dict[str, Sequence[Any]],
+        error: Callable[[str, int], Exception] = CublasError,
+    ) -> None:
         self._functions: dict[str, Any] = {}
+        self._error = error
         for name, arguments in prototypes.items():
             function = getattr(dll, name)
             function.argtypes, function.restype = tuple(arguments), c_int
@@ -150,23 +164,23 @@ class Library:
         return int(self._functions[name](*arguments))
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call ``name``. Raises :class:`CublasError` unless it returns success."""
+        """Call ``name``. Raises the library's error unless it returns success."""
         status = self._functions[name](*arguments)
         if status:
-            raise CublasError(name, status, status_text(status))
+            raise self._error(name, status)
 
 
 @lru_cache(maxsize=1)
 def libraries() -> tuple[Library, Library]:
     """(cuBLAS, cublasLt). Raises :class:`MissingDependencyError` when they are not installed."""
-    lt = _open("cublasLt")  # first: libcublas needs it
-    blas = _open("cublas")
+    lt = open_library("cublasLt")  # first: libcublas needs it
+    blas = open_library("cublas")
     return Library(blas, _BLAS), Library(lt, _LT)
 
 
 @lru_cache(maxsize=1)
 def _status_function() -> Any:
-    function = _open("cublas").cublasGetStatusString
+    function = open_library("cublas").cublasGetStatusString
     function.argtypes, function.restype = (c_int,), c_char_p
     return function
 
@@ -189,8 +203,9 @@ def version() -> str:
     return ".".join(numbers)
 
 
-@lru_cache(maxsize=2)
-def _open(name: str) -> Any:
+@lru_cache(maxsize=3)
+def open_library(name: str) -> Any:
+    """cublas, cublasLt or cusparse, wherever it is installed. Raises :class:`MissingDependencyError`."""
     tried = []
     for candidate in (*_pathfinder(name), *_SONAMES[name]):
         try:
@@ -198,8 +213,7 @@ def _open(name: str) -> Any:
         except OSError as error:
             tried.append(f"{candidate}: {error}")
     raise MissingDependencyError(
-        f"lib{name} was not found; install nvidia-cublas (CUDA 13), nvidia-cublas-cu12 or the CUDA toolkit "
-        f"({'; '.join(tried)})"
+        f"lib{name} was not found; install {_PACKAGES[name]} or the CUDA toolkit ({'; '.join(tried)})"
     )
 
 

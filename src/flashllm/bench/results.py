@@ -34,7 +34,7 @@ _VALUES: dict[str, tuple[str, ...]] = {
 }
 
 
-_OTHER_FORMATS = ("dense", "csr", "2:4")  # of the systems we compare with
+_OTHER_FORMATS = ("dense", "csr", "2:4", "2:4+csr", "tca-bme", "int4", "fp8")  # of the systems we compare with
 
 
 def _allowed(field: str) -> tuple[str, ...] | None:

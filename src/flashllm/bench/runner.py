@@ -7,15 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashllm.baselines import SYSTEMS
 from flashllm.baselines.cublas import Cublas, Layout
-from flashllm.bench import check, systems, telemetry, timing
+from flashllm.bench import check, comparisons, systems, telemetry, timing
 from flashllm.bench.bandwidth import BUFFER_BYTES, read_gbps
 from flashllm.bench.cases import Group
 from flashllm.bench.data import largest_magnitude, make_inputs, to_float64
 from flashllm.bench.environment import Environment
 from flashllm.bench.rows import make_row
 from flashllm.bench.runner_types import Advance, Emit, Wanted
-from flashllm.bench.runs import Prepared, Run
+from flashllm.bench.runs import Compared, Prepared, Run
 from flashllm.bench.sources import Source
 from flashllm.errors import DeviceMemoryError
 from flashllm.formats.weight import SparseWeight
@@ -36,6 +37,8 @@ class Settings:
     """Measure our kernel without each of its ideas too, where such instances exist (fp16, N = 9 to 16)."""
     pdl: bool = False
     """Measure launches of our kernel that may overlap each other too, in graphs."""
+    compared: tuple[str, ...] = ()
+    """Systems of :data:`flashllm.baselines.SYSTEMS` to measure too."""
 
 
 Packing = tuple["float | None", str, str]
@@ -55,11 +58,17 @@ class _Loaded:
     dense: dict[str, list[Any]]
     """Rotating copies of the dense weights, by layout; of the last entry of ``prepared``."""
     dense_item: Prepared
+    compared: dict[str, Compared]
+    """Weights of other systems, by their name."""
 
 
 def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: int) -> int:
     """Device bytes that measuring ``group`` takes at most, about."""
+    parts = comparisons.parts(group, settings.compared)
+    return max(_required_bytes(part, names, source, settings, l2_bytes) for part, names in parts)
 
+
+def _required_bytes(group: Group, compared: Sequence[str], source: Source, settings: Settings, l2_bytes: int) -> int:
     def rotated(n_bytes: int) -> int:
         return n_bytes * timing.rotation_copies(n_bytes, l2_bytes, settings.method.l2)
 
@@ -70,11 +79,13 @@ def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: i
         using = [s for s in group.sparsities if name in group.formats_for(s)]
         packed = [made.estimated_bytes(shape, source.density(s)) for s in using]
         needed += sum(map(rotated, packed)) * (len(made.ENCODINGS) if settings.ablation else 1)
-        largest = max(largest, *packed)
+        largest = max([largest, *packed])
     if max(group.batches) >= LEAST_N:
         needed += 2 * group.dense_bytes  # a plan may expand the weight
     kinds = len({layout.w for layout in settings.layouts})
     encoding = (group.dense_bytes + largest) // 4
+    densest = max(source.density(s) for s in group.sparsities)
+    needed += comparisons.estimated_bytes(group, densest, compared, rotated)
     needed += kinds * rotated(group.dense_bytes) + encoding + _SPARE_BYTES
     return max(needed, 2 * BUFFER_BYTES)  # the bandwidth measurement comes first
 
@@ -109,7 +120,8 @@ class CudaRunner:
         with self._stream, Cublas() as cublas:
             advance("read bandwidth", 0)
             self.read_gbps = read_gbps(self._stream)
-            for group in groups:
+            every = [part for group in groups for part in comparisons.parts(group, self._settings.compared)]
+            for group, compared in every:
                 cases = {
                     n: [(s, f) for s, count, f in group.cases if count == n and wanted(group, s, n, f)]
                     for n in group.batches
@@ -119,19 +131,24 @@ class CudaRunner:
                     continue
                 needed = required_bytes(group, self._source, self._settings, device_facts().l2_bytes)
                 with memory_errors(f"benchmark of {group.title}", needed):
-                    self._run_group(group, cases, cublas, advance)
+                    self._run_group(group, cases, compared, cublas, advance)
                 cupy.get_default_memory_pool().free_all_blocks()
 
     def _run_group(
-        self, group: Group, cases: dict[int, list[tuple[float | None, str]]], cublas: Cublas, advance: Advance
+        self,
+        group: Group,
+        cases: dict[int, list[tuple[float | None, str]]],
+        compared: Sequence[str],
+        cublas: Cublas,
+        advance: Advance,
     ) -> None:
         advance(f"{group.title}: packing", 0)
         wanted = {packing for packings in cases.values() for packing in packings}
         needed = [(s, [f for f in group.formats if (s, f) in wanted]) for s in group.sparsities]
-        loaded = self._load(group, [(s, formats) for s, formats in needed if formats], list(cases), cublas)
+        loaded = self._load(group, [(s, formats) for s, formats in needed if formats], list(cases), compared, cublas)
         for n, packings in cases.items():
             advance(f"{group.title}: N = {n}", 0)
-            self._measure(loaded, n, packings, cublas)
+            self._measure(loaded, n, packings, compared, cublas)
             advance(f"{group.title}: N = {n}", len(packings))
 
     def _load(
@@ -139,6 +156,7 @@ class CudaRunner:
         group: Group,
         needed: Sequence[tuple[float | None, Sequence[str]]],
         batches: Sequence[int],
+        compared: Sequence[str],
         cublas: Cublas,
     ) -> _Loaded:
         """``needed``: sparsities, each with the formats to pack its matrix in."""
@@ -160,6 +178,15 @@ class CudaRunner:
                     packed[sparsity, name, encoding] = systems.rotation(weight, copies)
             nnz = packed[sparsity, formats[0], "default"][0].nnz
             prepared[sparsity] = self._prepare(group, sparsity, dense, nnz, inputs, cublas)
+        others = comparisons.load(
+            compared,
+            group,
+            dense,
+            prepared[needed[-1][0]],
+            inputs,
+            prepare=lambda its_group, sparsity, matrix, x: self._prepare(its_group, sparsity, matrix, None, x, cublas),
+            copies=lambda n_bytes: timing.rotation_copies(n_bytes, l2_bytes, l2),
+        )
         # cuBLAS runs on the sparsest matrix: its time hardly depends on the values; zeros can only help it.
         copies = timing.rotation_copies(group.dense_bytes, l2_bytes, l2)
         return _Loaded(
@@ -169,13 +196,23 @@ class CudaRunner:
             packed=packed,
             dense=systems.dense_copies(dense, copies, self._settings.layouts),
             dense_item=prepared[needed[-1][0]],
+            compared=others,
         )
 
     def _prepare(
-        self, group: Group, sparsity: float | None, dense: Any, nnz: int, inputs: dict[int, Any], cublas: Cublas
+        self,
+        group: Group,
+        sparsity: float | None,
+        dense: Any,
+        nnz: int | None,
+        inputs: dict[int, Any],
+        cublas: Cublas,
     ) -> Prepared:
+        """What products of ``dense`` must give; ``nnz`` of its elements are not zero (``None``: they are counted)."""
         import cupy
 
+        if nnz is None:
+            nnz = int(cupy.count_nonzero(dense))
         rows = cupy.asarray(check.sample_rows(group.m, self._settings.check_rows, group.seed))
         sampled = to_float64(dense[rows], group.dtype)
         references, outputs = {}, {}
@@ -208,8 +245,8 @@ class CudaRunner:
             runs.append(Run.of_ours(system, item, loaded.group, ablation=idea))
         return runs
 
-    def _measure(self, loaded: _Loaded, n: int, packings: Sequence[tuple[float | None, str]], cublas: Cublas) -> None:
-        group, x, method = loaded.group, loaded.inputs[n], self._settings.method
+    def _best_cublas(self, loaded: _Loaded, n: int, cublas: Cublas, name: str, *, tensor_cores: bool = True) -> Run:
+        group, x = loaded.group, loaded.inputs[n]
         library = systems.best_cublas(
             cublas,
             loaded.dense,
@@ -218,8 +255,31 @@ class CudaRunner:
             layouts=self._settings.layouts,
             dtype=group.dtype,
             stream=self._stream,
+            tensor_cores=tensor_cores,
         )
-        runs = [Run.of_cublas(library, loaded.dense_item, group, n)]
+        return Run.of_cublas(library, loaded.dense_item, group, x, name=name)
+
+    def _others(self, loaded: _Loaded, n: int, compared: Sequence[str], cublas: Cublas) -> list[Run]:
+        """The other systems, each at its best."""
+        runs = []
+        for name in compared:
+            if SYSTEMS[name].weight is None:
+                runs.append(self._best_cublas(loaded, n, cublas, name, tensor_cores=False))
+            elif name in loaded.compared:
+                run = comparisons.run_of(loaded.compared[name], n, self._stream)
+                runs += [run] if run is not None else []
+        return runs
+
+    def _measure(
+        self,
+        loaded: _Loaded,
+        n: int,
+        packings: Sequence[tuple[float | None, str]],
+        compared: Sequence[str],
+        cublas: Cublas,
+    ) -> None:
+        group, x, method = loaded.group, loaded.inputs[n], self._settings.method
+        runs = [self._best_cublas(loaded, n, cublas, "cublas")]
         for sparsity, name in packings:
             ours = systems.FlashLLM(loaded.packed[sparsity, name, "default"], x, group.dtype)
             runs.append(Run.of_ours(ours, loaded.prepared[sparsity], group))
@@ -230,9 +290,10 @@ class CudaRunner:
         if method.launch == "stream" and group.dtype == "fp16":
             y = systems.empty_output(n, group.m, group.dtype)
             matmul = systems.CupyMatmul(loaded.dense["mk"], x, y)
-            runs.append(Run.of_cupy(matmul, loaded.dense_item, group))
+            runs.append(Run.of_cupy(matmul, loaded.dense_item, group, x))
+        runs += self._others(loaded, n, compared, cublas)
         for run in runs:
-            run.check(0, x, group.dtype, self._stream)
+            run.check(0, self._stream)
         readings = [telemetry.Reading()]
         timings = timing.measure(
             [run.system for run in runs],
@@ -242,12 +303,12 @@ class CudaRunner:
         )
         for run in runs:
             if run.overlaps:  # what a graph of them has left: one launch alone overlaps nothing
-                run.compare(x, group.dtype)
-            run.check(run.system.copies - 1, x, group.dtype, self._stream)
+                run.compare()
+            run.check(run.system.copies - 1, self._stream)
         for run, result in zip(runs, timings, strict=True):
             row = make_row(
                 self._environment,
-                group,
+                run.group,
                 n,
                 run.measured(result, timings[0].median_us),
                 method=method,

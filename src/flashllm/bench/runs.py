@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from flashllm.baselines.baseline import Way
 from flashllm.bench import check, systems, timing
 from flashllm.bench.cases import Group
 from flashllm.bench.data import to_float64
@@ -27,10 +28,27 @@ class Prepared:
     """By N: cuBLAS's product of the dense matrix, whole."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The matrix of one of the systems we compare with, in rotating copies, and what multiplying it must give."""
+
+    group: Group
+    item: Prepared
+    weights: list[Any]
+    inputs: dict[int, Any]
+    """x by N, as the system multiplies it."""
+    given: dict[int, Any]
+    """x by N, float16, as the system takes it."""
+
+
 @dataclass(kw_only=True)
 class Run:
     """One system of one case, with the outcome of its checks so far."""
 
+    group: Group
+    """What its row says of the case."""
+    x: Any
+    """As it is multiplied."""
     name: str
     format: str
     kernel: str
@@ -40,7 +58,7 @@ class Run:
     """A :class:`flashllm.bench.timing.System`."""
     output: Callable[[], Any]
     """The last output as [N, M]."""
-    buffer: Any
+    buffer: Callable[[], Any]
     """Where the output is written."""
     item: Prepared
     weight_bytes: int
@@ -57,6 +75,8 @@ class Run:
         plan, weight = system.plan, system.weights[0]
         variant = "-pdl" if system.overlaps else "" if ablation is None else "-ablation"
         return cls(
+            group=group,
+            x=system.x,
             name=f"flashllm{variant}",
             format=weight.format,
             kernel=plan.label if ablation is None else f"{ablation}: {plan.label}",
@@ -64,7 +84,7 @@ class Run:
             deterministic=plan.spec.deterministic,
             system=system,
             output=lambda: system.y,
-            buffer=system.y,
+            buffer=lambda: system.y,
             item=item,
             weight_bytes=weight.nbytes,
             overlaps=system.overlaps,
@@ -72,26 +92,32 @@ class Run:
         )
 
     @classmethod
-    def of_cublas(cls, system: systems.CublasSystem, item: Prepared, group: Group, n: int) -> Run:
+    def of_cublas(
+        cls, system: systems.CublasSystem, item: Prepared, group: Group, x: Any, *, name: str = "cublas"
+    ) -> Run:
         """The best cuBLAS candidate; ``item`` is what its dense weights hold."""
         return cls(
-            name="cublas",
+            group=group,
+            x=x,
+            name=name,
             format="dense",
             kernel=system.candidate.label,
             choice="tuned",
             deterministic=None,
             system=system,
-            output=lambda: system.output(n, group.m),
-            buffer=system.y,
+            output=lambda: system.output(x.shape[0], group.m),
+            buffer=lambda: system.y,
             item=item,
             weight_bytes=group.dense_bytes,
             limit=check.BASELINE_LIMIT,
         )
 
     @classmethod
-    def of_cupy(cls, system: systems.CupyMatmul, item: Prepared, group: Group) -> Run:
+    def of_cupy(cls, system: systems.CupyMatmul, item: Prepared, group: Group, x: Any) -> Run:
         """``cupy.matmul``; ``item`` is what its dense weights hold."""
         return cls(
+            group=group,
+            x=x,
             name="cupy-matmul",
             format="dense",
             kernel="cupy.matmul",
@@ -99,20 +125,41 @@ class Run:
             deterministic=None,
             system=system,
             output=lambda: system.y,
-            buffer=system.y,
+            buffer=lambda: system.y,
             item=item,
             weight_bytes=group.dense_bytes,
             limit=check.BASELINE_LIMIT,
         )
 
-    def check(self, copy: int, x: Any, dtype: str, stream: Any) -> None:
-        """Launch once on weight copy ``copy`` and :meth:`compare`."""
-        check.poison(self.buffer, dtype)
-        self.system.launch(copy, stream)
-        self.compare(x, dtype)
+    @classmethod
+    def of_baseline(cls, way: Way, compared: Compared, x: Any) -> Run:
+        """The best way of another system."""
+        first = compared.weights[0]
+        return cls(
+            group=compared.group,
+            x=x,
+            name=first.SYSTEM,
+            format=first.FORMAT,
+            kernel=way.label,
+            choice="tuned",
+            deterministic=way.deterministic,
+            system=way,
+            output=way.output,
+            buffer=way.buffer,
+            item=compared.item,
+            weight_bytes=first.nbytes,
+            limit=way.error_limit,
+        )
 
-    def compare(self, x: Any, dtype: str) -> None:
+    def check(self, copy: int, stream: Any) -> None:
+        """Launch once on weight copy ``copy`` and :meth:`compare`."""
+        check.poison(self.buffer(), self.group.dtype)
+        self.system.launch(copy, stream)
+        self.compare()
+
+    def compare(self) -> None:
         """Compare what the last launch has left with both references and keep the worst ratios."""
+        x, dtype = self.x, self.group.dtype
         n, item = x.shape[0], self.item
         y64 = to_float64(self.output(), dtype)
         self.ratio = max(self.ratio, check.error_over_bound(y64, item.references[n]))

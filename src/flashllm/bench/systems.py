@@ -129,6 +129,7 @@ def best_cublas(
     layouts: Sequence[Layout],
     dtype: str,
     stream: Any,
+    tensor_cores: bool = True,
 ) -> CublasSystem:
     """The fastest candidate on these buffers: one short look at all, then three more at the best four.
 
@@ -142,20 +143,20 @@ def best_cublas(
     timed: list[tuple[float, int, CublasSystem]] = []
     refused: CublasError | None = None
     with stream:
-        for candidate in cublas.candidates(layouts, m=m, k=k, n=n, dtype=dtype):
+        for candidate in cublas.candidates(layouts, m=m, k=k, n=n, dtype=dtype, tensor_cores=tensor_cores):
             system = CublasSystem(candidate, weights[candidate.layout.w], x, y)
             try:
-                timed.append((_glance(system, stream), len(timed), system))
+                timed.append((glance(system, stream), len(timed), system))
             except CublasError as error:  # a heuristic may offer what the library then refuses to run
                 refused = error
         if refused is not None and not timed:
             raise refused
         finalists = [system for _, _, system in sorted(timed)[:_SEARCH_FINALISTS]]
-        times = [min(_glance(system, stream) for _ in range(_SEARCH_ROUNDS)) for system in finalists]
+        times = [min(glance(system, stream) for _ in range(_SEARCH_ROUNDS)) for system in finalists]
     return finalists[times.index(min(times))]
 
 
-def _glance(system: timing.System, stream: Any) -> float:
+def glance(system: timing.System, stream: Any) -> float:
     """Microseconds per launch in a graph of one rotation (4 to 64 launches), after one launch to warm up."""
     launches = max(4, min(system.copies, 64))
     system.launch(0, stream)

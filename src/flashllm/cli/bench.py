@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flashllm.baselines import SYSTEMS, parse_systems
 from flashllm.cli._cases import INTERRUPTED, BadUsage, backend_option, case_options, usage_errors, use_device
 from flashllm.cli._progress import progress
 
@@ -100,6 +101,12 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     help="Also measure launches of our kernel that may overlap each other, as flashllm-pdl (in CUDA graphs, on a GPU "
     "of compute capability 9.0 or newer).",
 )
+@click.option(
+    "--systems",
+    metavar="NAMES",
+    help="Other systems to measure beside cuBLAS (fp16, on a GPU), comma-separated: "
+    f"{', '.join(SYSTEMS)}; all: those that can run here (docs/baselines.md).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON Lines on stdout; everything else on stderr.")
 @click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows as CSV too.")
 @click.option(
@@ -152,6 +159,7 @@ def command(
     model_gpu: str | None,
     ablation: bool,
     pdl: bool,
+    systems: str | None,
     as_json: bool,
     csv_file: Path | None,
     out: Path | None,
@@ -181,6 +189,7 @@ def command(
             raise BadUsage("--out, --save and --resume: give one of them")
         if pdl and launch != "graph":
             raise BadUsage(f"--pdl: expected --launch graph beside it, got {launch}")
+        compared = () if systems is None else parse_systems(systems)
         gpu = roofline.find_gpu(model_gpu or roofline.DEFAULT_GPU, argument="model-gpu")
         if device is not None and backend in ("emulator", "reference"):
             raise BadUsage(f"--device: expected nothing with --backend {backend}, which uses no GPU")
@@ -239,6 +248,7 @@ def command(
                 check_rows=check_rows,
                 ablation=ablation,
                 pdl=pdl,
+                compared=compared,
             )
         else:
             _run_host(work, session, facts, emit, notes, counted, check_rows=check_rows)
@@ -278,9 +288,10 @@ def _run_cuda(
     check_rows: int,
     ablation: bool,
     pdl: bool,
+    compared: tuple[str, ...],
 ) -> None:
     from flashllm.backends import dependent
-    from flashllm.bench import systems, timing
+    from flashllm.bench import comparisons, systems, timing
     from flashllm.bench.runner import CudaRunner, Settings, check_memory
     from flashllm.device import device_facts
     from flashllm.errors import DeviceMemoryError
@@ -291,6 +302,7 @@ def _run_cuda(
         check_rows=check_rows,
         ablation=ablation,
         pdl=pdl,
+        compared=compared,
     )
     launches = (launch, f"{launch}-pdl") if pdl else (launch,)
 
@@ -303,6 +315,8 @@ def _run_cuda(
     with usage_errors():
         if pdl:
             dependent.check(device_facts())
+        for group in work.groups:
+            comparisons.check_group(group, compared)
         check_memory(work.groups, work.source, settings)
     runner = CudaRunner(facts, settings, work.source, emit)
     with progress(notes, left) as advance, usage_errors(DeviceMemoryError):
@@ -352,7 +366,8 @@ def _finish(
             results.write_csv(csv_file, rows)
     if not rows:
         return
-    rows = [row for row in rows if _method(row) == _method(rows[-1])]
+    last = next((row for row in reversed(rows) if row.system not in SYSTEMS), rows[-1])
+    rows = [row for row in rows if _method(row, last) == _method(last, last)]
     if not console.is_terminal:
         console.width = 160
     parts = report.timing_table(rows) if rows[-1].gpu is not None else report.model_table(rows, gpu)
@@ -364,6 +379,9 @@ def _finish(
         console.print(f"rows appended to {session.out}: {len(session.rows)}", soft_wrap=True)
 
 
-def _method(row: Row) -> tuple[object, ...]:
-    """What rows of one table have in common; overlapping launches, systems of their own, stand beside the others."""
-    return row.backend, row.dtype, row.pattern, row.l2, row.launch and row.launch.removesuffix("-pdl")
+def _method(row: Row, last: Row) -> tuple[object, ...]:
+    """What rows of one table have in common with ``last``; overlapping launches, systems of their own, stand beside it,
+    and so do the systems we compare with, which may have types and patterns of their own.
+    """
+    case = last if row.system in SYSTEMS else row
+    return row.backend, case.dtype, case.pattern, row.l2, row.launch and row.launch.removesuffix("-pdl")

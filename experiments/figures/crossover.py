@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From how many zeros on each system is faster than cuBLAS: geometric means of the speed-up over zeros, by N."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log
+from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING
+
+from experiments.figures import measure, rows, style
+from experiments.figures.entry import Entry
+from experiments.figures.rows import Compared
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BATCHES = (8, 16, 32, 64)
+ZEROS = tuple(style.ZEROS)
+SPARSE = ("flashllm", "tca-bme", "sparta", "sputnik", "cusparse")
+DENSE = ("mma-2:4", "cusparselt-2:4", "torch-fp8", "torch-int4", "cublas-notc")
+"""Systems whose time does not depend on the zeros of the case; 2:4 has half, the others none and fewer bits."""
+
+CAPTION = (
+    "fp16, random zeros, CUDA graphs, L2 cold, all systems in one run; geometric mean over the shapes of OPT, each over"
+    " the best of cuBLAS in that run. Dotted: systems that do not use unstructured zeros (2:4 has its own half of them,"
+    " fp8 and int4 are dense matrices of fewer bits: another trade of accuracy)."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One GPU and N: by system the means, by fraction of zeros or, of a dense system, alone."""
+
+    gpu: str
+    commits: tuple[str, ...]
+    n: int
+    sparse: Mapping[str, Mapping[float, float]]
+    dense: Mapping[str, float]
+
+
+def load(root: Path) -> tuple[Panel, ...]:
+    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    return tuple(_panel(one, n) for one in rows.compared(root) for n in BATCHES)
+
+
+def _panel(one: Compared, n: int) -> Panel:
+    def mean(system: str, zeros: float | None) -> float | None:
+        cases = one.systems.get(system, {})
+        here = [row.speedup for case, row in cases.items() if n == case.N and zeros in (None, case.zeros)]
+        return geometric_mean(here) if here else None
+
+    sparse = {name: {z: value for z in ZEROS if (value := mean(name, z)) is not None} for name in SPARSE}
+    dense = {name: value for name in DENSE if (value := mean(name, None)) is not None}
+    return Panel(gpu=one.gpu, commits=one.commits, n=n, sparse=sparse, dense=dense)
+
+
+def crossover(means: Mapping[float, float]) -> float | None:
+    """The fraction of zeros at which the speed-up passes 1, between two that were measured: straight in its logarithm.
+
+    ``None`` where all are on one side.
+    """
+    ordered = sorted(means.items())
+    for (zeros, below), (more, above) in pairwise(ordered):
+        if below < 1 <= above:
+            return zeros + (more - zeros) * log(1 / below) / log(above / below)
+    return None
+
+
+def _crossover_text(means: Mapping[float, float]) -> str:
+    found = crossover(means)
+    if found is not None:
+        return f"{found:.0%}"
+    if not means:
+        return ""
+    return f"below {min(means):.0%}" if min(means.items())[1] >= 1 else f"above {max(means):.0%}"
+
+
+def table(data: tuple[Panel, ...]) -> str:
+    """Means and crossovers."""
+    out = [CAPTION]
+    for panel in data:
+        out += ["", f"{panel.gpu}, commit {', '.join(panel.commits)}, N = {panel.n}", ""]
+        out += [f"| system | {' | '.join(f'{z:.0%}' for z in ZEROS)} | faster from |", "|" + "---|" * (len(ZEROS) + 2)]
+        for name, means in panel.sparse.items():
+            if means:
+                texts = [f"{means[z]:.2f}" if z in means else "" for z in ZEROS]
+                out.append(f"| {name} | {' | '.join(texts)} | {_crossover_text(means)} |")
+        for name, value in panel.dense.items():
+            out.append(f"| {name} | {' | '.join([f'{value:.2f}'] * len(ZEROS))} | |")
+    return "\n".join(out)
+
+
+def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
+    """One figure: a row for each GPU, a column for each N."""
+    from matplotlib.figure import Figure
+
+    gpus = list(dict.fromkeys(panel.gpu for panel in data))
+    figure = Figure(figsize=(11, 3.3 * len(gpus) + 1.2))
+    grid = figure.subplots(len(gpus), len(BATCHES), sharex=True, sharey=True, squeeze=False)
+    for panel in data:
+        _draw(grid[gpus.index(panel.gpu)][BATCHES.index(panel.n)], panel)
+    for line, gpu in zip(grid, gpus, strict=True):
+        line[0].set_ylabel(f"{gpu}\nspeed-up over cuBLAS")
+    for axes in grid[-1]:
+        axes.set_xlabel("zeros")
+    height = figure.get_size_inches()[1]
+    figure.subplots_adjust(left=0.075, right=0.99, top=1 - 1.0 / height, bottom=0.95 / height, wspace=0.07, hspace=0.1)
+    figure.suptitle("y = x Wᵀ, from how many zeros on it pays", x=0.075, y=1 - 0.1 / height, ha="left", fontsize=11)
+    _add_legend(figure, 1 - 0.3 / height)
+    style.add_caption(figure, CAPTION, x=0.075, y=0.1 / height, width=180)
+    return {"crossover-systems": figure}
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    axes.axhline(1, color=style.INK, linewidth=0.9)
+    for name, means in panel.sparse.items():
+        _, color, marker = style.SYSTEMS[name]
+        width = 1.8 if name == "flashllm" else 1.1
+        axes.plot(list(means), list(means.values()), color=color, marker=marker, markersize=4, linewidth=width)
+    for name, value in panel.dense.items():
+        _, color, marker = style.SYSTEMS[name]
+        ends = (ZEROS[0], ZEROS[-1])
+        axes.plot(ends, (value, value), color=color, marker=marker, markersize=4, linewidth=0.9, linestyle=":")
+    axes.set_yscale("log")
+    marks: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.yaxis.minorticks_off()
+    axes.set_xticks(ZEROS, [f"{zeros:.0%}" for zeros in ZEROS])
+    axes.set_title(f"N = {panel.n}")
+
+
+def _add_legend(figure: Figure, top: float) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [], [], color=color, marker=marker, markersize=4.5, linestyle="-" if name in SPARSE else ":", label=label
+        )
+        for name in (*SPARSE, *DENSE)
+        for label, color, marker in [style.SYSTEMS[name]]
+    ]
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.065, top), ncols=5, fontsize=7.5)
+
+
+ENTRY = Entry(name="crossover", load=load, plot=plot, table=table, sweeps=(measure.SYSTEMS,))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cuSPARSELt's product of a 2:4 matrix, through PyTorch, with its algorithm searched: the default one is slower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flashllm.baselines.baseline import Way
+from flashllm.baselines.csr import check_dense
+from flashllm.baselines.torch_calls import as_tensor, torch, way
+from flashllm.baselines.two_of_four import is_two_of_four
+from flashllm.errors import ArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_MULTIPLE = 32  # of M and K, for 16-bit types
+_X_MULTIPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CusparseLt24:
+    """A 2:4 matrix W[M, K] compressed by cuSPARSELt, on the current GPU."""
+
+    SYSTEM: ClassVar[str] = "cusparselt-2:4"
+    FORMAT: ClassVar[str] = "2:4"
+
+    shape: tuple[int, int]
+    packed: Any
+    """A tensor: values and positions."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and positions."""
+        return int(self.packed.numel() * self.packed.element_size())
+
+    @classmethod
+    def from_dense(cls, dense: Any) -> Self:
+        """Compress a float16 CuPy array [M, K] with at most two values in every group of four of a row."""
+        check_dense(dense)
+        package = torch()
+        if not package.backends.cusparselt.is_available():
+            raise MissingDependencyError(f"PyTorch {package.__version__} was built without cuSPARSELt")
+        if dense.shape[0] % _MULTIPLE or dense.shape[1] % _MULTIPLE:
+            got = f"shape {list(dense.shape)}"
+            raise ArgumentError("dense", expected=f"M and K that are multiples of {_MULTIPLE}, for cuSPARSELt", got=got)
+        if not is_two_of_four(dense):
+            raise ArgumentError("dense", expected="at most 2 values in every 4 columns", got="a row with more")
+        return cls(shape=dense.shape, packed=package._cslt_compress(as_tensor(dense)))
+
+    def copy(self) -> Self:
+        """The same weight in buffers of its own."""
+        return replace(self, packed=self.packed.clone())
+
+    @classmethod
+    def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:
+        """For both layouts of x the algorithm that cuSPARSELt's own search finds; none for an N it refuses.
+
+        y comes as [M, N]: with the other layout the search ends in an illegal instruction (PyTorch 2.11, an H200).
+        """
+        import cupy
+
+        if x.shape[0] % _X_MULTIPLE:
+            return []
+        package = torch()
+        by_rows, by_columns = as_tensor(x).t(), as_tensor(cupy.ascontiguousarray(x.T))
+        found = []
+        for right, name in ((by_rows, "x[N,K]"), (by_columns, "x[K,N]")):
+            with package.cuda.stream(package.cuda.ExternalStream(int(stream.ptr))):
+                algorithm, split_k, mode, _ = package._C._cusparselt.mm_search(
+                    weights[0].packed, right, None, None, None, False
+                )
+            options = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": mode}
+            found.append(_way(weights, right, options, name))
+        return found
+
+
+def _way(weights: Sequence[CusparseLt24], x: Any, options: dict[str, int], name: str) -> Way:
+    package = torch()
+
+    def multiply(copy: int) -> Any:
+        return package._cslt_sparse_mm(weights[copy].packed, x, **options)
+
+    label = f"cuSPARSELt {name} algorithm {options['alg_id']}"
+    label += f" split {options['split_k']}" if options["split_k"] > 1 else ""
+    return way(label, len(weights), multiply, transposed=True)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systems we compare with: right results from a captured graph, for every way that each of them has."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from flashllm import graphs
+from flashllm.baselines import SYSTEMS, parse_systems, weight_class
+from flashllm.baselines.baseline import kernel_ways
+from flashllm.baselines.two_of_four import keep_two_of_four
+from flashllm.bench import check, results
+from flashllm.bench.data import random_matrix, to_float64
+from flashllm.cli import bench
+
+pytestmark = pytest.mark.gpu
+
+NAMES = [name for name, entry in SYSTEMS.items() if entry.weight is not None]
+
+
+def _usable(name: str) -> Any:
+    if name not in parse_systems("all"):
+        pytest.skip(f"{name} needs {' and '.join(SYSTEMS[name].needs)}")
+    return weight_class(name)
+
+
+def _matrix(name: str, shape: tuple[int, int], density: float) -> Any:
+    kind = SYSTEMS[name].matrix
+    dense = random_matrix(
+        *shape, density=density if kind == "given" else 1.0, seed=3, std=shape[1] ** -0.5, device=True
+    )
+    return keep_two_of_four(dense) if kind == "2:4" else dense
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("shape", "n"), [((512, 1024), 8), ((1152, 640), 16), ((256, 4096), 64)], ids=str)
+def test_every_way_is_right_in_a_graph(cp: Any, name: str, shape: tuple[int, int], n: int) -> None:
+    made = _usable(name)
+    dtype = getattr(made, "DTYPE", "fp16")
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        dense, x = _matrix(name, shape, 0.3), random_matrix(n, shape[1], seed=4, device=True)
+        weight = made.from_dense(dense)
+        other = weight.copy()
+        w, inputs = (weight.multiplied(), made.inputs(x)) if hasattr(made, "multiplied") else (dense, x)
+        reference = check.make_reference(to_float64(inputs, dtype), to_float64(w, dtype), cp.arange(shape[0]), dtype)
+        weights = [weight, other]
+        ways = made.ways(weights, x, stream) if hasattr(made, "ways") else kernel_ways(weights, x)
+        assert ways
+        for way in ways:
+            way.launch(0, stream)
+            graph = graphs.capture(lambda way=way: way.launch(1, stream), stream)
+            check.poison(way.buffer(), dtype)
+            graph.launch(stream)
+            ratio = check.error_over_bound(to_float64(way.output(), dtype), reference)
+            assert ratio <= way.error_limit, way.label
+
+
+def test_bench_command_measures_them(cp: Any) -> None:
+    case = ("--shape", "1024x2048", "--sparsity", "0.7,0.9", "--n", "8,64", "--time-cap", "0.02", "--json")
+    result = CliRunner().invoke(bench.command, [*case, "--systems", "all"])
+    assert result.exit_code == 0, result.output
+    rows = [results.from_dict(json.loads(line)) for line in result.stdout.splitlines()]
+    assert all(row.check == "pass" for row in rows)
+    for name in parse_systems("all"):
+        found = [row for row in rows if row.system == name]
+        assert len(found) == (4 if SYSTEMS[name].matrix == "given" else 2), name
+        assert all(row.speedup and row.kernel for row in found)

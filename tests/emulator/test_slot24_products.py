@@ -112,7 +112,7 @@ def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
             assert_exact(got, exact(x, w, choice.dtype))
 
 
-@every_arch
+@both_paths
 @every_layout
 @pytest.mark.parametrize("pattern", ["uniform", "full", "skewed", "column", "even-columns", "block"])
 def test_exact_while_the_ring_turns(pattern: str, layout: tuple[int, int], arch: str) -> None:
@@ -124,7 +124,7 @@ def test_exact_while_the_ring_turns(pattern: str, layout: tuple[int, int], arch:
         check_packed(sparse, w, n, arch, seed=seed, blocks=blocks)
 
 
-@every_arch
+@both_paths
 @both_parts
 @pytest.mark.parametrize("n", [8, 13, 30])
 @pytest.mark.parametrize("window", [128, 136, 192, 200, 248, 256])
@@ -143,7 +143,7 @@ def test_exact_for_every_width_of_the_last_window(part_rows: int, arch: str) -> 
         check(w, 8 + columns % 25, arch, columns, part_rows=part_rows, blocks=2)
 
 
-@every_arch
+@both_paths
 @every_layout
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "empty-tiles"])
 def test_exact_for_runs_that_start_at_any_tile(pattern: str, layout: tuple[int, int], arch: str) -> None:
@@ -245,7 +245,7 @@ def test_exact_for_any_pairing_in_any_order(part_rows: int, arch: str, monkeypat
             assert check(w, n, arch, n, None, part_rows, 4, blocks=3).ldmatrix.conflicts > 0
 
 
-@every_arch
+@both_paths
 @every_layout
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_a_value_read_ahead_is_not_used(dtype: str, layout: tuple[int, int], arch: str) -> None:

@@ -88,5 +88,10 @@ def weight_class(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def kernel_modules() -> tuple[str, ...]:
+    """Modules of the systems whose kernels are our own; ``specs()`` of each lists them."""
+    return tuple(f"{__name__}.{name}" for name in ("sputnik", "two_four", "sparta", "tca_bme"))
+
+
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

@@ -44,7 +44,10 @@ class Baseline(Protocol):
     FORMAT: ClassVar[str]
     """Name of the format in result rows."""
     LAYOUT: ClassVar[Literal["row", "column"]]
-    """How x and y lie: ``row``: x [N, K], y [N, M], as everywhere in this package; ``column``: x [K, N], y [M, N]."""
+    """How x and y lie: ``row``: x [N, K], y [N, M], as everywhere in this package; ``column``: x [K, N], y [M, N].
+
+    A class may also have an ``ERROR_LIMIT``: see :attr:`Way.error_limit`.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,6 +148,7 @@ def kernel_ways(weights: Sequence[Baseline], x: Any) -> list[Way]:
             launch=lambda copy, stream: run(steps[copy], stream=stream),
             buffer=lambda: y,
             output=lambda: y.T if columns else y,
+            error_limit=getattr(first, "ERROR_LIMIT", Way.error_limit),
         )
 
     return [way(choice) for choice in choices]

@@ -166,3 +166,13 @@ def test_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     done = CliRunner().invoke(figures.command, ["--from-results"])
     assert done.exit_code == 2
     assert "in a checkout of flashllm" in done.output
+
+
+def test_the_page_on_reproduction_has_the_numbers_of_the_figure() -> None:
+    page = (ROOT.parent / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    ratios = kernels.advantage(kernels.load(ROOT))
+    assert len(ratios) >= 2
+    for machine, found in ratios.items():
+        for name in dict.fromkeys(name for name, _ in found):
+            texts = [f"{found[name, zeros]:.2f}" for zeros in kernels.ZEROS]
+            assert f"| {name} | {' | '.join(texts)} |" in page, f"{name}, {machine}"

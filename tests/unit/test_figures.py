@@ -232,22 +232,25 @@ def test_committed_figures_show_the_committed_rows(name: str) -> None:
 def test_files_are_written(data: ladder.Ladder, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
-    done = CliRunner().invoke(figures.command, ["--from-results", "--out", str(tmp_path / "new" / "one")])
+    out = tmp_path / "new" / "one"
+    done = CliRunner().invoke(figures.command, ["--from-results", "--format", "png", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert ladder.table(data) in done.output
+    done = CliRunner().invoke(figures.command, ["speedup", "--from-results", "--out", str(out)])
+    assert done.exit_code == 0, done.output
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
-    ladders = {f"ladder-{M}x{K}.{suffix}" for M, K in ladder.SHAPES for suffix in starts}
-    names = ladders | {f"{name}.{suffix}" for name in FILES for suffix in starts}
-    assert {file.name for file in (tmp_path / "new" / "one").iterdir()} == names
+    ladders = {f"ladder-{M}x{K}.png" for M, K in ladder.SHAPES}
+    names = ladders | {f"{name}.png" for name in FILES} | {f"speedup-auto.{suffix}" for suffix in starts}
+    assert {file.name for file in out.iterdir()} == names
     for name in names:
-        written = (tmp_path / "new" / "one" / name).read_bytes()
+        written = (out / name).read_bytes()
         assert written.startswith(starts[name[-3:]])
         assert len(written) > 10_000
 
-    again = draw(ladder.ENTRY, data, tmp_path / "two", formats=("svg",))
-    assert [file.name for file in again] == sorted(name for name in ladders if name.endswith("svg"))
+    again = draw(speedup.ENTRY, speedup.load(ROOT), tmp_path / "two")
+    assert [file.name for file in again] == [f"speedup-auto.{suffix}" for suffix in starts]
     for file in again:
-        assert file.read_bytes() == (tmp_path / "new" / "one" / file.name).read_bytes()
+        assert file.read_bytes() == (out / file.name).read_bytes()
     assert dict(matplotlib.rcParams) == before
 
 

@@ -107,6 +107,12 @@ def test_refuses(w: Any, message: str) -> None:
     assert caught.value.argument == "dense"
 
 
+def test_too_wide_a_matrix_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TwoFour, "first_two", lambda dense: pytest.fail("made the 2:4 part"))
+    with pytest.raises(ArgumentError, match="at most 65535 columns"):
+        SparTA.from_dense(np.zeros((1, 65536), np.float16))
+
+
 def test_65535_columns_are_taken() -> None:
     w = np.zeros((1, 65535), np.float16)
     w[0, -3:] = 1, 2, 3

@@ -23,9 +23,9 @@ from weight_cases import PATTERNS
 LAYOUTS = ({"column": False, "add": False}, {"column": True, "add": True})
 SPECS = (*two_four.specs_as(**LAYOUTS[0]), *two_four.specs_as(**LAYOUTS[1]))
 ARCHS = ("80", "90a")
-SHAPES = ((1, 1), (7, 72), (129, 65), (200, 456), (384, 203), (513, 130))
-COLUMNS = (1, 5, 8, 16, 17, 32, 40, 64, 70)
-GUARD = 256  # elements
+SHAPES = ((1, 1), (7, 72), (31, 76), (129, 65), (200, 456), (384, 203), (513, 130))
+COLUMNS = (1, 5, 8, 12, 16, 17, 32, 40, 64, 70)
+GUARD = 1 << 17  # elements: more than a whole block writes
 NAN = 0x7FDA
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from flashllm import graphs
 from flashllm.baselines import SYSTEMS, parse_systems, weight_class
 from flashllm.baselines.baseline import kernel_ways
-from flashllm.baselines.two_of_four import keep_two_of_four
+from flashllm.baselines.pattern_24 import keep_two_of_four
 from flashllm.bench import check, results
 from flashllm.bench.data import random_matrix, to_float64
 from flashllm.cli import bench

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from flashllm.baselines.baseline import Way
 from flashllm.baselines.csr import check_dense
+from flashllm.baselines.pattern_24 import is_two_of_four
 from flashllm.baselines.torch_calls import as_tensor, torch, way
-from flashllm.baselines.two_of_four import is_two_of_four
 from flashllm.errors import ArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:

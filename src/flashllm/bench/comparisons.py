@@ -9,7 +9,7 @@ from typing import Any
 
 from flashllm.baselines import SYSTEMS, weight_class
 from flashllm.baselines.baseline import kernel_ways
-from flashllm.baselines.two_of_four import keep_two_of_four
+from flashllm.baselines.pattern_24 import keep_two_of_four
 from flashllm.bench import systems
 from flashllm.bench.cases import Group
 from flashllm.bench.data import make_weights

@@ -30,6 +30,7 @@ def keep_two_of_four(dense: Any) -> Any:
     out = xp.empty_like(dense)
     for part, kept in zip(_strips(dense), _strips(out), strict=True):
         groups = abs(part.reshape(-1, GROUP))
+        groups[xp.isnan(groups)] = xp.inf  # which compares
         result = kept.reshape(-1, GROUP)
         for i in range(GROUP):
             before = sum((groups[:, j] >= groups[:, i]).astype(xp.int8) for j in range(i))

@@ -126,9 +126,11 @@ FLASHLLM_DEVICE void multiply(Sums<kN, kTiles>& sum, unsigned stage) {
 // them, and for two in neighbouring columns where N is even, so that a pair is aligned.
 struct LoadHalf {
     const __half* y;
-    FLASHLLM_DEVICE void one(long long at, float& sum) const { sum = __half2float(y[at]); }
+    FLASHLLM_DEVICE void one(long long at, float& sum) const {
+        sum = __half2float(__ushort_as_half(__ldcg(reinterpret_cast<const unsigned short*>(y + at))));
+    }
     FLASHLLM_DEVICE void two(long long at, float& first, float& second) const {
-        const unsigned both = *reinterpret_cast<const unsigned*>(y + at);
+        const unsigned both = __ldcg(reinterpret_cast<const unsigned*>(y + at));
         first = __half2float(__ushort_as_half(static_cast<unsigned short>(both)));
         second = __half2float(__ushort_as_half(static_cast<unsigned short>(both >> 16)));
     }

@@ -6,19 +6,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from flashllm import graphs
 from flashllm.baselines import SYSTEMS, parse_systems, weight_class
-from flashllm.baselines.baseline import kernel_ways
+from flashllm.baselines.baseline import kernel_ways, run
 from flashllm.baselines.pattern_24 import keep_two_of_four
 from flashllm.bench import check, results
 from flashllm.bench.data import random_matrix, to_float64
 from flashllm.cli import bench
+from flashllm.device import device_facts
+from products import assert_exact, exact, integers, weight
 
 pytestmark = pytest.mark.gpu
 
+_GUARD = 256  # elements; a multiple of 16 bytes
 NAMES = [name for name, entry in SYSTEMS.items() if entry.weight is not None]
 
 
@@ -58,6 +62,30 @@ def test_every_way_is_right_in_a_graph(cp: Any, name: str, shape: tuple[int, int
             graph.launch(stream)
             ratio = check.error_over_bound(to_float64(way.output(), dtype), reference)
             assert ratio <= way.error_limit, way.label
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("n", [5, 16, 40, 64])
+@pytest.mark.parametrize("shape", [(1, 1), (129, 65), (200, 456), (384, 203)], ids=str)
+@pytest.mark.parametrize("name", ["sputnik", "sparta", "tca-bme", "mma-2:4"])
+def test_our_kernels_are_exact(cp: Any, name: str, shape: tuple[int, int], n: int) -> None:
+    """Every choice, at shapes that fill no tile; the output is poisoned, and what lies around it stays as it was."""
+    made = weight_class(name)
+    columns = made.LAYOUT == "column"
+    w = weight("uniform", shape, 0.3, "fp16", seed=n)
+    if SYSTEMS[name].matrix == "2:4":
+        w = np.where(np.arange(shape[1]) % 4 < 2, w, np.float16(0))
+    x = integers(np.random.default_rng(n), (n, shape[1]), "fp16")
+    packed = made.from_dense(cp.asarray(w))
+    taken = cp.ascontiguousarray(cp.asarray(x).T) if columns else cp.asarray(x)
+    for choice in packed.choices(n, sm_count=device_facts().sm_count):
+        fenced = cp.full(n * shape[0] + 2 * _GUARD, float("nan"), cp.float16)
+        y = fenced[_GUARD : _GUARD + n * shape[0]].reshape((shape[0], n) if columns else (n, shape[0]))
+        workspace = cp.full(max(16, packed.workspace_bytes(n, choice)), 0xFF, cp.uint8)
+        run(packed.steps(taken, y, workspace, choice))
+        assert_exact((y.T if columns else y).get(), exact(x, w, "fp16"))
+        assert cp.isnan(fenced[:_GUARD]).all(), choice.label
+        assert cp.isnan(fenced[_GUARD + n * shape[0] :]).all(), choice.label
 
 
 def test_bench_command_measures_them(cp: Any) -> None:

@@ -19,8 +19,11 @@ from flashllm.bench.report import OURS, label_of, several_formats, speedup_means
 from flashllm.bench.results import Row
 from flashllm.errors import ArgumentError, MissingDependencyError
 
-# Of Okabe and Ito (2008), which colour-blind readers tell apart.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#222222", "#999999")
+# First those of Okabe and Ito (2008), which colour-blind readers tell apart; more for runs of many systems.
+_COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#222222", "#999999"),
+    *("#882255", "#44aa99", "#332288", "#ddcc77", "#117733"),
+)
 _WIDTH = 1180
 _ALL = "all"
 _SHOWN_ROWS = 20

@@ -16,12 +16,14 @@ ifdef PY
   base_env :=
   test_env :=
   plot_env :=
+  notebook_env :=
 else
   PY := .venv/bin/python
   RUN := $(PY)
   base_env := .venv/ready-base
   test_env := .venv/ready-test
   plot_env := .venv/ready-plot
+  notebook_env := .venv/ready-notebook
 
   # CUDA version of the driver: 13, 12 or nothing. libcuda answers even where nvidia-smi is not installed.
   CUDA := $(shell $(PYTHON) -c "import ctypes; v = ctypes.c_int(); ctypes.CDLL('libcuda.so.1').cuDriverGetVersion(ctypes.byref(v)); print(v.value // 1000)" 2>/dev/null \
@@ -82,6 +84,10 @@ soak: $(test_env) ## Random products with checks for MINUTES=5; on the emulator 
 figures: $(plot_env) ## Draw the figures from committed rows into build/figures, and print their tables; needs no GPU
 	$(RUN) -m flashllm figures --from-results $(ARGS)
 
+.PHONY: notebooks
+notebooks: $(notebook_env) ## Execute and rewrite the notebooks of experiments/notebooks; ARGS="--check" writes nothing
+	$(RUN) experiments/notebooks/run.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv, build results and tool caches (not the kernel cache: `flashllm cache clear`)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -102,4 +108,9 @@ clean: ## Remove .venv, build results and tool caches (not the kernel cache: `fl
 .venv/ready-plot: pyproject.toml .venv/ready-base
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e ".[$(if $(BASE_EXTRAS),$(BASE_EXTRAS)$(comma))plot]"
+	@touch $@
+
+.venv/ready-notebook: pyproject.toml .venv/ready-base
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e ".[$(if $(BASE_EXTRAS),$(BASE_EXTRAS)$(comma))notebook]"
 	@touch $@

@@ -271,6 +271,6 @@ def test_rows_name_the_expansion_and_take_cublas_bound(monkeypatch: pytest.Monke
         (plan(w, 70, device=H100), plan(w, 70, device=H100).spec.label, 1.0),
         (plan(w, 70, device=H100, expand=True), expand.LABEL, check.BASELINE_LIMIT),
     ):
-        system: Any = types.SimpleNamespace(plan=made, weights=[w], choice="auto", y=None, overlaps=False)
+        system: Any = types.SimpleNamespace(plan=made, weights=[w], choice="auto", x=None, y=None, overlaps=False)
         run = Run.of_ours(system, item, group)
         assert (run.kernel, run.limit) == (label, limit)

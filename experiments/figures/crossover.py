@@ -97,22 +97,18 @@ def table(data: tuple[Panel, ...]) -> str:
 
 def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     """One figure: a row for each GPU, a column for each N."""
-    from matplotlib.figure import Figure
-
     gpus = list(dict.fromkeys(panel.gpu for panel in data))
-    figure = Figure(figsize=(11, 3.3 * len(gpus) + 1.2))
-    grid = figure.subplots(len(gpus), len(BATCHES), sharex=True, sharey=True, squeeze=False)
+    figure, grid, top = style.add_panels(
+        gpus,
+        len(BATCHES),
+        height=3.3,
+        title="y = x Wᵀ, from how many zeros on it pays",
+        caption=CAPTION,
+        labels=("zeros", "speed-up over cuBLAS"),
+    )
     for panel in data:
         _draw(grid[gpus.index(panel.gpu)][BATCHES.index(panel.n)], panel)
-    for line, gpu in zip(grid, gpus, strict=True):
-        line[0].set_ylabel(f"{gpu}\nspeed-up over cuBLAS")
-    for axes in grid[-1]:
-        axes.set_xlabel("zeros")
-    height = figure.get_size_inches()[1]
-    figure.subplots_adjust(left=0.075, right=0.99, top=1 - 1.0 / height, bottom=0.95 / height, wspace=0.07, hspace=0.1)
-    figure.suptitle("y = x Wᵀ, from how many zeros on it pays", x=0.075, y=1 - 0.1 / height, ha="left", fontsize=11)
-    _add_legend(figure, 1 - 0.3 / height)
-    style.add_caption(figure, CAPTION, x=0.075, y=0.1 / height, width=180)
+    _add_legend(figure, top)
     return {"crossover-systems": figure}
 
 

@@ -110,6 +110,28 @@ def label_right(axes: Axes, x: float, labels: Sequence[tuple[str, float, str]], 
         axes.text(x, height, text, color=color, fontsize=7, va="center", ha="left")
 
 
+def add_panels(
+    gpus: Sequence[str], columns: int, *, height: float, title: str, caption: str, labels: tuple[str, str]
+) -> tuple[Figure, Any, float]:
+    """A figure with a row of panels ``height`` inches high for each GPU, and where its legend's upper end goes.
+
+    ``labels``: of the axes to the right and upwards.
+    """
+    from matplotlib.figure import Figure
+
+    whole = height * len(gpus) + 1.2
+    figure = Figure(figsize=(11, whole))
+    grid = figure.subplots(len(gpus), columns, sharex=True, sharey=True, squeeze=False)
+    for line, gpu in zip(grid, gpus, strict=True):
+        line[0].set_ylabel(f"{gpu}\n{labels[1]}")
+    for axes in grid[-1]:
+        axes.set_xlabel(labels[0])
+    figure.subplots_adjust(left=0.075, right=0.99, top=1 - 1.0 / whole, bottom=0.95 / whole, wspace=0.07, hspace=0.1)
+    figure.suptitle(title, x=0.075, y=1 - 0.1 / whole, ha="left", fontsize=11)
+    add_caption(figure, caption, x=0.075, y=0.1 / whole, width=180)
+    return figure, grid, 1 - 0.3 / whole
+
+
 def add_caption(figure: Figure, text: str, *, x: float, y: float, width: int) -> None:
     """What readers must know, in lines of ``width`` characters above the place ``x``, ``y`` of the figure."""
     lines = fill(text, width)

@@ -12,19 +12,18 @@
 # products run on the CPU emulator: the GPU's kernels, compiled for the CPU.
 
 # %%
-import io
 import tempfile
 from pathlib import Path
 from statistics import geometric_mean
 
 import numpy as np
-from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 import experiments.figures
 import flashllm
 from experiments.figures import rows, style
 from experiments.figures.rows import Case, Compared, Final
+from experiments.notebooks.shown import show, table
 from flashllm import backends
 from flashllm.bench import check, results
 from flashllm.device import device_facts
@@ -35,20 +34,6 @@ EXPERIMENTS = Path(experiments.figures.__file__).parents[1]
 BACKEND = backends.select(None).name
 LIVE = BACKEND == "cuda"
 BATCHES = (8, 16, 32, 64)
-
-
-def show(figure):
-    """Draw a figure here."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    display(Image(picture.getvalue()))
-
-
-def table(head, lines):
-    """Show a table."""
-    lines = [head, ["---"] * len(head), *lines]
-    display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
-
 
 print("products run on:", BACKEND)
 

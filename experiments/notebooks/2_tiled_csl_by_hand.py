@@ -9,36 +9,21 @@
 # `docs/formats/tiled_csl.md`.
 
 # %%
-import io
 from collections import Counter
 
 import numpy as np
-from IPython.display import Image, Markdown, display
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import flashllm
 from experiments.figures import style
+from experiments.notebooks.shown import show, table
 from flashllm import backends
 from flashllm.backends import emulator
 
 ROWS, COLUMNS, BANKS = 128, 64, 32
 COLORS = {"row": "#0072b2", "bank": "#d55e00"}  # of the two orders
-
-
-def show(figure):
-    """Draw a figure here."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    display(Image(picture.getvalue()))
-
-
-def table(head, lines):
-    """Show a table."""
-    lines = [head, ["---"] * len(head), *lines]
-    display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
-
 
 # %% [markdown]
 # ## The tile

@@ -8,13 +8,11 @@
 # machine with a GPU those of a few cases measured here. Counts are the emulator's everywhere.
 
 # %%
-import io
 import tempfile
 from pathlib import Path
 from statistics import geometric_mean
 
 import numpy as np
-from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -24,6 +22,7 @@ import flashllm
 from experiments.figures import rows, style
 from experiments.figures.ablation import IDEAS
 from experiments.figures.rows import GPUS, Case, Final
+from experiments.notebooks.shown import show, table
 from flashllm import backends
 from flashllm.backends import emulator
 from flashllm.bench import results
@@ -35,19 +34,6 @@ EXPERIMENTS = Path(experiments.figures.__file__).parents[1]
 LIVE = backends.select(None).name == "cuda"
 MARKERS = {"tiled-csl": "s", "bitmap": "o", "slot24": "^"}
 ZEROS = tuple(style.ZEROS)
-
-
-def show(figure):
-    """Draw a figure here."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    display(Image(picture.getvalue()))
-
-
-def table(head, lines):
-    """Show a table."""
-    lines = [head, ["---"] * len(head), *lines]
-    display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
 
 
 def bench(*options):

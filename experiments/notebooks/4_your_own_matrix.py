@@ -8,7 +8,6 @@
 # runs there.
 
 # %%
-import io
 import os
 import subprocess
 import sys
@@ -18,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import scipy.sparse
-from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 import flashllm
 from experiments.figures import style
+from experiments.notebooks.shown import show, table
 from flashllm import backends, inspection
 from flashllm.bench import check
 from flashllm.bench.sources import FileSource
@@ -38,20 +37,6 @@ FOLDER = Path(SCRATCH.name)
 BACKEND = backends.select(None).name
 FORMAT_COLORS = {"tiled-csl": "#0072b2", "bitmap": "#009e73", "slot24": "#d55e00"}
 GPUS = {name: find_gpu(name) for name in ("H100 80GB", "H200")}
-
-
-def show(figure):
-    """Draw a figure here."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    display(Image(picture.getvalue()))
-
-
-def table(head, lines):
-    """Show a table."""
-    lines = [head, ["---"] * len(head), *lines]
-    display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
-
 
 # %% [markdown]
 # ## A matrix, in three kinds of files

@@ -14,6 +14,15 @@ _STRIP_ELEMENTS = 1 << 26  # of temporaries, 8 bytes each
 _MOST = 2**31 - 1
 
 
+def array_module(array: Any) -> Any:
+    """``cupy`` for a CuPy array, else ``numpy``."""
+    if is_cupy(array):
+        import cupy
+
+        return cupy
+    return np
+
+
 def check_dense(dense: Any) -> Any:
     """NumPy or CuPy, whichever made ``dense``; :class:`ArgumentError` unless it is C-contiguous float16 [M, K]."""
     if not isinstance(dense, np.ndarray) and not is_cupy(dense):
@@ -23,11 +32,7 @@ def check_dense(dense: Any) -> Any:
         raise ArgumentError("dense", expected="float16 of shape [M >= 1, K >= 1]", got=got)
     if not dense.flags.c_contiguous:
         raise ArgumentError("dense", expected="a C-contiguous array", got=f"strides {dense.strides}")
-    if isinstance(dense, np.ndarray):
-        return np
-    import cupy
-
-    return cupy
+    return array_module(dense)
 
 
 def compress(dense: Any) -> tuple[Any, Any, Any]:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from flashllm.baselines.baseline import Step
-from flashllm.baselines.csr import check_dense
+from flashllm.baselines.csr import array_module, check_dense
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
-from flashllm.formats.sources import is_cupy
 from flashllm.jit.spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -181,10 +180,7 @@ class Sputnik:
 
     def to_dense(self) -> Any:
         """The matrix as float16 [M, K], on the side the weight is on; pruned elements are +0.0."""
-        if is_cupy(self.values):
-            import cupy as xp
-        else:
-            xp = np
+        xp = array_module(self.values)
         rows, row_length = self.shape
         out = xp.zeros(self.shape, xp.uint16)
         for strip in _strips(rows, row_length):

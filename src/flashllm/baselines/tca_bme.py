@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from flashllm.baselines.baseline import Step
-from flashllm.baselines.csr import check_dense
+from flashllm.baselines.csr import array_module, check_dense
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
-from flashllm.formats.sources import is_cupy
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul.tensor_cores import N_BLOCKS, n_block_for
 
@@ -165,7 +164,7 @@ class TcaBme:
 
     def to_dense(self) -> Any:
         """The matrix as float16 [M, K], on the side the weight is on; pruned elements are +0.0."""
-        xp = _namespace(self.values)
+        xp = array_module(self.values)
         rows, columns = self.shape
         out = xp.zeros(self.shape, xp.uint16)
         for strip in _strips(rows, columns):
@@ -256,14 +255,6 @@ class TcaBme:
             got = f"{workspace.dtype} {list(workspace.shape)}"
             raise ArgumentError("workspace", expected=f"uint8, at least {needed} bytes", got=got)
         return n
-
-
-def _namespace(array: Any) -> Any:
-    if is_cupy(array):
-        import cupy
-
-        return cupy
-    return np
 
 
 def _padded(count: Any) -> Any:

@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from flashllm.baselines.baseline import Step
-from flashllm.baselines.csr import check_dense
+from flashllm.baselines.csr import array_module, check_dense
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
-from flashllm.formats.sources import is_cupy
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul.tensor_cores import N_BLOCKS, cxx_bool, n_block_for
@@ -225,15 +224,6 @@ def specs_as(*, column: bool = False, add: bool = False) -> tuple[KernelSpec, ..
         _product_spec(n_block, row_tiles, column, add) for n_block in N_BLOCKS for row_tiles, _, _ in _SHAPES[n_block]
     ]
     return (*products, _reduce_spec(add))
-
-
-def array_module(array: Any) -> Any:
-    """``cupy`` for a CuPy array, else ``numpy``."""
-    if is_cupy(array):
-        import cupy
-
-        return cupy
-    return np
 
 
 def strips(dense: Any) -> Iterator[tuple[int, Any]]:

@@ -96,18 +96,16 @@ def table(data: tuple[Panel, ...]) -> str:
 
 def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     """One figure: a row for each GPU, a column for each N."""
-    gpus = list(dict.fromkeys(panel.gpu for panel in data))
-    figure, grid, top = style.add_panels(
-        gpus,
-        len(BATCHES),
+    figure = style.draw_panels(
+        data,
+        _draw,
         height=3.6,
         title="y = x Wᵀ, bytes against time",
         caption=CAPTION,
         labels=("bytes per element of W", "time / cuBLAS"),
+        systems=tuple(style.SYSTEMS),
+        legend_columns=6,
     )
-    for panel in data:
-        _draw(grid[gpus.index(panel.gpu)][BATCHES.index(panel.n)], panel)
-    _add_legend(figure, top)
     return {"bytes-systems": figure}
 
 
@@ -133,17 +131,6 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_yticks((0.2, 0.5, 1, 2, 5, 10, 20), ("0.2", "0.5", "1", "2", "5", "10", "20"))
     axes.minorticks_off()
     axes.grid(visible=True, axis="both")
-    axes.set_title(f"N = {panel.n}")
-
-
-def _add_legend(figure: Figure, top: float) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=color, marker=marker, markersize=4.5, label=label)
-        for label, color, marker in style.SYSTEMS.values()
-    ]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.065, top), ncols=6, fontsize=7.5)
 
 
 ENTRY = Entry(name="bytes", load=load, plot=plot, table=table, sweeps=(measure.SYSTEMS,))

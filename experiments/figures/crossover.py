@@ -97,18 +97,17 @@ def table(data: tuple[Panel, ...]) -> str:
 
 def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     """One figure: a row for each GPU, a column for each N."""
-    gpus = list(dict.fromkeys(panel.gpu for panel in data))
-    figure, grid, top = style.add_panels(
-        gpus,
-        len(BATCHES),
+    figure = style.draw_panels(
+        data,
+        _draw,
         height=3.3,
         title="y = x Wᵀ, from how many zeros on it pays",
         caption=CAPTION,
         labels=("zeros", "speed-up over cuBLAS"),
+        systems=(*SPARSE, *DENSE),
+        dotted=DENSE,
+        legend_columns=5,
     )
-    for panel in data:
-        _draw(grid[gpus.index(panel.gpu)][BATCHES.index(panel.n)], panel)
-    _add_legend(figure, top)
     return {"crossover-systems": figure}
 
 
@@ -127,20 +126,6 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
     axes.yaxis.minorticks_off()
     axes.set_xticks(ZEROS, [f"{zeros:.0%}" for zeros in ZEROS])
-    axes.set_title(f"N = {panel.n}")
-
-
-def _add_legend(figure: Figure, top: float) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D(
-            [], [], color=color, marker=marker, markersize=4.5, linestyle="-" if name in SPARSE else ":", label=label
-        )
-        for name in (*SPARSE, *DENSE)
-        for label, color, marker in [style.SYSTEMS[name]]
-    ]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.065, top), ncols=5, fontsize=7.5)
 
 
 ENTRY = Entry(name="crossover", load=load, plot=plot, table=table, sweeps=(measure.SYSTEMS,))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -110,18 +110,33 @@ def label_right(axes: Axes, x: float, labels: Sequence[tuple[str, float, str]], 
         axes.text(x, height, text, color=color, fontsize=7, va="center", ha="left")
 
 
-def add_panels(
-    gpus: Sequence[str], columns: int, *, height: float, title: str, caption: str, labels: tuple[str, str]
-) -> tuple[Figure, Any, float]:
-    """A figure with a row of panels ``height`` inches high for each GPU, and where its legend's upper end goes.
+def draw_panels(
+    panels: Sequence[Any],
+    draw: Callable[[Axes, Any], None],
+    *,
+    height: float,
+    title: str,
+    caption: str,
+    labels: tuple[str, str],
+    systems: Sequence[str],
+    dotted: Sequence[str] = (),
+    legend_columns: int,
+) -> Figure:
+    """A figure with a row of panels, ``height`` inches high, for each GPU of ``panels``, and a column for each N.
 
-    ``labels``: of the axes to the right and upwards.
+    ``labels``: of the axes to the right and upwards. The legend has ``systems``, some of them ``dotted``.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+    gpus, batches = (list(dict.fromkeys(values)) for values in zip(*((p.gpu, p.n) for p in panels), strict=True))
     whole = height * len(gpus) + 1.2
     figure = Figure(figsize=(11, whole))
-    grid = figure.subplots(len(gpus), columns, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(len(gpus), len(batches), sharex=True, sharey=True, squeeze=False)
+    for panel in panels:
+        axes = grid[gpus.index(panel.gpu)][batches.index(panel.n)]
+        draw(axes, panel)
+        axes.set_title(f"N = {panel.n}")
     for line, gpu in zip(grid, gpus, strict=True):
         line[0].set_ylabel(f"{gpu}\n{labels[1]}")
     for axes in grid[-1]:
@@ -129,7 +144,16 @@ def add_panels(
     figure.subplots_adjust(left=0.075, right=0.99, top=1 - 1.0 / whole, bottom=0.95 / whole, wspace=0.07, hspace=0.1)
     figure.suptitle(title, x=0.075, y=1 - 0.1 / whole, ha="left", fontsize=11)
     add_caption(figure, caption, x=0.075, y=0.1 / whole, width=180)
-    return figure, grid, 1 - 0.3 / whole
+    handles = [
+        Line2D(
+            [], [], color=color, marker=marker, markersize=4.5, linestyle=":" if name in dotted else "-", label=label
+        )
+        for name in systems
+        for label, color, marker in [SYSTEMS[name]]
+    ]
+    top = 1 - 0.3 / whole
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.065, top), ncols=legend_columns, fontsize=7.5)
+    return figure
 
 
 def add_caption(figure: Figure, text: str, *, x: float, y: float, width: int) -> None:

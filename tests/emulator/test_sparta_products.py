@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fence import NAN, Fence
 from numpy.typing import NDArray
 
 from flashllm.backends import emulator
@@ -21,8 +22,6 @@ from weight_cases import PATTERNS
 ARCHS = ("80", "90a")
 SHAPES = ((1, 1), (7, 72), (31, 76), (129, 65), (200, 456), (384, 203))
 COLUMNS = (1, 5, 8, 12, 16, 17, 32, 40, 64, 70)
-GUARD = 1 << 17  # elements: more than a whole block writes
-NAN = 0x7FDA
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,29 +32,18 @@ def _built() -> None:
             emulator.preload(sparta.specs(), build=emulator.BuildOptions(arch=arch))
 
 
-def fenced(shape: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """NaNs, and a part of them of ``shape`` at an address that is a multiple of 16."""
-    size = shape[0] * shape[1]
-    room = np.full(size + 2 * GUARD + 8, NAN, np.uint16)
-    start = GUARD + (-(room.ctypes.data // 2 + GUARD)) % 8
-    return room, room[start : start + size].reshape(shape).view(np.float16)
-
-
 def multiply(w: SparTA, x: NDArray[Any], choice: Choice, *, arch: str = "90a", seed: int = 0) -> NDArray[Any]:
     """x[N, K] @ W^T. y is poisoned before, x and y are fenced."""
     n = len(x)
-    x_room, inputs = fenced((w.shape[1], n))
-    y_room, outputs = fenced((w.shape[0], n))
-    inputs[...] = x.T
-    before = x_room.copy()
+    inputs = Fence(np.ascontiguousarray(x.T))
+    outputs = Fence(np.full((w.shape[0], n), NAN, np.uint16).view(np.float16))
     workspace = np.full(w.workspace_bytes(n, choice), 0xFF, np.uint8)
-    for step in w.steps(inputs, outputs, workspace, choice):
+    for step in w.steps(inputs.inner, outputs.inner, workspace, choice):
         emulator.launch(step.spec, step.grid, step.args, arch=arch, seed=seed)
-    assert (x_room == before).all(), "x has changed"
-    got = outputs.T.copy()
-    outputs[...] = np.array(NAN, np.uint16).view(np.float16)
-    assert (y_room == NAN).all(), "written beside y"
-    return got
+    for fence in (inputs, outputs):
+        fence.check()
+    assert (inputs.inner.view(np.uint16) == x.T.view(np.uint16)).all(), "x has changed"
+    return outputs.inner.T.copy()
 
 
 def check(w: NDArray[Any], n: int, *, arch: str, seed: int, choices: int = 2) -> None:

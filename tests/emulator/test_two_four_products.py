@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fence import NAN, Fence
 from numpy.typing import NDArray
 
 from flashllm.backends import emulator
@@ -25,8 +26,6 @@ SPECS = (*two_four.specs_as(**LAYOUTS[0]), *two_four.specs_as(**LAYOUTS[1]))
 ARCHS = ("80", "90a")
 SHAPES = ((1, 1), (7, 72), (31, 76), (129, 65), (200, 456), (384, 203), (513, 130))
 COLUMNS = (1, 5, 8, 12, 16, 17, 32, 40, 64, 70)
-GUARD = 1 << 17  # elements: more than a whole block writes
-NAN = 0x7FDA
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,23 +34,6 @@ def _built() -> None:
     with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "two_four.lock").open("w") as lock, locked(lock.fileno()):
         for arch in ARCHS:
             emulator.preload(SPECS, build=emulator.BuildOptions(arch=arch))
-
-
-class Fence:
-    """A copy of 16-bit or 32-bit elements between NaNs, at an address that is a multiple of 16."""
-
-    def __init__(self, inner: NDArray[Any]) -> None:
-        size, guard = inner.nbytes // 2, GUARD
-        room = np.full(size + 2 * guard + 16, NAN, np.uint16)
-        start = guard + (-(room.ctypes.data // 2 + guard)) % 8
-        self._before, self._after = room[:start], room[start + size :]
-        self.inner = room[start : start + size].view(inner.dtype).reshape(inner.shape)
-        self.inner[...] = inner
-        assert self.inner.ctypes.data % 16 == 0
-
-    def check(self) -> None:
-        assert (self._before == NAN).all(), "written before the array"
-        assert (self._after == NAN).all(), "written behind the array"
 
 
 def multiply(

@@ -7,7 +7,6 @@ Inputs and outputs are fp16 or bf16, sums fp32. Every launch may be captured in 
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -249,21 +248,12 @@ class Cublas:
         product = self.gemm_ex(Layout(), m=m, k=k, n=n, dtype=dtype)
         product.launch(w.data.ptr, x.data.ptr, y.data.ptr, stream)
 
-    def _create(self, kind: str, *arguments: int) -> _Descriptor:
-        return _Descriptor(self._lt, kind, arguments)
+    def _create(self, kind: str, *arguments: int) -> api.Descriptor:
+        return api.Descriptor(self._lt, f"cublasLt{kind}Create", f"cublasLt{kind}Destroy", arguments)
 
-    def _set(self, kind: str, descriptor: _Descriptor, attribute: int, value: Any) -> None:
+    def _set(self, kind: str, descriptor: api.Descriptor, attribute: int, value: Any) -> None:
         name = f"cublasLt{kind}SetAttribute"
         self._lt.call(name, descriptor.at, attribute, ctypes.byref(value), ctypes.sizeof(value))
-
-
-class _Descriptor:
-    """A cublasLt descriptor object, destroyed with the last reference to it."""
-
-    def __init__(self, lt: api.Library, kind: str, arguments: Sequence[int]) -> None:
-        self.at = _POINTER()
-        lt.call(f"cublasLt{kind}Create", ctypes.byref(self.at), *arguments)
-        weakref.finalize(self, lt.status, f"cublasLt{kind}Destroy", self.at)
 
 
 def _data_type(dtype: str) -> int:

@@ -8,6 +8,7 @@ Constants and struct sizes follow the public headers cublas_api.h and cublasLt.h
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache
@@ -168,6 +169,17 @@ class Library:
         status = self._functions[name](*arguments)
         if status:
             raise self._error(name, status)
+
+
+class Descriptor:
+    """An object of a library, destroyed with the last reference to it; what it describes lives as long."""
+
+    def __init__(
+        self, library: Library, create: str, destroy: str, arguments: Sequence[Any], described: Any = None
+    ) -> None:
+        self.at, self._described = c_void_p(), described
+        library.call(create, ctypes.byref(self.at), *arguments)
+        weakref.finalize(self, library.status, destroy, self.at)
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from flashllm.baselines import cusparse_api as api
 from flashllm.baselines.baseline import Way
 from flashllm.baselines.csr import compress
+from flashllm.baselines.cublas_api import Descriptor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,7 +83,8 @@ class _Calls:
         in_rows = order == "row"
         leading = columns if in_rows else rows
         kind = (api.R_16F, api.ORDER_ROW if in_rows else api.ORDER_COLUMN)
-        return _Descriptor(self._library, "DnMat", (rows, columns, leading, array.data.ptr, *kind), array)
+        arguments = (rows, columns, leading, array.data.ptr, *kind)
+        return Descriptor(self._library, "cusparseCreateDnMat", "cusparseDestroyDnMat", arguments, array)
 
     def way(self, weights: Sequence[CusparseCsr], x: Any, code: int, number: int, order: _Order, stream: Any) -> Way:
         """Algorithm ``code``, with a first product already run. Raises :class:`cusparse_api.CusparseError`."""
@@ -94,9 +96,10 @@ class _Calls:
         y = cupy.empty((m, n) if in_rows else (n, m), dtype=cupy.float16)
         right, out = self._dense(x, k, n, order), self._dense(y, m, n, order)
         lefts = [
-            _Descriptor(
+            Descriptor(
                 self._library,
-                "Csr",
+                "cusparseCreateCsr",
+                "cusparseDestroySpMat",
                 (m, k, w.values.size, *(a.data.ptr for a in (w.offsets, w.columns, w.values)), *_CSR),
                 w,
             )
@@ -129,12 +132,3 @@ class _Calls:
             output=lambda: y.T if in_rows else y,
             error_limit=Way.error_limit if number == 3 else _FP16_SUMS,
         )
-
-
-class _Descriptor:
-    """A cuSPARSE descriptor, destroyed with the last reference to it; what it points to lives as long."""
-
-    def __init__(self, library: Any, kind: str, arguments: Sequence[Any], described: Any) -> None:
-        self.at, self._described = ctypes.c_void_p(), described
-        library.call(f"cusparseCreate{kind}", ctypes.byref(self.at), *arguments)
-        weakref.finalize(self, library.status, f"cusparseDestroy{'SpMat' if kind == 'Csr' else kind}", self.at)

@@ -9,7 +9,9 @@ from flashllm.baselines.csr import check_dense
 from flashllm.errors import ArgumentError
 
 GROUP = 4
+"""Neighbours along K."""
 KEPT = 2
+"""Of them may be values."""
 _STRIP_ELEMENTS = 1 << 26
 
 

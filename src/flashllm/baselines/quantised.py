@@ -14,7 +14,7 @@ import numpy as np
 
 from flashllm.baselines.baseline import Way
 from flashllm.baselines.csr import check_dense
-from flashllm.baselines.torch_calls import as_tensor, torch, way
+from flashllm.baselines.torch_calls import as_bits, as_tensor, torch, way
 from flashllm.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -86,15 +86,13 @@ class TorchInt4:
         for first in range(0, rows, strip):
             levels = self.levels[first : first + strip].view(-1, columns // self.GROUP, self.GROUP)
             wide = levels.to(package.bfloat16) * scales[first : first + strip, :, None]
-            out[first : first + strip] = cupy.from_dlpack(wide.view(-1, columns).view(package.int16)).view(np.uint16)
+            out[first : first + strip] = as_bits(wide.view(-1, columns))
         return out
 
     @classmethod
     def inputs(cls, x: Any) -> Any:
         """x[N, K] as it is multiplied: bf16, as uint16 bits."""
-        import cupy
-
-        return cupy.from_dlpack(as_tensor(x).to(torch().bfloat16).view(torch().int16)).view(np.uint16)
+        return as_bits(as_tensor(x).to(torch().bfloat16))
 
     @classmethod
     def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:
@@ -142,17 +140,13 @@ class TorchFp8:
 
     def multiplied(self) -> Any:
         """The matrix that is multiplied, float16, which holds it exactly."""
-        import cupy
-
-        return cupy.from_dlpack(self.values.half() * self.scale.half())
+        return as_bits(self.values.half() * self.scale.half())
 
     @classmethod
     def inputs(cls, x: Any) -> Any:
         """x[N, K] as it is multiplied, float16, which holds it exactly."""
-        import cupy
-
         values, scale = _to_fp8(as_tensor(x))
-        return cupy.from_dlpack(values.half() * scale.half())
+        return as_bits(values.half() * scale.half())
 
     @classmethod
     def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:

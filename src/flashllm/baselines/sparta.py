@@ -17,6 +17,7 @@ import numpy as np
 from flashllm.baselines import sputnik, two_four
 from flashllm.baselines.baseline import Step
 from flashllm.baselines.csr import check_dense
+from flashllm.baselines.pattern_24 import GROUP, KEPT
 from flashllm.baselines.sputnik import Sputnik
 from flashllm.baselines.two_four import TwoFour
 from flashllm.errors import ArgumentError
@@ -118,9 +119,9 @@ def residual_of(dense: Any) -> Any:
     out = xp.empty((rows, columns), np.uint16)
     for start, groups in two_four.strips(dense):
         before = xp.zeros(groups.shape[:2], np.uint8)  # nonzeros of a group before this place
-        for place in range(two_four.GROUP):
+        for place in range(GROUP):
             element = groups[..., place].copy()
-            groups[..., place] = xp.where(before < two_four.KEPT, np.uint16(0), element)
+            groups[..., place] = xp.where(before < KEPT, np.uint16(0), element)
             before += element != 0
         out[start : start + len(groups)] = groups.reshape(len(groups), -1)[: rows - start, :columns]
     return out.view(np.float16)

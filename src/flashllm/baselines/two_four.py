@@ -26,6 +26,7 @@ import numpy as np
 
 from flashllm.baselines.baseline import Step
 from flashllm.baselines.csr import array_module, check_dense
+from flashllm.baselines.pattern_24 import GROUP, KEPT
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
@@ -35,10 +36,6 @@ from flashllm.matmul.tensor_cores import N_BLOCKS, cxx_bool, n_block_for
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-GROUP = 4
-"""Neighbours along K."""
-KEPT = 2
-"""Of them are stored."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 """Splits of K to try."""
 THREADS = 128

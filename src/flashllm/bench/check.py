@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from flashllm.baselines.baseline import Way
+
 ACCUMULATION = 2.0**-20
 """Error of the fp32 sum, relative to |x| |W|: tensor cores truncate."""
 WHOLE_SLACK = 8.0
 """The comparison of whole outputs allows this many half-units in the last place of either output."""
-BASELINE_LIMIT = 8.0
+BASELINE_LIMIT = Way.error_limit
 """A vendor library may add split-K pieces in fp16: its error may be this many times the bound."""
 
 

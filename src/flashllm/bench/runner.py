@@ -129,7 +129,7 @@ class CudaRunner:
                 cases = {n: packings for n, packings in cases.items() if packings}
                 if not cases:
                     continue
-                needed = required_bytes(group, self._source, self._settings, device_facts().l2_bytes)
+                needed = _required_bytes(group, compared, self._source, self._settings, device_facts().l2_bytes)
                 with memory_errors(f"benchmark of {group.title}", needed):
                     self._run_group(group, cases, compared, cublas, advance)
                 cupy.get_default_memory_pool().free_all_blocks()

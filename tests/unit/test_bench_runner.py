@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import fake_gpu
+import numpy as np
 import pytest
 
 from flashllm.bench import check, environment, systems, timing
@@ -102,6 +104,23 @@ def test_stream_launches_add_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = _run("stream", batches=(8,), sparsities=(0.8,))
     assert [r.system for r in rows] == ["cublas", "flashllm", "cupy-matmul"]
     assert {r.launch for r in rows} == {"stream"}
+    assert rows[2].check == "pass"
+
+
+@pytest.mark.parametrize("fast", ["x @ W.T", "W @ x.T"])
+def test_the_faster_order_of_cupy_is_taken(monkeypatch: pytest.MonkeyPatch, fast: str) -> None:
+    fake_gpu.install(monkeypatch)
+
+    def look(orders: Sequence[systems.CupyMatmul], *_: Any, **__: Any) -> list[timing.Timing]:
+        times = [1.0 if order.label.endswith(fast) else 2.0 for order in orders]
+        return [timing.summarize([time] * 3, 3) for time in times]
+
+    monkeypatch.setattr(timing, "measure", look)
+    w, x = np.arange(12, dtype=np.float16).reshape(4, 3), np.arange(6, dtype=np.float16).reshape(2, 3)
+    best = systems.best_cupy([w * 0, w], x, "fp16", stream=None)
+    assert best.label == f"cupy.matmul {fast}"
+    best.launch(1, None)
+    np.testing.assert_array_equal(best.output(), x @ w.T)
 
 
 @pytest.mark.parametrize("column", [0, 40, 95])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import fake_gpu
@@ -178,6 +178,15 @@ def test_a_system_that_multiplies_another_matrix_is_held_to_that(monkeypatch: py
 
 def test_a_shape_that_does_not_suit_a_dense_system_is_left_out() -> None:
     assert {r.system for r in _run("refusing", batches=(4,))} == {"cublas", "flashllm"}
+
+
+def test_a_refusal_of_the_matrix_of_the_case_is_told_but_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Given, "from_dense", Refusing.from_dense)
+    with pytest.raises(ArgumentError, match="another shape"):
+        _run("given", batches=(4,))
+    entry = replace(comparisons.SYSTEMS["given"], needs=("numpy",))
+    monkeypatch.setattr(comparisons, "SYSTEMS", {**comparisons.SYSTEMS, "given": entry})
+    assert {r.system for r in _run("given", batches=(4,))} == {"cublas", "flashllm"}
 
 
 def test_cublas_without_tensor_cores(blas: fake_gpu.Blas) -> None:

@@ -10,7 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from flashllm.baselines import sparta, sputnik, two_four
+from flashllm.baselines.cusparselt import CusparseLt24
+from flashllm.baselines.pattern_24 import is_two_of_four
 from flashllm.baselines.sparta import SparTA, residual_of
+from flashllm.baselines.sparta_cusparselt import SparTACusparseLt
 from flashllm.baselines.sputnik import Sputnik
 from flashllm.baselines.two_four import TwoFour
 from flashllm.errors import ArgumentError
@@ -167,3 +170,17 @@ def test_names() -> None:
     assert (TwoFour.SYSTEM, TwoFour.FORMAT, TwoFour.LAYOUT) == ("mma-2:4", "2:4", "row")
     assert (SparTA.SYSTEM, SparTA.FORMAT, SparTA.LAYOUT) == ("sparta", "2:4+csr", Sputnik.LAYOUT)
     assert set(sparta.specs()) >= set(sputnik.specs())
+
+
+def test_the_part_for_cusparselt_is_what_the_residual_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CusparseLt24, "from_dense", lambda dense: CusparseLt24(shape=dense.shape, packed=dense))
+    w = matrix("uniform", 64, 96, 0.6, 3, "fp16")
+    before = w.copy()
+    made = SparTACusparseLt.from_dense(w)
+    np.testing.assert_array_equal(w.view(np.uint16), before.view(np.uint16))
+    part, rest = made.structured.packed, made.residual.to_dense()
+    assert is_two_of_four(part)
+    assert (np.count_nonzero(part.reshape(-1, 4), axis=1) == 2).any()
+    assert not ((part != 0) & (rest != 0)).any()
+    np.testing.assert_array_equal(np.where(rest != 0, rest, part), w)
+    np.testing.assert_array_equal(rest.view(np.uint16), residual_of(w).view(np.uint16))

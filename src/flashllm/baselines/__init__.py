@@ -38,6 +38,11 @@ SYSTEMS: dict[str, SystemEntry] = {
         weight="flashllm.baselines.sparta:SparTA",
         bytes_per_element=lambda density: 1.25 + 4 * density**3 * (1 - density) + 2 * density**4,
     ),
+    "sparta-cusparselt": SystemEntry(
+        weight="flashllm.baselines.sparta_cusparselt:SparTACusparseLt",
+        needs=("torch",),
+        bytes_per_element=lambda density: 1.25 + 4 * density**3 * (1 - density) + 2 * density**4,
+    ),
     "tca-bme": SystemEntry(
         weight="flashllm.baselines.tca_bme:TcaBme", bytes_per_element=lambda density: 2 * density + 0.15
     ),

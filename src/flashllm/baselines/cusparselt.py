@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,33 +56,38 @@ class CusparseLt24:
 
     @classmethod
     def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:
-        """For both layouts of x the algorithm that cuSPARSELt's own search finds; none for an N it refuses.
-
-        y comes as [M, N]: with the other layout the search ends in an illegal instruction (PyTorch 2.11, an H200).
-        """
-        import cupy
-
-        if x.shape[0] % _X_MULTIPLE:
-            return []
-        package = torch()
-        by_rows, by_columns = as_tensor(x).t(), as_tensor(cupy.ascontiguousarray(x.T))
-        found = []
-        for right, name in ((by_rows, "x[N,K]"), (by_columns, "x[K,N]")):
-            with package.cuda.stream(package.cuda.ExternalStream(int(stream.ptr))):
-                algorithm, split_k, mode, _ = package._C._cusparselt.mm_search(
-                    weights[0].packed, right, None, None, None, False
-                )
-            options = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": mode}
-            found.append(_way(weights, right, options, name))
-        return found
+        """What :func:`products` finds. y comes as [M, N]."""
+        return [way(label, len(weights), multiply, transposed=True) for label, multiply in products(weights, x, stream)]
 
 
-def _way(weights: Sequence[CusparseLt24], x: Any, options: dict[str, int], name: str) -> Way:
+def products(weights: Sequence[CusparseLt24], x: Any, stream: Any) -> list[tuple[str, Callable[[int], Any]]]:
+    """Labels and functions ``multiply(copy)``, which give a new tensor y[M, N] on PyTorch's current stream.
+
+    x: float16 CuPy array [N, K]. One for each layout of x, with the algorithm that cuSPARSELt's own search finds; none
+    for an N it refuses. With y as [N, M] the search ends in an illegal instruction (PyTorch 2.11, an H200).
+    """
+    import cupy
+
+    if x.shape[0] % _X_MULTIPLE:
+        return []
+    package = torch()
+    by_rows, by_columns = as_tensor(x).t(), as_tensor(cupy.ascontiguousarray(x.T))
+    found = []
+    for right, name in ((by_rows, "x[N,K]"), (by_columns, "x[K,N]")):
+        with package.cuda.stream(package.cuda.ExternalStream(int(stream.ptr))):
+            algorithm, split_k, mode, _ = package._C._cusparselt.mm_search(
+                weights[0].packed, right, None, None, None, False
+            )
+        options = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": mode}
+        label = f"cuSPARSELt {name} algorithm {algorithm}" + (f" split {split_k}" if split_k > 1 else "")
+        found.append((label, _product(weights, right, options)))
+    return found
+
+
+def _product(weights: Sequence[CusparseLt24], x: Any, options: dict[str, int]) -> Callable[[int], Any]:
     package = torch()
 
     def multiply(copy: int) -> Any:
         return package._cslt_sparse_mm(weights[copy].packed, x, **options)
 
-    label = f"cuSPARSELt {name} algorithm {options['alg_id']}"
-    label += f" split {options['split_k']}" if options["split_k"] > 1 else ""
-    return way(label, len(weights), multiply, transposed=True)
+    return multiply

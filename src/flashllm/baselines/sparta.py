@@ -73,11 +73,8 @@ class SparTA:
 
         Raises :class:`ArgumentError` for another type, shape or layout.
         """
-        check_dense(dense)
-        if dense.shape[1] > sputnik.MAX_COLUMNS:  # before the 2:4 part is made
-            expected = f"at most {sputnik.MAX_COLUMNS} columns (16 bits)"
-            raise ArgumentError("dense", expected=expected, got=str(dense.shape[1]))
-        return cls(structured=TwoFour.first_two(dense), residual=Sputnik.from_dense(residual_of(dense)))
+        residual = Sputnik.from_dense(residual_of(dense))
+        return cls(structured=TwoFour.first_two(dense), residual=residual)
 
     def to_dense(self) -> Any:
         """The matrix as float16 [M, K], on the side the weight is on; pruned elements are +0."""

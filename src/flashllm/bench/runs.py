@@ -114,17 +114,17 @@ class Run:
 
     @classmethod
     def of_cupy(cls, system: systems.CupyMatmul, item: Prepared, group: Group, x: Any) -> Run:
-        """``cupy.matmul``; ``item`` is what its dense weights hold."""
+        """``cupy.matmul`` in its better order; ``item`` is what its dense weights hold."""
         return cls(
             group=group,
             x=x,
             name="cupy-matmul",
             format="dense",
-            kernel="cupy.matmul",
+            kernel=system.label,
             choice="auto",
             deterministic=None,
             system=system,
-            output=lambda: system.y,
+            output=system.output,
             buffer=lambda: system.y,
             item=item,
             weight_bytes=group.dense_bytes,

@@ -96,17 +96,38 @@ class CublasSystem:
 
 
 class CupyMatmul:
-    """``cupy.matmul`` with ``out=``: what a CuPy user gets. It cannot be captured in a graph."""
+    """``cupy.matmul`` with ``out=``: what a CuPy user gets. It cannot be captured in a graph.
 
-    def __init__(self, weights: Sequence[Any], x: Any, y: Any) -> None:
-        self._transposed = [w.T for w in weights]
-        self._x, self.y, self.copies = x, y, len(weights)
+    y [N, M] = x @ W^T, or with ``transposed`` y [M, N] = W @ x^T.
+    """
+
+    def __init__(self, weights: Sequence[Any], x: Any, dtype: str, *, transposed: bool) -> None:
+        (n, _), (m, _) = x.shape, weights[0].shape
+        self._x, self._transposed, self.copies = x, transposed, len(weights)
+        self._weights = list(weights) if transposed else [w.T for w in weights]
+        self.y = empty_output(m, n, dtype) if transposed else empty_output(n, m, dtype)
+        self.label = "cupy.matmul " + ("W @ x.T" if transposed else "x @ W.T")
 
     def launch(self, copy: int, stream: Any) -> None:
         """Queue the product with weight copy ``copy``; ``stream`` must be CuPy's current one."""
         import cupy
 
-        cupy.matmul(self._x, self._transposed[copy], out=self.y)
+        if self._transposed:
+            cupy.matmul(self._weights[copy], self._x.T, out=self.y)
+        else:
+            cupy.matmul(self._x, self._weights[copy], out=self.y)
+
+    def output(self) -> Any:
+        """What the last launch wrote, as [N, M]."""
+        return self.y.T if self._transposed else self.y
+
+
+def best_cupy(weights: Sequence[Any], x: Any, dtype: str, *, stream: Any) -> CupyMatmul:
+    """The faster of both orders, by a short look. ``weights``: copies of W [M, K]."""
+    orders = [CupyMatmul(weights, x, dtype, transposed=transposed) for transposed in (False, True)]
+    look = timing.Method(launch="stream", warmup_ms=1.0, cap_s=0.02)
+    times = [result.median_us for result in timing.measure(orders, look, stream=stream)]
+    return orders[times.index(min(times))]
 
 
 def dense_copies(dense: Any, copies: int, layouts: Sequence[Layout]) -> dict[str, list[Any]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashllm.formats.base import DType
 from flashllm.formats.tiles import TILE_K, TILE_M
 from flashllm.formats.weight import SparseWeight
 from flashllm.gpus import Gpu
@@ -22,6 +23,7 @@ from flashllm.matmul.sample import Contents, estimated, sampled
 
 if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
+    from flashllm.io.manifest import Manifest
 
 _TILE_ELEMENTS = TILE_M * TILE_K
 
@@ -86,6 +88,49 @@ def inspect_file(path: Path, tensor: str | None, n: Sequence[int], *, target: Ta
             weights = {tensor: load_weight(path, name=tensor, validate=False, mmap=True)}
         return [inspect_weight(name, w, n, target=target, sample=sample) for name, w in weights.items()]
     return [inspect_matrix(tensor or path.name, read_matrix(path, tensor), n, target=target)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """Matrices of a directory of sparse weights that are alike: the same layer of several blocks."""
+
+    name: str
+    """Of the layer, the number of the block left out: ``model.layers.*.mlp.down_proj``."""
+    shape: tuple[int, int]
+    dtype: DType
+    format: str
+    """A registered format, or ``dense``."""
+    count: int
+    least_sparsity: float
+    most_sparsity: float
+    bytes_stored: int
+    """Of all of them together."""
+    bytes_dense: int
+    whys: tuple[str, ...]
+    """What decided about the format, each reason once."""
+
+
+def layer_kinds(manifest: Manifest) -> list[LayerKind]:
+    """The matrices of a directory by layer, shape, type and format, in the order of a forward pass."""
+    alike: dict[tuple[str, tuple[int, int], DType, str], list[Any]] = {}
+    for weight in manifest.weights.values():
+        name = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))
+        alike.setdefault((name, weight.shape, weight.dtype, weight.format), []).append(weight)
+    return [
+        LayerKind(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            format=kind,
+            count=len(weights),
+            least_sparsity=min(weight.sparsity for weight in weights),
+            most_sparsity=max(weight.sparsity for weight in weights),
+            bytes_stored=sum(weight.bytes_stored for weight in weights),
+            bytes_dense=sum(weight.bytes_dense for weight in weights),
+            whys=tuple(dict.fromkeys(weight.why for weight in weights)),
+        )
+        for (name, shape, dtype, kind), weights in alike.items()
+    ]
 
 
 def inspect_weight(

@@ -8,19 +8,10 @@ from typing import Any
 import numpy as np
 
 from flashllm.errors import ArgumentError
-from flashllm.formats.sources import is_cupy
+from flashllm.formats.sources import array_module, is_cupy
 
 _STRIP_ELEMENTS = 1 << 26  # of temporaries, 8 bytes each
 _MOST = 2**31 - 1
-
-
-def array_module(array: Any) -> Any:
-    """``cupy`` for a CuPy array, else ``numpy``."""
-    if is_cupy(array):
-        import cupy
-
-        return cupy
-    return np
 
 
 def check_dense(dense: Any) -> Any:

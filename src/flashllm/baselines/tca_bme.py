@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from flashllm.baselines.baseline import Step
-from flashllm.baselines.csr import array_module, check_dense
+from flashllm.baselines.csr import check_dense
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
+from flashllm.formats.sources import array_module
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul.tensor_cores import N_BLOCKS, n_block_for
 

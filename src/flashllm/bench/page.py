@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result rows as one web page that needs no network: sortable tables, charts, and behind each number its row.
 
-Bokeh draws it, with its scripts inside the page. Tables and charts share one source of data: what is selected in one
-is selected in the others, and its whole rows are shown below.
+Bokeh draws it, with its scripts inside the page (``report_html.py``). Tables and charts share one source of data: what
+is selected in one is selected in the others, and its whole rows are shown below.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from flashllm import __version__
 from flashllm.bench.report import OURS, label_of, several_formats, speedup_means, title_of
+from flashllm.bench.report_html import document
 from flashllm.bench.results import Row
 from flashllm.errors import ArgumentError, MissingDependencyError
 
@@ -24,7 +24,7 @@ _COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#222222", "#999999"),
     *("#882255", "#44aa99", "#332288", "#ddcc77", "#117733"),
 )
-_WIDTH = 1180
+_WIDTH = 1280
 _ALL = "all"
 _SHOWN_ROWS = 20
 _HINT = "Charts and the table show what the filters leave. Click a point or a line to see its row."
@@ -51,9 +51,7 @@ def render(rows: Sequence[Sourced], *, title: str = "flashllm results") -> str:
     if not rows:
         raise ArgumentError("results", expected="at least one row", got="none")
     try:
-        from bokeh.embed import file_html
         from bokeh.layouts import column, row
-        from bokeh.resources import INLINE
     except ImportError as error:
         raise MissingDependencyError(f'a report needs Bokeh ({error}): pip install "flashllm[report]"') from error
 
@@ -70,8 +68,7 @@ def render(rows: Sequence[Sourced], *, title: str = "flashllm results") -> str:
         behind,
         width=_WIDTH,
     )  # fmt: skip
-    html: str = file_html(parts, INLINE, title)
-    return html
+    return document(parts, [one.row for one in rows], title=title)
 
 
 def _text(html: str, **options: Any) -> Any:
@@ -144,7 +141,6 @@ def _cases(rows: Sequence[Sourced]) -> Any:
         "error": numbers(lambda row: row.max_err_over_bound),
         "check": [one.row.check for one in rows],
         "source": [f"{one.file}:{one.line}" for one in rows],
-        "json": [json.dumps(asdict(one.row), indent=1) for one in rows],
     }
     return ColumnDataSource(data, name="cases")
 
@@ -268,13 +264,12 @@ def _speedups(cases: Any, view: Any) -> Any:
     from bokeh.plotting import figure
 
     chart = figure(
-        title="Speed-up over cuBLAS", x_axis_label="zeros, %", y_axis_label="speed-up", width=_WIDTH // 2, height=380,
+        title="Speed-up over cuBLAS", x_axis_label="zeros, %", y_axis_label="speed-up", width=_WIDTH // 2, height=500,
         tools=_TOOLS, tooltips=_TOOLTIPS, name="speedups",
     )  # fmt: skip
     chart.scatter("zeros", "speedup", source=cases, view=view, color="color", size=8, alpha=0.7, legend_group="system")
     chart.hspan(y=1.0, line_color="#999999", line_dash="dashed")
-    _tidy(chart)
-    return chart
+    return _tidy(chart)
 
 
 def _roofline(rows: Sequence[Sourced], cases: Any, view: Any) -> Any:
@@ -283,7 +278,7 @@ def _roofline(rows: Sequence[Sourced], cases: Any, view: Any) -> Any:
 
     chart = figure(
         title="Time against bytes moved once", x_axis_label="MB", y_axis_label="us", x_axis_type="log",
-        y_axis_type="log", width=_WIDTH // 2, height=380, tools=_TOOLS, tooltips=_TOOLTIPS, name="roofline",
+        y_axis_type="log", width=_WIDTH // 2, height=500, tools=_TOOLS, tooltips=_TOOLTIPS, name="roofline",
     )  # fmt: skip
     chart.scatter("mb", "us", source=cases, view=view, color="color", size=8, alpha=0.7, legend_group="system")
     sizes = [min(cases.data["mb"]), max(cases.data["mb"])]
@@ -295,16 +290,20 @@ def _roofline(rows: Sequence[Sourced], cases: Any, view: Any) -> Any:
         gbps = sorted(found)[len(found) // 2]
         label = f"{name} at {gbps:.0f} GB/s"
         chart.line(sizes, [mb * 1e3 / gbps for mb in sizes], color="#222222", line_dash="dashed", legend_label=label)
-    _tidy(chart)
-    return chart
+    return _tidy(chart)
 
 
-def _tidy(chart: Any) -> None:
+def _tidy(chart: Any) -> Any:
+    """``chart`` with its legend below, where it hides no points."""
     chart.toolbar.logo = None
     for legend in chart.legend:
+        chart.center.remove(legend)
+        chart.add_layout(legend, "below")
         legend.location = "top_left"
-        legend.background_fill_alpha = 0.6
+        legend.ncols = 4
+        legend.border_line_alpha = 0
         legend.label_text_font_size = "10px"
+    return chart
 
 
 def _table(cases: Any, view: Any) -> Any:
@@ -312,21 +311,21 @@ def _table(cases: Any, view: Any) -> Any:
 
     columns = _columns(
         {
-            "system": ("system", None, 140),
-            "weights": ("weights", None, 120),
-            "shape": ("M x K", None, 90),
-            "N": ("N", "0", 40),
+            "system": ("system", None, 118),
+            "weights": ("weights", None, 92),
+            "shape": ("M x K", None, 84),
+            "N": ("N", "0", 30),
             "zeros": ("zeros, %", "0.[0]", 60),
-            "pattern": ("pattern", None, 70),
-            "format": ("format", None, 70),
-            "us": ("us", "0.00", 70),
-            "cublas_us": ("cuBLAS us", "0.00", 70),
-            "speedup": ("speed-up", "0.00", 60),
-            "gbps": ("GB/s", "0", 60),
-            "roofline": ("% of roofline", "0.0", 80),
-            "error": ("error / bound", "0.000", 80),
-            "check": ("check", None, 50),
-            "source": ("row", None, 200),
+            "pattern": ("pattern", None, 56),
+            "format": ("format", None, 58),
+            "us": ("us", "0.00", 58),
+            "cublas_us": ("cuBLAS us", "0.00", 68),
+            "speedup": ("speed-up", "0.00", 62),
+            "gbps": ("GB/s", "0", 42),
+            "roofline": ("% of roofline", "0.0", 84),
+            "error": ("error / bound", "0.000", 84),
+            "check": ("check", None, 42),
+            "source": ("row", None, 320),
         }
     )
     return DataTable(
@@ -348,7 +347,7 @@ def _rows_behind(cases: Any) -> Any:
             const plain = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;")
             const chosen = cb_obj.indices
             const rows = chosen.slice(0, most).map(i =>
-                `<h3>${plain(cases.data.source[i])}</h3><pre>${plain(cases.data.json[i])}</pre>`)
+                `<h3>${plain(cases.data.source[i])}</h3><pre>${plain(rowText(i))}</pre>`)
             const more = chosen.length > most ? `<p>and ${chosen.length - most} more</p>` : ""
             shown.text = chosen.length === 0 ? empty : "<h2>Rows</h2>" + rows.join("") + more
             """,

@@ -22,7 +22,7 @@ _MARK = {"measured": "*", "model and measured": "(*)", "model": ""}
 
 
 @click.command(epilog="Exit status: 0 fine, 2 bad usage or an unreadable file.")
-@click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False), metavar="[FILE]")
+@click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
 @click.option("--tensor", metavar="NAME", help="Only this tensor of FILE; needed for one of several dense ones.")
 @click.option("--shape", "shapes", multiple=True, metavar="MxK", help="Instead of FILE: shapes, comma-separated.")
 @click.option("--sparsity", metavar="FRACTIONS", help="With --shape: fractions of zeros.  [default: 0.8]")
@@ -35,7 +35,9 @@ _MARK = {"measured": "*", "model and measured": "(*)", "model": ""}
     help="Decode packed weights, and pack rows of them to learn what other formats would take; otherwise that is "
     "reckoned for zeros at random places. Dense matrices are always sampled.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per weight on stdout.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object per weight on stdout; the manifest of a directory."
+)
 def command(
     file: Path | None,
     tensor: str | None,
@@ -50,7 +52,8 @@ def command(
     """Show what is in a weight, how its products would run, and which format suits it.
 
     FILE is a .safetensors of packed weights, of which all are shown, or a dense matrix: .npy, .npz (SciPy) or a tensor
-    of a .safetensors, which is packed in the best format. Times are those of the model in docs/auto.md, or, marked *,
+    of a .safetensors, which is packed in the best format; or a directory of `flashllm convert`, of which the layers are
+    listed and --json gives the manifest. Times are those of the model in docs/auto.md, or, marked *,
     measured by `flashllm tune` on this GPU. Needs no GPU.
     """
     with usage_errors():
@@ -65,6 +68,14 @@ def command(
                 raise BadUsage(f"{option}: expected nothing beside FILE, which has its own, got {given}")
         if file is None and (tensor is not None or sample):
             raise BadUsage("--tensor and --sample go with FILE")
+        if file is not None and file.is_dir():
+            for option, is_given in (("--tensor", tensor), ("--gpu", gpu), ("--sample", sample)):
+                if is_given:
+                    raise BadUsage(f"{option}: expected nothing beside a directory")
+            from flashllm.cli._directory import show_directory
+
+            show_directory(file, as_json=as_json)
+            return
         batches = parse_batches(n)
         target = _target(gpu)
         if file is not None:

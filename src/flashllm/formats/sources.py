@@ -25,6 +25,15 @@ def is_cupy(a: Any) -> bool:
     return type(a).__module__.partition(".")[0] == "cupy"
 
 
+def array_module(array: Any) -> Any:
+    """``cupy`` for a CuPy array, else ``numpy``."""
+    if is_cupy(array):
+        import cupy
+
+        return cupy
+    return np
+
+
 def check_shape(shape: tuple[int, ...], *, argument: str) -> tuple[int, int]:
     """(M, K) when both are in 1..2^31-1, else ``ArgumentError``."""
     if len(shape) != 2:

@@ -3,25 +3,35 @@
 
 ``__metadata__`` holds ``format`` = "flashllm-weights", ``version`` = "1" and ``weights``, a JSON object
 that gives for each weight its format, the version of that, and its scalar fields. Buffer B of weight W is
-the tensor ``W.B``. Other tensors (biases, norms) may stand beside them and are left alone. Any safetensors
-reader can open the file; nothing in it can execute.
+the tensor ``W.B``. Other tensors (biases, norms) may stand beside them and are left alone, as are other entries of
+``__metadata__``. Any safetensors reader can open the file; nothing in it can execute.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.formats.check import is_int
 from flashllm.formats.weight import SparseWeight
 from flashllm.io.safetensors_file import Header, TensorFile, parse_json, write_file
+from flashllm.io.tensor_writer import TensorPart, TensorWriter
 from flashllm.registry import FORMATS, weight_class
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CONTAINER_FORMAT = "flashllm-weights"
 CONTAINER_VERSION = "1"
+_OWN_ENTRIES = ("format", "version", "weights")
+_FIELDS_BYTES = 1024  # the fields of a weight as JSON take about 200
 
 
 def save_weights(path: str | Path, weights: Mapping[str, SparseWeight]) -> None:
@@ -35,22 +45,116 @@ def save_weights(path: str | Path, weights: Mapping[str, SparseWeight]) -> None:
     tensors: dict[str, Any] = {}
     described: dict[str, Any] = {}
     for name, weight in weights.items():
-        if not isinstance(name, str) or not name:
-            raise ArgumentError("weights", expected="names that are non-empty strings", got=repr(name))
-        if not isinstance(weight, SparseWeight) or weight.format not in FORMATS:
-            raise ArgumentError(f"weights[{name!r}]", expected="a SparseWeight", got=type(weight).__name__)
-        described[name] = {"format": weight.format, "version": weight.VERSION, **weight.metadata()}
+        described[name] = _described(name, weight)
         for buffer, array in weight.to_host().arrays().items():
             key = f"{name}.{buffer}"
             if key in tensors:
                 raise ArgumentError("weights", expected="names that give distinct buffers", got=f"{key!r} twice")
             tensors[key] = array
-    metadata = {
-        "format": CONTAINER_FORMAT,
-        "version": CONTAINER_VERSION,
-        "weights": json.dumps(described, separators=(",", ":")),
-    }
-    write_file(path, tensors, metadata)
+    write_file(path, tensors, _metadata(described))
+
+
+class ContainerWriter:
+    """A file of weights in the making; use with ``with``. Weights and tensors are added one at a time.
+
+    The file appears at ``path`` when the ``with`` block ends: whole, or not at all. Only what is being added is in
+    memory. Add weights before tensors of 16 bits: then each lies at a multiple of its item size.
+    """
+
+    def __init__(
+        self, path: str | Path, *, weights: Iterable[str], tensors: Iterable[str], note_bytes: int = 0
+    ) -> None:
+        """``weights`` and ``tensors`` name what is to come, at least; ``note_bytes`` bounds all :meth:`note` together.
+
+        Raises ``ArgumentError`` for names that are none.
+        """
+        names = list(weights)
+        buffers = {buffer for name in FORMATS for buffer in weight_class(name).BUFFERS}  # which format is not known yet
+        expected = [*tensors, *(f"{name}.{buffer}" for name in names for buffer in buffers)]
+        spare = (
+            sum(_FIELDS_BYTES + 12 * len(name) for name in names) + 2 * note_bytes
+        )  # JSON in JSON: quotes are escaped
+        self._writer = TensorWriter(path, metadata=_metadata({}), expected=expected, spare_bytes=spare)
+        self._described: dict[str, Any] = {}
+        self._notes: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            try:
+                self._writer.describe({**_metadata(self._described), **self._notes})
+            except BaseException as late:
+                self._writer.__exit__(type(late), late, late.__traceback__)
+                raise
+        self._writer.__exit__(kind, error, at)
+
+    def add_weight(self, name: str, weight: SparseWeight) -> None:
+        """Append a weight, from the host or a device. Raises ``ArgumentError`` as ``save_weights`` does."""
+        if name in self._described:
+            raise ArgumentError("name", expected="names given once", got=f"{name!r} twice")
+        described = _described(name, weight)
+        for buffer, array in weight.to_host().arrays().items():
+            self._writer.add(f"{name}.{buffer}", array)
+        self._described[name] = described
+
+    def add_tensor(self, name: str, array: NDArray[Any]) -> None:
+        """Append a tensor that is no buffer of a weight. Raises ``ArgumentError``."""
+        self._writer.add(name, array)
+
+    def tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> AbstractContextManager[TensorPart]:
+        """Append a tensor in parts; see :meth:`~flashllm.io.tensor_writer.TensorWriter.tensor`."""
+        return self._writer.tensor(name, dtype, shape)
+
+    def note(self, key: str, text: str) -> None:
+        """Put ``text`` into ``__metadata__``. Raises ``ArgumentError`` for an entry that the container itself has."""
+        if key in _OWN_ENTRIES:
+            raise ArgumentError("key", expected="none of the container's own", got=repr(key))
+        self._notes[key] = text
+
+
+class ContainerFile:
+    """An open file of weights and tensors, read one at a time; use with ``with``."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open ``path`` and check its header. Raises ``FormatError``, or ``OSError`` for an unreadable file."""
+        self._file = TensorFile(path)
+        try:
+            self._described = _describe(self._file.header)
+        except BaseException:
+            self._file.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.__exit__(kind, error, at)
+
+    @property
+    def header(self) -> Header:
+        """Of the file."""
+        return self._file.header
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the weights."""
+        return tuple(self._described)
+
+    def weight(self, name: str, *, validate: bool = True, mmap: bool = False) -> SparseWeight:
+        """Weight ``name``; options as in :func:`load_weights`. Raises ``ArgumentError``, ``FormatError``."""
+        if name not in self._described:
+            raise ArgumentError("name", expected=f"one of {_listed(self._described)}", got=repr(name))
+        return _build(self._file, name, self._described[name], validate=validate, mmap=mmap)
+
+    def tensor(self, name: str, *, mmap: bool = False) -> NDArray[Any]:
+        """Tensor ``name``. Raises ``ArgumentError``, ``FormatError``."""
+        entry = self.header.tensors.get(name)
+        if entry is None:
+            raise ArgumentError("name", expected=f"one of {_listed(self.header.tensors)}", got=repr(name))
+        return self._file.read(entry, mmap=mmap)
 
 
 def load_weights(path: str | Path, *, validate: bool = True, mmap: bool = False) -> dict[str, SparseWeight]:
@@ -61,24 +165,37 @@ def load_weights(path: str | Path, *, validate: bool = True, mmap: bool = False)
     then changes them after they were validated, replacing the file (as ``save_weights`` does) leaves them
     alone. Raises ``FormatError`` that names file and field.
     """
-    with TensorFile(path) as file:
-        described = _describe(file.header)
-        return {name: _build(file, name, described[name], validate=validate, mmap=mmap) for name in described}
+    with ContainerFile(path) as file:
+        return {name: file.weight(name, validate=validate, mmap=mmap) for name in file.weights}
 
 
 def load_weight(
     path: str | Path, *, name: str | None = None, validate: bool = True, mmap: bool = False
 ) -> SparseWeight:
     """One weight of a file; ``name`` may be left out when it holds one. Options as in ``load_weights``."""
-    with TensorFile(path) as file:
-        described = _describe(file.header)
+    with ContainerFile(path) as file:
         if name is None:
-            if len(described) != 1:
-                raise ArgumentError("name", expected=f"one of {_listed(described)}", got="None")
-            name = next(iter(described))
-        if name not in described:
-            raise ArgumentError("name", expected=f"one of {_listed(described)}", got=repr(name))
-        return _build(file, name, described[name], validate=validate, mmap=mmap)
+            if len(file.weights) != 1:
+                raise ArgumentError("name", expected=f"one of {_listed(file.weights)}", got="None")
+            name = file.weights[0]
+        return file.weight(name, validate=validate, mmap=mmap)
+
+
+def _described(name: object, weight: object) -> dict[str, Any]:
+    """What ``__metadata__`` says of a weight. Raises ``ArgumentError`` for a name or a weight that is none."""
+    if not isinstance(name, str) or not name:
+        raise ArgumentError("weights", expected="names that are non-empty strings", got=repr(name))
+    if not isinstance(weight, SparseWeight) or weight.format not in FORMATS:
+        raise ArgumentError(f"weights[{name!r}]", expected="a SparseWeight", got=type(weight).__name__)
+    return {"format": weight.format, "version": weight.VERSION, **weight.metadata()}
+
+
+def _metadata(described: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "format": CONTAINER_FORMAT,
+        "version": CONTAINER_VERSION,
+        "weights": json.dumps(described, separators=(",", ":")),
+    }
 
 
 def _listed(names: Any) -> str:

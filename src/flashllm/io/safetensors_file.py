@@ -13,7 +13,8 @@ import math
 import os
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +31,14 @@ MAX_HEADER_BYTES = 32 << 20
 """Parsed JSON takes up to 25 times the memory of its text; a model of 100,000 tensors has a header of 10 MB."""
 _MAX_RANK = 64  # NumPy's limit
 _MAX_ELEMENTS = 2**60 - 1
-_ITEM_BYTES = {
+ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
 }
 _READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U32": "<u4", "I32": "<i4", "U16": "<u2", "U8": "|u1"}
-_NAMES = {
+DTYPE_NAMES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -47,6 +48,7 @@ _NAMES = {
     "uint16": "U16",
     "uint8": "U8",
 }
+"""Names of the NumPy dtypes that are written, as the layout spells them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +167,8 @@ def _entry(name: str, value: Any, base: int, size: int, path: str) -> TensorEntr
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         bad("", "an object of dtype, shape and data_offsets", value)
     dtype, shape, span = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        bad("dtype", f"one of {', '.join(sorted(_ITEM_BYTES))}", dtype)
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        bad("dtype", f"one of {', '.join(sorted(ITEM_BYTES))}", dtype)
     if not isinstance(shape, list) or not all(_is_size(d) for d in shape):
         bad("shape", "a list of non-negative integers", shape)
     if len(shape) > _MAX_RANK:
@@ -178,7 +180,7 @@ def _entry(name: str, value: Any, base: int, size: int, path: str) -> TensorEntr
         bad("data_offsets", "two non-negative integers", span)
     if not span[0] <= span[1] <= size - base:
         bad("data_offsets", f"rising and at most {size - base}", span)
-    wanted = math.prod(shape) * _ITEM_BYTES[dtype]
+    wanted = math.prod(shape) * ITEM_BYTES[dtype]
     if span[1] - span[0] != wanted:
         bad("data_offsets", f"{wanted} bytes for {dtype} {brief(shape)}", span)
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), start=base + span[0], stop=base + span[1])
@@ -210,27 +212,38 @@ def write_file(path: str | Path, tensors: Mapping[str, NDArray[Any]], metadata: 
     for name, array in ordered:
         start, end = end, end + array.nbytes
         header[name] = {
-            "dtype": _NAMES[str(array.dtype)],
+            "dtype": DTYPE_NAMES[str(array.dtype)],
             "shape": list(array.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    target = Path(path)
+    with replacing(Path(path)) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, array in ordered:
+            file.write(bytes_of(array))
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A new file, open to write, that takes the place of ``target`` in the end: whole and on disk, or not at all."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for _, array in ordered:
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """The elements of ``array`` in row-major order, without a copy where it is stored so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a checkpoint, or a directory of packed weights, on a text: a row of results."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashllm.bench import environment
+from flashllm.bench.quality_rows import SCHEMA, QualityRow
+from flashllm.errors import FormatError
+from flashllm.io.checkpoint import Checkpoint, open_checkpoint
+from flashllm.io.files import open_regular
+from flashllm.io.safetensors_file import parse_json
+from flashllm.io.sparse_model import SparseModel, is_sparse_model
+from flashllm.models.config import ModelConfig
+from flashllm.models.dense import DenseModel
+from flashllm.models.packed import PackedModel, UnpackedModel
+from flashllm.models.quality import Advance, Model, evaluate, head, ignore, largest_difference, run_blocks
+from flashllm.models.text import Windows, read_text, windows
+from flashllm.models.tokenizer import load_tokenizer
+from flashllm.prune.run import RECORD
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_MAX_RECORD = 1 << 24
+_AGREE = 2.0
+"""The largest error of sparse products' logits may be this many times that of dense 16-bit ones."""
+
+
+class Evaluation:
+    """A model that is evaluated; use with ``with``.
+
+    ``xp``: NumPy, or CuPy for the current GPU; ``backend``: what multiplies packed matrices, as ``spmm`` takes it.
+    Raises what opening a checkpoint does.
+    """
+
+    def __init__(self, path: Path, *, xp: Any = np, backend: str | None = None) -> None:
+        self._path, self._xp, self._backend = path, xp, backend
+        self._packed = SparseModel(path) if is_sparse_model(path) else None
+        self._checkpoint: Checkpoint = open_checkpoint(path) if self._packed is None else UnpackedModel(self._packed)
+        self._model: Model = (
+            DenseModel(self._checkpoint, xp=xp)
+            if self._packed is None
+            else PackedModel(self._packed, xp=xp, backend=backend)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._checkpoint.close()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its matrices are packed."""
+        return self._packed is not None
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self._model.config
+
+    def windows(self, text: Path, *, part: tuple[float, float], count: int, length: int) -> Windows:
+        """Windows of a text file, by the model's tokenizer. Raises ``ArgumentError``, ``FormatError``."""
+        if length > self.config.positions:
+            raise FormatError(field="length", expected=f"at most {self.config.positions} positions", got=str(length))
+        tokenizer = load_tokenizer(self._checkpoint)
+        return windows(tokenizer, read_text(text, part=part), count=count, length=length)
+
+    def measure(self, given: Windows, *, text: str, check: bool = False, advance: Advance = ignore) -> QualityRow:
+        """Predict ``given``; ``text`` is a name for it. With ``check`` compare logits of the first window."""
+        started = time.perf_counter()
+        found = evaluate(self._model, given, advance=advance)
+        seconds = time.perf_counter() - started
+        errors = self._logit_errors(given.tokens[:1], advance) if check else None
+        record = self._record()
+        settings = record.get("settings", {})
+        zeros, elements, dtype = self._zeros()
+        on_gpu = self._xp is not np
+        facts = environment.collect("cuda" if on_gpu else self._backend or ("reference" if self._packed else "numpy"))
+        return QualityRow(
+            schema=SCHEMA,
+            kind="quality",
+            run_id=facts.run_id,
+            time_utc=environment.utc_now(),
+            commit=facts.commit,
+            dirty=facts.dirty,
+            command=facts.command,
+            backend=facts.backend,
+            gpu=facts.gpu,
+            model=self._path.resolve().name,
+            model_type=self.config.model_type,
+            method=settings.get("method", "none"),
+            ratios=settings.get("ratios"),
+            sparsity=settings.get("sparsity", 0.0),
+            sparsity_real=zeros / elements,
+            calibration=record.get("text"),
+            prune_seconds=record.get("seconds"),
+            prune_device=record.get("device"),
+            finetuned_tokens=record.get("finetuned_tokens", 0),
+            format=self._formats(),
+            dtype=dtype,
+            text=text,
+            text_sha256=hashlib.sha256(np.ascontiguousarray(given.tokens, "<i8").tobytes()).hexdigest(),
+            windows=len(given.tokens),
+            length=given.tokens.shape[1],
+            tokens=found.tokens,
+            ppl=found.perplexity if math.isfinite(found.perplexity) else None,
+            bits_per_byte=found.bits_per_byte,
+            seconds=round(seconds, 3),
+            logit_error=None if errors is None else errors[0],
+            logit_error_dense=None if errors is None else errors[1],
+            check=None if errors is None else "pass" if errors[0] <= _AGREE * errors[1] else "fail",
+        )
+
+    def _logit_errors(self, tokens: Any, advance: Advance) -> tuple[float, float]:
+        """Largest errors of packed and of dense 16-bit products, against float64 on the CPU."""
+        exact = DenseModel(self._checkpoint, dtype=np.float64)
+        _, _, dtype = self._zeros()
+        wanted = _logits(exact, tokens, advance)
+        narrow = DenseModel(self._checkpoint, xp=self._xp, narrow=dtype)
+        packed, dense = (_logits(model, tokens, advance) for model in (self._model, narrow))
+        return largest_difference(packed, wanted), largest_difference(dense, wanted)
+
+    def _record(self) -> dict[str, Any]:
+        path = self._path / RECORD
+        if not path.is_file():
+            return {}
+        with open_regular(path) as file:
+            record = parse_json(file.read(_MAX_RECORD).decode("utf-8", "replace"), field="file", path=str(path))
+        if not isinstance(record.get("settings"), dict):
+            raise FormatError(field="settings", expected="an object", got=type(record.get("settings")).__name__)
+        return record
+
+    def _formats(self) -> str:
+        if self._packed is None:
+            return "dense"
+        return ",".join(sorted({weight.format for weight in self._packed.manifest.weights.values()}))
+
+    def _zeros(self) -> tuple[int, int, str]:
+        """Zeros and elements of the matrices of blocks, and their type."""
+        if self._packed is not None:
+            stored = list(self._packed.manifest.weights.values())
+            elements = sum(weight.elements for weight in stored)
+            return elements - sum(weight.nnz for weight in stored), elements, stored[0].dtype
+        zeros = elements = 0
+        dtype = ""
+        for layer in range(self.config.layers):
+            for name in self.config.layout.linears(layer):
+                matrix = self._checkpoint.read(name)
+                zeros += matrix.size - int(np.count_nonzero(matrix))
+                elements += matrix.size
+                dtype = dtype or self._checkpoint.info(name).dtype.lower()
+        return zeros, elements, {"f16": "fp16", "f32": "fp32"}.get(dtype, dtype)
+
+
+def _logits(model: Model, tokens: Any, advance: Advance) -> Any:
+    """All logits [S * T, vocabulary] of ``tokens`` [S, T], on the host."""
+    hidden, outside = run_blocks(model, model.xp.asarray(tokens), advance=advance)
+    rows = hidden.reshape(-1, model.config.hidden)
+    parts = [part.get() if hasattr(part, "get") else part for _, part in head(model, outside, rows)]
+    return np.concatenate(parts)

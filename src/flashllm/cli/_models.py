@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands for whole models share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from flashllm.cli._cases import BadUsage
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto: on the GPU where there is one.",
+)
+part_option = click.option(
+    "--part",
+    default="0:1",
+    show_default=True,
+    metavar="FROM:TO",
+    help="Part of the text, as fractions: 0:0.5 is its first half.",
+)
+
+
+def array_module(device: str) -> Any:
+    """NumPy or CuPy, as option ``--device`` says. Raises :class:`BadUsage` for a GPU that is not there."""
+    import numpy
+
+    from flashllm.device import gpu_problem
+
+    problem = gpu_problem() if device != "cpu" else ""
+    if problem is None:
+        import cupy
+
+        return cupy
+    if device == "gpu":
+        raise BadUsage(f"--device gpu: {problem}")
+    return numpy
+
+
+def parse_part(text: str) -> tuple[float, float]:
+    """``"0:0.5"`` -> (0.0, 0.5). Raises :class:`BadUsage`."""
+    first, _, last = text.partition(":")
+    try:
+        part = (float(first), float(last))
+    except ValueError:
+        raise BadUsage(f"--part: expected two fractions such as 0:0.5, got {text!r}") from None
+    if not 0.0 <= part[0] < part[1] <= 1.0:
+        raise BadUsage(f"--part: expected fractions a < b in 0..1, got {text!r}")
+    return part

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure how well a model predicts a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from flashllm.cli._cases import BadUsage, backend_option, usage_errors
+from flashllm.cli._models import array_module, device_option, parse_part, part_option
+
+
+@click.command(epilog="Exit status: 0 fine, 1 sparse and dense logits disagree, 2 bad usage or an unreadable file.")
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
+@click.option(
+    "--text", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="UTF-8 text."
+)
+@part_option
+@click.option("--windows", "count", type=click.IntRange(1), default=8, show_default=True, help="Windows of text.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--check", is_flag=True, help="Compare logits with dense products (converted models)."
+)
+@device_option
+@backend_option
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Append the result to this file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
+def command(
+    model: Path,
+    text: Path,
+    part: str,
+    count: int,
+    length: int,
+    check: bool,
+    device: str,
+    backend: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure how well a model predicts a text: perplexity and bits per byte.
+
+    MODEL is a directory of Hugging Face with safetensors, a GGUF file, or what `flashllm convert` made, whose packed
+    matrices are then multiplied as they are. Bits per byte compare models with different tokenizers. Take text that the
+    model was not pruned with: --part 0:0.5 for `flashllm prune`, --part 0.5:1 here.
+    """
+    from rich.console import Console
+
+    from flashllm.cli._progress import progress
+
+    with usage_errors():
+        from flashllm.bench import quality_rows
+        from flashllm.bench.evaluation import Evaluation
+
+        chosen = parse_part(part)
+        xp = array_module("cpu" if backend in ("reference", "emulator") else device)
+        if backend == "cuda" and xp.__name__ == "numpy":
+            raise BadUsage("--backend cuda: expected a GPU that is used, got --device cpu or none")
+        with Evaluation(model, xp=xp, backend=backend) as evaluation:
+            if check and not evaluation.is_packed:
+                raise BadUsage("--check: expected a model that `flashllm convert` made")
+            windows = evaluation.windows(text, part=chosen, count=count, length=length)
+            blocks = evaluation.config.layers * (4 if check else 1)
+            with progress(Console(stderr=True), blocks) as advance:
+                row = evaluation.measure(windows, text=f"{text.name} {part}", check=check, advance=advance)
+    if out is not None:
+        quality_rows.append(out, row)
+    if as_json:
+        click.echo(json.dumps(json.loads(row.to_json()), indent=2))
+    else:
+        ppl = "beyond any float" if row.ppl is None else f"{row.ppl:.2f}"
+        click.echo(
+            f"{row.model}: perplexity {ppl}, {row.bits_per_byte:.3f} bits per byte, {row.tokens:,} tokens of"
+            f" {row.text}, {row.sparsity_real:.1%} zeros, {row.format}, {row.seconds:.1f} s"
+        )
+        if row.check is not None:
+            click.echo(
+                f"logits: largest error {row.logit_error:.4g}, dense 16-bit products {row.logit_error_dense:.4g}: "
+                + ("agree" if row.check == "pass" else "disagree")
+            )
+    if row.check == "fail":
+        raise SystemExit(1)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse weights back to a directory as Hugging Face has it: dense, one tensor for each layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashllm.convert import folder
+from flashllm.convert.run import LAYOUT_NAMES, Progress
+from flashllm.errors import ArgumentError
+from flashllm.formats.base import DType
+from flashllm.formats.check import is_int
+from flashllm.formats.weight import SparseWeight
+from flashllm.io.manifest import CONFIG_FILE, Manifest, Member
+from flashllm.io.sparse_model import SparseModel
+from flashllm.io.tensor_writer import TensorWriter, write_checkpoint_index
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in a file, as Hugging Face's own writer has it."""
+_TYPE_NAMES: dict[DType, str] = {"fp16": "float16", "bf16": "bfloat16"}
+_TYPE_KEYS = ("torch_dtype", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A matrix or another tensor, and the tensors of the checkpoint that it becomes."""
+
+    name: str
+    members: tuple[Member, ...]
+    shape: tuple[int, ...]
+    dtype: DType
+    is_matrix: bool
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * math.prod(self.shape)
+
+
+def to_hugging_face(
+    directory: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+) -> tuple[Path, ...]:
+    """Write the sparse weights in ``directory`` as a checkpoint of Hugging Face; the files of tensors.
+
+    Every value that was kept has the bits it had; a pruned one is +0.0, also where it was -0.0. Fused layers are
+    separate again. ``config.json`` is that of the source, with the type that the matrices have now. ``out`` is new or
+    empty; the file without which no reader takes it for a checkpoint is written last. A file has at most
+    ``shard_bytes`` of tensors, or one stored tensor. Memory: the largest matrix, dense and sparse. Raises
+    ``ArgumentError``, ``FormatError`` for damaged files, ``OSError``.
+    """
+    if not is_int(shard_bytes) or shard_bytes < 1:
+        raise ArgumentError("shard_bytes", expected="a positive integer", got=repr(shard_bytes))
+    model = SparseModel(directory)
+    shards = _shards(model.manifest, shard_bytes)
+    with folder.claimed(Path(out)) as target:
+        if next(target.iterdir(), None) is not None:
+            raise ArgumentError("out", expected="a new or empty directory", got=f"{str(target)!r} with files")
+        for name, path in model.companions().items():
+            folder.copy_file(path, target / name)
+        names = []
+        for number, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if progress is not None:
+                progress(name, 0)
+            _write(model, target / name, shard)
+            names.append(name)
+            if progress is not None:
+                progress(name, 1)
+        if len(names) > 1:
+            write_checkpoint_index(target, names)
+        folder.write_text(target / CONFIG_FILE, json.dumps(_config(model), indent=2) + "\n")
+    return tuple(target / name for name in names)
+
+
+def shard_count(directory: str | Path, *, shard_bytes: int = SHARD_BYTES) -> int:
+    """How many files of tensors :func:`to_hugging_face` will write. Raises as it does."""
+    return len(_shards(SparseModel(directory).manifest, shard_bytes))
+
+
+def _shards(manifest: Manifest, shard_bytes: int) -> list[list[_Stored]]:
+    shards: list[list[_Stored]] = [[]]
+    size = 0
+    for stored in _all(manifest):
+        if shards[-1] and size + stored.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(stored)
+        size += stored.nbytes
+    return shards
+
+
+def _all(manifest: Manifest) -> Iterator[_Stored]:
+    """Tensors outside the blocks first: they begin with the embedding."""
+    for part in sorted(manifest.parts, key=lambda part: bool(part.weights)):
+        for w in part.weights:
+            yield _Stored(name=w.name, members=w.members, shape=w.shape, dtype=w.dtype, is_matrix=True)
+        for t in part.tensors:
+            yield _Stored(name=t.name, members=t.members, shape=t.shape, dtype=t.dtype, is_matrix=False)
+
+
+def _write(model: SparseModel, path: Path, shard: list[_Stored]) -> None:
+    expected = [member.name for stored in shard for member in stored.members]
+    with TensorWriter(path, metadata={"format": "pt"}, expected=expected) as writer:
+        for stored in shard:
+            array = _dense(model, stored)
+            start = 0
+            for member in stored.members:
+                whole = len(stored.members) == 1
+                rows = array if whole else array[start : start + member.rows]
+                start += member.rows
+                with writer.tensor(member.name, LAYOUT_NAMES[stored.dtype], rows.shape) as out:
+                    out.write(rows)
+
+
+def _dense(model: SparseModel, stored: _Stored) -> NDArray[Any]:
+    found: Any = model.matrix(stored.name, mmap=True) if stored.is_matrix else model.dense(stored.name, mmap=True)
+    return np.asarray(found.to_dense() if isinstance(found, SparseWeight) else found)
+
+
+def _config(model: SparseModel) -> dict[str, Any]:
+    config = dict(model.config)
+    types = {weight.dtype for weight in model.manifest.weights.values()}
+    if len(types) == 1:
+        config |= {key: _TYPE_NAMES[next(iter(types))] for key in _TYPE_KEYS if key in config}
+    return config

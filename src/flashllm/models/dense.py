@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as a model that multiplies dense matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashllm.io.checkpoint import Checkpoint
+from flashllm.models import forward, weights
+from flashllm.models.config import ModelConfig, model_config
+
+
+class DenseModel:
+    """Fulfils :class:`flashllm.models.quality.Model`; everything in ``dtype``, tensors read when they are needed.
+
+    ``narrow`` (``"fp16"`` or ``"bf16"``) rounds what goes into the matrices of blocks and what comes out, as a dense
+    model on a GPU does, with sums in ``dtype``.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, xp: Any = np, dtype: Any = np.float32, narrow: str | None = None
+    ) -> None:
+        self.config: ModelConfig = model_config(checkpoint.config, path=str(checkpoint.path))
+        weights.check_tensors(checkpoint, self.config)
+        self.xp = xp
+        self._checkpoint, self._dtype, self._narrow = checkpoint, dtype, narrow
+
+    def outside(self) -> dict[str, Any]:
+        """Embeddings, final norm and head."""
+        return weights.outside(self._checkpoint, self.config, xp=self.xp, dtype=self._dtype)
+
+    def block(self, layer: int) -> tuple[dict[str, Any], forward.Linear]:
+        """Norms and biases, and products with the matrices."""
+        found = weights.block(self._checkpoint, self.config, layer, xp=self.xp, dtype=self._dtype)
+        multiply = forward.multiply_by(found.linears)
+        return dict(found.small), multiply if self._narrow is None else rounded(multiply, self._narrow)
+
+
+def rounded(multiply: forward.Linear, dtype: str) -> forward.Linear:
+    """``multiply`` with x and y rounded to nearest even ``dtype``."""
+    return lambda name, x: to_nearest(multiply(name, to_nearest(x, dtype)), dtype)
+
+
+def to_nearest(x: Any, dtype: str) -> Any:
+    """``x`` in its own type, with values that ``dtype`` (``"fp16"`` or ``"bf16"``) has."""
+    if dtype == "fp16":
+        return x.astype(np.float16).astype(x.dtype)
+    bits = x.astype(np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.astype(np.uint32).view(np.float32).astype(x.dtype)

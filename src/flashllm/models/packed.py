@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory of sparse weights as a model that multiplies them by ``spmm``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashllm.formats.base import DType
+from flashllm.formats.bits import bfloat16
+from flashllm.formats.weight import SparseWeight
+from flashllm.io.checkpoint import Checkpoint, TensorInfo
+from flashllm.io.manifest import Member, StoredTensor, StoredWeight
+from flashllm.io.sparse_model import SparseModel
+from flashllm.models import forward
+from flashllm.models.config import ModelConfig, model_config
+
+_LAYOUT_NAMES: Mapping[DType, str] = {"fp16": "F16", "bf16": "BF16"}
+
+
+class PackedModel:
+    """Fulfils :class:`flashllm.models.quality.Model`: fp32 but for what goes into the matrices of blocks and comes out,
+    which has their type.
+
+    ``xp``: NumPy, or CuPy for the current GPU; ``backend`` as ``spmm`` takes it.
+    """
+
+    def __init__(self, model: SparseModel, *, xp: Any = np, backend: str | None = None) -> None:
+        self.config: ModelConfig = model_config(model.config, path=str(model.path))
+        self.xp = xp
+        self._model, self._backend = model, backend
+
+    def outside(self) -> dict[str, Any]:
+        """Embeddings, final norm and head."""
+        layout = self.config.layout
+        names = (layout.embedding, *layout.outside, *(() if self.config.tied else (layout.head,)))
+        found = {name: self._read(name) for name in names}
+        if self.config.tied:
+            found[layout.head] = found[layout.embedding]
+        return found
+
+    def block(self, layer: int) -> tuple[dict[str, Any], forward.Linear]:
+        """Norms and biases, and products with the packed matrices."""
+        prefix = self.config.layout.prefix(layer) + "."
+        small: dict[str, Any] = {}
+        for name, entry in self._model.manifest.tensors.items():
+            if name.startswith(prefix):
+                array = self._read(name)
+                for member, rows in _rows_of(entry.members):
+                    small[member.removeprefix(prefix)] = array[rows]
+        products = _Products(self.xp, self._backend)
+        for name, weight in self._model.manifest.weights.items():
+            if name.startswith(prefix):
+                matrix = self._model.matrix(name)
+                for member, rows in _rows_of(weight.members):
+                    products.members[member.removeprefix(prefix).removesuffix(".weight")] = (name, rows)
+                products.take(name, matrix, weight.dtype)
+        return small, products
+
+    def _read(self, name: str) -> Any:
+        return self.xp.asarray(self._model.dense(name).astype(np.float32))
+
+
+class UnpackedModel(Checkpoint):
+    """The same directory as a checkpoint with dense matrices, zeros and all: what sparse products must agree with."""
+
+    def __init__(self, model: SparseModel) -> None:
+        self.path, self.config, self._model = model.path, model.config, model
+        self._places: dict[str, tuple[str, slice]] = {}
+        self.tensors = {}
+        stored: tuple[tuple[str, StoredWeight | StoredTensor], ...] = (
+            *model.manifest.weights.items(), *model.manifest.tensors.items(),
+        )  # fmt: skip
+        for name, entry in stored:
+            for member, rows in _rows_of(entry.members):
+                self._places[member] = (name, rows)
+                shape = (rows.stop - rows.start, *entry.shape[1:])
+                dtype = _LAYOUT_NAMES[entry.dtype]
+                self.tensors[member] = TensorInfo(name=member, shape=shape, dtype=dtype, stored=dtype)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Rows of what is stored, decoded where it is packed."""
+        self.info(name)
+        stored, rows = self._places[name]
+        if stored not in self._model.manifest.weights:
+            return self._model.dense(stored)[rows]
+        matrix = self._model.matrix(stored)
+        dense: NDArray[Any] = matrix.to_dense() if isinstance(matrix, SparseWeight) else matrix
+        return dense[rows]
+
+    def companions(self) -> Mapping[str, Path]:
+        """As the directory has them."""
+        return self._model.companions()
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class _Products:
+    """The products of one block. Layers packed as one matrix are multiplied together, once for each x."""
+
+    def __init__(self, xp: Any, backend: str | None) -> None:
+        self.members: dict[str, tuple[str, slice]] = {}
+        """Matrix and rows of it, by name of the layer."""
+        self._xp, self._backend = xp, backend
+        self._matrices: dict[str, tuple[Any, DType]] = {}
+        self._last: tuple[str, Any, Any] | None = None
+
+    def take(self, name: str, matrix: Any, dtype: DType) -> None:
+        """Multiply by ``matrix``, packed or a dense array of ``dtype``, where a member names it."""
+        if isinstance(matrix, SparseWeight):
+            self._matrices[name] = (matrix if self._xp is np else matrix.to_device(), dtype)
+        else:
+            self._matrices[name] = (self._xp.asarray(matrix.astype(np.float32)), dtype)
+
+    def __call__(self, name: str, x: Any) -> Any:
+        matrix, rows = self.members[name]
+        if self._last is None or self._last[0] != matrix or self._last[1] is not x:
+            self._last = (matrix, x, self._multiply(matrix, x))
+        return self._last[2][:, rows]
+
+    def _multiply(self, name: str, x: Any) -> Any:
+        from flashllm.matmul import spmm
+        from flashllm.models.dense import to_nearest
+
+        matrix, dtype = self._matrices[name]
+        if not isinstance(matrix, SparseWeight):
+            return to_nearest(to_nearest(x, dtype) @ matrix.T, dtype)
+        return _wide(spmm(_narrow(x, dtype), matrix, backend=self._backend), dtype)
+
+
+def _rows_of(members: tuple[Member, ...]) -> list[tuple[str, slice]]:
+    """Name and rows of each member."""
+    found, start = [], 0
+    for member in members:
+        found.append((member.name, slice(start, start + member.rows)))
+        start += member.rows
+    return found
+
+
+def _narrow(x: Any, dtype: DType) -> Any:
+    """fp32 [N, K] as ``spmm`` takes it."""
+    if dtype == "fp16":
+        return x.astype(np.float16)
+    if isinstance(x, np.ndarray):
+        return x.astype(bfloat16())
+    from flashllm.models.dense import to_nearest
+
+    return (to_nearest(x, dtype).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _wide(y: Any, dtype: DType) -> Any:
+    """What ``spmm`` gives, as fp32."""
+    if dtype == "bf16" and y.dtype == np.uint16:
+        return (y.astype(np.uint32) << 16).view(np.float32)
+    return y.astype(np.float32)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a model predicts a text: perplexity and bits per byte, by any way to multiply its linear layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flashllm.formats.sources import array_module
+from flashllm.models import forward
+from flashllm.models.config import ModelConfig
+from flashllm.models.text import Windows, split_batches
+
+_TOKENS_AT_ONCE = 4096
+_HEAD_TOKENS = 512  # rows of logits in memory together: [512, vocabulary]
+
+
+class Model(Protocol):
+    """A model a block at a time, as arrays of NumPy or CuPy."""
+
+    config: ModelConfig
+    xp: Any
+
+    def outside(self) -> dict[str, Any]:
+        """Embeddings, final norm and head, by their names in the checkpoint."""
+
+    def block(self, layer: int) -> tuple[dict[str, Any], forward.Linear]:
+        """Norms and biases of block ``layer``, and how its matrices multiply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well the tokens of a text were predicted."""
+
+    tokens: int
+    """Predicted."""
+    nats: float
+    """Sum of -log(probability) of them."""
+    text_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean of nats per token; infinite where that is no float."""
+        mean = self.nats / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.nats / math.log(2) / self.text_bytes
+
+
+Advance = Callable[[str, int], None]
+"""``advance(title, blocks)``: what is being done, and how many blocks are finished since the last call."""
+
+
+def ignore(title: str, blocks: int) -> None:
+    """Nobody looks at the progress."""
+
+
+def evaluate(model: Model, text: Windows, *, advance: Advance = ignore) -> Quality:
+    """Predict every token of ``text`` but the first of each window."""
+    xp = model.xp
+    tokens = xp.asarray(text.tokens)
+    nats = 0.0
+    hidden, outside = run_blocks(model, tokens, advance=advance)
+    rows = hidden[:, :-1].reshape(-1, model.config.hidden)
+    targets = tokens[:, 1:].reshape(-1)
+    for first, logits in head(model, outside, rows):
+        largest = logits.max(axis=1)
+        sums = xp.log(xp.exp(logits - largest[:, None]).sum(axis=1, dtype="float64")) + largest
+        chosen = logits[xp.arange(len(logits)), targets[first : first + len(logits)]]
+        nats += float((sums - chosen).sum())
+    return Quality(tokens=int(targets.size), nats=nats, text_bytes=text.text_bytes)
+
+
+def run_blocks(model: Model, tokens: Any, *, advance: Advance = ignore) -> tuple[Any, dict[str, Any]]:
+    """Hidden states [S, T, hidden] of ``tokens`` [S, T] after all blocks, and the tensors outside of them."""
+    outside = model.outside()
+    hidden = forward.embed(model.config, outside, tokens)
+    for layer in range(model.config.layers):
+        advance(f"block {layer}", 0)
+        small, linear = model.block(layer)
+        for part in split_batches(hidden, at_once=_TOKENS_AT_ONCE):
+            hidden[part] = forward.block(model.config, small, hidden[part], linear)
+        advance(f"block {layer}", 1)
+    return hidden, outside
+
+
+def head(model: Model, outside: dict[str, Any], rows: Any) -> Iterator[tuple[int, Any]]:
+    """Logits [R, vocabulary] of ``rows`` [T, hidden], some at a time, each with the number of its first row."""
+    weight = outside[model.config.layout.head].T
+    for first in range(0, len(rows), _HEAD_TOKENS):
+        yield first, forward.final_norm(model.config, outside, rows[first : first + _HEAD_TOKENS]) @ weight
+
+
+def largest_difference(left: Any, right: Any) -> float:
+    """The largest |left - right| of two arrays of logits; infinite where a NaN stands in either."""
+    xp = array_module(left)
+    found = float(xp.abs(left.astype("float64") - right).max())
+    return found if math.isfinite(found) else math.inf

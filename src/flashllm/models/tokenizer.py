@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to tokens and back, by the package ``tokenizers``, for directories of Hugging Face and GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashllm.errors import FormatError, MissingDependencyError, brief
+from flashllm.io.checkpoint import Checkpoint
+from flashllm.io.files import open_regular
+
+_MOST_BYTES = 1 << 28
+_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_GPT4_LIKE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {"llama-bpe": _GPT4_LIKE % "{1,3}", "qwen2": _GPT4_LIKE % ""}
+_BYTE_LEVEL = ("gpt-2", "default", "smollm", *_SPLITS)
+"""Values of ``tokenizer.ggml.pre``: how text is cut before pairs are merged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A text as tokens."""
+
+    ids: tuple[int, ...]
+    starts: tuple[int, ...]
+    """Where in the text each token begins, in characters."""
+
+
+class Tokenizer:
+    """A tokenizer of the package ``tokenizers``."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+        # What it puts in front of any text; some put an end behind it too, which has no place before a text.
+        self.prefix: tuple[int, ...] = tuple(made.encode("").ids[:1])
+
+    def encode(self, text: str) -> Encoded:
+        """Tokens of ``text``, without :attr:`prefix`."""
+        found = self._made.encode(text, add_special_tokens=False)
+        return Encoded(ids=tuple(found.ids), starts=tuple(start for start, _ in found.offsets))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self._made.decode(list(ids)))
+
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json``."""
+        return str(self._made.to_str())
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Raises ``MissingDependencyError`` without the package ``tokenizers``, ``FormatError`` where the checkpoint has none
+    that can be read.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingDependencyError('the package tokenizers is not installed: pip install "flashllm[hf]"') from error
+    fields = getattr(checkpoint, "tokenizer", None)
+    if fields is not None:
+        return _of_gguf(tokenizers, fields, str(checkpoint.path))
+    file = checkpoint.companions().get("tokenizer.json")
+    if file is None:
+        raise FormatError(
+            field="tokenizer.json", expected="a file beside the weights", got="none", path=str(checkpoint.path)
+        )
+    with open_regular(file) as opened:
+        content = opened.read(_MOST_BYTES + 1)
+    try:
+        made = tokenizers.Tokenizer.from_str(content[:_MOST_BYTES].decode("utf-8"))
+    except Exception as error:  # the package raises plain Exception
+        raise FormatError(field="tokenizer.json", expected="a tokenizer", got=str(error), path=str(file)) from error
+    return Tokenizer(made)
+
+
+def _of_gguf(tokenizers: Any, fields: Mapping[str, Any], path: str) -> Tokenizer:
+    def bad(name: str, expected: str, got: object) -> FormatError:
+        return FormatError(field=f"tokenizer.ggml.{name}", expected=expected, got=brief(got), path=path)
+
+    model, cut = fields.get("model"), fields.get("pre", "default")
+    if model != "gpt2":
+        raise bad("model", "gpt2: for others use the directory of Hugging Face, with its tokenizer.json", model)
+    if cut not in _BYTE_LEVEL:
+        raise bad("pre", f"one of {', '.join(_BYTE_LEVEL)}", cut)
+    tokens, merges, kinds = (list(fields.get(name, ())) for name in ("tokens", "merges", "token_type"))
+    if not tokens or not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
+        raise bad("tokens", "distinct strings", tokens)
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise bad("merges", "pairs of tokens", merges)
+    if kinds and len(kinds) != len(tokens):
+        raise bad("token_type", f"{len(tokens)} numbers", kinds)
+    pre, split = tokenizers.pre_tokenizers, tokenizers.Regex
+    try:
+        made = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    except Exception as error:
+        raise bad("merges", "pairs whose merged tokens exist", error) from error
+    if cut in _SPLITS:
+        parts = [pre.Split(split(_SPLITS[cut]), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    elif cut == "smollm":
+        parts = [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+    else:
+        parts = [pre.ByteLevel(add_prefix_space=False)]
+    made.pre_tokenizer = pre.Sequence(parts)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
+    made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
+    added = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
+    made.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in added])
+    first = fields.get("bos_token_id")
+    if fields.get("add_bos_token") is True and isinstance(first, int) and 0 <= first < len(tokens):
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{tokens[first]} $A", special_tokens=[(tokens[first], first)]
+        )
+    return Tokenizer(made)

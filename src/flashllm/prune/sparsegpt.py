@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseGPT: prune a matrix column by column, the columns behind making good what each takes away.
+
+Frantar and Alistarh, "SparseGPT: massive language models can be accurately pruned in one-shot", ICML'23, section 3 and
+algorithm 1: with H = x^T x and H^-1 = U^T U, U upper triangular, the error of zeroing element j of a row is
+(w_j / U_jj)^2, and the row's best answer is to add -(w_j / U_jj) U_j,: to what follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashllm.errors import ArgumentError
+from flashllm.formats.sources import array_module
+from flashllm.prune.select import smallest
+from flashllm.prune.statistics import Gram
+
+COLUMNS = 128
+"""Of a block: its mask is chosen at once, when all blocks before have changed it."""
+DAMPING = 0.01
+"""Added to the diagonal of H, as a share of its mean."""
+_ATTEMPTS = 6
+
+
+def sparsegpt(w: Any, statistics: Gram, sparsity: float) -> Any:
+    """A float32 [M, K] of that fraction of zeros, spread evenly over blocks of columns.
+
+    Raises ``ArgumentError`` where the inputs hold infinities or NaN.
+    """
+    hessian = statistics.matrix()
+    unused = hessian.diagonal() == 0
+    factor = _inverse_factor(hessian, unused)
+    # Columns as rows, which then lie whole in memory.
+    columns = w.T.copy()
+    columns[unused] = 0
+    size, rows = columns.shape
+    for first in range(0, size, COLUMNS):
+        last = min(first + COLUMNS, size)
+        count = round(sparsity * rows * last) - round(sparsity * rows * first)
+        errors = _prune_block(columns[first:last], factor[first:last, first:last], count)
+        columns[last:] -= factor[first:last, last:].T @ errors
+    return array_module(w).ascontiguousarray(columns.T)
+
+
+def _prune_block(columns: Any, factor: Any, count: int) -> Any:
+    """Zero ``count`` elements of ``columns`` [C, M] in place; what the columns behind must take over: [C, M]."""
+    xp = array_module(columns)
+    diagonal = factor.diagonal()[:, None]
+    mask = smallest((columns / diagonal) ** 2, count)
+    errors = xp.empty_like(columns)
+    for i in range(len(columns)):
+        errors[i] = xp.where(mask[i], columns[i] / factor[i, i], 0)
+        columns[i:] -= factor[i, i:, None] * errors[i]
+        columns[i][mask[i]] = 0  # rounding may have left something
+    return errors
+
+
+def _inverse_factor(hessian: Any, unused: Any) -> Any:
+    """U of H^-1 = U^T U, float32; H gets 1 on the diagonal where no input has anything, and is damped."""
+    xp = array_module(hessian)
+    damped = hessian.astype(np.float64)
+    damping = DAMPING * float(damped.diagonal().mean())
+    if not np.isfinite(damping):
+        raise ArgumentError("statistics", expected="finite inputs", got="infinities or NaN")
+    places = xp.arange(len(damped))
+    damped[places, places] += unused
+    for _ in range(_ATTEMPTS):
+        damped[places, places] += damping
+        try:
+            factor = xp.linalg.cholesky(xp.linalg.inv(damped)).T
+        except np.linalg.LinAlgError:
+            factor = None
+        if factor is not None and bool(xp.isfinite(factor).all()):
+            return xp.ascontiguousarray(factor.astype(np.float32))
+        damping *= 10
+    raise ArgumentError("statistics", expected="inputs whose products can be inverted", got="a singular matrix")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration remembers of the inputs of a linear layer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from flashllm.formats.sources import array_module
+
+
+class Statistics(Protocol):
+    """Sums over all rows x of a layer's input."""
+
+    def add(self, x: Any) -> None:
+        """Count the rows of ``x`` [T, K] in."""
+
+
+class Nothing:
+    """For methods that look at weights alone."""
+
+    def add(self, x: Any) -> None:
+        """Remembers nothing."""
+
+
+class Norms:
+    """Sums of squares of every column: float64 [K]."""
+
+    def __init__(self) -> None:
+        self._sums: Any = None
+
+    def add(self, x: Any) -> None:
+        """Count the rows of ``x`` in."""
+        sums = (x * x).sum(axis=0, dtype="float64")
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def norms(self) -> Any:
+        """Euclidean norms of the columns: float32 [K]."""
+        xp = array_module(self._sums)
+        return xp.sqrt(self._sums).astype("float32")
+
+
+class Gram:
+    """x^T x: float32 [K, K], the Hessian of the layer's squared error up to a factor."""
+
+    def __init__(self) -> None:
+        self._sum: Any = None
+
+    def add(self, x: Any) -> None:
+        """Count the rows of ``x`` in."""
+        product = x.T @ x
+        if self._sum is None:
+            self._sum = product
+        else:
+            self._sum += product
+
+    def matrix(self) -> Any:
+        """The sum, not a copy."""
+        return self._sum

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 BATCHES = (8, 32, 64)
 
 CAPTION = (
-    "fp16, random zeros, CUDA graphs, L2 cold, all systems in one run; geometric means over the shapes of OPT. To the"
-    " right: bytes of W, x and y for each element of W; upwards: time over that of the best of cuBLAS. Line: those"
-    " bytes at the read bandwidth of the run. Numbers: per cent of zeros; fp8 and int4 are dense matrices of fewer"
-    " bits."
+    "fp16, random zeros, CUDA graphs, L2 cold, all systems beside each other in one sweep; geometric means over the"
+    " shapes of OPT. To the right: bytes of W, x and y for each element of W; upwards: time over that of the best of"
+    " cuBLAS. Line: those bytes at the read bandwidth of the run. Numbers: per cent of zeros; fp8 and int4 are dense"
+    " matrices of fewer bits."
 )
 
 
@@ -122,8 +122,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
         if name == "flashllm":
             for point in points:
                 axes.annotate(
-                    f"{100 * point.zeros:g}", (point.bytes_per_element, point.time), (3, -8),
-                    textcoords="offset points", fontsize=6, color=color,
+                    f"{100 * point.zeros:g}", (point.bytes_per_element, point.time), (-3, 5),
+                    textcoords="offset points", fontsize=6, color=color, ha="right",
                 )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 ZEROS = (0.7, 0.8, 0.9)
 BATCHES = (8, 16, 32)
-OURS = ("cusparse", "sputnik", "cublas-notc", "cublas", "sparta", "tca-bme", "flashllm")
+OURS = ("cusparse", "sputnik", "cublas-notc", "cublas", "sparta", "sparta-cusparselt", "tca-bme", "flashllm")
 THEIRS = ("sputnik", "cublas", "sparta", "flashllm")
 _PUBLISHED = {"sputnik": "sputnik", "cublas": "cublas", "sparta": "sparta", "flashllm": "flash"}
 
 CAPTION = (
-    "fp16, random zeros; TFLOP/s as if W were dense. Filled: measured here, CUDA graphs, L2 cold, all in one run,"
-    " our own code or the vendor's library. Hatched: read off the figure in the Flash-LLM repository (A100 80GB, L2"
-    " warm, the authors' kernels): other hardware, not to be divided by ours."
+    "fp16, random zeros; TFLOP/s as if W were dense. Filled: measured here, CUDA graphs, L2 cold, all in one sweep, our"
+    " own code or the vendor's library. Hatched: read off the figure in the Flash-LLM repository (A100 80GB, L2 warm,"
+    " the authors' kernels): other hardware, not to be divided by ours."
 )
 
 
@@ -144,7 +144,7 @@ def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     for axes, panel in zip(figure.subplots(len(data), 1), data, strict=True):
         _draw(axes, panel)
     height = figure.get_size_inches()[1]
-    figure.subplots_adjust(left=0.045, right=0.995, top=1 - 0.75 / height, bottom=0.8 / height, hspace=0.62)
+    figure.subplots_adjust(left=0.045, right=0.995, top=1 - 0.75 / height, bottom=0.8 / height, hspace=0.5)
     figure.suptitle(
         "y = x Wᵀ on the shapes of OPT-30B, 66B and 175B", x=0.045, y=1 - 0.12 / height, ha="left", fontsize=11
     )

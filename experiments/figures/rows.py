@@ -8,7 +8,7 @@ raises :class:`flashllm.errors.FormatError` or ``OSError``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -52,6 +52,13 @@ class Final(Measured):
     """What reading W and x and writing y take at the bandwidth that the same run measured."""
     bytes: int
     """Of W, x and y."""
+    stated: float | None = None
+    """The row's own speed-up, from times of more digits than the row has; tables in the README are made of these."""
+
+    @property
+    def speedup(self) -> float:
+        """Over cuBLAS of the same run."""
+        return super().speedup if self.stated is None else self.stated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +81,15 @@ def newest(root: Path, format_name: str, *, gpu: str = H100, launch: str = "grap
 
 def newest_of_all(root: Path, *, launch: str = "graph") -> dict[tuple[str, str], dict[Case, Final]]:
     """Likewise of every GPU and format, whose names are the keys, in one reading."""
-    return _last(root, "*.jsonl", lambda row: (str(row.gpu), row.format), launch=launch)
+    return _last(root, ("*",), lambda row: (str(row.gpu), row.format), launch=launch)
 
 
 def chosen(root: Path) -> dict[str, dict[Case, Final]]:
-    """By GPU, of the format that ``flashllm bench`` chose by itself in a sweep saved as ``auto-sweep``."""
-    return _last(root, "*-auto-sweep.jsonl", lambda row: str(row.gpu), launch="graph", choice="auto-format")
+    """By GPU, of the format that ``flashllm bench`` chose by itself in sweeps saved as ``auto-sweep`` or, beside other
+    systems, ``opt-systems``.
+    """
+    sweeps = ("auto-sweep", "opt-systems")
+    return _last(root, sweeps, lambda row: str(row.gpu), launch="graph", choice="auto-format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +103,12 @@ class Compared:
     that a system multiplies: 0 of a dense one, 0.5 of a 2:4 one."""
 
 
-def compared(root: Path) -> tuple[Compared, ...]:
-    """Of each GPU the newest measurement of every case of every system in files saved as ``*systems``."""
-    cases = _last(root, "*systems.jsonl", lambda row: (str(row.gpu), row.system), launch="graph", **_ANY_SYSTEM)
+def compared(root: Path, what: str = "opt-systems") -> tuple[Compared, ...]:
+    """Of each GPU the newest measurement of every case of every system in the files of a sweep, saved as ``what``.
+
+    A sweep that was resumed elsewhere is several files. Those of another sweep would have other shapes and commits.
+    """
+    cases = _last(root, (what,), lambda row: (str(row.gpu), row.system), launch="graph", **_ANY_SYSTEM)
     found = []
     for gpu in GPUS:
         systems = {name: here for (where, name), here in cases.items() if where == gpu}
@@ -106,10 +119,10 @@ def compared(root: Path) -> tuple[Compared, ...]:
 
 
 def ablation(root: Path, gpu: str) -> dict[str, dict[Case, float]]:
-    """Microseconds of our kernel in files saved as ``*ablation``, by the idea that is left out: ``""`` for none."""
+    """Microseconds of our kernel in files saved as ``ablation``, by the idea that is left out: ``""`` for none."""
     found: dict[str, dict[Case, float]] = {}
     for system in ("flashllm", "flashllm-ablation"):
-        times = _last(root, "*ablation.jsonl", lambda row: (str(row.gpu), row.kernel), launch="graph", system=system)
+        times = _last(root, ("ablation",), lambda row: (str(row.gpu), row.kernel), launch="graph", system=system)
         for (where, kernel), cases in times.items():
             if where == gpu:
                 idea = kernel.partition(":")[0] if system == "flashllm-ablation" else ""
@@ -120,7 +133,9 @@ def ablation(root: Path, gpu: str) -> dict[str, dict[Case, float]]:
 _ANY_SYSTEM: Mapping[str, Any] = {"system": None, "dtype": None, "pattern": None}
 
 
-def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: Any) -> dict[Key, dict[Case, Final]]:
+def _last(
+    root: Path, saved_as: Sequence[str], key: Callable[[results.Row], Key], **more: Any
+) -> dict[Key, dict[Case, Final]]:
     """``more``: values of fields that rows must have beside or instead of the usual ones; ``None``: any."""
     wanted = {
         "system": "flashllm",
@@ -133,7 +148,8 @@ def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: Any
     }
     wanted = {field: value for field, value in wanted.items() if value is not None}
     found: dict[Key, dict[Case, Final]] = {}
-    for file in sorted((root / "results").glob(files)):  # names begin with the time
+    files = {file for what in saved_as for file in (root / "results").glob(f"*-{what}.jsonl")}
+    for file in sorted(files):  # names begin with the time
         for row in results.read(file):
             if any(getattr(row, field) != value for field, value in wanted.items()) or row.commit is None:
                 continue
@@ -146,6 +162,7 @@ def _last(root: Path, files: str, key: Callable[[results.Row], Key], **more: Any
                 commit=row.commit,
                 floor_us=row.bytes / (row.read_gbps * 1e3),
                 bytes=row.bytes,
+                stated=row.speedup,
             )
     return found
 

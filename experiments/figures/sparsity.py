@@ -8,7 +8,7 @@ of 36864 x 9216 with N = 8 or 16, and the latter is what we measure.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 M, K, N = 36864, 9216, 16
 ZEROS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
-SYSTEMS = ("cusparse", "sputnik", "sparta", "tca-bme", "cublas", "flashllm")
+SYSTEMS = ("cusparse", "sputnik", "sparta", "sparta-cusparselt", "tca-bme", "cublas", "flashllm")
 _PUBLISHED = {"FlashLLM": "flashllm", "SparTA": "sparta", "Sputnik": "sputnik", "cuSPARSE": "cusparse"}
 
 CAPTION = (
@@ -44,7 +44,7 @@ class Panel:
 
 def load(root: Path) -> tuple[Panel, ...]:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
-    return (*(_measured(one) for one in rows.compared(root)), _published(root))
+    return (*(_measured(one) for one in rows.compared(root, measure.ZEROS.what)), _published(root))
 
 
 def _measured(one: Compared) -> Panel:
@@ -93,7 +93,7 @@ def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     panels[0].set_ylabel("us")
     figure.subplots_adjust(left=0.08, right=0.98, top=0.78, bottom=0.25, wspace=0.06)
     figure.suptitle(f"y = x Wᵀ over zeros, {M}x{K}, N = {N}", x=0.08, y=0.98, ha="left", fontsize=11)
-    _add_legend(figure)
+    _add_legend(figure, [name for name in SYSTEMS if any(name in panel.lines for panel in data)])
     style.add_caption(figure, CAPTION, x=0.08, y=0.02, width=int(52 * len(data) + 8))
     return {"sparsity-sweep": figure}
 
@@ -111,14 +111,14 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=8.5)
 
 
-def _add_legend(figure: Figure) -> None:
+def _add_legend(figure: Figure, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=color, marker=marker, markersize=4.5, label=label)
-        for label, color, marker in (style.SYSTEMS[name] for name in SYSTEMS)
+        for label, color, marker in (style.SYSTEMS[name] for name in names)
     ]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.07, 0.94), ncols=6, fontsize=7.5)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.07, 0.94), ncols=len(names), fontsize=7.5)
 
 
 ENTRY = Entry(name="sparsity", load=load, plot=plot, table=table, sweeps=(measure.ZEROS,))

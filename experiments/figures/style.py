@@ -20,7 +20,7 @@ SYSTEMS: Mapping[str, tuple[str, str, str]] = {
     "cublas-notc": ("cuBLAS, no tensor cores", "#b5b5b5", "D"),
     "tca-bme": ("TCA-BME (SpInfer)", "#0072b2", "^"),
     "sparta": ("SparTA", "#009e73", "v"),
-    "sparta-cusparselt": ("SparTA, cuSPARSELt", "#009e73", "d"),
+    "sparta-cusparselt": ("SparTA, cuSPARSELt", "#66c2a5", "d"),
     "sputnik": ("Sputnik", "#e69f00", "P"),
     "cusparse": ("cuSPARSE", "#cc79a7", "X"),
     "mma-2:4": ("2:4, our kernel", "#56b4e9", "<"),

@@ -152,7 +152,7 @@ with style.applied():
 # what each one is and whose code is measured.
 
 # %%
-SPARSE = ("flashllm", "tca-bme", "sparta", "sputnik", "cusparse")
+SPARSE = ("flashllm", "tca-bme", "sparta", "sparta-cusparselt", "sputnik", "cusparse")
 OTHERS = ("torch-int4", "torch-fp8", "mma-2:4", "cusparselt-2:4", "cublas-notc")  # other matrices, or no use of zeros
 ZEROS = tuple(style.ZEROS)
 
@@ -186,7 +186,7 @@ with style.applied():
             axes.set_title(f"N = {n}")
         panels[0].set_ylabel(f"{one.gpu}\nspeed-up over cuBLAS")
         figure.supxlabel("zeros; right of the line, systems that do not use them", fontsize=8)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=7.5)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=6, fontsize=7.5)
         show(figure)
 
 # %% [markdown]
@@ -286,7 +286,7 @@ if LIVE:
     sweeps = (Compared(gpu=measured[0].gpu, commits=(), systems=by_system(bench(*sweep))),)
 else:
     M, K, N = 36864, 9216, 16
-    sweeps = compared
+    sweeps = rows.compared(EXPERIMENTS, "zeros-systems")
 lines = []
 with style.applied():
     figure = Figure(figsize=(6.6, 3.8), layout="constrained")

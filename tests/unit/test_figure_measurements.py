@@ -55,10 +55,16 @@ def test_systems_of_one_sweep(tmp_path: Path) -> None:
         replace(base, system="cusparse", format="csr", check="fail"),
         replace(base, system="flashllm", pattern="block", median_us=1.0, dirty=True),
     ]
-    for row in found:
-        results.append(tmp_path / "results" / "20260101T000000-h200-opt-systems.jsonl", row)
+    for i, row in enumerate(found):  # a sweep that was resumed is several files
+        assert row.cublas_us is not None
+        assert row.median_us is not None
+        whole = replace(row, speedup=row.cublas_us / row.median_us)
+        results.append(tmp_path / "results" / f"20260101T00000{i % 2}-h200-opt-systems.jsonl", whole)
+    other = replace(base, sparsity=0.95, median_us=30.0, commit="0" * 40)
+    results.append(tmp_path / "results" / "20260101T000002-h200-zeros-systems.jsonl", other)
     (one,) = rows.compared(tmp_path)
     assert one.gpu == H200
+    assert one.commits == (str(base.commit)[:10],)
     assert set(one.systems) == {"flashllm", "cublas", "sputnik", "mma-2:4", "torch-int4"}
     shutil.copytree(ROOT / "reference", tmp_path / "reference")
 
@@ -67,7 +73,7 @@ def test_systems_of_one_sweep(tmp_path: Path) -> None:
     dense, csr = ({case.zeros: flops for case, flops in measured.bars[name].items()} for name in ("cublas", "sputnik"))
     assert dense == {zeros: pytest.approx(108.716, abs=1e-3) for zeros in (0.7, 0.8, 0.9)}
     assert csr == {0.7: pytest.approx(54.358, abs=1e-3), 0.8: pytest.approx(135.895, abs=1e-3)}
-    assert sparsity.load(tmp_path)[0].lines["flashllm"] == {0.7: 50.0, 0.8: 40.0}
+    assert sparsity.load(tmp_path)[0].lines == {"flashllm": {0.95: 30.0}}
 
     panel = crossover.load(tmp_path)[1]
     assert panel.n == 16

@@ -48,9 +48,14 @@ def cells(text: str, title: str, kernel: str, step: str) -> list[str]:
 
 def test_of_repeated_measurements_the_newest_counts(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    base = a_row(M=128, K=64, N=8, sparsity=0.5, median_us=10.0, cublas_us=20.0, read_gbps=1000.0, bytes=5_000_000)
+    base = a_row(
+        M=128, K=64, N=8, sparsity=0.5, median_us=10.0, cublas_us=20.0, speedup=2.0, read_gbps=1000.0, bytes=5_000_000
+    )
     files: dict[str, list[results.Row]] = {
-        "20260102T000000-b.jsonl": [replace(base, median_us=8.0, commit="new"), replace(base, N=16, commit="new")],
+        "20260102T000000-b.jsonl": [
+            replace(base, median_us=8.0, speedup=2.51, commit="new"),
+            replace(base, N=16, commit="new"),
+        ],
         "20260101T000000-a.jsonl": [base, replace(base, N=32, commit="old")],
         "20260103T000000-c.jsonl": [
             replace(base, median_us=1.0, **other)  # type: ignore[arg-type]
@@ -71,7 +76,7 @@ def test_of_repeated_measurements_the_newest_counts(tmp_path: Path) -> None:
         Case(128, 64, 32, 0.5): (10.0, "old"),
     }
     assert newest[Case(128, 64, 8, 0.5)].floor_us == 5.0
-    assert newest[Case(128, 64, 8, 0.5)].speedup == 2.5
+    assert newest[Case(128, 64, 8, 0.5)].speedup == 2.51  # the row's own, of times with more digits
     assert rows.newest(tmp_path, "bitmap", gpu="NVIDIA H200").keys() == {Case(128, 64, 8, 0.5)}
 
 
@@ -129,12 +134,14 @@ def test_the_map_says_what_the_table_of_the_sweep_says() -> None:
 
 def test_the_map_takes_rows_that_were_chosen_in_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    base = a_row(N=8, sparsity=0.5, median_us=10.0, cublas_us=20.0, choice="auto-format")
+    base = a_row(N=8, sparsity=0.5, median_us=10.0, cublas_us=20.0, speedup=2.0, choice="auto-format")
     for name, row in (
         ("1-h100-auto-sweep", replace(base, M=128, K=64)),
-        ("1-h100-auto-sweep", replace(base, M=256, K=64, median_us=5.0, format="slot24")),
-        ("1-h100-auto-sweep", replace(base, M=384, K=64, median_us=1.0, choice="auto")),
-        ("2-h100-pdl", replace(base, M=128, K=64, median_us=1.0)),
+        ("1-h100-auto-sweep", replace(base, M=256, K=64, speedup=3.0, format="bitmap")),
+        ("1-h100-auto-sweep", replace(base, M=384, K=64, speedup=20.0, choice="auto")),
+        ("2-h100-opt-systems", replace(base, M=256, K=64, speedup=4.0, format="slot24")),
+        ("2-h100-opt-systems", replace(base, M=256, K=64, speedup=0.5, format="csr", system="sputnik")),
+        ("3-h100-pdl", replace(base, M=128, K=64, speedup=20.0)),
     ):
         results.append(tmp_path / "results" / f"{name}.jsonl", row)
     first, second = speedup.load(tmp_path)

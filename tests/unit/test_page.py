@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flashllm report`: a page that needs no network, opened and clicked in a browser."""
+"""`flashllm report`: a page that needs no network, opened and clicked in a browser; and the committed one."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ import pytest
 from bench_rows import row
 from click.testing import CliRunner, Result
 
-from flashllm.bench import page, results
+from flashllm.bench import page, report_html, results
 from flashllm.cli.main import command
 from flashllm.errors import ArgumentError, MissingDependencyError
 
 pytest.importorskip("bokeh")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = '<img src=x onerror="window.harmed = 1">'
+HOSTILE = '<img src=x onerror="window.harmed = 1"></script>'
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> Result:
@@ -31,7 +33,10 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def rows() -> list[results.Row]:
-    """Two formats at two sparsities, each beside cuBLAS, and a model with a name that is no text."""
+    """Two formats at two sparsities, each beside cuBLAS, and a model with a name that is no text.
+
+    Seeds are integers that JavaScript's numbers have no room for.
+    """
     found = []
     for n in (8, 16):
         found.append(row(system="cublas", format="dense", kernel="cupy", N=n, median_us=102.0, speedup=1.0))
@@ -39,9 +44,8 @@ def rows() -> list[results.Row]:
             for name, speedup in (("bitmap", 1.5), ("slot24", 2.5)):
                 speedup += sparsity + n / 100
                 us = 102.0 / speedup
-                found.append(
-                    row(N=n, sparsity=sparsity, format=name, kernel=name, median_us=us, speedup=speedup, model=HOSTILE)
-                )
+                case = {"N": n, "sparsity": sparsity, "format": name, "kernel": name, "model": HOSTILE}
+                found.append(row(**case, seed=2**60 + n, median_us=us, speedup=speedup))
     return found
 
 
@@ -182,6 +186,39 @@ def test_charts_are_drawn(browser_page: Any, tmp_path: Path) -> None:
     assert not close_to(page._COLORS[4])
 
 
+def unpacked(columns: list[list[Any]]) -> list[dict[str, Any]]:
+    """Rows of ``report_html.packed``, as the page's script reads them."""
+    texts = {name: values.split("\n") for name, values, *_ in columns}
+    places = {name: found for name, _, found in (column for column in columns if len(column) == 3)}
+    count = max(map(len, (*texts.values(), *places.values())))
+
+    def text(name: str, i: int) -> str:
+        here = texts[name]
+        return here[0] if len(here) == 1 else here[places[name][i] if name in places else i]
+
+    return [{name: json.loads(text(name, i)) for name in texts} for i in range(count)]
+
+
+def test_packed_columns_hold_each_value_once_or_one_for_each_row(rows: list[results.Row]) -> None:
+    columns = {name: found for name, *found in report_html.packed(rows)}
+    assert columns["gpu"] == ['"NVIDIA H200"']
+    assert columns["format"] == ['"dense"\n"bitmap"\n"slot24"', [0, 1, 2, 1, 2, 0, 1, 2, 1, 2]]
+    assert columns["speedup"] == ["\n".join(json.dumps(one.speedup) for one in rows)]
+    assert unpacked(report_html.packed(rows)) == [asdict(one) for one in rows]
+    assert unpacked(report_html.packed(rows[:1])) == [asdict(rows[0])]
+
+
+def test_the_committed_page_has_the_committed_rows() -> None:
+    """Where this fails: the `flashllm report` in experiments/results/README.md."""
+    text = (REPOSITORY / "docs" / "reports" / "h200-systems.html").read_text(encoding="utf-8")
+    assert len(text) < 1_600_000
+    (columns,) = re.findall(r'id="rows">(.*?)</script>', text)
+    files = sorted((REPOSITORY / "experiments" / "results").glob("*-h200-*-systems.jsonl"))
+    assert all(file.name in text for file in files)
+    found = {json.dumps(one) for one in unpacked(json.loads(columns))}
+    assert found == {json.dumps(asdict(one)) for file in files for one in results.read(file)}
+
+
 def test_no_rows_are_an_error() -> None:
     with pytest.raises(ArgumentError, match="results: expected at least one row, got none"):
         page.render([])
@@ -199,7 +236,7 @@ def test_rows_without_times_or_speedups_are_shown(rows: list[results.Row]) -> No
 def test_without_bokeh_the_error_says_what_to_install(
     rows: list[results.Row], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "bokeh.embed", None)
+    monkeypatch.setitem(sys.modules, "bokeh.layouts", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "flashllm\[report\]"'):
         page.render([page.Sourced(row=rows[0], file="a", line=1)])
     results.append(tmp_path / "a.jsonl", rows[0])

@@ -14,7 +14,7 @@ import numpy as np
 
 from flashllm.bench import environment
 from flashllm.bench.quality_rows import SCHEMA, QualityRow
-from flashllm.errors import FormatError
+from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.io.checkpoint import Checkpoint, open_checkpoint
 from flashllm.io.files import open_regular
 from flashllm.io.safetensors_file import parse_json
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _MAX_RECORD = 1 << 24
+_DTYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 _AGREE = 2.0
 """The largest error of sparse products' logits may be this many times that of dense 16-bit ones."""
 
@@ -46,11 +47,15 @@ class Evaluation:
         self._path, self._xp, self._backend = path, xp, backend
         self._packed = SparseModel(path) if is_sparse_model(path) else None
         self._checkpoint: Checkpoint = open_checkpoint(path) if self._packed is None else UnpackedModel(self._packed)
-        self._model: Model = (
-            DenseModel(self._checkpoint, xp=xp)
-            if self._packed is None
-            else PackedModel(self._packed, xp=xp, backend=backend)
-        )
+        try:
+            self._model: Model = (
+                DenseModel(self._checkpoint, xp=xp)
+                if self._packed is None
+                else PackedModel(self._packed, xp=xp, backend=backend)
+            )
+        except BaseException:
+            self._checkpoint.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -71,21 +76,27 @@ class Evaluation:
     def windows(self, text: Path, *, part: tuple[float, float], count: int, length: int) -> Windows:
         """Windows of a text file, by the model's tokenizer. Raises ``ArgumentError``, ``FormatError``."""
         if length > self.config.positions:
-            raise FormatError(field="length", expected=f"at most {self.config.positions} positions", got=str(length))
+            raise ArgumentError("length", expected=f"at most {self.config.positions} positions", got=str(length))
         tokenizer = load_tokenizer(self._checkpoint)
-        return windows(tokenizer, read_text(text, part=part), count=count, length=length)
+        found = windows(tokenizer, read_text(text, part=part), count=count, length=length)
+        if (most := int(found.tokens.max())) >= self.config.vocab:
+            expected = f"one with the model's vocabulary of {self.config.vocab}"
+            raise FormatError(field="tokenizer", expected=expected, got=f"token {most}", path=str(self._path))
+        return found
 
     def measure(self, given: Windows, *, text: str, check: bool = False, advance: Advance = ignore) -> QualityRow:
         """Predict ``given``; ``text`` is a name for it. With ``check`` compare logits of the first window."""
-        started = time.perf_counter()
-        found = evaluate(self._model, given, advance=advance)
-        seconds = time.perf_counter() - started
-        errors = self._logit_errors(given.tokens[:1], advance) if check else None
         record = self._record()
         settings = record.get("settings", {})
+        started = time.perf_counter()
+        with np.errstate(over="ignore", invalid="ignore"):  # what is no number in the end is told
+            found = evaluate(self._model, given, advance=advance)
+            seconds = time.perf_counter() - started
+            errors = self._logit_errors(given.tokens[:1], advance) if check else None
         zeros, elements, dtype = self._zeros()
         on_gpu = self._xp is not np
-        facts = environment.collect("cuda" if on_gpu else self._backend or ("reference" if self._packed else "numpy"))
+        on_host = "numpy" if self._packed is None else self._backend or "reference"
+        facts = environment.collect("cuda" if on_gpu else on_host)
         return QualityRow(
             schema=SCHEMA,
             kind="quality",
@@ -113,12 +124,12 @@ class Evaluation:
             windows=len(given.tokens),
             length=given.tokens.shape[1],
             tokens=found.tokens,
-            ppl=found.perplexity if math.isfinite(found.perplexity) else None,
-            bits_per_byte=found.bits_per_byte,
+            ppl=_finite(found.perplexity),
+            bits_per_byte=_finite(found.bits_per_byte),
             seconds=round(seconds, 3),
-            logit_error=None if errors is None else errors[0],
-            logit_error_dense=None if errors is None else errors[1],
-            check=None if errors is None else "pass" if errors[0] <= _AGREE * errors[1] else "fail",
+            logit_error=None if errors is None else _finite(errors[0]),
+            logit_error_dense=None if errors is None else _finite(errors[1]),
+            check=None if errors is None else _verdict(*errors),
         )
 
     def _logit_errors(self, tokens: Any, advance: Advance) -> tuple[float, float]:
@@ -126,7 +137,7 @@ class Evaluation:
         exact = DenseModel(self._checkpoint, dtype=np.float64)
         _, _, dtype = self._zeros()
         wanted = _logits(exact, tokens, advance)
-        narrow = DenseModel(self._checkpoint, xp=self._xp, narrow=dtype)
+        narrow = DenseModel(self._checkpoint, xp=self._xp, narrow="bf16" if "bf16" in dtype else "fp16")
         packed, dense = (_logits(model, tokens, advance) for model in (self._model, narrow))
         return largest_difference(packed, wanted), largest_difference(dense, wanted)
 
@@ -137,7 +148,17 @@ class Evaluation:
         with open_regular(path) as file:
             record = parse_json(file.read(_MAX_RECORD).decode("utf-8", "replace"), field="file", path=str(path))
         if not isinstance(record.get("settings"), dict):
-            raise FormatError(field="settings", expected="an object", got=type(record.get("settings")).__name__)
+            raise FormatError(field="settings", expected="an object", got=brief(record.get("settings")), path=str(path))
+        for values, key, kinds in (
+            (record["settings"], "method", (str,)),
+            (record["settings"], "ratios", (str,)),
+            (record["settings"], "sparsity", (int, float)),
+            (record, "text", (str, type(None))),
+            (record, "finetuned_tokens", (int,)),
+        ):
+            if key in values and type(values[key]) not in kinds:
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise FormatError(field=key, expected=expected, got=brief(values[key]), path=str(path))
         return record
 
     def _formats(self) -> str:
@@ -146,20 +167,30 @@ class Evaluation:
         return ",".join(sorted({weight.format for weight in self._packed.manifest.weights.values()}))
 
     def _zeros(self) -> tuple[int, int, str]:
-        """Zeros and elements of the matrices of blocks, and their type."""
+        """Zeros and elements of the matrices of blocks, and their types, with commas."""
         if self._packed is not None:
             stored = list(self._packed.manifest.weights.values())
             elements = sum(weight.elements for weight in stored)
-            return elements - sum(weight.nnz for weight in stored), elements, stored[0].dtype
+            dtypes = {weight.dtype for weight in stored}
+            return elements - sum(weight.nnz for weight in stored), elements, ",".join(sorted(dtypes))
         zeros = elements = 0
-        dtype = ""
+        kinds = set()
         for layer in range(self.config.layers):
             for name in self.config.layout.linears(layer):
                 matrix = self._checkpoint.read(name)
                 zeros += matrix.size - int(np.count_nonzero(matrix))
                 elements += matrix.size
-                dtype = dtype or self._checkpoint.info(name).dtype.lower()
-        return zeros, elements, {"f16": "fp16", "f32": "fp32"}.get(dtype, dtype)
+                kinds.add(self._checkpoint.info(name).stored)
+        return zeros, elements, ",".join(sorted(_DTYPES.get(kind, kind.lower()) for kind in kinds))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _verdict(packed: float, dense: float) -> str:
+    """Of the largest errors of logits; those that are no numbers agree with nothing."""
+    return "pass" if math.isfinite(packed) and packed <= _AGREE * dense else "fail"
 
 
 def _logits(model: Model, tokens: Any, advance: Advance) -> Any:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
+from flashllm.bench import results
 from flashllm.errors import FormatError, brief
-from flashllm.io.files import locked
+from flashllm.io.files import open_regular
+from flashllm.io.safetensors_file import parse_json
 
 SCHEMA = 1
 
@@ -60,14 +62,15 @@ class QualityRow:
     """Predicted."""
     ppl: float | None
     """``None`` where it is no float."""
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """``None`` where it is no float."""
     seconds: float
     logit_error: float | None
-    """Largest difference to logits in float64 of the same weights, over one window."""
+    """Largest difference to logits in float64 of the same weights, over one window; ``None`` where it is no float."""
     logit_error_dense: float | None
     """The same of dense 16-bit products."""
     check: str | None
-    """``pass`` where ``logit_error`` is at most twice ``logit_error_dense``."""
+    """``pass`` where ``logit_error`` is a float and at most twice ``logit_error_dense``, else ``fail``."""
 
     def to_json(self) -> str:
         """The row as one line of JSON."""
@@ -75,27 +78,29 @@ class QualityRow:
 
 
 def append(path: Path, row: QualityRow) -> None:
-    """Add ``row`` to a file, whole, also where several processes do."""
-    with path.open("a", encoding="utf-8") as file, locked(file.fileno()):
-        file.write(row.to_json() + "\n")
+    """Add ``row`` to a file, as :func:`flashllm.bench.results.append` does. Raises ``OSError``."""
+    results.append(path, cast(Any, row))  # of a row it needs its line alone
 
 
 def read(path: Path) -> list[QualityRow]:
-    """Rows of a file. Raises ``FormatError`` that names line and field."""
+    """Rows of a file, in order; a last line that a crash has cut short is left out.
+
+    Raises ``FormatError`` that names line and field, ``OSError``.
+    """
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")[:-1]
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:
-            given = json.loads(line)
-        except ValueError as error:
-            raise FormatError(field="row", expected="a JSON object", got=str(error), path=where) from error
-        rows.append(_row(given, where))
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(field="row", expected="UTF-8", got=str(error.reason), path=where) from error
+        rows.append(_row(parse_json(text, field="row", path=where), where))
     return rows
 
 
-def _row(given: Any, where: str) -> QualityRow:
-    if not isinstance(given, dict):
-        raise FormatError(field="row", expected="a JSON object", got=brief(given), path=where)
+def _row(given: dict[str, Any], where: str) -> QualityRow:
     hints = get_type_hints(QualityRow)
     names = {field.name for field in fields(QualityRow)}
     if set(given) != names:
@@ -103,11 +108,12 @@ def _row(given: Any, where: str) -> QualityRow:
         raise FormatError(field="row", expected="the fields of a quality row", got=got, path=where)
     for name, value in given.items():
         kinds = get_args(hints[name]) or (hints[name],)
-        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and bool not in kinds):
+        # bool is an int to Python, never here; an int is a fine float.
+        if not (type(value) in kinds or (float in kinds and type(value) is int)):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise FormatError(field=name, expected=expected, got=brief(value), path=where)
-        if isinstance(value, float) and not math.isfinite(value):
+        # An integer may be too large for the float that arithmetic makes of it.
+        if type(value) in (int, float) and not abs(value) <= sys.float_info.max:
             raise FormatError(field=name, expected="a finite number", got=brief(value), path=where)
     if given["schema"] != SCHEMA or given["kind"] != "quality":
         got = f"schema {brief(given['schema'])}, kind {brief(given['kind'])}"

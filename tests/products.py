@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from flashllm import registry
@@ -30,10 +33,10 @@ def weight(pattern: str, shape: tuple[int, int], density: float, dtype: str, see
 
 
 def exact(x: NDArray[Any], w: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """The int64 product rounded once, to nearest even."""
+    """The product of integers, as exact in float64 as in int64 and far sooner there, rounded once, to nearest even."""
     with np.errstate(over="ignore"):
-        product = x.astype(np.float64).astype(np.int64) @ w.astype(np.float64).astype(np.int64).T
-        return product.astype(np.float64).astype(NUMPY_DTYPE[dtype])
+        product = x.astype(np.float64) @ w.astype(np.float64).T + 0.0  # no zero is negative
+        return product.astype(NUMPY_DTYPE[dtype])
 
 
 def assert_exact(got: NDArray[Any], want: NDArray[Any]) -> None:
@@ -81,6 +84,26 @@ def packed(name: str, w: NDArray[Any], **options: Any) -> SparseWeight:
     return registry.weight_class(name).from_dense(w, **options)
 
 
+@lru_cache(maxsize=256)
+def packed_weight(
+    name: str, pattern: str, shape: tuple[int, int], density: float, dtype: str = "fp16", seed: int = 0, **options: Any
+) -> tuple[NDArray[Any], SparseWeight]:
+    """A ``weight`` and that in format ``name``, for many tests: packing takes as long as a product."""
+    w = weight(pattern, shape, density, dtype, seed)
+    w.flags.writeable = False
+    return w, packed(name, w, **options)
+
+
+def every_pair(names: str, first: Sequence[Any], second: Sequence[Any], third: Sequence[Any]) -> Any:
+    """Parametrizes a test with three parameters, so that every value of each meets every one of the others.
+
+    In far fewer cases than all combinations: ``third`` has no more values than the others.
+    """
+    assert len(third) <= min(len(first), len(second)), "some pairs would be left out"
+    cases = [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+    return pytest.mark.parametrize(names.split(", "), cases, ids=lambda value: str(value))
+
+
 def arch_of(spec: KernelSpec) -> str:
     """The architecture to emulate ``spec`` as: the tuned one, or the oldest, or the newest."""
     return next(arch for arch in ("90a", "80", "120a") if spec.supports(arch))
@@ -99,10 +122,18 @@ def format_of(spec: KernelSpec) -> str:
 
 def packed_for(spec: KernelSpec, w: NDArray[Any]) -> tuple[NDArray[Any], SparseWeight]:
     """``w`` as ``spec`` multiplies it, dense and packed: thinned out where the layout is not for any mask."""
-    name, choice = format_of(spec), choice_of(spec)
-    made = registry.weight_class(name)
-    layout = {field: getattr(choice, field) for field in made.LAYOUT}
-    if (densest := made.densest(**layout)) < 1:
+    return packed_as(format_of(spec), layout_of(spec), w)
+
+
+def layout_of(spec: KernelSpec) -> dict[str, int]:
+    """The layout of the weights that ``spec`` multiplies."""
+    choice = choice_of(spec)
+    return {field: getattr(choice, field) for field in registry.weight_class(format_of(spec)).LAYOUT}
+
+
+def packed_as(name: str, layout: dict[str, int], w: NDArray[Any]) -> tuple[NDArray[Any], SparseWeight]:
+    """``w`` dense and packed with ``layout``: thinned out where that is not for any mask."""
+    if (densest := registry.weight_class(name).densest(**layout)) < 1:
         kept = np.random.default_rng(w.size).random(w.shape) < densest
         w = np.where(kept, w, np.zeros((), w.dtype))
     return w, packed(name, w, **layout)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel of the package compiles for every architecture, without spills and within shared memory.
+"""Kernels of the package compile for every architecture, without spills and within shared memory.
 
-By default every kernel for sm_90a, and every third, or one that is not for it, for one of its other architectures in
-turn, with one value type each, so that all have their share; with ``FLASHLLM_COMPILE=all`` for all of them, as
-``flashllm compile --all`` does.
+By default a sample: of every function about every third instance for sm_90a, and as many for its other architectures,
+which take turns as value types do; both have all template arguments but the value type. With ``FLASHLLM_COMPILE=all``
+all of them, as ``flashllm compile --all`` does.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,40 +24,73 @@ from flashllm.jit.sources import cuda_root
 
 SPECS = registry.all_specs()
 EMULATED = Path(__file__).parent.parent / "emulator"
+TUNED = "90a"
+Kernel = tuple[KernelSpec, ...]
+"""Specs that differ in their value type alone."""
 
 
-def archs_of(spec: KernelSpec) -> tuple[str, ...]:
-    """Architectures to compile ``spec`` for."""
-    if os.environ.get("FLASHLLM_COMPILE") == "all":
-        return spec.archs
-    others = [arch for arch in spec.archs if arch != "90a"]
-    twins = [other for other in SPECS if kernel_of(other) == kernel_of(spec)]
-    turn = KERNELS.index(kernel_of(spec))
-    wanted = others and (turn % 3 == 0 or "90a" not in spec.archs)
-    chosen = [others[turn // 3 % len(others)]] if wanted and spec == twins[turn % len(twins)] else []
-    return tuple(chosen + ["90a"] * ("90a" in spec.archs and spec == twins[0]))
+def functions() -> list[list[Kernel]]:
+    """The kernels of every function of every source."""
+    found: dict[tuple[str, str], dict[KernelSpec, list[KernelSpec]]] = {}
+    for spec in SPECS:
+        untyped = replace(spec, template=tuple(entry for entry in spec.template if entry[0] != "T"))
+        found.setdefault((spec.source, spec.function), {}).setdefault(untyped, []).append(spec)
+    return [[tuple(specs) for specs in kernels.values()] for kernels in found.values()]
 
 
-def kernel_of(spec: KernelSpec) -> tuple[object, ...]:
-    """All of ``spec`` but its value type."""
-    template = tuple(entry for entry in spec.template if entry[0] != "T")
-    return spec.name, spec.function, template, spec.threads, spec.shared_bytes, spec.archs
+def arguments(kernels: Iterable[Kernel]) -> set[tuple[str, str]]:
+    """Names and values of their template arguments, but for value types."""
+    return {entry for kernel in kernels for entry in kernel[0].template if entry[0] != "T"}
 
 
-KERNELS = list(dict.fromkeys(map(kernel_of, SPECS)))
+def sample(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Every third one, and those with a template argument that none before has."""
+    chosen = list(kernels[::3])
+    for kernel in kernels:
+        if not arguments([kernel]) <= arguments(chosen):
+            chosen.append(kernel)
+    return chosen
+
+
+def others(kernel: Kernel) -> list[str]:
+    """Its architectures but for the tuned one."""
+    return [arch for arch in kernel[0].archs if arch != TUNED]
+
+
+def sampled() -> list[tuple[KernelSpec, str]]:
+    """What is compiled by default."""
+    jobs: list[tuple[KernelSpec, str]] = []
+    for kernels in functions():
+        for turn, kernel in enumerate(sample([k for k in kernels if TUNED in k[0].archs])):
+            jobs.append((kernel[turn % len(kernel)], TUNED))
+        for turn, kernel in enumerate(sample([k for k in kernels if others(k)])):
+            archs = others(kernel)
+            jobs.append((kernel[-1 - turn % len(kernel)], archs[len(jobs) % len(archs)]))
+    return jobs
+
+
+JOBS = (
+    [(spec, arch) for spec in SPECS for arch in spec.archs]
+    if os.environ.get("FLASHLLM_COMPILE") == "all"
+    else sampled()
+)
+
+
+def archs_of(spec: KernelSpec) -> list[str]:
+    """Architectures that ``spec`` is compiled for."""
+    return [arch for one, arch in JOBS if one == spec]
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[KernelSpec, str], CompileResult]:
-    jobs = [(spec, arch) for spec in SPECS for arch in archs_of(spec)]
     try:
-        results = compile_many(jobs, allow_spills=True, cache_dir=tmp_path_factory.mktemp("kernels"))
+        results = compile_many(JOBS, allow_spills=True, cache_dir=tmp_path_factory.mktemp("kernels"))
     except MissingDependencyError as error:
         pytest.skip(str(error))
     return {(result.spec, result.arch): result for result in results}
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if archs_of(spec)], ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", list(dict.fromkeys(spec for spec, _ in JOBS)), ids=lambda spec: spec.label)
 def test_compiles_within_limits(spec: KernelSpec, compiled: dict[tuple[KernelSpec, str], CompileResult]) -> None:
     for arch in archs_of(spec):
         result = compiled[spec, arch]
@@ -71,19 +106,20 @@ def test_compiles_within_limits(spec: KernelSpec, compiled: dict[tuple[KernelSpe
 
 
 def test_every_arch_has_kernels() -> None:
-    for arch in ALL_ARCHS:
-        assert any(arch in archs_of(spec) for spec in SPECS)
+    assert {arch for _, arch in JOBS} == set(ALL_ARCHS)
 
 
-def test_every_kernel_is_compiled_for_sm_90a_or_another_and_a_third_for_both() -> None:
-    compiled = {(kernel_of(spec), arch) for spec in SPECS for arch in archs_of(spec)}
-    both = 0
-    for spec in SPECS:
-        found = {arch for kernel, arch in compiled if kernel == kernel_of(spec)}
-        assert found
-        assert ("90a" in found) == ("90a" in spec.archs)
-        both += len(found) == 2
-    assert both >= sum({"90a"} < set(spec.archs) for spec in SPECS) / 4
+def test_every_function_is_compiled_for_sm_90a_and_for_another() -> None:
+    """At least a third of its kernels for either, with all of its template arguments."""
+    assert len(set(JOBS)) == len(JOBS)
+    assert all(arch in spec.archs for spec, arch in JOBS)
+    for kernels in functions():
+        for tuned in (True, False):
+            wanted = [kernel for kernel in kernels if (TUNED in kernel[0].archs if tuned else others(kernel))]
+            jobs = [(spec, arch) for spec, arch in JOBS if (arch == TUNED) == tuned]
+            found = [kernel for kernel in wanted if any(spec in kernel for spec, _ in jobs)]
+            assert len(found) >= len(wanted) / 3
+            assert arguments(found) == arguments(wanted)
 
 
 def test_specs_are_distinct() -> None:

@@ -19,10 +19,11 @@ from flashllm.backends.emulator import BuildOptions, EmulationError
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.sources import cuda_root
 from flashllm.matmul.stream_k import StreamK
-from products import assert_exact, exact, integers, packed, weight
+from products import assert_exact, every_pair, exact, integers, packed, weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
-both_paths = pytest.mark.parametrize("arch", ["80", "90a"])
+PATHS = ("80", "90a")
+both_paths = pytest.mark.parametrize("arch", PATHS)
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "bitmap": ("bitmap", {}),
     **{
@@ -56,18 +57,14 @@ def split_of(layout: str, shape: tuple[int, int], n: int, arch: str, blocks: int
     return replace(split, blocks=blocks, row_cost=0)
 
 
-@both_paths
-@every_layout
-@pytest.mark.parametrize("columns", [1000, 1001, 1023, 1024, 1030])
+@every_pair("layout, columns, arch", LAYOUTS, (1000, 1001, 1023, 1024, 1030), PATHS)
 def test_exact_for_any_k(columns: int, layout: str, arch: str) -> None:
     """Multiples of 8, odd ones, windows and tiles that end with the matrix and that do not."""
     for seed, (n, blocks) in enumerate(((32, 1), (30, 5), (64, 7))):
         check(layout, (256, columns), n, arch, seed, blocks=blocks)
 
 
-@both_paths
-@every_layout
-@pytest.mark.parametrize("blocks", [1, 2, 5, 7])
+@every_pair("layout, blocks, arch", LAYOUTS, (1, 2, 5, 7), PATHS)
 def test_exact_for_several_column_blocks(blocks: int, layout: str, arch: str) -> None:
     """Each has images of its own, to which blocks of all lend a hand."""
     for n in (33, 65, 70, 130):

@@ -20,7 +20,7 @@ _TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 def config_of(kind: str, *, dtype: str = "F16", tied: bool = True, **config: Any) -> dict[str, Any]:
-    """The content of ``config.json``: 2 blocks, no size a power of two; an entry of ``config`` that is None is absent."""
+    """The content of ``config.json``, 2 blocks of odd sizes; an entry of ``config`` that is None is absent."""
     common = {"model_type": kind, "vocab_size": VOCAB, "num_hidden_layers": 2, "tie_word_embeddings": tied}
     common |= {"torch_dtype": _TORCH[dtype], "max_position_embeddings": 320, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "opt":
@@ -50,8 +50,9 @@ def config_of(kind: str, *, dtype: str = "F16", tied: bool = True, **config: Any
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, written out here once more: the head only where it is not the embedding."""
     kind, hidden, vocab = config["model_type"], config["hidden_size"], config["vocab_size"]
-    size = config.get("head_dim") or hidden // config["num_attention_heads"]
-    q, kv = config["num_attention_heads"] * size, config.get("num_key_value_heads", 0) * size
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    q, kv = heads * size, config.get("num_key_value_heads", heads) * size
     shapes: dict[str, tuple[int, ...]] = {}
     if kind == "opt":
         top, ffn = "model.decoder", config["ffn_dim"]
@@ -131,3 +132,27 @@ def write_checkpoint(
     """A checkpoint of one of ``KINDS``; ``config`` replaces entries of its ``config.json``. Returns its directory."""
     made = config_of(kind, dtype=dtype, tied=tied, **config)
     return write_tensors(folder, made, random_tensors(made, seed=seed, zeros=zeros), dtype=dtype)
+
+
+def write_tokenizer(folder: str | Path, *, begin: bool = True) -> Path:
+    """``tokenizer.json`` in ``folder``, of ``VOCAB`` tokens: printable ASCII, byte by byte, but for ``th``.
+
+    ``begin``: ``<s>``, token 1, is put before every text. Needs the package ``tokenizers``.
+    """
+    import tokenizers
+
+    letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # of byte-level BPE: a space, an end of line
+    names = ["<unk>", "<s>", "</s>", *letters, "th", "Ġth"]
+    assert len(names) == VOCAB
+    numbered = {name: number for number, name in enumerate(names)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(numbered, [("t", "h"), ("Ġ", "th")], unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if begin:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+    path = Path(folder) / "tokenizer.json"
+    made.save(str(path))
+    return path

@@ -155,6 +155,8 @@ class Evaluation:
             (record["settings"], "sparsity", (int, float)),
             (record, "text", (str, type(None))),
             (record, "finetuned_tokens", (int,)),
+            (record, "seconds", (int, float, type(None))),
+            (record, "device", (str,)),
         ):
             if key in values and type(values[key]) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)

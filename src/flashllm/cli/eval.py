@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import BadUsage, backend_option, usage_errors
+from flashllm.cli._cases import BadUsage, usage_errors
 from flashllm.cli._models import array_module, device_option, parse_part, part_option
 
 
@@ -20,11 +20,13 @@ from flashllm.cli._models import array_module, device_option, parse_part, part_o
 @part_option
 @click.option("--windows", "count", type=click.IntRange(1), default=8, show_default=True, help="Windows of text.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
-@click.option(
-    "--check", is_flag=True, help="Compare logits with dense products (converted models)."
-)
+@click.option("--check", is_flag=True, help="Compare logits with dense products (converted models).")
 @device_option
-@backend_option
+@click.option(
+    "--backend",
+    type=click.Choice(["cuda", "emulator", "reference"]),
+    help="What multiplies packed matrices.  [default: cuda on a GPU, else reference, which is NumPy]",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Append the result to this file."
 )
@@ -52,34 +54,46 @@ def command(
     from flashllm.cli._progress import progress
 
     with usage_errors():
-        from flashllm.bench import quality_rows
+        from flashllm.bench import quality_rows, results
         from flashllm.bench.evaluation import Evaluation
 
         chosen = parse_part(part)
+        if device == "gpu" and backend in ("reference", "emulator"):
+            raise BadUsage(f"--backend {backend}: expected --device cpu or auto, got gpu")
         xp = array_module("cpu" if backend in ("reference", "emulator") else device)
         if backend == "cuda" and xp.__name__ == "numpy":
             raise BadUsage("--backend cuda: expected a GPU that is used, got --device cpu or none")
         with Evaluation(model, xp=xp, backend=backend) as evaluation:
-            if check and not evaluation.is_packed:
-                raise BadUsage("--check: expected a model that `flashllm convert` made")
+            for option, given in (("--check", check), ("--backend", backend is not None)):
+                if given and not evaluation.is_packed:
+                    raise BadUsage(
+                        f"{option}: expected a model that `flashllm convert` made, got one that is not packed"
+                    )
             windows = evaluation.windows(text, part=chosen, count=count, length=length)
+            if out is not None:
+                results.ensure_writable(out)
             blocks = evaluation.config.layers * (4 if check else 1)
             with progress(Console(stderr=True), blocks) as advance:
                 row = evaluation.measure(windows, text=f"{text.name} {part}", check=check, advance=advance)
-    if out is not None:
-        quality_rows.append(out, row)
+        if out is not None:
+            quality_rows.append(out, row)
     if as_json:
         click.echo(json.dumps(json.loads(row.to_json()), indent=2))
     else:
-        ppl = "beyond any float" if row.ppl is None else f"{row.ppl:.2f}"
         click.echo(
-            f"{row.model}: perplexity {ppl}, {row.bits_per_byte:.3f} bits per byte, {row.tokens:,} tokens of"
+            f"{row.model}: perplexity {_number(row.ppl, '.2f')}, {_number(row.bits_per_byte, '.3f')} bits per byte,"
+            f" {row.tokens:,} tokens of"
             f" {row.text}, {row.sparsity_real:.1%} zeros, {row.format}, {row.seconds:.1f} s"
         )
         if row.check is not None:
             click.echo(
-                f"logits: largest error {row.logit_error:.4g}, dense 16-bit products {row.logit_error_dense:.4g}: "
+                f"logits: largest error {_number(row.logit_error, '.4g')},"
+                f" dense 16-bit products {_number(row.logit_error_dense, '.4g')}: "
                 + ("agree" if row.check == "pass" else "disagree")
             )
     if row.check == "fail":
         raise SystemExit(1)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "no number" if value is None else format(value, form)

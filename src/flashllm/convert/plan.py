@@ -77,10 +77,10 @@ def plan_files(checkpoint: Checkpoint, options: Options) -> tuple[FilePlan, ...]
 def origin_of(checkpoint: Checkpoint) -> Origin:
     """What the checkpoint is. Raises ``FormatError`` for an architecture that is not known, ``OSError``."""
     _, layers = _architecture(checkpoint)
-    path = checkpoint.path.resolve()
+    path = Path(checkpoint.path)  # a link keeps its name: those of the cache of Hugging Face lead to hashes
     return Origin(
         model_type=str(checkpoint.config["model_type"]),
-        name=path.name or "model",
+        name=(path.name if path.name.strip(".") else path.resolve().name) or "model",
         layers=layers,
         fingerprint=_fingerprint(checkpoint),
     )

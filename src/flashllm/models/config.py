@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from flashllm.errors import FormatError, brief
 from flashllm.models.layout import LAYOUTS, Layout, layout_of
 
 _MOST = 1 << 24
-_NO_SCALING = (None, "default")
+_LARGEST = sys.float_info.max  # an integer may be larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class _Reader:
     def real_in(self, values: Mapping[str, Any], key: str, field: str, default: float | None = None) -> float:
         value = values.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST:
             raise FormatError(field=field, expected="a positive number", got=brief(values.get(key)), path=self._path)
         return float(value)
 
@@ -99,7 +99,7 @@ class _Reader:
     def must_be(self, field: str, honoured: tuple[Any, ...]) -> None:
         """An absent entry, or one of ``honoured``."""
         value = self._config.get(field)
-        if value is not None and value not in honoured:
+        if value is not None and not any(type(value) is type(one) and value == one for one in honoured):
             raise self.refuse(field, " or ".join(str(one) for one in honoured) + ": nothing else is implemented")
 
     def get(self, field: str) -> Any:
@@ -137,13 +137,15 @@ def _opt(read: _Reader) -> ModelConfig:
     read.must_be("activation_function", ("relu",))
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     read.must_be("word_embed_proj_dim", (hidden,))
+    if hidden % heads:
+        raise read.refuse("num_attention_heads", f"a divisor of hidden_size {hidden}")
     return ModelConfig(
         model_type="opt",
         layers=read.size("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
         kv_heads=heads,
-        head_dim=_head_dim(read, hidden, heads),
+        head_dim=hidden // heads,  # whatever the file says of head_dim: OPT has no such entry
         ffn=read.size("ffn_dim"),
         vocab=read.size("vocab_size"),
         positions=read.size("max_position_embeddings"),
@@ -155,10 +157,11 @@ def _opt(read: _Reader) -> ModelConfig:
 
 def _llama(read: _Reader, kind: str) -> ModelConfig:
     read.must_be("hidden_act", ("silu",))
+    read.must_be("partial_rotary_factor", (1.0, 1))
     positions = read.size("max_position_embeddings")
     window = read.get("sliding_window")
     # Qwen 2 and 3 name a window that they use only where this flag says so.
-    windowed = read.flag("use_sliding_window", default=kind == "mistral")
+    windowed = read.flag("use_sliding_window", default=False) or kind == "mistral"
     if windowed and window is not None and read.size("sliding_window") < positions:
         raise read.refuse("sliding_window", f"null, or at least the {positions} positions: windows are not implemented")
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
@@ -197,16 +200,18 @@ def _scaling(read: _Reader) -> tuple[float, Llama3Scaling | None]:
         return 1.0, None
     if not isinstance(scaling, dict):
         raise read.refuse(field, "an object")
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in _NO_SCALING:
+    kind = scaling.get("rope_type")
+    kind = scaling.get("type") if kind is None else kind
+    if kind == "default" or (kind is None and scaling.get("factor") is None):
         return 1.0, None
     if kind == "linear":
         return read.real_in(scaling, "factor", f"{field}.factor"), None
     if kind != "llama3":
         raise read.refuse(field, "a rope_type of default, linear or llama3: nothing else is implemented")
     original = scaling.get("original_max_position_embeddings")
-    if not isinstance(original, int) or isinstance(original, bool) or original < 1:
-        raise read.refuse(field, "an object with a positive integer original_max_position_embeddings")
+    if not isinstance(original, int) or isinstance(original, bool) or not 1 <= original <= _MOST:
+        expected = f"an object with an integer original_max_position_embeddings in 1..{_MOST}"
+        raise read.refuse(field, expected)
     low = read.real_in(scaling, "low_freq_factor", f"{field}.low_freq_factor")
     high = read.real_in(scaling, "high_freq_factor", f"{field}.high_freq_factor")
     if not low < high:
@@ -216,9 +221,9 @@ def _scaling(read: _Reader) -> tuple[float, Llama3Scaling | None]:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this model must have, with its shape; biases of Llama-like models are not told.
+    """Every tensor that a checkpoint of this model must have, with its shape.
 
-    The head is listed where it is not the embedding.
+    The head is listed where it is not the embedding. Biases that only some models have are in :func:`bias_shapes`.
     """
     layout, hidden = config.layout, config.hidden
     shapes: dict[str, tuple[int, ...]] = {layout.embedding: (config.vocab, hidden)}
@@ -231,6 +236,18 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied:
         shapes[layout.head] = (config.vocab, hidden)
     return shapes
+
+
+def bias_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Biases that a checkpoint may have: they are added where it does."""
+    if config.is_opt:
+        return {}
+    shapes = block_shapes(config)
+    return {
+        weight.removesuffix(".weight") + ".bias": shapes[weight.removeprefix(f"{config.layout.prefix(layer)}.")][:1]
+        for layer in range(config.layers)
+        for weight in config.layout.linears(layer)
+    }
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -258,6 +275,8 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
+    if config.model_type == "qwen2":
+        shapes |= {f"self_attn.{one}_proj.bias": (q if one == "q" else kv,) for one in "qkv"}
     if config.qk_norm:
         shapes |= {f"self_attn.{one}_norm.weight": (config.head_dim,) for one in "qk"}
     return shapes

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flashllm.formats.sources import array_module
 from flashllm.io.checkpoint import Checkpoint
 from flashllm.models import forward, weights
 from flashllm.models.config import ModelConfig, model_config
@@ -46,7 +47,10 @@ def rounded(multiply: forward.Linear, dtype: str) -> forward.Linear:
 def to_nearest(x: Any, dtype: str) -> Any:
     """``x`` in its own type, with values that ``dtype`` (``"fp16"`` or ``"bf16"``) has."""
     if dtype == "fp16":
-        return x.astype(np.float16).astype(x.dtype)
+        with np.errstate(over="ignore"):  # infinity, as on a GPU
+            return x.astype(np.float16).astype(x.dtype)
+    xp = array_module(x)
     bits = x.astype(np.float32).view(np.uint32)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.astype(np.uint32).view(np.float32).astype(x.dtype)
+    # Adding to the bits of a NaN may make any number of it.
+    return xp.where(x != x, x, bits.astype(np.uint32).view(np.float32).astype(x.dtype))

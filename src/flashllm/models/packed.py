@@ -18,6 +18,7 @@ from flashllm.io.manifest import Member, StoredTensor, StoredWeight
 from flashllm.io.sparse_model import SparseModel
 from flashllm.models import forward
 from flashllm.models.config import ModelConfig, model_config
+from flashllm.models.weights import check_tensors
 
 _LAYOUT_NAMES: Mapping[DType, str] = {"fp16": "F16", "bf16": "BF16"}
 
@@ -31,6 +32,7 @@ class PackedModel:
 
     def __init__(self, model: SparseModel, *, xp: Any = np, backend: str | None = None) -> None:
         self.config: ModelConfig = model_config(model.config, path=str(model.path))
+        check_tensors(UnpackedModel(model), self.config)
         self.xp = xp
         self._model, self._backend = model, backend
 
@@ -145,7 +147,8 @@ def _rows_of(members: tuple[Member, ...]) -> list[tuple[str, slice]]:
 def _narrow(x: Any, dtype: DType) -> Any:
     """fp32 [N, K] as ``spmm`` takes it."""
     if dtype == "fp16":
-        return x.astype(np.float16)
+        with np.errstate(over="ignore"):  # infinity, as on a GPU
+            return x.astype(np.float16)
     if isinstance(x, np.ndarray):
         return x.astype(bfloat16())
     from flashllm.models.dense import to_nearest

@@ -48,8 +48,8 @@ class Quality:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
-        return self.nats / math.log(2) / self.text_bytes
+        """Comparable between tokenizers; not finite where the nats are not, or where no byte was predicted."""
+        return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.inf
 
 
 Advance = Callable[[str, int], None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashllm.errors import FormatError, MissingDependencyError, brief
+from flashllm.formats.check import is_int
 from flashllm.io.checkpoint import Checkpoint
 from flashllm.io.files import open_regular
 
@@ -34,9 +35,11 @@ class Tokenizer:
     """A tokenizer of the package ``tokenizers``."""
 
     def __init__(self, made: Any) -> None:
+        made.no_truncation()  # some files cut every text to the length of a training example
+        made.no_padding()
         self._made = made
-        # What it puts in front of any text; some put an end behind it too, which has no place before a text.
-        self.prefix: tuple[int, ...] = tuple(made.encode("").ids[:1])
+        self.prefix: tuple[int, ...] = _prefix(made)
+        """The token that it puts in front of any text, or none."""
 
     def encode(self, text: str) -> Encoded:
         """Tokens of ``text``, without :attr:`prefix`."""
@@ -50,6 +53,13 @@ class Tokenizer:
     def to_json(self) -> str:
         """The content of a ``tokenizer.json``."""
         return str(self._made.to_str())
+
+
+def _prefix(made: Any) -> tuple[int, ...]:
+    found = made.encode("a 1.")
+    # What a tokenizer adds belongs to no text; what it adds behind one has no place before it.
+    behind = next((i for i, text in enumerate(found.sequence_ids) if text is not None), 0)
+    return tuple(found.ids[: min(1, behind)])
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -88,7 +98,11 @@ def _of_gguf(tokenizers: Any, fields: Mapping[str, Any], path: str) -> Tokenizer
         raise bad("model", "gpt2: for others use the directory of Hugging Face, with its tokenizer.json", model)
     if cut not in _BYTE_LEVEL:
         raise bad("pre", f"one of {', '.join(_BYTE_LEVEL)}", cut)
-    tokens, merges, kinds = (list(fields.get(name, ())) for name in ("tokens", "merges", "token_type"))
+    lists = {name: fields.get(name, ()) for name in ("tokens", "merges", "token_type")}
+    for name, found in lists.items():
+        if isinstance(found, str) or not hasattr(found, "__len__"):
+            raise bad(name, "a list", found)
+    tokens, merges, kinds = (list(found) for found in lists.values())
     if not tokens or not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
         raise bad("tokens", "distinct strings", tokens)
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
@@ -97,8 +111,10 @@ def _of_gguf(tokenizers: Any, fields: Mapping[str, Any], path: str) -> Tokenizer
     if kinds and len(kinds) != len(tokens):
         raise bad("token_type", f"{len(tokens)} numbers", kinds)
     pre, split = tokenizers.pre_tokenizers, tokenizers.Regex
+    numbered = {token: i for i, token in enumerate(tokens)}
     try:
-        made = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+        # Llama 3 takes a word that is a token as it is, whether or not pairs lead to it.
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(numbered, pairs, ignore_merges=cut == "llama-bpe"))
     except Exception as error:
         raise bad("merges", "pairs whose merged tokens exist", error) from error
     if cut in _SPLITS:
@@ -107,15 +123,22 @@ def _of_gguf(tokenizers: Any, fields: Mapping[str, Any], path: str) -> Tokenizer
         parts = [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
     else:
         parts = [pre.ByteLevel(add_prefix_space=False)]
+    if cut == "qwen2":
+        made.normalizer = tokenizers.normalizers.NFC()
     made.pre_tokenizer = pre.Sequence(parts)
     made.decoder = tokenizers.decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
     made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
     added = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
     made.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in added])
-    first = fields.get("bos_token_id")
-    if fields.get("add_bos_token") is True and isinstance(first, int) and 0 <= first < len(tokens):
+    if fields.get("add_bos_token", cut == "llama-bpe"):  # files of Llama 3 may leave it out and mean it
+        first = fields.get("bos_token_id")
+        if not is_int(first) or not 0 <= first < len(tokens):
+            raise bad("bos_token_id", f"an integer in 0..{len(tokens) - 1}, for it is put before texts", first)
+        # By another name: that of the token may be anything, and a template is parsed.
         made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{tokens[first]} $A", special_tokens=[(tokens[first], first)]
+            single="bos $A",
+            pair="bos $A bos $B",
+            special_tokens=[{"id": "bos", "ids": [first], "tokens": [tokens[first]]}],
         )
     return Tokenizer(made)

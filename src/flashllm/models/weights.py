@@ -11,7 +11,9 @@ import numpy as np
 
 from flashllm.errors import FormatError
 from flashllm.io.checkpoint import Checkpoint
-from flashllm.models.config import ModelConfig, tensor_shapes
+from flashllm.models.config import ModelConfig, bias_shapes, tensor_shapes
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,9 @@ class Block:
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise ``FormatError`` for a tensor that is missing or of another shape than the configuration says."""
-    for name, shape in tensor_shapes(config).items():
+    wanted = tensor_shapes(config)
+    wanted |= {name: shape for name, shape in bias_shapes(config).items() if name in checkpoint.tensors}
+    for name, shape in wanted.items():
         found = checkpoint.tensors.get(name)
         if found is None or tuple(found.shape) != shape:
             got = "none" if found is None else f"shape {list(found.shape)}"
@@ -75,6 +79,8 @@ def outside_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, ...
 
 def _read(checkpoint: Checkpoint, name: str, xp: Any, dtype: Any) -> Any:
     array = checkpoint.read(name)
-    if array.dtype.kind not in "fV" and str(array.dtype) != "bfloat16":
-        raise FormatError(field=name, expected="floats", got=str(array.dtype), path=str(checkpoint.path))
+    if str(array.dtype) not in _FLOATS:  # those of 8 bits come with scales
+        raise FormatError(
+            field=name, expected=f"one of {', '.join(_FLOATS)}", got=str(array.dtype), path=str(checkpoint.path)
+        )
     return xp.asarray(array.astype(dtype))

@@ -7,5 +7,16 @@ A figure is one module of this package with an ``ENTRY`` (``entry.py``), named i
 
 from __future__ import annotations
 
-ENTRIES = ("ladder", "speedup", "floor", "utilisation", "ablation", "kernels", "sparsity", "crossover", "bytes")
+ENTRIES = (
+    "ladder",
+    "speedup",
+    "floor",
+    "utilisation",
+    "ablation",
+    "kernels",
+    "sparsity",
+    "crossover",
+    "bytes",
+    "quality",
+)
 """Modules of this package that draw a figure."""

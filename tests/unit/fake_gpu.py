@@ -34,6 +34,9 @@ class Array(np.ndarray[Any, Any]):
     def get(self) -> Any:
         return np.asarray(self)
 
+    def set(self, array: Any, stream: Any = None) -> None:
+        self[...] = array
+
 
 class Event:
     def record(self, stream: Any = None) -> None:
@@ -221,12 +224,15 @@ def install(
         Event=Event,
         memory=types.SimpleNamespace(OutOfMemoryError=MemoryError),
         Device=lambda index: types.SimpleNamespace(use=lambda: None),
-        get_current_stream=lambda: stream_now[-1],
+        get_current_stream=lambda: stream_now[-1] if stream_now else Stream(),
         runtime=types.SimpleNamespace(runtimeGetVersion=lambda: 13000, getDeviceCount=lambda: 1),
         get_elapsed_time=lambda start, stop: 1.0,  # ms: every batch takes the same time, so medians are firm
     )
     cupy.__version__ = "14.2.0"
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    cupyx: Any = types.ModuleType("cupyx")
+    cupyx.empty_pinned = np.empty
+    monkeypatch.setitem(sys.modules, "cupyx", cupyx)
     monkeypatch.setattr(cublas_api, "version", lambda: "13.1.0")
     monkeypatch.setattr(cublas_api, "libraries", lambda: (blas, blas))
     monkeypatch.setattr(cublas_api, "status_text", lambda status: "fake")

@@ -34,7 +34,7 @@ class Encoded:
     columns: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is only itself: far sooner compared
 class Column:
     """A column of one band of one window: number there, place in its list, and the rows where it has elements."""
 
@@ -117,7 +117,7 @@ def complete(
     return pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
     """A pair of columns, by the place of its left in the list that it is in, and the rows where it has values."""
 

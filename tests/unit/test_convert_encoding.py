@@ -17,7 +17,7 @@ from tiny_checkpoints import CONFIGS, tensors_of, write
 import weight_cases as cases
 from flashllm import registry
 from flashllm.convert import choose as choosing
-from flashllm.convert import matrix, run
+from flashllm.convert import run, upload
 from flashllm.convert.run import convert
 from flashllm.gpus import find_gpu
 from flashllm.io.manifest import DENSE
@@ -80,15 +80,16 @@ def test_a_pretended_gpu_gives_the_same_files(
     convert(llama, tmp_path / "cpu", format="bitmap")
     fake_gpu.install(monkeypatch)
     monkeypatch.setattr("flashllm.device.gpu_problem", lambda: None)
-    monkeypatch.setattr(matrix, "_DEVICE_COPY_BYTES", 1000)  # in several copies
+    monkeypatch.setattr(upload, "BUFFER_BYTES", 1000)  # in several copies,
+    monkeypatch.setattr(upload, "_PART_BYTES", 96)  # each by several threads
     sent: list[int] = []
-    there = fake_gpu.sys.modules["cupy"].asarray
+    there = fake_gpu.Array.set
 
-    def send(array: Any) -> Any:
-        sent.append(array.nbytes)
-        return there(array)
+    def send(array: fake_gpu.Array, source: Any, stream: Any = None) -> None:
+        sent.append(source.nbytes)
+        there(array, source, stream)
 
-    monkeypatch.setattr(fake_gpu.sys.modules["cupy"], "asarray", send)
+    monkeypatch.setattr(fake_gpu.Array, "set", send)
     made = convert(llama, tmp_path / "gpu", format="bitmap", device="gpu")
     assert sum(sent) == made.seconds.matrix_bytes
     assert made.seconds.encoding_gbps is not None

@@ -25,8 +25,10 @@ from flashllm.cli.main import command
 from flashllm.convert.run import convert
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.io.checkpoint import open_checkpoint
+from flashllm.io.sparse_model import SparseModel
 from flashllm.models import quality
 from flashllm.models.dense import DenseModel
+from flashllm.models.packed import PackedModel
 from flashllm.models.text import Windows
 from flashllm.models.tokenizer import load_tokenizer
 
@@ -331,6 +333,10 @@ def test_layers_of_one_matrix_are_multiplied_once(tmp_path: Path, monkeypatch: p
     with Evaluation(packed_at(tmp_path, format="slot24")) as evaluation:
         evaluation.measure(given_tokens(), text="")
     assert calls == [(60, 36), (36, 36), (106, 36), (36, 53)] * 2
+    _, linear = PackedModel(SparseModel(tmp_path / "packed")).block(0)
+    ones = np.ones((1, 36), np.float32)
+    assert (linear("mlp.up_proj", 2 * ones) == 2 * linear("mlp.gate_proj", ones)).sum() < 53  # of another matrix
+    np.testing.assert_array_equal(linear("mlp.up_proj", 2 * ones), 2 * linear("mlp.up_proj", ones))
 
 
 def test_a_packed_model_that_lacks_a_tensor(tmp_path: Path) -> None:

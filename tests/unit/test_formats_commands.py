@@ -67,12 +67,12 @@ def test_a_row_for_each_format() -> None:
     assert [r.choice for r in rows] == ["auto", "auto"]
 
 
-AUTO = ("--shape", "4096x2048", "--sparsity", "0.5,0.9", "--n", "8,16")
+AUTO = ("--shape", "1024x1024", "--sparsity", "0.5,0.9", "--n", "8,16")
 
 
 def chosen(gpu: Gpu) -> dict[tuple[float | None, int], str]:
     """The formats of the cases of ``AUTO``."""
-    return {(s, n): rank_formats((4096, 2048), 1 - s, n, gpu=gpu).best.format for s in (0.5, 0.9) for n in (8, 16)}
+    return {(s, n): rank_formats((1024, 1024), 1 - s, n, gpu=gpu).best.format for s in (0.5, 0.9) for n in (8, 16)}
 
 
 @pytest.mark.parametrize("arguments", [(), ("--format", "auto")])

@@ -144,6 +144,7 @@ def test_flags() -> None:
         ("llama", "hidden_act", "gelu"),
         ("mistral", "hidden_act", ["silu"]),
         ("llama", "partial_rotary_factor", 0.5),
+        ("llama", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("llama", "rope_scaling", "linear"),
         ("llama", "rope_scaling", [1]),
     ],

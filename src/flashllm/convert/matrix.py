@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashllm.convert.plan import Source
+from flashllm.convert.upload import Upload
 from flashllm.errors import FormatError
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bits import MAGNITUDE, RoundingTally, kind_of, numpy_dtype, to_bits
@@ -21,7 +22,6 @@ from flashllm.io.checkpoint import Checkpoint
 
 _STRIP_BYTES = 4 << 20  # of the source: rounding takes several times as much
 _DEVICE_STRIP_ROWS = 32 * TILE_M
-_DEVICE_COPY_BYTES = 64 << 20
 _WORD_FLAGS = 8
 
 
@@ -48,7 +48,7 @@ class Rounder:
         return self._tally.report()
 
     def strips(self) -> Iterator[NDArray[np.uint16]]:
-        """Strips of the members, one member after the other, each read only when its turn comes.
+        """Strips of the members, or members whole, one member after the other, each read only when its turn comes.
 
         Raises ``FormatError`` for a member of another shape than it is listed with, and for a value that rounds to
         infinity.
@@ -56,10 +56,12 @@ class Rounder:
         for member in self._source.members:
             array = self.read(member.name)
             rows = array if array.ndim else array.reshape(1)
+            if kind_of(array.dtype) == self._source.dtype:
+                yield rows.view(np.uint16)  # nothing is copied
+                continue
             height = max(1, _STRIP_BYTES // max(1, rows[:1].nbytes))
-            wide = kind_of(array.dtype) != self._source.dtype
             for start in range(0, len(rows), height):
-                yield to_bits(rows[start : start + height], self._source.dtype, tally=self._tally if wide else None)
+                yield to_bits(rows[start : start + height], self._source.dtype, tally=self._tally)
                 if self._tally.became_infinite:
                     expected = f"values that {self._source.dtype} can hold"
                     if self._source.dtype == "fp16":
@@ -89,14 +91,14 @@ class Rounder:
         return str(self._checkpoint.path)
 
 
-def load(checkpoint: Checkpoint, source: Source, *, device: bool) -> tuple[Any, RoundingReport]:
-    """The matrix [M, K] of ``source``, of 16 bits, on the host or the current device; and what rounding changed.
+def load(checkpoint: Checkpoint, source: Source, *, upload: Upload | None) -> tuple[Any, RoundingReport]:
+    """The matrix [M, K] of ``source``, of 16 bits, and what rounding changed. With ``upload`` on the current device.
 
     On the host without a copy where it can be mapped. Beside the matrix, memory for one member is taken where the
     checkpoint has to decode it, and for a strip. Raises ``FormatError``.
     """
     rounder = Rounder(checkpoint, source)
-    array: Any = _on_device(rounder, source) if device else rounder.mapped()
+    array: Any = rounder.mapped() if upload is None else _on_device(rounder, source, upload)
     if array is None:
         array = np.empty(source.shape, numpy_dtype(source.dtype))
         _fill(array.view(np.uint16), rounder.strips())
@@ -110,24 +112,19 @@ def _fill(out: Any, strips: Iterator[Any]) -> None:
         end += len(strip)
 
 
-def _on_device(rounder: Rounder, source: Source) -> Any:
+def _on_device(rounder: Rounder, source: Source, upload: Upload) -> Any:
     import cupy
 
     from flashllm.device import memory_errors
 
-    def pieces() -> Iterator[NDArray[np.uint16]]:
-        whole = rounder.mapped()
-        if whole is None:
-            yield from rounder.strips()
-            return
-        rows = max(1, _DEVICE_COPY_BYTES // max(1, whole[:1].nbytes))
-        for start in range(0, len(whole), rows):
-            yield whole[start : start + rows].view(np.uint16)
-
     columns = source.shape[1]
     with memory_errors("matrix", 2 * source.shape[0] * columns):
         bits = cupy.empty((source.shape[0], columns), np.uint16)
-    _fill(bits, (cupy.asarray(piece) for piece in pieces()))
+    whole = rounder.mapped()
+    end = 0
+    for piece in rounder.strips() if whole is None else (whole.view(np.uint16),):
+        upload.copy(bits[end : end + len(piece)], piece)
+        end += len(piece)
     return bits.view(numpy_dtype(source.dtype))
 
 

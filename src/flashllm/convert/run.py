@@ -15,6 +15,7 @@ from flashllm.convert import folder
 from flashllm.convert.choose import choose
 from flashllm.convert.matrix import Rounder, load, survey
 from flashllm.convert.plan import FilePlan, Source, origin_of, plan_files
+from flashllm.convert.upload import Upload
 from flashllm.errors import ArgumentError, MissingDependencyError
 from flashllm.formats.base import DType
 from flashllm.formats.bits import numpy_dtype
@@ -119,7 +120,7 @@ def convert(
     with opened as checkpoint:
         plans = plan_files(checkpoint, checked)
         identity = Identity(flashllm=__version__, source=origin_of(checkpoint), options=checked)
-        with folder.claimed(Path(out)) as directory:
+        with folder.claimed(Path(out)) as directory, Upload() if on_device else nullcontext() as upload:
             parts = folder.prepare(directory, checkpoint, identity, plans, resume=resume)
             kept = len(parts)
             seconds = Seconds()
@@ -127,7 +128,7 @@ def convert(
                 if progress is not None:
                     progress(plan.file, 0)
                 if plan.file not in parts:
-                    work = _Work(checkpoint, checked, gpu, seconds, on_device=on_device)
+                    work = _Work(checkpoint, checked, gpu, seconds, upload)
                     parts[plan.file] = work.write(directory / plan.file, plan, identity)
                 if progress is not None:
                     progress(plan.file, 1)
@@ -149,10 +150,10 @@ class _Work:
     """Writes files of one conversion."""
 
     def __init__(
-        self, checkpoint: Checkpoint, options: Options, gpu: Gpu | None, seconds: Seconds, *, on_device: bool
+        self, checkpoint: Checkpoint, options: Options, gpu: Gpu | None, seconds: Seconds, upload: Upload | None
     ) -> None:
         self._checkpoint, self._options, self._gpu = checkpoint, options, gpu
-        self._seconds, self._on_device = seconds, on_device
+        self._seconds, self._upload = seconds, upload
 
     def write(self, path: Path, plan: FilePlan, identity: Identity) -> Part:
         """Write one file; its part of the manifest."""
@@ -172,7 +173,7 @@ class _Work:
 
     def _matrix(self, writer: ContainerWriter, matrix: Source) -> StoredWeight:
         started = time.perf_counter()
-        array, rounding = load(self._checkpoint, matrix, device=self._on_device)
+        array, rounding = load(self._checkpoint, matrix, upload=self._upload)
         _wait(array)
         there = time.perf_counter()
         found = survey(array)

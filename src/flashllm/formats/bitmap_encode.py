@@ -350,11 +350,14 @@ def _pad(kept: NDArray[np.bool_], padding: NDArray[np.int64], group_values: int)
         kept[where] = flags | (free & (np.cumsum(free, axis=1) <= padding[where][:, None]))
 
 
+_CHUNK_VALUES = PARTS * CHUNK_ROWS * STREAMS
+
+
 class _Values:
     """Values [chunks, 4, 16, 64], which grow."""
 
     def __init__(self) -> None:
-        self._chunks = np.zeros((0, PARTS, CHUNK_ROWS, STREAMS), np.uint16)
+        self._flat = np.zeros(0, np.uint16)
         self._used = 1
 
     def put(
@@ -371,15 +374,15 @@ class _Values:
         They end below row ``end``, and with them ``done`` of the matrix is stored: so much there will be.
         """
         self._used = chunks_for(end)
-        if self._used > len(self._chunks):
+        if self._used * _CHUNK_VALUES > self._flat.size:
             size = max(self._used, min(int(self._used / done * 1.01) + 1, 2 * self._used))
-            grown = np.zeros((size, *self._chunks.shape[1:]), np.uint16)
-            grown[: len(self._chunks)] = self._chunks
-            self._chunks = grown
+            # resize() fills with zeros, and reallocates in place where the system can: no second copy exists.
+            self._flat.resize(size * _CHUNK_VALUES, refcheck=False)
         values = streams.reshape(-1)[np.flatnonzero(kept)]
         values[(values & MAGNITUDE) == 0] = 0  # padding may sit on a -0.0
-        self._chunks.reshape(-1)[where] = values
+        self._flat[where] = values
 
     def finish(self) -> NDArray[np.uint16]:
         """All chunks as [chunks, 4, 16, 32, 2]."""
-        return self._chunks[: self._used].reshape(self._used, PARTS, CHUNK_ROWS, LANES, 2)
+        self._flat.resize(self._used * _CHUNK_VALUES, refcheck=False)
+        return self._flat.reshape(self._used, PARTS, CHUNK_ROWS, LANES, 2)

@@ -34,8 +34,9 @@ COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
     "generation_config.json",
+    "prune.json",
 )
-"""Files beside the weights that a copy of a checkpoint needs."""
+"""Files beside the weights that a copy of a checkpoint needs; the last is `flashllm prune`'s own."""
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 8 << 20  # that of 405 billion parameters has 0.1 MB
 _MAX_SHARDS = 1000  # each is an open file; 405 billion parameters come in 191

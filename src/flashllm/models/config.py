@@ -200,6 +200,8 @@ def _scaling(read: _Reader) -> tuple[float, Llama3Scaling | None]:
         return 1.0, None
     if not isinstance(scaling, dict):
         raise read.refuse(field, "an object")
+    if scaling.get("partial_rotary_factor") not in (None, 1.0):
+        raise read.refuse(field, "an object without partial_rotary_factor, or with 1: nothing else is implemented")
     kind = scaling.get("rope_type")
     kind = scaling.get("type") if kind is None else kind
     if kind == "default" or (kind is None and scaling.get("factor") is None):

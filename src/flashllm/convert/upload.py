@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of large host arrays to the current device, at more than the speed of one core.
+
+The driver takes mapped pages through a buffer of its own with one thread: about 6 GB/s on an H200, where page-locked
+memory goes at 55. So several threads fill page-locked buffers, one of which is copied while the other is filled.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BUFFER_BYTES = 64 << 20
+_BUFFERS = 2
+_MOST_THREADS = 8
+_PART_BYTES = 4 << 20  # that a thread copies at a time
+
+
+class Upload:
+    """Page-locked buffers and threads; use with ``with``. ``BUFFER_BYTES`` of each of the buffers are taken."""
+
+    def __enter__(self) -> Self:
+        import cupy
+        import cupyx
+
+        self._buffers = [cupyx.empty_pinned(BUFFER_BYTES, np.uint8) for _ in range(_BUFFERS)]
+        self._free = [cupy.cuda.Event() for _ in range(_BUFFERS)]
+        """When what was copied last from a buffer has arrived; an event that was not recorded yet is over."""
+        self._turn = 0
+        threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="upload")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for event in self._free:
+            event.synchronize()  # before the buffers go
+        self._threads.shutdown()
+        del self._buffers
+
+    def copy(self, target: Any, source: NDArray[Any]) -> None:
+        """Write ``source`` into ``target``, a device array of the same type and number of elements, both C-contiguous.
+
+        In the order of the current stream; ``source`` was read when it returns.
+        """
+        import cupy
+
+        stream = cupy.cuda.get_current_stream()
+        flat, whole = source.reshape(-1), target.reshape(-1)
+        step = BUFFER_BYTES // flat.itemsize
+        for first in range(0, flat.size, step):
+            piece = flat[first : first + step]
+            turn = self._turn
+            self._turn = (turn + 1) % _BUFFERS
+            self._free[turn].synchronize()
+            buffer = self._buffers[turn].view(flat.dtype)[: piece.size]
+            self._fill(buffer, piece)
+            whole[first : first + piece.size].set(buffer, stream=stream)
+            self._free[turn].record(stream)
+
+    def _fill(self, buffer: NDArray[Any], piece: NDArray[Any]) -> None:
+        step = max(1, _PART_BYTES // piece.itemsize)
+        parts = [slice(first, first + step) for first in range(0, piece.size, step)]
+        # NumPy lets go of the interpreter while it copies.
+        list(self._threads.map(lambda part: np.copyto(buffer[part], piece[part]), parts))

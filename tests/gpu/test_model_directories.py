@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from flashllm.io.checkpoint import open_checkpoint
 from flashllm.models.config import model_config
 from flashllm.prune.methods import METHODS
 from flashllm.prune.run import Settings, prune
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from model_cases import write_checkpoint
 
 pytestmark = pytest.mark.gpu

@@ -42,7 +42,8 @@ def main(model: Path | None, text_file: Path, methods: str, sparsities: str, out
     """Measure perplexity against sparsity."""
     xp = array_module(device)
     source = model or model_path()
-    done = {(r.method, r.sparsity) for r in quality_rows.read(out)} if out.is_file() else set()
+    rows = quality_rows.read(out) if out.is_file() else []
+    done = {(r.method, r.sparsity) for r in rows if not r.finetuned_tokens}
     with open_checkpoint(source) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)
         calibration = read_text(text_file, part=CALIBRATION)

@@ -46,7 +46,8 @@ def load(root: Path) -> Curves:
     """From the folder ``experiments``: of each case the newest row. Raises ``FormatError`` or ``OSError``."""
     rows: dict[tuple[str | None, float | None, bool], QualityRow] = {}
     for file in sorted((root / "results" / "quality").glob("*-smollm2.jsonl")):
-        rows |= {(r.method, r.sparsity, r.finetuned_tokens > 0): r for r in quality_rows.read(file)}
+        alike = [r for r in quality_rows.read(file) if r.ratios in (None, "uniform") and r.format == "dense"]
+        rows |= {(r.method, r.sparsity, r.finetuned_tokens > 0): r for r in alike}
     dense = rows.get(("none", 0.0, False))
 
     def curves(trained: bool) -> dict[str, dict[float, float]]:

@@ -14,24 +14,23 @@ import numpy as np
 
 from flashllm.bench import environment
 from flashllm.bench.quality_rows import SCHEMA, QualityRow
-from flashllm.errors import ArgumentError, FormatError, brief
+from flashllm.errors import ArgumentError, FormatError
 from flashllm.io.checkpoint import Checkpoint, open_checkpoint
-from flashllm.io.files import open_regular
-from flashllm.io.safetensors_file import parse_json
+from flashllm.io.safetensors_file import LAYOUT_NAMES
 from flashllm.io.sparse_model import SparseModel, is_sparse_model
 from flashllm.models.config import ModelConfig
 from flashllm.models.dense import DenseModel
 from flashllm.models.packed import PackedModel, UnpackedModel
-from flashllm.models.quality import Advance, Model, evaluate, head, ignore, largest_difference, run_blocks
+from flashllm.models.quality import Model, evaluate, head, largest_difference, run_blocks
 from flashllm.models.text import Windows, read_text, windows
 from flashllm.models.tokenizer import load_tokenizer
-from flashllm.prune.run import RECORD
+from flashllm.progress import Advance, ignore
+from flashllm.prune.record import read_record
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_MAX_RECORD = 1 << 24
-_DTYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+_DTYPES = {**{stored: dtype for dtype, stored in LAYOUT_NAMES.items()}, "F32": "fp32"}
 _AGREE = 2.0
 """The largest error of sparse products' logits may be this many times that of dense 16-bit ones."""
 
@@ -86,8 +85,9 @@ class Evaluation:
 
     def measure(self, given: Windows, *, text: str, check: bool = False, advance: Advance = ignore) -> QualityRow:
         """Predict ``given``; ``text`` is a name for it. With ``check`` compare logits of the first window."""
-        record = self._record()
-        settings = record.get("settings", {})
+        record = read_record(self._path)
+        # A record without settings is of a model that was trained here, and pruned elsewhere.
+        settings = record.get("settings", {} if record else {"method": "none", "sparsity": 0.0})
         started = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore"):  # what is no number in the end is told
             found = evaluate(self._model, given, advance=advance)
@@ -109,9 +109,9 @@ class Evaluation:
             gpu=facts.gpu,
             model=self._path.resolve().name,
             model_type=self.config.model_type,
-            method=settings.get("method", "none"),
+            method=settings.get("method"),
             ratios=settings.get("ratios"),
-            sparsity=settings.get("sparsity", 0.0),
+            sparsity=settings.get("sparsity"),
             sparsity_real=zeros / elements,
             calibration=record.get("text"),
             prune_seconds=record.get("seconds"),
@@ -140,28 +140,6 @@ class Evaluation:
         narrow = DenseModel(self._checkpoint, xp=self._xp, narrow="bf16" if "bf16" in dtype else "fp16")
         packed, dense = (_logits(model, tokens, advance) for model in (self._model, narrow))
         return largest_difference(packed, wanted), largest_difference(dense, wanted)
-
-    def _record(self) -> dict[str, Any]:
-        path = self._path / RECORD
-        if not path.is_file():
-            return {}
-        with open_regular(path) as file:
-            record = parse_json(file.read(_MAX_RECORD).decode("utf-8", "replace"), field="file", path=str(path))
-        if not isinstance(record.get("settings"), dict):
-            raise FormatError(field="settings", expected="an object", got=brief(record.get("settings")), path=str(path))
-        for values, key, kinds in (
-            (record["settings"], "method", (str,)),
-            (record["settings"], "ratios", (str,)),
-            (record["settings"], "sparsity", (int, float)),
-            (record, "text", (str, type(None))),
-            (record, "finetuned_tokens", (int,)),
-            (record, "seconds", (int, float, type(None))),
-            (record, "device", (str,)),
-        ):
-            if key in values and type(values[key]) not in kinds:
-                expected = " or ".join(kind.__name__ for kind in kinds)
-                raise FormatError(field=key, expected=expected, got=brief(values[key]), path=str(path))
-        return record
 
     def _formats(self) -> str:
         if self._packed is None:

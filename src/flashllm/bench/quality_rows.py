@@ -56,6 +56,7 @@ class QualityRow:
     text: str
     """Name of the file and its part."""
     text_sha256: str
+    """Of the tokens of all windows, as little-endian int64."""
     windows: int
     length: int
     tokens: int

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands for whole models share."""
+"""What the commands for whole models share: options, and refusing those that would have no effect."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -39,6 +40,15 @@ def array_module(device: str) -> Any:
     if device == "gpu":
         raise BadUsage(f"--device gpu: {problem}")
     return numpy
+
+
+def refuse_options(names: Iterable[str], beside: str) -> None:
+    """Raise :class:`BadUsage` where one of these parameters was given: it has no effect ``beside`` ("with --to hf")."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = next(one for one in context.command.params if one.name == name)
+            raise BadUsage(f"{option.opts[0]}: expected nothing {beside}")
 
 
 def parse_part(text: str) -> tuple[float, float]:

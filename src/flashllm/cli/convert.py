@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flashllm.cli._cases import BadUsage, usage_errors
+from flashllm.cli._models import refuse_options
 from flashllm.registry import FORMATS
 
 if TYPE_CHECKING:
@@ -82,9 +83,11 @@ def command(
         from flashllm.io.sparse_model import is_sparse_model
 
         if to == "hf":
-            _refuse_options()
+            refuse_options(_OPTIONS, "with --to hf")
             _to_hugging_face(model, out, notes)
             return
+        if format != "auto":
+            refuse_options(("n", "gpu"), f"with --format {format}: auto chooses by it")
         if is_sparse_model(model):
             raise BadUsage(f"MODEL: expected a checkpoint, got sparse weights in {model}; --to hf turns them back")
         from flashllm.bench.cases import parse_batches
@@ -97,7 +100,8 @@ def command(
         target = None if gpu is None else find_gpu(gpu)
         with open_checkpoint(model) as checkpoint:
             layers = checkpoint.config.get("num_hidden_layers")
-            with progress(notes, (layers if isinstance(layers, int) else 0) + 1) as advance:
+            total = (layers if isinstance(layers, int) else 0) + 1
+            with usage_errors(MemoryError), progress(notes, total) as advance:
                 made = convert(
                     checkpoint,
                     out,
@@ -112,15 +116,6 @@ def command(
                 )
     for line in _summary(made, out):
         click.echo(line)
-
-
-def _refuse_options() -> None:
-    """Options that would have no effect."""
-    context = click.get_current_context()
-    for name in _OPTIONS:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = f"--{name.replace('_', '-')}"
-            raise BadUsage(f"{option}: expected nothing with --to hf")
 
 
 def _to_hugging_face(model: Path, out: Path, notes: Console) -> None:

@@ -73,7 +73,7 @@ def command(
             if out is not None:
                 results.ensure_writable(out)
             blocks = evaluation.config.layers * (4 if check else 1)
-            with progress(Console(stderr=True), blocks) as advance:
+            with usage_errors(MemoryError), progress(Console(stderr=True), blocks) as advance:
                 row = evaluation.measure(windows, text=f"{text.name} {part}", check=check, advance=advance)
         if out is not None:
             quality_rows.append(out, row)

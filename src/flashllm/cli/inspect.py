@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flashllm.cli._cases import BadUsage, usage_errors
+from flashllm.cli._models import refuse_options
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -69,9 +70,7 @@ def command(
         if file is None and (tensor is not None or sample):
             raise BadUsage("--tensor and --sample go with FILE")
         if file is not None and file.is_dir():
-            for option, is_given in (("--tensor", tensor), ("--gpu", gpu), ("--sample", sample)):
-                if is_given:
-                    raise BadUsage(f"{option}: expected nothing beside a directory")
+            refuse_options(("tensor", "n", "gpu", "sample"), "beside a directory")
             from flashllm.cli._directory import show_directory
 
             show_directory(file, as_json=as_json)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import INTERRUPTED, usage_errors
-from flashllm.cli._models import array_module, device_option, parse_part, part_option
+from flashllm.cli._cases import INTERRUPTED, BadUsage, usage_errors
+from flashllm.cli._models import array_module, device_option, parse_part, part_option, refuse_options
 
 
 @click.command(epilog="Exit status: 0 fine, 2 bad usage or an unreadable file, 130 interrupted.")
@@ -68,17 +68,19 @@ def command(
 
         settings = Settings(method=method, sparsity=sparsity, ratios=ratios)  # type: ignore[arg-type]
         settings.check()
-        if METHODS[method].calibrates and calib is None:
-            raise click.UsageError(f"--calib: {method} needs a text to calibrate with")
+        if not METHODS[method].calibrates:
+            refuse_options(("calib", "part", "samples", "length"), f"with --method {method}, which needs no text")
+        elif calib is None:
+            raise BadUsage(f"--calib: {method} needs a text to calibrate with")
         with open_checkpoint(model) as checkpoint:
             config = model_config(checkpoint.config, path=str(model))
             tokens = None
-            if calib is not None and METHODS[method].calibrates:
+            if calib is not None:
                 text = read_text(calib, part=parse_part(part))
                 tokens = windows(load_tokenizer(checkpoint), text, count=samples, length=length).tokens
             blocks = config.layers * (2 if ratios == "owl" else 1)
             try:
-                with progress(Console(stderr=True), blocks) as advance:
+                with usage_errors(MemoryError), progress(Console(stderr=True), blocks) as advance:
                     found = prune(
                         checkpoint,
                         out,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,19 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashllm.convert import folder
-from flashllm.convert.run import LAYOUT_NAMES, Progress
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType
 from flashllm.formats.check import is_int
 from flashllm.formats.weight import SparseWeight
-from flashllm.io.manifest import CONFIG_FILE, Manifest, Member
+from flashllm.io.files import copy_file, make_empty
+from flashllm.io.hf_directory import SINGLE_NAME
+from flashllm.io.manifest import Manifest, Member, rows_of
+from flashllm.io.safetensors_file import LAYOUT_NAMES
 from flashllm.io.sparse_model import SparseModel
 from flashllm.io.tensor_writer import TensorWriter, write_checkpoint_index
+from flashllm.models.directory import with_type, write_config
+from flashllm.progress import Advance, ignore
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in a file, as Hugging Face's own writer has it."""
-_TYPE_NAMES: dict[DType, str] = {"fp16": "float16", "bf16": "bfloat16"}
-_TYPE_KEYS = ("torch_dtype", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class _Stored:
 
 
 def to_hugging_face(
-    directory: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+    directory: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES, progress: Advance = ignore
 ) -> tuple[Path, ...]:
     """Write the sparse weights in ``directory`` as a checkpoint of Hugging Face; the files of tensors.
 
@@ -60,22 +61,19 @@ def to_hugging_face(
     model = SparseModel(directory)
     shards = _shards(model.manifest, shard_bytes)
     with folder.claimed(Path(out)) as target:
-        if next(target.iterdir(), None) is not None:
-            raise ArgumentError("out", expected="a new or empty directory", got=f"{str(target)!r} with files")
+        make_empty(target)
         for name, path in model.companions().items():
-            folder.copy_file(path, target / name)
+            copy_file(path, target / name)
         names = []
         for number, shard in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            if progress is not None:
-                progress(name, 0)
+            name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            progress(name, 0)
             _write(model, target / name, shard)
             names.append(name)
-            if progress is not None:
-                progress(name, 1)
+            progress(name, 1)
         if len(names) > 1:
             write_checkpoint_index(target, names)
-        folder.write_text(target / CONFIG_FILE, json.dumps(_config(model), indent=2) + "\n")
+        write_config(target, _config(model))
     return tuple(target / name for name in names)
 
 
@@ -110,11 +108,8 @@ def _write(model: SparseModel, path: Path, shard: list[_Stored]) -> None:
     with TensorWriter(path, metadata={"format": "pt"}, expected=expected) as writer:
         for stored in shard:
             array = _dense(model, stored)
-            start = 0
-            for member in stored.members:
-                whole = len(stored.members) == 1
-                rows = array if whole else array[start : start + member.rows]
-                start += member.rows
+            for member, place in rows_of(stored.members):
+                rows = array if len(stored.members) == 1 else array[place]
                 with writer.tensor(member.name, LAYOUT_NAMES[stored.dtype], rows.shape) as out:
                     out.write(rows)
 
@@ -125,8 +120,5 @@ def _dense(model: SparseModel, stored: _Stored) -> NDArray[Any]:
 
 
 def _config(model: SparseModel) -> dict[str, Any]:
-    config = dict(model.config)
     types = {weight.dtype for weight in model.manifest.weights.values()}
-    if len(types) == 1:
-        config |= {key: _TYPE_NAMES[next(iter(types))] for key in _TYPE_KEYS if key in config}
-    return config
+    return with_type(model.config, types.pop()) if len(types) == 1 else dict(model.config)

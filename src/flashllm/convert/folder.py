@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,18 +13,18 @@ from pathlib import Path
 from flashllm.convert.plan import FilePlan
 from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.io.checkpoint import Checkpoint
-from flashllm.io.files import locked, open_regular
+from flashllm.io.files import locked, write_text
+from flashllm.io.hf_directory import CONFIG_NAME, MAX_CONFIG_BYTES
 from flashllm.io.manifest import (
-    CONFIG_FILE,
     MANIFEST_FILE,
     NOTE,
     Identity,
     Manifest,
     Part,
     parse_part,
-    read_json,
 )
-from flashllm.io.safetensors_file import read_header, replacing
+from flashllm.io.safetensors_file import read_header, read_json
+from flashllm.models.directory import companion_names, config_text, write_companions, write_config
 
 
 @contextmanager
@@ -53,50 +52,31 @@ def prepare(
     Raises ``ArgumentError`` for a directory that is not empty without ``resume``, and with it for one that holds
     something else than this conversion makes; ``FormatError`` for a damaged file.
     """
-    companions = checkpoint.companions()
-    config = json.dumps(dict(checkpoint.config), indent=2) + "\n"
     there = {entry.name for entry in directory.iterdir()}
     if there and not resume:
         raise ArgumentError(
             "out", expected="a new or empty directory, or --resume to go on", got=f"{str(directory)!r} with files"
         )
-    ours = {CONFIG_FILE, MANIFEST_FILE, *companions, *(plan.file for plan in plans)}
+    ours = {CONFIG_NAME, MANIFEST_FILE, *companion_names(checkpoint), *(plan.file for plan in plans)}
     torn = {name for name in there if name.startswith(".") and name.endswith(".tmp") and _stem(name) in ours}
     if foreign := sorted(there - ours - torn):
         raise ArgumentError(
             "out", expected="files of the same conversion and no others", got=f"{brief(foreign[0])} in {directory}"
         )
-    if CONFIG_FILE in there and read_json(directory / CONFIG_FILE) != json.loads(config):
-        raise ArgumentError("out", expected=f"the {CONFIG_FILE} of the same model", got=f"another in {directory}")
+    config = json.loads(config_text(checkpoint.config))
+    if CONFIG_NAME in there and read_json(directory / CONFIG_NAME, most_bytes=MAX_CONFIG_BYTES) != config:
+        raise ArgumentError("out", expected=f"the {CONFIG_NAME} of the same model", got=f"another in {directory}")
     parts = {plan.file: _kept(directory / plan.file, plan, identity) for plan in plans if plan.file in there}
     for name in torn:
         (directory / name).unlink(missing_ok=True)  # of a run that was killed: nobody else writes, we hold the lock
-    write_beside(directory, config, checkpoint)
+    write_companions(checkpoint, directory)
+    write_config(directory, checkpoint.config)
     return parts
-
-
-def write_beside(directory: Path, config: str, checkpoint: Checkpoint) -> None:
-    """Write ``config.json`` and copy the companions of the checkpoint, each whole or not at all."""
-    for name, path in checkpoint.companions().items():
-        copy_file(path, directory / name)
-    write_text(directory / CONFIG_FILE, config)
 
 
 def finish(directory: Path, manifest: Manifest) -> None:
     """Write the manifest: the directory is whole."""
     write_text(directory / MANIFEST_FILE, json.dumps(manifest.as_json(), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put a file with ``text`` in place of ``path``: whole, or not at all."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a regular file; ``target`` appears whole. Raises ``FormatError`` for something else, ``OSError``."""
-    with open_regular(source) as read, replacing(target) as written:
-        shutil.copyfileobj(read, written)
 
 
 def _stem(name: str) -> str:

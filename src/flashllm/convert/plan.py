@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +11,16 @@ from flashllm.errors import FormatError, brief
 from flashllm.formats.base import DTYPES, DType
 from flashllm.formats.check import is_int
 from flashllm.io.checkpoint import Checkpoint, TensorInfo
-from flashllm.io.files import open_regular
+from flashllm.io.fingerprint import fingerprint
 from flashllm.io.manifest import OUTSIDE_FILE, Member, Options, Origin, block_file
+from flashllm.io.safetensors_file import LAYOUT_NAMES
 from flashllm.models.layout import LAYOUTS, Group, Layout, layout_of
 
-_FLOATS: Mapping[str, DType] = {"F16": "fp16", "BF16": "bf16"}
+_FLOATS: Mapping[str, DType] = {stored: dtype for dtype, stored in LAYOUT_NAMES.items()}
 _WIDE = ("F32", "F64")
 _DERIVED = ".rotary_emb.inv_freq"
 """Old checkpoints of Llama hold it; every reader computes it from the configuration."""
 _MAX_LAYERS = 99_999
-_SAMPLES = 16
-_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +78,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
         model_type=str(checkpoint.config["model_type"]),
         name=(path.name if path.name.strip(".") else path.resolve().name) or "model",
         layers=layers,
-        fingerprint=_fingerprint(checkpoint),
+        fingerprint=fingerprint(checkpoint),
     )
 
 
@@ -174,19 +170,3 @@ def _with_note(source: Source, note: str) -> Source:
 
 def _bad(checkpoint: Checkpoint, field: str, expected: str, got: object) -> FormatError:
     return FormatError(field=field, expected=expected, got=brief(got), path=str(checkpoint.path))
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    digest = hashlib.sha256()
-    tensors = [(info.name, list(info.shape), info.stored) for info in checkpoint.tensors.values()]
-    digest.update(json.dumps([dict(checkpoint.config), tensors], sort_keys=True, default=str).encode())
-    path = Path(checkpoint.path)
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        with open_regular(file) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            digest.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
-            last = max(0, size - _SAMPLE_BYTES)
-            for number in range(_SAMPLES):
-                opened.seek(last * number // (_SAMPLES - 1))
-                digest.update(opened.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from flashllm.convert.matrix import Rounder, load, survey
 from flashllm.convert.plan import FilePlan, Source, origin_of, plan_files
 from flashllm.convert.upload import Upload
 from flashllm.errors import ArgumentError, MissingDependencyError
-from flashllm.formats.base import DType
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.sources import is_cupy
 from flashllm.gpus import Gpu
@@ -36,13 +35,11 @@ from flashllm.io.manifest import (
     StoredWeight,
     part_text,
 )
+from flashllm.io.safetensors_file import LAYOUT_NAMES
 from flashllm.matmul.auto import AUTO, DEFAULT_N, check_batches, current_gpu
+from flashllm.progress import Advance, ignore
 from flashllm.registry import weight_class
 
-Progress = Callable[[str, int], None]
-"""Called with what is done now, and how many files have been finished since the last call."""
-LAYOUT_NAMES: dict[DType, str] = {"fp16": "F16", "bf16": "BF16"}
-"""Of the value types, in safetensors."""
 _NOTE_BYTES = 4096  # for the identity of a conversion, names of 255 characters among it
 _ENTRY_BYTES = 1024  # for a matrix or tensor in a part, beside its names
 
@@ -90,14 +87,15 @@ def convert(
     gpu: Gpu | None = None,
     device: str = "cpu",
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Advance = ignore,
 ) -> Conversion:
     """Write the checkpoint ``source`` as a directory ``out`` of sparse weights; see docs/conversion.md.
 
     ``format`` is ``"auto"``, a registered format or ``"dense"``; ``n`` are the numbers of rows of x, and ``gpu`` the
     GPU, that ``auto`` chooses for, by default the current one, without one an H100 80GB. ``dtype`` is ``"keep"``,
     ``"fp16"`` or ``"bf16"``. ``fuse`` makes layers of one input one matrix. ``device`` is ``"cpu"`` or ``"gpu"``: where
-    matrices are encoded; the bytes are the same. ``resume`` keeps the whole files of an earlier run.
+    matrices are encoded; the bytes are the same. ``resume`` keeps the whole files of an earlier run. ``progress``
+    counts files.
 
     ``out`` is new or empty, or with ``resume`` holds files of the same conversion. Memory: under two times the largest
     matrix of 16 bits. Raises ``ArgumentError``, ``FormatError`` for a checkpoint that cannot be converted,
@@ -125,13 +123,11 @@ def convert(
             kept = len(parts)
             seconds = Seconds()
             for plan in plans:
-                if progress is not None:
-                    progress(plan.file, 0)
+                progress(plan.file, 0)
                 if plan.file not in parts:
                     work = _Work(checkpoint, checked, gpu, seconds, upload)
                     parts[plan.file] = work.write(directory / plan.file, plan, identity)
-                if progress is not None:
-                    progress(plan.file, 1)
+                progress(plan.file, 1)
             manifest = Manifest(identity=identity, parts=tuple(parts[plan.file] for plan in plans))
             folder.finish(directory, manifest)
     seconds.whole = time.perf_counter() - started

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening files that may be anything, writing them whole, and locks between processes."""
+"""Opening and reading files that may be anything, writing and copying them whole, and locks between processes."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +55,68 @@ def _check_regular(mode: int, path: str | Path) -> None:
     if not stat.S_ISREG(mode):
         got = _KINDS.get(stat.S_IFMT(mode), "something else")
         raise FormatError(field="file", expected="a regular file", got=got, path=str(path))
+
+
+def read_utf8(path: str | Path, *, most_bytes: int) -> str:
+    """The text of a regular file. Raises ``FormatError`` for more bytes and for no UTF-8, else as ``open_regular``."""
+    with open_regular(path) as file:
+        raw = file.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        raise FormatError(field="file", expected=f"at most {most_bytes:,} bytes", got="more", path=str(path))
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"byte {raw[error.start]:#04x}"
+        raise FormatError(field="file", index=error.start, expected="UTF-8", got=got, path=str(path)) from error
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A new file, open to write, that takes the place of ``target`` in the end: whole and on disk, or not at all."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        return
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a file with ``text`` in place of ``path``: whole, or not at all; readable as the user's new files are."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file; ``target`` appears whole. Raises ``FormatError`` for something else, ``OSError``."""
+    with open_regular(source) as read, replacing(target) as written:
+        shutil.copyfileobj(read, written)
+
+
+def make_empty(directory: Path) -> None:
+    """Make ``directory`` where it is not there. Raises ``ArgumentError`` for a file, and where it holds anything."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        got = f"{str(directory)!r} with files" if directory.is_dir() else f"a file at {str(directory)!r}"
+        raise ArgumentError("out", expected="a new or empty directory", got=got)
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 def write_whole(path: Path, text: str, *, mode: int = 0o600) -> None:

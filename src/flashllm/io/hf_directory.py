@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.io.checkpoint import Checkpoint, TensorInfo
-from flashllm.io.files import open_regular
-from flashllm.io.safetensors_file import TensorEntry, TensorFile, parse_json
+from flashllm.io.safetensors_file import TensorEntry, TensorFile, read_json
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+"""Of the file that says which shard of a checkpoint holds which tensor."""
+TOKENIZER_NAME = "tokenizer.json"
+RECORD_NAME = "prune.json"
 COMPANIONS = (
-    "tokenizer.json",
+    TOKENIZER_NAME,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -34,10 +36,10 @@ COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
     "generation_config.json",
-    "prune.json",
+    RECORD_NAME,
 )
 """Files beside the weights that a copy of a checkpoint needs; the last is `flashllm prune`'s own."""
-_MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 8 << 20  # that of 405 billion parameters has 0.1 MB
 _MAX_SHARDS = 1000  # each is an open file; 405 billion parameters come in 191
 
@@ -57,7 +59,7 @@ class HfCheckpoint(Checkpoint):
         self.path = Path(path)
         if not self.path.is_dir():
             raise ArgumentError("path", expected="a directory with config.json", got=repr(str(path)))
-        self.config = _read_json(self.path / CONFIG_NAME, _MAX_CONFIG_BYTES)
+        self.config = read_json(self.path / CONFIG_NAME, most_bytes=MAX_CONFIG_BYTES)
         self._closed = False
         with ExitStack() as stack:
             places = self._open(stack)
@@ -109,7 +111,7 @@ class HfCheckpoint(Checkpoint):
 
     def _open_shards(self, stack: ExitStack) -> dict[str, tuple[TensorFile, TensorEntry]]:
         path = self.path / INDEX_NAME
-        found = _shards(_read_json(path, _MAX_INDEX_BYTES).get("weight_map"), str(path))
+        found = _shards(read_json(path, most_bytes=_MAX_INDEX_BYTES).get("weight_map"), str(path))
         places: dict[str, tuple[TensorFile, TensorEntry]] = {}
         for shard, names in found.items():
             file = stack.enter_context(TensorFile(self.path / shard))
@@ -144,20 +146,6 @@ class HfCheckpoint(Checkpoint):
 def _exists(path: Path) -> bool:
     """Whether there is anything called ``path``, even a link that leads nowhere."""
     return os.path.lexists(path)
-
-
-def _read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ``FormatError`` for anything else, or for more than ``limit`` bytes."""
-    with open_regular(path) as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise FormatError(field="file", expected=f"at most {limit:,} bytes", got="more", path=str(path))
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"byte {error.object[error.start]:#04x}"
-        raise FormatError(field="file", index=error.start, expected="UTF-8", got=got, path=str(path)) from error
-    return parse_json(text, field="file", path=str(path))
 
 
 def _shards(weight_map: object, path: str) -> dict[str, set[str]]:

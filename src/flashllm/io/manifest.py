@@ -8,10 +8,9 @@ made of and with which options. Since every file has its part, the manifest can 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from typing import Any
 from flashllm.errors import FormatError, brief
 from flashllm.formats.base import DTYPES, MAX_DIMENSION, DType
 from flashllm.formats.tiles import TILE_K, TILE_M
-from flashllm.io.files import open_regular
 from flashllm.io.json_fields import Fields
-from flashllm.io.safetensors_file import parse_json
+from flashllm.io.safetensors_file import parse_json, read_json
 from flashllm.registry import FORMATS
 
 MANIFEST_FILE = "flashllm.json"
-CONFIG_FILE = "config.json"
 OUTSIDE_FILE = "outside.safetensors"
 NOTE = "part"
 """Entry of ``__metadata__`` that holds the part of a file."""
@@ -257,22 +254,15 @@ def parse_manifest(value: Mapping[str, Any], *, path: str) -> Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a directory. Raises ``FormatError``, ``OSError``."""
     path = directory / MANIFEST_FILE
-    return parse_manifest(read_json(path), path=str(path))
+    return parse_manifest(read_json(path, most_bytes=_MAX_BYTES), path=str(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of sane size. Raises ``FormatError``, ``OSError``."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_BYTES:
-            raise FormatError(field="file", expected=f"at most {_MAX_BYTES:,} bytes", got=f"{size:,}", path=str(path))
-        raw = file.read(_MAX_BYTES)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"byte {raw[error.start]:#04x}"
-        raise FormatError(field="file", index=error.start, expected="UTF-8", got=got, path=str(path)) from error
-    return parse_json(text, field="file", path=str(path))
+def rows_of(members: Sequence[Member]) -> Iterator[tuple[Member, slice]]:
+    """Each member of a stored tensor with its rows there."""
+    start = 0
+    for member in members:
+        yield member, slice(start, start + member.rows)
+        start += member.rows
 
 
 def _plain(value: Any) -> Any:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashllm.errors import FormatError, brief
+from flashllm.formats.base import DType
 from flashllm.formats.bits import bfloat16
-from flashllm.io.files import open_regular
+from flashllm.io.files import open_regular, read_utf8, replacing
 
 MAX_HEADER_BYTES = 32 << 20
 """Parsed JSON takes up to 25 times the memory of its text; a model of 100,000 tensors has a header of 10 MB."""
@@ -49,6 +48,8 @@ DTYPE_NAMES = {
     "uint8": "U8",
 }
 """Names of the NumPy dtypes that are written, as the layout spells them."""
+LAYOUT_NAMES: Mapping[DType, str] = {"fp16": "F16", "bf16": "BF16"}
+"""Names of the value types of weights, as the layout spells them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,11 @@ def parse_json(text: str, *, field: str, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(field=field, expected="a JSON object", got=type(value).__name__, path=path)
     return value
+
+
+def read_json(path: str | Path, *, most_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file. Raises ``FormatError`` for anything else and for a larger file, ``OSError``."""
+    return parse_json(read_utf8(path, most_bytes=most_bytes), field="file", path=str(path))
 
 
 def _read_header(file: BinaryIO, where: str) -> Header:
@@ -226,35 +232,6 @@ def write_file(path: str | Path, tensors: Mapping[str, NDArray[Any]], metadata: 
             file.write(bytes_of(array))
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A new file, open to write, that takes the place of ``target`` in the end: whole and on disk, or not at all."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
-
-
 def bytes_of(array: NDArray[Any]) -> memoryview:
     """The elements of ``array`` in row-major order, without a copy where it is stored so."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system lets a folder be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        return
-    finally:
-        os.close(handle)

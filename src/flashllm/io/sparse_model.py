@@ -10,11 +10,10 @@ from typing import Any, NoReturn
 from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError, FormatError, brief
-from flashllm.formats.base import DType
 from flashllm.formats.weight import SparseWeight
 from flashllm.io.container import ContainerFile
+from flashllm.io.hf_directory import CONFIG_NAME, MAX_CONFIG_BYTES
 from flashllm.io.manifest import (
-    CONFIG_FILE,
     DENSE,
     MANIFEST_FILE,
     NOTE,
@@ -23,11 +22,9 @@ from flashllm.io.manifest import (
     StoredTensor,
     StoredWeight,
     parse_part,
-    read_json,
     read_manifest,
 )
-
-_LAYOUT_NAMES: Mapping[DType, str] = {"fp16": "F16", "bf16": "BF16"}
+from flashllm.io.safetensors_file import LAYOUT_NAMES, read_json
 
 
 def is_sparse_model(path: str | Path) -> bool:
@@ -57,7 +54,7 @@ class SparseModel:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         """What the directory holds."""
-        self.config: Mapping[str, Any] = read_json(path / CONFIG_FILE)
+        self.config: Mapping[str, Any] = read_json(path / CONFIG_NAME, most_bytes=MAX_CONFIG_BYTES)
         """The content of ``config.json``, as the source had it."""
         self._weights = self.manifest.weights
         self._tensors = self.manifest.tensors
@@ -68,7 +65,7 @@ class SparseModel:
 
     def companions(self) -> Mapping[str, Path]:
         """Other files in the directory that came with the checkpoint, by name: tokenizer, generation config."""
-        own = {MANIFEST_FILE, CONFIG_FILE, *self._parts}
+        own = {MANIFEST_FILE, CONFIG_NAME, *self._parts}
         found = sorted(path for path in self.path.iterdir() if path.name not in own and not path.name.startswith("."))
         return {path.name: path for path in found if path.is_file()}
 
@@ -116,7 +113,7 @@ class SparseModel:
             if name not in file.header.tensors:
                 self._disagree(file, name, "a tensor", "none")
             found = file.header.tensors[name]
-            for field, wanted in (("shape", entry.shape), ("dtype", _LAYOUT_NAMES[entry.dtype])):
+            for field, wanted in (("shape", entry.shape), ("dtype", LAYOUT_NAMES[entry.dtype])):
                 if getattr(found, field) != wanted:
                     self._disagree(file, f"{name}.{field}", wanted, getattr(found, field))
             return file.tensor(name, mmap=mmap)

@@ -21,20 +21,19 @@ from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError, brief
 from flashllm.formats.check import is_int
+from flashllm.io.files import replacing
+from flashllm.io.hf_directory import INDEX_NAME
 from flashllm.io.safetensors_file import (
     DTYPE_NAMES,
     ITEM_BYTES,
     MAX_HEADER_BYTES,
     bytes_of,
     read_header,
-    replacing,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-INDEX_NAME = "model.safetensors.index.json"
-"""Of the file that says which shard of a checkpoint holds which tensor."""
 _MAX_RANK = 8
 _MAX_BYTES = 2**60
 _WRITTEN = tuple(DTYPE_NAMES.values())

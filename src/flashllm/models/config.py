@@ -12,6 +12,7 @@ from flashllm.errors import FormatError, brief
 from flashllm.models.layout import LAYOUTS, Layout, layout_of
 
 _MOST = 1 << 24
+_MISTRAL_WINDOW = 4096  # where the file does not say it
 _LARGEST = sys.float_info.max  # an integer may be larger
 
 
@@ -102,6 +103,9 @@ class _Reader:
         if value is not None and not any(type(value) is type(one) and value == one for one in honoured):
             raise self.refuse(field, " or ".join(str(one) for one in honoured) + ": nothing else is implemented")
 
+    def has(self, field: str) -> bool:
+        return field in self._config
+
     def get(self, field: str) -> Any:
         return self._config.get(field)
 
@@ -162,7 +166,9 @@ def _llama(read: _Reader, kind: str) -> ModelConfig:
     window = read.get("sliding_window")
     # Qwen 2 and 3 name a window that they use only where this flag says so.
     windowed = read.flag("use_sliding_window", default=False) or kind == "mistral"
-    if windowed and window is not None and read.size("sliding_window") < positions:
+    if kind == "mistral" and not read.has("sliding_window"):
+        window = _MISTRAL_WINDOW  # which null would say is none
+    if windowed and window is not None and read.size("sliding_window", _MISTRAL_WINDOW) < positions:
         raise read.refuse("sliding_window", f"null, or at least the {positions} positions: windows are not implemented")
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     linear, llama3 = _scaling(read)

@@ -11,10 +11,13 @@ from typing import Any
 
 from flashllm.formats.sources import array_module
 from flashllm.models.config import ModelConfig
+from flashllm.models.text import split_batches
 
 Linear = Callable[[str, Any], Any]
 """``linear(name, x)``: y [T, M] = x [T, K] @ W^T of the linear layer ``name`` (without ``.weight``), without bias."""
 
+TOKENS_AT_ONCE = 4096
+"""Of a step: more only take memory."""
 _OPT_OFFSET = 2  # rows of the embedding of positions in front of position 0
 _HEADS_AT_ONCE = 64  # of whose scores [queries, T] are in memory together
 _QUERIES = 128  # of a step, which looks at no keys behind its last query
@@ -38,6 +41,12 @@ def block(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any, linear: 
     return (
         _opt_block(config, tensors, hidden, linear) if config.is_opt else _llama_block(config, tensors, hidden, linear)
     )
+
+
+def block_in_place(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any, linear: Linear) -> None:
+    """Replace ``hidden`` by what :func:`block` makes of it, ``TOKENS_AT_ONCE`` at a time."""
+    for part in split_batches(hidden, at_once=TOKENS_AT_ONCE):
+        hidden[part] = block(config, tensors, hidden[part], linear)
 
 
 def final_norm(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any) -> Any:

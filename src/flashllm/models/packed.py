@@ -14,13 +14,11 @@ from flashllm.formats.base import DType
 from flashllm.formats.bits import bfloat16
 from flashllm.formats.weight import SparseWeight
 from flashllm.io.checkpoint import Checkpoint, TensorInfo
-from flashllm.io.manifest import Member, StoredTensor, StoredWeight
+from flashllm.io.manifest import StoredTensor, StoredWeight, rows_of
+from flashllm.io.safetensors_file import LAYOUT_NAMES
 from flashllm.io.sparse_model import SparseModel
-from flashllm.models import forward
+from flashllm.models import forward, weights
 from flashllm.models.config import ModelConfig, model_config
-from flashllm.models.weights import check_tensors
-
-_LAYOUT_NAMES: Mapping[DType, str] = {"fp16": "F16", "bf16": "BF16"}
 
 
 class PackedModel:
@@ -32,18 +30,13 @@ class PackedModel:
 
     def __init__(self, model: SparseModel, *, xp: Any = np, backend: str | None = None) -> None:
         self.config: ModelConfig = model_config(model.config, path=str(model.path))
-        check_tensors(UnpackedModel(model), self.config)
         self.xp = xp
-        self._model, self._backend = model, backend
+        self._model, self._unpacked, self._backend = model, UnpackedModel(model), backend
+        weights.check_tensors(self._unpacked, self.config)
 
     def outside(self) -> dict[str, Any]:
         """Embeddings, final norm and head."""
-        layout = self.config.layout
-        names = (layout.embedding, *layout.outside, *(() if self.config.tied else (layout.head,)))
-        found = {name: self._read(name) for name in names}
-        if self.config.tied:
-            found[layout.head] = found[layout.embedding]
-        return found
+        return weights.outside(self._unpacked, self.config, xp=self.xp)
 
     def block(self, layer: int) -> tuple[dict[str, Any], forward.Linear]:
         """Norms and biases, and products with the packed matrices."""
@@ -51,20 +44,17 @@ class PackedModel:
         small: dict[str, Any] = {}
         for name, entry in self._model.manifest.tensors.items():
             if name.startswith(prefix):
-                array = self._read(name)
-                for member, rows in _rows_of(entry.members):
-                    small[member.removeprefix(prefix)] = array[rows]
+                array = self.xp.asarray(self._model.dense(name).astype(np.float32))
+                for member, rows in rows_of(entry.members):
+                    small[member.name.removeprefix(prefix)] = array[rows]
         products = _Products(self.xp, self._backend)
         for name, weight in self._model.manifest.weights.items():
             if name.startswith(prefix):
                 matrix = self._model.matrix(name)
-                for member, rows in _rows_of(weight.members):
-                    products.members[member.removeprefix(prefix).removesuffix(".weight")] = (name, rows)
+                for member, rows in rows_of(weight.members):
+                    products.members[member.name.removeprefix(prefix).removesuffix(".weight")] = (name, rows)
                 products.take(name, matrix, weight.dtype)
         return small, products
-
-    def _read(self, name: str) -> Any:
-        return self.xp.asarray(self._model.dense(name).astype(np.float32))
 
 
 class UnpackedModel(Checkpoint):
@@ -78,11 +68,11 @@ class UnpackedModel(Checkpoint):
             *model.manifest.weights.items(), *model.manifest.tensors.items(),
         )  # fmt: skip
         for name, entry in stored:
-            for member, rows in _rows_of(entry.members):
-                self._places[member] = (name, rows)
+            for member, rows in rows_of(entry.members):
+                self._places[member.name] = (name, rows)
                 shape = (rows.stop - rows.start, *entry.shape[1:])
-                dtype = _LAYOUT_NAMES[entry.dtype]
-                self.tensors[member] = TensorInfo(name=member, shape=shape, dtype=dtype, stored=dtype)
+                dtype = LAYOUT_NAMES[entry.dtype]
+                self.tensors[member.name] = TensorInfo(name=member.name, shape=shape, dtype=dtype, stored=dtype)
 
     def read(self, name: str) -> NDArray[Any]:
         """Rows of what is stored, decoded where it is packed."""
@@ -133,15 +123,6 @@ class _Products:
         if not isinstance(matrix, SparseWeight):
             return to_nearest(to_nearest(x, dtype) @ matrix.T, dtype)
         return _wide(spmm(_narrow(x, dtype), matrix, backend=self._backend), dtype)
-
-
-def _rows_of(members: tuple[Member, ...]) -> list[tuple[str, slice]]:
-    """Name and rows of each member."""
-    found, start = [], 0
-    for member in members:
-        found.append((member.name, slice(start, start + member.rows)))
-        start += member.rows
-    return found
 
 
 def _narrow(x: Any, dtype: DType) -> Any:

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashllm.formats.sources import array_module
 from flashllm.models import forward
 from flashllm.models.config import ModelConfig
-from flashllm.models.text import Windows, split_batches
+from flashllm.models.text import Windows
+from flashllm.progress import Advance, ignore
 
-_TOKENS_AT_ONCE = 4096
 _HEAD_TOKENS = 512  # rows of logits in memory together: [512, vocabulary]
 
 
@@ -52,14 +52,6 @@ class Quality:
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.inf
 
 
-Advance = Callable[[str, int], None]
-"""``advance(title, blocks)``: what is being done, and how many blocks are finished since the last call."""
-
-
-def ignore(title: str, blocks: int) -> None:
-    """Nobody looks at the progress."""
-
-
 def evaluate(model: Model, text: Windows, *, advance: Advance = ignore) -> Quality:
     """Predict every token of ``text`` but the first of each window."""
     xp = model.xp
@@ -83,8 +75,7 @@ def run_blocks(model: Model, tokens: Any, *, advance: Advance = ignore) -> tuple
     for layer in range(model.config.layers):
         advance(f"block {layer}", 0)
         small, linear = model.block(layer)
-        for part in split_batches(hidden, at_once=_TOKENS_AT_ONCE):
-            hidden[part] = forward.block(model.config, small, hidden[part], linear)
+        forward.block_in_place(model.config, small, hidden, linear)
         advance(f"block {layer}", 1)
     return hidden, outside
 

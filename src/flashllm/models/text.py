@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.errors import ArgumentError, FormatError
-from flashllm.io.files import open_regular
+from flashllm.errors import ArgumentError
+from flashllm.io.files import read_utf8
 from flashllm.models.tokenizer import Tokenizer
 
 _MOST_BYTES = 1 << 30
@@ -32,15 +32,7 @@ def read_text(path: str | Path, *, part: tuple[float, float] = (0.0, 1.0)) -> st
     first, last = part
     if not 0.0 <= first < last <= 1.0:
         raise ArgumentError("part", expected="fractions a < b in 0..1", got=f"{first}:{last}")
-    with open_regular(path) as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise FormatError(field="file", expected=f"at most {_MOST_BYTES} bytes", got="more", path=str(path))
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"byte {content[error.start]:#04x}"
-        raise FormatError(field="file", index=error.start, expected="UTF-8", got=got, path=str(path)) from error
+    text = read_utf8(path, most_bytes=_MOST_BYTES)
     return text[int(first * len(text)) : int(last * len(text))]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from flashllm.errors import FormatError, MissingDependencyError, brief
 from flashllm.formats.check import is_int
 from flashllm.io.checkpoint import Checkpoint
-from flashllm.io.files import open_regular
+from flashllm.io.files import read_utf8
+from flashllm.io.hf_directory import TOKENIZER_NAME
 
 _MOST_BYTES = 1 << 28
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
@@ -62,6 +63,11 @@ def _prefix(made: Any) -> tuple[int, ...]:
     return tuple(found.ids[: min(1, behind)])
 
 
+def has_own_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint itself holds the tokenizer, as GGUF files do, and no ``tokenizer.json`` beside it."""
+    return getattr(checkpoint, "tokenizer", None) is not None
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
@@ -75,17 +81,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     fields = getattr(checkpoint, "tokenizer", None)
     if fields is not None:
         return _of_gguf(tokenizers, fields, str(checkpoint.path))
-    file = checkpoint.companions().get("tokenizer.json")
+    file = checkpoint.companions().get(TOKENIZER_NAME)
     if file is None:
         raise FormatError(
-            field="tokenizer.json", expected="a file beside the weights", got="none", path=str(checkpoint.path)
+            field=TOKENIZER_NAME, expected="a file beside the weights", got="none", path=str(checkpoint.path)
         )
-    with open_regular(file) as opened:
-        content = opened.read(_MOST_BYTES + 1)
+    content = read_utf8(file, most_bytes=_MOST_BYTES)
     try:
-        made = tokenizers.Tokenizer.from_str(content[:_MOST_BYTES].decode("utf-8"))
+        made = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the package raises plain Exception
-        raise FormatError(field="tokenizer.json", expected="a tokenizer", got=str(error), path=str(file)) from error
+        raise FormatError(field=TOKENIZER_NAME, expected="a tokenizer", got=str(error), path=str(file)) from error
     return Tokenizer(made)
 
 

@@ -41,12 +41,17 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 def outside(checkpoint: Checkpoint, config: ModelConfig, *, xp: Any = np, dtype: Any = np.float32) -> dict[str, Any]:
     """Embeddings, final norm and head, which is the embedding where the model ties them."""
-    layout = config.layout
-    names = (layout.embedding, *layout.outside, *(() if config.tied else (layout.head,)))
-    found = {name: _read(checkpoint, name, xp, dtype) for name in names}
-    if config.tied:
-        found[layout.head] = found[layout.embedding]
+    head = config.layout.head
+    found = before_blocks(checkpoint, config, xp=xp, dtype=dtype)
+    found[head] = found[config.layout.embedding] if config.tied else _read(checkpoint, head, xp, dtype)
     return found
+
+
+def before_blocks(
+    checkpoint: Checkpoint, config: ModelConfig, *, xp: Any = np, dtype: Any = np.float32
+) -> dict[str, Any]:
+    """The same without the head, for whoever needs the embeddings alone."""
+    return {name: _read(checkpoint, name, xp, dtype) for name in (config.layout.embedding, *config.layout.outside)}
 
 
 def block(checkpoint: Checkpoint, config: ModelConfig, layer: int, *, xp: Any = np, dtype: Any = np.float32) -> Block:

@@ -12,9 +12,6 @@ from flashllm.models.text import split_batches
 from flashllm.models.weights import Block
 from flashllm.prune.statistics import Statistics
 
-TOKENS_AT_ONCE = 4096
-"""Of a step: more only take memory."""
-
 
 def observe(
     config: ModelConfig, block: Block, hidden: Any, statistics: Callable[[], Statistics]
@@ -32,13 +29,11 @@ def observe(
             found[name].add(x)
         return multiply(name, x)
 
-    for part in split_batches(hidden, at_once=TOKENS_AT_ONCE):
+    for part in split_batches(hidden, at_once=forward.TOKENS_AT_ONCE):
         forward.block(config, block.small, hidden[part], linear)
     return {member: found[first] for member, first in first_of.items()}
 
 
 def advance(config: ModelConfig, block: Block, hidden: Any) -> None:
     """Replace ``hidden`` [S, T, hidden] by what ``block`` makes of it."""
-    multiply = forward.multiply_by(block.linears)
-    for part in split_batches(hidden, at_once=TOKENS_AT_ONCE):
-        hidden[part] = forward.block(config, block.small, hidden[part], multiply)
+    forward.block_in_place(config, block.small, hidden, forward.multiply_by(block.linears))

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +19,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
+from flashllm.errors import ArgumentError, FormatError, MissingDependencyError, brief
 from flashllm.formats.bits import bfloat16
 from flashllm.io.checkpoint import Checkpoint, open_checkpoint
-from flashllm.io.files import open_regular, write_whole
-from flashllm.io.safetensors_file import parse_json, replacing
+from flashllm.io.files import make_empty, replacing
+from flashllm.io.fingerprint import fingerprint
+from flashllm.io.hf_directory import SINGLE_NAME
 from flashllm.io.tensor_writer import TensorWriter
 from flashllm.models.config import ModelConfig, model_config
-from flashllm.prune.run import RECORD
+from flashllm.models.directory import write_companions, write_config
+from flashllm.models.weights import check_tensors
+from flashllm.progress import Advance, ignore
+from flashllm.prune.record import RECORD, read_record, write_record
 
 STATE = "finetune-state.pt"
 """In the output directory while work goes on: all that is needed to continue."""
-_SHARD = "model.safetensors"
-_MAX_RECORD = 1 << 24
-Advance = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def finetune(
     device: str = "cuda",
     seconds: float = math.inf,
     save_seconds: float = 300.0,
-    advance: Advance = lambda title, steps: None,
+    advance: Advance = ignore,
 ) -> Trained:
     """Train the pruned checkpoint ``model``, a directory of Hugging Face, and write it to ``out``, another.
 
@@ -116,6 +115,7 @@ def finetune(
     settings.check()
     with open_checkpoint(model) as checkpoint:
         config = model_config(checkpoint.config, path=str(model))
+        check_tensors(checkpoint, config)
         if settings.length > config.positions:
             raise ArgumentError("length", expected=f"at most {config.positions}", got=str(settings.length))
         if tokens.ndim != 1 or len(tokens) <= settings.length or tokens.min() < 0 or tokens.max() >= config.vocab:
@@ -140,10 +140,11 @@ class _Work:
         self._checkpoint, self._config, self._source, self._out = checkpoint, config, source, out
         self._settings, self._device = settings, device
         self._torch, self._transformers = _packages()
+        _check_device(self._torch, device)
         identity = {
             "settings": asdict(settings),
-            "model": source.resolve().name,
-            "teacher": None if teacher is None else Path(teacher).resolve().name,
+            "model": fingerprint(checkpoint),
+            "teacher": None if teacher is None else _fingerprint_at(teacher),
             "tokens": hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest(),
         }
         self._identity = json.dumps(identity, sort_keys=True)
@@ -165,7 +166,12 @@ class _Work:
         advance("resumed" if step else "training", step)
         try:
             while step < self._settings.steps and time.perf_counter() - started < seconds:
-                losses.append(self._step(step))
+                try:
+                    losses.append(self._step(step))
+                except self._torch.OutOfMemoryError as error:
+                    expected = "windows that fit into the memory of the GPU together"
+                    got = f"{self._settings.batch} of {self._settings.length} tokens"
+                    raise ArgumentError("batch", expected=expected, got=got) from error
                 step += 1
                 advance(f"loss {losses[-1]:.3f}", 1)
                 if time.perf_counter() - saved >= save_seconds:
@@ -175,10 +181,9 @@ class _Work:
             self._save_state(step)
             raise
         finished = step >= self._settings.steps
+        self._save_state(step)  # also before the model is written, which may fail
         if finished:
             self._write(text)
-        else:
-            self._save_state(step)
         last = losses[-50:] or [math.nan]
         spent = time.perf_counter() - started
         return Trained(steps=step, loss=float(np.mean(last)), seconds=spent, finished=finished)
@@ -230,22 +235,25 @@ class _Work:
         return kind.from_pretrained(path, local_files_only=True).to(self._device)
 
     def _check_out(self) -> None:
-        state = self._out / STATE
-        if self._out.exists() and not state.is_file() and (not self._out.is_dir() or any(self._out.iterdir())):
-            raise ArgumentError("out", expected="a new or empty directory", got=f"{self._out}, which holds files")
-        self._out.mkdir(parents=True, exist_ok=True)
+        if not (self._out / STATE).is_file():
+            make_empty(self._out)
 
     def _resume(self) -> int:
         """The number of steps that an earlier call has done."""
         path = self._out / STATE
         if not path.is_file():
             return 0
-        state = self._torch.load(path, map_location=self._device, weights_only=True)
-        if state["identity"] != self._identity:
-            raise ArgumentError("out", expected="a new directory, or the same work begun before", got=state["identity"])
+        try:
+            state = self._torch.load(path, map_location=self._device, weights_only=True)
+            identity, step = str(state["identity"]), int(state["step"])
+        except Exception as error:  # PyTorch has several for files that it cannot read
+            expected = "what an earlier call has saved"
+            raise FormatError(field="file", expected=expected, got=brief(error), path=str(path)) from error
+        if identity != self._identity:
+            raise ArgumentError("out", expected="a new directory, or the same work begun before", got=identity)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        return step
 
     def _save_state(self, step: int) -> None:
         state = {
@@ -259,34 +267,25 @@ class _Work:
 
     def _write(self, text: str | None) -> None:
         """The trained model as a directory like the one it came from, in place of the state."""
-        named = dict(self._model.named_parameters())
+        # A head that is the embedding has both names, and the file may hold it under both.
+        named = dict(self._model.named_parameters(remove_duplicate=False))
         names = tuple(self._checkpoint.tensors)
-        for name, source in self._checkpoint.companions().items():
-            if name != RECORD:
-                with open_regular(source) as file, replacing(self._out / name) as copy:
-                    shutil.copyfileobj(file, copy)
-        config = json.dumps(dict(self._checkpoint.config), indent=2) + "\n"
-        write_whole(self._out / "config.json", config, mode=0o644)
-        record = {**self._record(), "finetuned_tokens": self._settings.tokens, "finetuned_on": text}
-        record["finetuning"] = json.loads(self._identity)
-        write_whole(self._out / RECORD, json.dumps(record, indent=1) + "\n", mode=0o644)
-        with TensorWriter(self._out / _SHARD, metadata={"format": "pt"}, expected=names) as writer:
+        write_companions(self._checkpoint, self._out, without=[RECORD])
+        write_config(self._out, self._checkpoint.config)
+        record = read_record(self._source)  # how it was pruned, if this package did it
+        record.pop("blocks", None)  # of a pruning that could be continued
+        record["finetuned_tokens"] = record.get("finetuned_tokens", 0) + self._settings.tokens
+        record |= {"finetuned_on": text, "finetuning": json.loads(self._identity)}
+        write_record(self._out, record)
+        with TensorWriter(self._out / SINGLE_NAME, metadata={"format": "pt"}, expected=names) as writer:
             for name in names:
                 old = self._checkpoint.read(name)
-                if name not in named:  # a head that is the embedding, say, stored twice
+                if name not in named:  # frequencies of rotary positions, say, that old files hold
                     writer.add(name, old)
                     continue
                 values = named[name].detach().float().cpu().numpy()
                 writer.add(name, _as_type(values, old.dtype, name))
         (self._out / STATE).unlink(missing_ok=True)
-
-    def _record(self) -> Mapping[str, Any]:
-        """How the model was pruned, if this package did it."""
-        path = self._source / RECORD
-        if not path.is_file():
-            return {}
-        with open_regular(path) as file:
-            return parse_json(file.read(_MAX_RECORD).decode("utf-8", "replace"), field="file", path=str(path))
 
 
 def _as_type(values: NDArray[np.float32], dtype: Any, name: str) -> NDArray[Any]:
@@ -304,5 +303,21 @@ def _packages() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise MissingDependencyError(f"{error}: pip install torch transformers") from error
+        raise MissingDependencyError(f'{error}: pip install "flashllm[finetune]"') from error
     return torch, transformers
+
+
+def _check_device(torch: Any, device: str) -> None:
+    """Raise ``ArgumentError`` for no device of PyTorch, ``MissingDependencyError`` for a GPU that is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        expected = "a device of PyTorch, such as cuda or cpu"
+        raise ArgumentError("device", expected=expected, got=repr(device)) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MissingDependencyError(f"device: PyTorch finds no GPU for {device!r}")
+
+
+def _fingerprint_at(path: str | Path) -> str:
+    with open_checkpoint(path) as checkpoint:
+        return fingerprint(checkpoint)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,7 @@ from flashllm.errors import ArgumentError
 OWL_THRESHOLD = 5.0
 """An element is an outlier from so many times the mean score of its matrix on."""
 OWL_SPREAD = 0.08
-"""Blocks may differ from the sparsity asked for by this much."""
-
-Advance = Callable[[str, int], None]
-"""``advance(title, blocks done)``."""
+"""Half of what the most and the least sparse block differ by."""
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -35,7 +32,7 @@ def owl(shares: Sequence[float], sparsity: float) -> list[float]:
     """Sparsities of blocks from their ``shares`` of outliers; their mean is ``sparsity``.
 
     Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML'24, section 3: the more outliers a block has the fewer
-    zeros it gets, linearly, within ``OWL_SPREAD`` around the mean. Less spread where a sparsity would leave 0..1.
+    zeros it gets, linearly, over twice ``OWL_SPREAD``. Less spread where a sparsity would leave 0..1.
     """
     check_sparsity(sparsity)
     given = np.asarray(shares, np.float64)

@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +14,24 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
+from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.formats.bits import bfloat16
 from flashllm.io.checkpoint import Checkpoint
-from flashllm.io.files import open_regular, write_whole
-from flashllm.io.safetensors_file import TensorFile, parse_json, replacing
+from flashllm.io.files import make_empty
+from flashllm.io.fingerprint import fingerprint
+from flashllm.io.safetensors_file import TensorFile
 from flashllm.io.tensor_writer import TensorWriter, write_checkpoint_index
 from flashllm.models import forward, weights
 from flashllm.models.config import ModelConfig, model_config
-from flashllm.models.tokenizer import load_tokenizer
+from flashllm.models.directory import with_type, write_companions, write_config
 from flashllm.models.weights import Block
+from flashllm.progress import Advance, ignore
 from flashllm.prune import calibrate, ratios
 from flashllm.prune.methods import METHODS, method
+from flashllm.prune.record import RECORD, read_record, write_record
 from flashllm.prune.statistics import Norms
 
-RECORD = "prune.json"
-"""Beside the weights: how they were made."""
-_MAX_RECORD = 1 << 24
 _PREFIX = "model"
-Advance = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +77,7 @@ def prune(
     tokens: NDArray[np.int64] | None = None,
     text: str | None = None,
     xp: Any = np,
-    advance: Advance = lambda title, blocks: None,
+    advance: Advance = ignore,
 ) -> Pruned:
     """Write the pruned model into directory ``out``: safetensors, one shard for each block, and ``config.json``.
 
@@ -96,9 +92,18 @@ def prune(
     calibrates = method(settings.method).calibrates
     if calibrates and tokens is None:
         raise ArgumentError("tokens", expected=f"text to calibrate {settings.method} with", got="None")
-    if tokens is not None and (tokens.ndim != 2 or tokens.shape[1] > config.positions or tokens.max() >= config.vocab):
+    if tokens is not None and (
+        tokens.ndim != 2 or not tokens.size or tokens.shape[1] > config.positions
+        or tokens.min() < 0 or tokens.max() >= config.vocab
+    ):  # fmt: skip
         expected = f"[S, T] of tokens below {config.vocab}, T at most {config.positions}"
-        raise ArgumentError("tokens", expected=expected, got=f"shape {list(tokens.shape)}, up to {tokens.max()}")
+        raise ArgumentError("tokens", expected=expected, got=f"{list(tokens.shape)} of {brief(tokens)}")
+    if settings.ratios == "global":
+        # Their bits are counted, and those of fp16 and bf16 do not compare.
+        names = [name for layer in range(config.layers) for name in config.layout.linears(layer)]
+        if len({checkpoint.info(name).dtype == "BF16" for name in names}) > 1:
+            expected = "uniform: a global threshold is for matrices of one type"
+            raise ArgumentError("ratios", expected=expected, got="global, and matrices of bf16 and of others")
     work = _Work(checkpoint, config, Path(out), settings, tokens if calibrates else None, xp, advance)
     return work.run(text if calibrates else None)
 
@@ -170,7 +175,7 @@ class _Work:
         names = weights.block_names(self._checkpoint, self._config, layer)
         self._write(self._shard(layer), ((name, stored.get(name)) for name in names), names)
         self._record["blocks"][str(layer)] = {"zeros": zeros, "elements": elements}
-        self._save(self._record)
+        write_record(self._out, self._record)
         return Block(small=block.small, linears=kept)
 
     def _sparsities(self) -> dict[str, float]:
@@ -199,14 +204,17 @@ class _Work:
                 found = [ratios.outlier_share(abs(w) * seen[name].norms()) for name, w in block.linears.items()]
                 shares.append(float(np.mean(found)))
                 calibrate.advance(self._config, block, hidden)
+                self._advance(f"outliers of block {layer}", 1)
             self._record["outliers"] = shares
-            self._save(self._record)
+            write_record(self._out, self._record)
+        else:
+            self._advance("outliers", self._config.layers)
         return list(self._record["outliers"])
 
     def _embedded(self) -> Any:
         if self._tokens is None:
             return None
-        tensors = weights.outside(self._checkpoint, self._config)
+        tensors = weights.before_blocks(self._checkpoint, self._config)
         return self._xp.asarray(forward.embed(self._config, tensors, self._tokens))
 
     def _read(self, checkpoint: Checkpoint, layer: int) -> Block:
@@ -254,51 +262,31 @@ class _Work:
                 writer.add(name, array)
 
     def _identity(self) -> dict[str, Any]:
-        """What decides the result, but for the values of the weights."""
-        tensors = [(t.name, list(t.shape), t.stored) for t in self._checkpoint.tensors.values()]
-        digest = hashlib.sha256(json.dumps([dict(self._checkpoint.config), tensors], sort_keys=True).encode())
+        """What decides the result."""
         tokens = None
         if self._tokens is not None:
             content = np.ascontiguousarray(self._tokens, dtype="<i8")
             tokens = {"shape": list(content.shape), "sha256": hashlib.sha256(content.tobytes()).hexdigest()}
-        return {"settings": asdict(self._settings), "model": digest.hexdigest(), "tokens": tokens}
+        return {"settings": asdict(self._settings), "model": fingerprint(self._checkpoint), "tokens": tokens}
 
     def _started(self) -> dict[str, Any]:
         """The record of ``out``, new or that of an earlier run of the same work."""
-        identity, path = self._identity(), self._out / RECORD
-        if path.is_file():
-            with open_regular(path) as file:
-                record = parse_json(file.read(_MAX_RECORD).decode("utf-8", "replace"), field="file", path=str(path))
-            if {key: record.get(key) for key in identity} != identity or not isinstance(record.get("blocks"), dict):
-                got = f"that of {record.get('settings')}"
+        identity, record = self._identity(), read_record(self._out)
+        if record:
+            if {key: record.get(key) for key in identity} != identity or "blocks" not in record:
+                got = f"that of {record.get('settings')}, another model or text"
                 raise ArgumentError("out", expected="a new directory, or the same work begun before", got=got)
             return record
-        if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
-            raise ArgumentError(
-                "out", expected="a new or empty directory", got=f"{str(self._out)!r}, which holds files"
-            )
-        self._out.mkdir(parents=True, exist_ok=True)
+        make_empty(self._out)
         record = {**identity, "blocks": {}}
-        self._save(record)  # first of all: a directory that holds it may be continued
+        write_record(self._out, record)  # first of all: a directory that holds it may be continued
         return record
 
-    def _save(self, record: dict[str, Any]) -> None:
-        write_whole(self._out / RECORD, json.dumps(record, indent=1) + "\n", mode=0o644)
-
     def _finish(self) -> None:
-        for name, source in self._checkpoint.companions().items():
-            if name == RECORD:  # of another pruning, before this one
-                continue
-            with open_regular(source) as file, replacing(self._out / name) as copy:
-                shutil.copyfileobj(file, copy)
-        if getattr(self._checkpoint, "tokenizer", None) is not None:
-            # A GGUF file holds its tokenizer. Without the package that writes it the weights are no less pruned.
-            with suppress(MissingDependencyError, FormatError), replacing(self._out / "tokenizer.json") as copy:
-                copy.write(load_tokenizer(self._checkpoint).to_json().encode())
+        write_companions(self._checkpoint, self._out, without=[RECORD])  # one there is of another pruning, before this
         kinds = {self._checkpoint.info(name).dtype for name in self._config.layout.linears(0)}
-        config = {**self._checkpoint.config, "torch_dtype": "bfloat16" if kinds == {"BF16"} else "float16"}
-        write_whole(self._out / "config.json", json.dumps(config, indent=2) + "\n", mode=0o644)
-        self._save(self._record)
+        write_config(self._out, with_type(self._checkpoint.config, "bf16" if kinds == {"BF16"} else "fp16"))
+        write_record(self._out, self._record)
         # Last: before it, this is no checkpoint.
         write_checkpoint_index(self._out, [self._shard(layer) for layer in range(-1, self._config.layers)])
 

@@ -22,6 +22,11 @@ _SCRATCH = Path(os.environ["FLASHLLM_TESTS_SCRATCH"])
 os.environ["CUPY_CACHE_DIR"] = str(_SCRATCH / "cupy")
 os.environ["FLASHLLM_CACHE_DIR"] = str(_SCRATCH / "flashllm")
 
+# Before anything imports NumPy, too: workers share the cores, where threads of a product that wait for one another take
+# many times as long as one thread for all of it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Programs that tests start find the package too, when it is not installed.
 _TESTS = Path(__file__).resolve().parent
 _SOURCE = str(_TESTS.parent / "src")

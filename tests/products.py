@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flashllm import registry
+from flashllm.formats import runs
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.weight import SparseWeight
 from flashllm.jit.spec import KernelSpec
@@ -84,24 +85,31 @@ def packed(name: str, w: NDArray[Any], **options: Any) -> SparseWeight:
     return registry.weight_class(name).from_dense(w, **options)
 
 
-@lru_cache(maxsize=256)
 def packed_weight(
-    name: str, pattern: str, shape: tuple[int, int], density: float, dtype: str = "fp16", seed: int = 0, **options: Any
+    name: str, pattern: str, shape: tuple[int, int], density: float, dtype: str = "fp16", seed: int = 0
 ) -> tuple[NDArray[Any], SparseWeight]:
-    """A ``weight`` and that in format ``name``, for many tests: packing takes as long as a product."""
+    """A ``weight`` and that in format ``name``, kept for other tests: packing takes as long as a product."""
+    return _packed_weight(name, pattern, shape, density, dtype, seed, runs.RUNS)
+
+
+@lru_cache(maxsize=256)
+def _packed_weight(
+    name: str, pattern: str, shape: tuple[int, int], density: float, dtype: str, seed: int, runs_of_tiles: int
+) -> tuple[NDArray[Any], SparseWeight]:
+    """``runs_of_tiles``: what some tests change, and packing depends on."""
     w = weight(pattern, shape, density, dtype, seed)
     w.flags.writeable = False
-    return w, packed(name, w, **options)
+    return w, packed(name, w)
 
 
-def every_pair(names: str, first: Sequence[Any], second: Sequence[Any], third: Sequence[Any]) -> Any:
-    """Parametrizes a test with three parameters, so that every value of each meets every one of the others.
+def every_pair(names: str, first: Collection[Any], second: Collection[Any], third: Sequence[Any]) -> Any:
+    """Gives a test three parameters, so that every value of each meets all of the others, ``third`` in turn.
 
-    In far fewer cases than all combinations: ``third`` has no more values than the others.
+    Far fewer cases than all combinations, and what is wrong for two values together is still found.
     """
     assert len(third) <= min(len(first), len(second)), "some pairs would be left out"
     cases = [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
-    return pytest.mark.parametrize(names.split(", "), cases, ids=lambda value: str(value))
+    return pytest.mark.parametrize(names.split(", "), cases, ids=str)
 
 
 def arch_of(spec: KernelSpec) -> str:

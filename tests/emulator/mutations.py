@@ -20,7 +20,7 @@ import numpy as np
 from flashllm.backends import emulator
 from flashllm.jit.sources import cuda_root
 from flashllm.matmul.kernel import KernelChoice
-from products import exact, integers, packed, weight
+from products import exact, integers, packed_weight
 
 X_STAGE, EPILOGUE, STREAM_K = "flashllm/x_stage.cuh", "flashllm/epilogue.cuh", "flashllm/stream_k.cuh"
 MMA, WGMMA = "80", "90a"
@@ -64,11 +64,11 @@ def first_failure(
     """What goes wrong on ``products`` with weights in format ``name``, or ``None`` when nothing does."""
     for seed in range(SEEDS):
         for shape, n, pattern, density, blocks, row_cost in products:
-            w = weight(pattern, shape, density, "fp16", seed=seed)
+            w, sparse = packed_weight(name, pattern, shape, density, seed=seed)
             x = integers(np.random.default_rng(seed), (n, shape[1]), "fp16")
             try:
                 split = {"blocks": blocks, "row_cost": row_cost}
-                y, _ = emulator.spmm(x, packed(name, w), choice=choice, seed=seed, build=build, **split)
+                y, _ = emulator.spmm(x, sparse, choice=choice, seed=seed, build=build, **split)
             except emulator.EmulationError as error:
                 return f"{shape} seed {seed}: {error}"
             wrong = np.argwhere(y != exact(x, w, "fp16"))

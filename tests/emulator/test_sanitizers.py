@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import sanitized
 
 from flashllm.backends import emulator
+from flashllm.backends.emulator_build import compile_all
 
 PROGRAM = Path(__file__).parent / "sanitized.py"
 
@@ -22,6 +24,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_kernels_pass() -> None:
+    for build, specs in sanitized.builds(sanitized.jobs()).items():
+        compile_all(specs, build)  # for the program, in which compilers too would run under the sanitizers
     done = run("products")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
 

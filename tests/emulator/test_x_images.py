@@ -100,8 +100,7 @@ def test_exact_where_blocks_do_not_begin(layout: str, arch: str) -> None:
     """Far more blocks than run at one time: those that do lay out what the others would."""
     shape = (512, 64 * 27 - 3)
     for seed in range(4):
-        for blocks in (23, 28):
-            check(layout, shape, 70, arch, seed, blocks=blocks)
+        check(layout, shape, 70, arch, seed, blocks=(23, 28)[seed % 2])
 
 
 @both_paths
@@ -139,7 +138,8 @@ TELL = ("        if (has_share) tell(warp);\n", "")
 
 @pytest.mark.parametrize(
     ("layout", "arch"),
-    [("bitmap", "90a"), *((f"slot24-{one}", arch) for one in ("32-4", "64-2") for arch in ("80", "90a"))],
+    # Each builds the kernel twice. In the bitmap kernel wgmma alone has images; slot24's layouts do not matter here.
+    [("bitmap", "90a"), ("slot24-32-4", "80"), ("slot24-64-2", "90a")],
 )
 def test_both_ways_are_taken(layout: str, arch: str, tmp_path: Path) -> None:
     """Blocks that run together copy what they have laid out together; where no share is told of, warps lay out all.

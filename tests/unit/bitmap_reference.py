@@ -7,6 +7,7 @@ Slow and simple on purpose; imports nothing from the package, so that the encode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ class Encoded:
     nnz: int
 
 
+@cache
 def place_of(part: int, lane: int, group: int, element: int) -> tuple[int, int]:
     """Row and column in the tile of one of the four elements of a group."""
     g, t = divmod(lane, 4)
@@ -34,6 +36,7 @@ def place_of(part: int, lane: int, group: int, element: int) -> tuple[int, int]:
     return 64 * i + 16 * part + g + 8 * (element // 2), 16 * step + 8 * half + 2 * t + element % 2
 
 
+@cache
 def elements_of(stream: Stream) -> list[tuple[int, int]]:
     """(group, element) of the 32 elements of a stream in one tile, in order."""
     return [(group, element) for group in range(16) if group % 2 == stream[2] for element in range(4)]
@@ -104,7 +107,9 @@ def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
             part, lane, _ = stream
             column = values[has[stream]]
             missing = max(0, front - 31 - len(column) - len(found[stream]))
-            stored = found[stream] | dict.fromkeys(first_rooms(found[stream], stream, group_values)[:missing], 0)
+            stored = found[stream]
+            if missing > 0:
+                stored = stored | dict.fromkeys(first_rooms(stored, stream, group_values)[:missing], 0)
             for group, element in elements_of(stream):
                 if (group, element) in stored:
                     column.append(stored[group, element])
@@ -119,9 +124,11 @@ def elements_in(inside: NDArray[np.uint16]) -> dict[Stream, dict[tuple[int, int]
     """The elements of each stream of a tile, which may reach over the edges of the matrix, that are not zero."""
     tile = np.zeros((128, 64), np.uint16)
     tile[: inside.shape[0], : inside.shape[1]] = inside
+    elements = tile.tolist()
     found = {}
     for stream in STREAMS:
-        at = {e: int(tile[place_of(stream[0], stream[1], *e)]) for e in elements_of(stream)}
+        places = {e: place_of(stream[0], stream[1], *e) for e in elements_of(stream)}
+        at = {e: elements[row][column] for e, (row, column) in places.items()}
         found[stream] = {e: value for e, value in at.items() if value not in (0x0000, 0x8000)}
     return found
 

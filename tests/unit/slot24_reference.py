@@ -7,6 +7,7 @@ The slots are encoded by the second writing of bitmap.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
@@ -125,6 +126,8 @@ class Slot:
     right: Column
     position: int
     rows: frozenset[int]
+    groups: Counter[int]
+    """How many values it has in the rows a and a + 8 of 16, by the first of the two."""
 
 
 def match_evenly(
@@ -158,11 +161,7 @@ def match_evenly(
 
 def fit_in_groups(one: Slot, other: Slot) -> bool:
     """Whether no group of the two, rows a and a + 8 of 16, has more than two values."""
-    for row in one.rows | other.rows:
-        upper = row - row % 16 + row % 8
-        if sum(at in slot.rows for at in (upper, upper + 8) for slot in (one, other)) > 2:
-            return False
-    return True
+    return all(values + other.groups[row] <= 2 for row, values in one.groups.items())
 
 
 def pair_in_groups(lefts: list[Column], rights: list[Column]) -> list[Pair] | None:
@@ -174,7 +173,9 @@ def pair_in_groups(lefts: list[Column], rights: list[Column]) -> list[Pair] | No
         sides: tuple[list[Slot], list[Slot]] = ([], [])
         for left in lefts:
             side = sides[left.number % 2]
-            side.append(Slot(left, pairs[left], len(side), left.rows | pairs[left].rows))
+            rows = left.rows | pairs[left].rows
+            groups = Counter(row - row % 16 + row % 8 for row in rows)
+            side.append(Slot(left, pairs[left], len(side), rows, groups))
 
         def fits(even: Slot, odd: Slot, careful: bool = attempt < 6) -> bool:
             apart = even.right.number % 8 != odd.right.number % 8

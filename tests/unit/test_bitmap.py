@@ -179,7 +179,7 @@ def test_zeros_go_only_into_groups_that_have_room(pattern: str) -> None:
         np.testing.assert_array_equal(back, cases.pruned(bits.view(np.float16)))
 
 
-@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.4, 0.6])
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.6])
 def test_random_streams_need_few_zeros(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros that let streams catch up, as a part of the values; and all that lie behind the ends of streams."""
     rng = np.random.default_rng(1)

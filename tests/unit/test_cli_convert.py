@@ -128,12 +128,15 @@ def test_bad_usage(tmp_path: Path, model: Path) -> None:
         "convert", out, "--to", "hf", "-o", tmp_path / "b", "--no-fuse"
     )
     assert "new or empty" in _bad("convert", out, "--to", "hf", "-o", model)
+    for option in (("--n", "8"), ("--gpu", "H200")):
+        message = _bad("convert", model, "-o", tmp_path / "b", "--format", "bitmap", *option)
+        assert f"{option[0]}: expected nothing with --format bitmap" in message
 
 
 def test_inspect_of_other_directories(tmp_path: Path, model: Path) -> None:
     assert "flashllm convert" in _bad("inspect", model)
     out = tmp_path / "out"
     _good("convert", model, "-o", out, "--format", "bitmap")
-    for option in (("--tensor", "x"), ("--gpu", "H200"), ("--sample",)):
+    for option in (("--tensor", "x"), ("--n", "8"), ("--gpu", "H200"), ("--sample",)):
         assert f"{option[0]}: expected nothing beside a directory" in _bad("inspect", out, *option)
     assert "model.layers.0.mlp.down_proj: 40x72" in _good("inspect", out / "block-00000.safetensors", "--n", "8")

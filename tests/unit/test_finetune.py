@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_cases import write_checkpoint
 
-from flashllm.errors import ArgumentError, MissingDependencyError
+from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
 from flashllm.io.checkpoint import open_checkpoint
+from flashllm.io.safetensors_file import write_file
 from flashllm.models.config import model_config
 from flashllm.prune import finetune as finetuning
 from flashllm.prune.finetune import STATE, Settings, finetune
+from flashllm.prune.run import Settings as PruneSettings
+from flashllm.prune.run import prune
+from model_cases import write_checkpoint
 
 # A text that a model can learn: after each token comes the one 7 further.
 TOKENS = np.arange(0, 7 * 4000, 7) % 64
@@ -72,7 +75,7 @@ def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
 def test_what_it_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_checkpoint(tmp_path / "model", "llama", zeros=0.5)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(MissingDependencyError, match="pip install torch transformers"):
+    with pytest.raises(MissingDependencyError, match=r'pip install "flashllm\[finetune\]"'):
         _train(source, tmp_path / "out")
 
 
@@ -145,3 +148,70 @@ def test_stopped_work_goes_on_to_the_same_end(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, parts[name])
     with pytest.raises(ArgumentError, match="a new or empty directory"):
         _train(source, tmp_path / "parts", steps=12)
+
+
+def test_what_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = write_checkpoint(tmp_path / "model", "llama", zeros=0.5)
+    _train(source, tmp_path / "whole", steps=2)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "TensorWriter", full)
+        with pytest.raises(OSError, match="disk full"):
+            _train(source, tmp_path / "out", steps=2)
+    titles: list[str] = []
+    assert _train(source, tmp_path / "out", steps=2, advance=lambda title, _: titles.append(title)).finished
+    assert titles == ["resumed"], "no step is done again"
+    for name, array in _tensors(tmp_path / "whole").items():
+        np.testing.assert_array_equal(array, _tensors(tmp_path / "out")[name])
+
+
+def test_a_head_that_is_the_embedding_and_stored_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = write_checkpoint(tmp_path / "model", "llama", zeros=0.5)
+    tensors = _tensors(source)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_file(source / "model.safetensors", tensors, {"format": "pt"})
+    _train(source, tmp_path / "out", steps=2)
+    after = _tensors(tmp_path / "out")
+    np.testing.assert_array_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert (after["lm_head.weight"] != _tensors(source)["model.embed_tokens.weight"]).any()
+
+
+def test_what_is_recorded_of_a_model_trained_twice(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = write_checkpoint(tmp_path / "model", "llama")
+    pruning = PruneSettings(method="magnitude", sparsity=0.5)
+    with open_checkpoint(source) as checkpoint:
+        prune(checkpoint, tmp_path / "pruned", pruning)
+        _train(tmp_path / "pruned", tmp_path / "once", steps=1)
+        _train(tmp_path / "once", tmp_path / "twice", steps=2)
+        with pytest.raises(ArgumentError, match="out: expected a new directory"):  # not over what was trained
+            prune(checkpoint, tmp_path / "once", pruning)
+    record = json.loads((tmp_path / "twice" / "prune.json").read_text())
+    assert record["settings"]["method"] == "magnitude"
+    assert record["finetuned_tokens"] == 3 * 4 * 16
+
+
+def test_devices_and_states_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = write_checkpoint(tmp_path / "model", "llama", zeros=0.5)
+    settings = Settings(steps=1, length=16)
+    with pytest.raises(ArgumentError, match="device: expected a device of PyTorch"):
+        finetune(source, tmp_path / "out", TOKENS, settings, device="toaster")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingDependencyError, match="finds no GPU for 'cuda'"):
+        finetune(source, tmp_path / "out", TOKENS, settings)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    for content in (b"", b"no state"):
+        (tmp_path / "out" / STATE).write_bytes(content)
+        with pytest.raises(FormatError, match=f"{STATE}: file: expected what an earlier call has saved"):
+            finetune(source, tmp_path / "out", TOKENS, settings, device="cpu")

@@ -230,7 +230,7 @@ def test_verify_checks_all_formats_or_those_asked_for() -> None:
 
     assert set(formats("--quick")) == set(registry.FORMATS)
     assert formats("--format", "coordinates") == {"coordinates": {"default", "by-column"}}
-    table = _run("--backend", "reference", "--quick", command=verify.command).stdout
+    table = _run("--backend", "reference", "--quick", "--format", "coordinates", command=verify.command).stdout
     assert "numpy coordinates" in table
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_cases import KINDS, VOCAB, config_of, random_tensors, write_checkpoint, write_tensors
 from numpy.typing import NDArray
 
 from flashllm.errors import FormatError
@@ -22,6 +21,7 @@ from flashllm.io.checkpoint import open_checkpoint
 from flashllm.models import forward, quality, weights
 from flashllm.models.config import model_config
 from flashllm.models.dense import DenseModel, to_nearest
+from model_cases import KINDS, VOCAB, config_of, random_tensors, write_checkpoint, write_tensors
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -188,7 +188,7 @@ def test_more_heads_than_are_taken_at_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_sequences_do_not_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "_TOKENS_AT_ONCE", 40)  # 2 sequences, then 1
+    monkeypatch.setattr(forward, "TOKENS_AT_ONCE", 40)  # 2 sequences, then 1
     monkeypatch.setattr(quality, "_HEAD_TOKENS", 7)
     folder = write_checkpoint(tmp_path, "mistral")
     tokens = np.random.default_rng(3).integers(0, VOCAB, (3, 17))

@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 import pytest
-from model_cases import KINDS, config_of, shapes_of
 
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.models.config import Llama3Scaling, ModelConfig, bias_shapes, model_config, tensor_shapes
 from flashllm.models.layout import LAYOUTS, layout_of
+from model_cases import KINDS, config_of, shapes_of
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -169,6 +169,10 @@ def test_windows() -> None:
     assert refused("mistral", sliding_window=True).field == "sliding_window"
     for window in (None, 320, 4096):
         assert read("mistral", sliding_window=window) == read("mistral")
+    # A file that does not say it means 4096, null means none.
+    assert refused("mistral", max_position_embeddings=4097).field == "sliding_window"
+    long = {**config_of("mistral", max_position_embeddings=4097), "sliding_window": None}
+    assert model_config(long).positions == 4097
     for kind in ("qwen2", "qwen3"):
         assert read(kind, sliding_window=32, use_sliding_window=False) == read(kind)
         assert read(kind, sliding_window=32) == read(kind)

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from model_cases import config_of, random_tensors, write_checkpoint, write_tensors
 
 from flashllm.cli import prune as prune_command
 from flashllm.errors import ArgumentError, FormatError
+from flashllm.formats.bits import bfloat16
 from flashllm.io.checkpoint import open_checkpoint
+from flashllm.io.safetensors_file import write_file
 from flashllm.models import forward, weights
 from flashllm.models.config import model_config
 from flashllm.prune import run as pruning
 from flashllm.prune.run import RECORD, Settings, prune
+from model_cases import config_of, random_tensors, write_checkpoint, write_tensors
 
 KINDS = ("llama", "opt", "qwen2", "qwen3")
 TOKENS = np.random.default_rng(0).integers(0, 90, (3, 24))
@@ -130,6 +132,49 @@ def test_other_work_in_the_directory_is_refused(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
+def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    """Else half of one model and half of the other would be the result."""
+    source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
+
+    def stop(title: str, blocks: int) -> None:
+        if title == "block 0" and blocks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _prune(source, tmp_path / "out", "magnitude", advance=stop)
+    config = config_of("llama", dtype="F16")
+    other = write_tensors(tmp_path / "other", config, random_tensors(config, seed=9), dtype="F16")
+    with pytest.raises(ArgumentError, match=r"the same work begun before, got .* another model or text"):
+        _prune(other, tmp_path / "out", "magnitude")
+    path = tmp_path / "out" / RECORD
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "blocks": {"0": {"zeros": 1, "elements": "2"}}}))
+    with pytest.raises(FormatError, match=r"prune\.json: blocks\.0\.elements: expected int, got '2'"):
+        _prune(source, tmp_path / "out", "magnitude")
+
+
+def test_a_global_threshold_is_for_one_type(tmp_path: Path) -> None:
+    """The bits of fp16 and bf16, which are counted, do not compare."""
+    source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
+    tensors = _tensors(source)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors[name] = tensors[name].astype(bfloat16())
+    write_file(source / "model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(ArgumentError, match="ratios: expected uniform"):
+        _prune(source, tmp_path / "out", "magnitude", ratios="global")
+    assert not (tmp_path / "out").exists()
+    _prune(source, tmp_path / "uniform", "magnitude")
+    assert _tensors(tmp_path / "uniform")[name].dtype == bfloat16()
+
+
+def test_progress_counts_every_block(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
+    for _ in range(2):  # the second time all is there
+        counts: list[int] = []
+        _prune(source, tmp_path / "out", "wanda", ratios="owl", advance=lambda _, done: counts.append(done))  # noqa: B023
+        assert sum(counts) == 4
+
+
 def test_global_ratios_prune_the_smallest_of_the_model(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
     found = _prune(source, tmp_path / "out", "magnitude", 0.4, ratios="global")
@@ -170,6 +215,9 @@ def test_text_that_cannot_be(tmp_path: Path) -> None:
             prune(checkpoint, tmp_path / "out", settings)
         with pytest.raises(ArgumentError, match="tokens below"):
             prune(checkpoint, tmp_path / "out", settings, tokens=np.full((1, 4), 10**6))
+        for wrong in (np.full((1, 4), -1), np.zeros((0, 4), np.int64), np.zeros(4, np.int64)):
+            with pytest.raises(ArgumentError, match="tokens below"):
+                prune(checkpoint, tmp_path / "out", settings, tokens=wrong)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -192,4 +240,20 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "weights are zeros, 50.0" in result.output
     assert run(prune_command.command, [*options, "--method", "magnitude", "--ratios", "owl"]).exit_code == 2
+    for option in (("--calib", "text"), ("--part", "0:1"), ("--samples", "3"), ("--length", "9")):
+        result = run(prune_command.command, [*options, "--method", "magnitude", *option])
+        assert result.exit_code == 2
+        assert f"{option[0]}: expected nothing with --method magnitude" in result.output
     assert run(prune_command.command, [str(tmp_path / "none"), *options[1:], "--method", "magnitude"]).exit_code == 2
+
+
+def test_a_gpu_that_is_full_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError("Out of memory allocating 1,024 bytes")  # as CuPy's, which derives from it
+
+    source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
+    monkeypatch.setattr(weights, "block", full)
+    options = [str(source), "--sparsity", "0.5", "-o", str(tmp_path / "out"), "--method", "magnitude"]
+    result = CliRunner().invoke(prune_command.command, [*options, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "Out of memory allocating 1,024 bytes" in result.output

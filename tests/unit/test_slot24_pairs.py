@@ -103,7 +103,8 @@ def test_the_largest_window_in_which_all_columns_pair_up(dense: int) -> None:
         c for c in slot24_pairs.WINDOWS if (256 - c) // 2 >= max(np.bincount(np.flatnonzero(a[0]) // c, minlength=1))
     ]
     assert w.window == fitting[0]
-    for window in slot24_pairs.WINDOWS:
+    at = slot24_pairs.WINDOWS.index(w.window)
+    for window in slot24_pairs.WINDOWS[max(at - 1, 0) : at + 2]:  # each is next to the largest for some ``dense``
         if window in fitting:
             np.testing.assert_array_equal(Slot24.from_dense(a, window=window).to_dense(), a)
         else:

@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_cases import write_checkpoint, write_tokenizer
 
+from flashllm.convert.run import convert
 from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
 from flashllm.io.checkpoint import open_checkpoint
+from flashllm.io.sparse_model import SparseModel
+from flashllm.models.packed import UnpackedModel
 from flashllm.models.text import read_text, split_batches, windows
 from flashllm.models.tokenizer import Tokenizer, load_tokenizer
+from flashllm.prune.run import Settings, prune
+from model_cases import write_checkpoint, write_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -180,7 +184,8 @@ def test_the_tokenizer_of_a_directory(tmp_path: Path) -> None:
             path.write_bytes(content)
             with pytest.raises(FormatError) as caught:
                 load_tokenizer(checkpoint)
-            assert (caught.value.field, caught.value.path) == ("tokenizer.json", str(path))
+            assert caught.value.path == str(path)
+            assert caught.value.field == ("file" if content == b"\xff\xfe" else "tokenizer.json")
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,3 +323,20 @@ def test_gguf_as_a_tokenizer_json(tmp_path: Path) -> None:
         again = load_tokenizer(checkpoint)
     assert again.prefix == tokenizer.prefix == (257,)
     assert again.encode("ab <s>12345<u>") == tokenizer.encode("ab <s>12345<u>")
+
+
+def test_the_tokenizer_of_a_gguf_file_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pruned or converted can be evaluated without the file that it came from."""
+    fields = fields_of("llama-bpe", more=["ab"], merges=["a b"], bos_token_id=257)
+    wanted = of_gguf(fields)
+    with open_checkpoint(write_checkpoint(tmp_path / "model", "llama")) as checkpoint:
+        checkpoint.tokenizer = fields  # type: ignore[attr-defined]  # as a GGUF file has it, and no tokenizer.json
+        prune(checkpoint, tmp_path / "pruned", Settings(method="magnitude", sparsity=0.5))
+        convert(checkpoint, tmp_path / "packed", format="dense")
+        convert(checkpoint, tmp_path / "packed", format="dense", resume=True)
+        with open_checkpoint(tmp_path / "pruned") as pruned:
+            found = [load_tokenizer(one) for one in (pruned, UnpackedModel(SparseModel(tmp_path / "packed")))]
+        monkeypatch.setitem(sys.modules, "tokenizers", None)  # without the package it stays behind
+        convert(checkpoint, tmp_path / "none", format="dense")
+    assert [(one.prefix, one.encode("ab <s>1")) for one in found] == [(wanted.prefix, wanted.encode("ab <s>1"))] * 2
+    assert not (tmp_path / "none" / "tokenizer.json").exists()

@@ -70,7 +70,7 @@ def test_exact_for_every_n(layout: tuple[int, int]) -> None:
         for pattern in ("uniform", "full", "skewed", "column", "even-columns", "block", "empty-tiles")
         if layout[1] == 4 or pattern not in ("full", "block")
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_exact_while_the_ring_turns(pattern: str, layout: tuple[int, int]) -> None:
     """In one run, in several that begin and end anywhere, and in one for every window."""
@@ -136,7 +136,7 @@ def test_a_value_read_ahead_is_not_used(layout: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"), zip(LAYOUTS, ("fp16", "bf16", "bf16", "fp16"), strict=True), ids=lambda value: str(value)
+    ("layout", "dtype"), list(zip(LAYOUTS, ("fp16", "bf16", "bf16", "fp16"), strict=True)), ids=str
 )
 def test_repeats_give_the_same_bits(dtype: str, layout: tuple[int, int]) -> None:
     rng = np.random.default_rng(7)

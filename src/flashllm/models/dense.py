@@ -11,6 +11,7 @@ from flashllm.formats.sources import array_module
 from flashllm.io.checkpoint import Checkpoint
 from flashllm.models import forward, weights
 from flashllm.models.config import ModelConfig, model_config
+from flashllm.models.threads import threads_of
 
 
 class DenseModel:
@@ -25,7 +26,7 @@ class DenseModel:
     ) -> None:
         self.config: ModelConfig = model_config(checkpoint.config, path=str(checkpoint.path))
         weights.check_tensors(checkpoint, self.config)
-        self.xp = xp
+        self.xp, self.threads = xp, threads_of(xp)
         self._checkpoint, self._dtype, self._narrow = checkpoint, dtype, narrow
 
     def outside(self) -> dict[str, Any]:

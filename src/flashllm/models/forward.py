@@ -12,6 +12,7 @@ from typing import Any
 from flashllm.formats.sources import array_module
 from flashllm.models.config import ModelConfig
 from flashllm.models.text import split_batches
+from flashllm.models.threads import for_each
 
 Linear = Callable[[str, Any], Any]
 """``linear(name, x)``: y [T, M] = x [T, K] @ W^T of the linear layer ``name`` (without ``.weight``), without bias."""
@@ -43,10 +44,21 @@ def block(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any, linear: 
     )
 
 
-def block_in_place(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any, linear: Linear) -> None:
-    """Replace ``hidden`` by what :func:`block` makes of it, ``TOKENS_AT_ONCE`` at a time."""
-    for part in split_batches(hidden, at_once=TOKENS_AT_ONCE):
+def block_in_place(
+    config: ModelConfig, tensors: Mapping[str, Any], hidden: Any, linear: Linear, *, threads: int = 1
+) -> None:
+    """Replace ``hidden`` by what :func:`block` makes of it, up to ``TOKENS_AT_ONCE`` at a time in each thread."""
+
+    def replace(part: slice) -> None:
         hidden[part] = block(config, tensors, hidden[part], linear)
+
+    for_each(replace, parts_of(hidden, threads), threads=threads)
+
+
+def parts_of(hidden: Any, threads: int) -> list[slice]:
+    """Sequences of ``hidden`` [S, T, hidden] for each step: parts enough for so many threads."""
+    each = -(-len(hidden) // threads) * hidden.shape[1]
+    return split_batches(hidden, at_once=min(TOKENS_AT_ONCE, each))
 
 
 def final_norm(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any) -> Any:

@@ -30,7 +30,7 @@ class PackedModel:
 
     def __init__(self, model: SparseModel, *, xp: Any = np, backend: str | None = None) -> None:
         self.config: ModelConfig = model_config(model.config, path=str(model.path))
-        self.xp = xp
+        self.xp, self.threads = xp, 1
         self._model, self._unpacked, self._backend = model, UnpackedModel(model), backend
         weights.check_tensors(self._unpacked, self.config)
 

@@ -22,6 +22,8 @@ class Model(Protocol):
 
     config: ModelConfig
     xp: Any
+    threads: int
+    """That may multiply by its matrices at a time."""
 
     def outside(self) -> dict[str, Any]:
         """Embeddings, final norm and head, by their names in the checkpoint."""
@@ -75,7 +77,7 @@ def run_blocks(model: Model, tokens: Any, *, advance: Advance = ignore) -> tuple
     for layer in range(model.config.layers):
         advance(f"block {layer}", 0)
         small, linear = model.block(layer)
-        forward.block_in_place(model.config, small, hidden, linear)
+        forward.block_in_place(model.config, small, hidden, linear, threads=model.threads)
         advance(f"block {layer}", 1)
     return hidden, outside
 

@@ -14,12 +14,18 @@ class Statistics(Protocol):
     def add(self, x: Any) -> None:
         """Count the rows of ``x`` [T, K] in."""
 
+    def merge(self, other: Any) -> None:
+        """Count in what ``other``, of the same class, has seen."""
+
 
 class Nothing:
     """For methods that look at weights alone."""
 
     def add(self, x: Any) -> None:
         """Remembers nothing."""
+
+    def merge(self, other: Nothing) -> None:
+        """Neither has anything."""
 
 
 class Norms:
@@ -32,6 +38,10 @@ class Norms:
         """Count the rows of ``x`` in."""
         sums = (x * x).sum(axis=0, dtype="float64")
         self._sums = sums if self._sums is None else self._sums + sums
+
+    def merge(self, other: Norms) -> None:
+        """Count in what ``other`` has seen; both have seen something."""
+        self._sums = self._sums + other._sums
 
     def norms(self) -> Any:
         """Euclidean norms of the columns: float32 [K]."""
@@ -52,6 +62,10 @@ class Gram:
             self._sum = product
         else:
             self._sum += product
+
+    def merge(self, other: Gram) -> None:
+        """Count in what ``other`` has seen; both have seen something."""
+        self._sum += other._sum
 
     def matrix(self) -> Any:
         """The sum, not a copy."""

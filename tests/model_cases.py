@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from flashllm.io.checkpoint import open_checkpoint
+from flashllm.models.config import model_config
+
 KINDS = ("opt", "llama", "mistral", "qwen2", "qwen3")
 VOCAB = 101
 _DTYPES: Mapping[str, Any] = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
@@ -156,3 +159,16 @@ def write_tokenizer(folder: str | Path, *, begin: bool = True) -> Path:
     path = Path(folder) / "tokenizer.json"
     made.save(str(path))
     return path
+
+
+def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of a checkpoint, by name."""
+    with open_checkpoint(path) as checkpoint:
+        return {name: np.array(checkpoint.read(name)) for name in checkpoint.tensors}
+
+
+def matrix_names(path: Path) -> set[str]:
+    """Names of the matrices that may be pruned."""
+    with open_checkpoint(path) as checkpoint:
+        config = model_config(checkpoint.config)
+    return {name for layer in range(config.layers) for name in config.layout.linears(layer)}

@@ -12,21 +12,18 @@ import pytest
 from flashllm.convert import upload
 from flashllm.convert.run import convert
 from flashllm.io.checkpoint import open_checkpoint
-from flashllm.models.config import model_config
 from flashllm.prune.methods import METHODS
 from flashllm.prune.run import Settings, prune
-from model_cases import write_checkpoint
+from model_cases import matrix_names, read_tensors, write_checkpoint
 
 pytestmark = pytest.mark.gpu
 
 TOKENS = np.random.default_rng(0).integers(0, 90, (6, 40))
 
 
-def _matrices(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    with open_checkpoint(path) as checkpoint:
-        config = model_config(checkpoint.config)
-        names = [name for layer in range(config.layers) for name in config.layout.linears(layer)]
-        return {name: np.array(checkpoint.read(name)) for name in names}
+def _matrices(path: Path) -> dict[str, Any]:
+    tensors = read_tensors(path)
+    return {name: tensors[name] for name in matrix_names(path)}
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])

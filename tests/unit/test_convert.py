@@ -24,16 +24,7 @@ from flashllm.io.safetensors_file import read_header, write_file
 from flashllm.io.sparse_model import SparseModel
 from flashllm.models.layout import layout_of
 
-
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("flashllm.device.gpu_problem", lambda: "the driver reports no GPU")
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return write(tmp_path / "llama", "llama", tensors_of("llama", "fp16"))
+pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
 EVERY_FORMAT = [
@@ -114,9 +105,9 @@ def check_manifest(
     assert made.seconds.matrix_bytes == 2 * elements
 
 
-def test_a_block_is_a_container_that_any_reader_of_ours_takes(tmp_path: Path, llama: Path) -> None:
-    convert(llama, tmp_path / "out", format="bitmap")
-    tensors = read(llama)
+def test_a_block_is_a_container_that_any_reader_of_ours_takes(tmp_path: Path, tiny_llama: Path) -> None:
+    convert(tiny_llama, tmp_path / "out", format="bitmap")
+    tensors = read(tiny_llama)
     path = tmp_path / "out" / "block-00001.safetensors"
     weights = load_weights(path)
     prefix = "model.layers.1"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_checkpoints import CONFIGS, tensors_of, write
+from tiny_checkpoints import CONFIGS, write
 
 import weight_cases as cases
 from flashllm import registry
@@ -25,18 +25,9 @@ from flashllm.matmul import sample
 from flashllm.matmul.auto import rank_formats_of
 from flashllm.models.config import model_config, tensor_shapes
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 GPU = find_gpu("H100 80GB")
-
-
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("flashllm.device.gpu_problem", lambda: "the driver reports no GPU")
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return write(tmp_path / "llama", "llama", tensors_of("llama", "fp16"))
 
 
 def test_a_sample_of_rows_says_what_the_package_s_own_would() -> None:
@@ -73,11 +64,11 @@ def test_auto_takes_what_is_fastest_and_says_so() -> None:
 
 
 def test_a_pretended_gpu_gives_the_same_files(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     import fake_gpu
 
-    convert(llama, tmp_path / "cpu", format="bitmap")
+    convert(tiny_llama, tmp_path / "cpu", format="bitmap")
     fake_gpu.install(monkeypatch)
     monkeypatch.setattr("flashllm.device.gpu_problem", lambda: None)
     monkeypatch.setattr(upload, "BUFFER_BYTES", 1000)  # in several copies,
@@ -90,12 +81,12 @@ def test_a_pretended_gpu_gives_the_same_files(
         there(array, source, stream)
 
     monkeypatch.setattr(fake_gpu.Array, "set", send)
-    made = convert(llama, tmp_path / "gpu", format="bitmap", device="gpu")
+    made = convert(tiny_llama, tmp_path / "gpu", format="bitmap", device="gpu")
     assert sum(sent) == made.seconds.matrix_bytes
     assert made.seconds.encoding_gbps is not None
     for path in (tmp_path / "cpu").iterdir():
         assert path.read_bytes() == (tmp_path / "gpu" / path.name).read_bytes(), path.name
-    auto = convert(llama, tmp_path / "auto", device="gpu").manifest
+    auto = convert(tiny_llama, tmp_path / "auto", device="gpu").manifest
     assert auto.identity.options.gpu == "NVIDIA Pretend"
 
 
@@ -130,7 +121,7 @@ print(json.dumps(most - before))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.parametrize("format", ["tiled-csl", "dense"])
-def test_memory_stays_under_two_matrices(tmp_path: Path, llama: Path, format: str) -> None:
+def test_memory_stays_under_two_matrices(tmp_path: Path, tiny_llama: Path, format: str) -> None:
     hidden, ffn = 512, 12288
     config = {"hidden_size": hidden, "intermediate_size": ffn, "num_key_value_heads": 4, "num_hidden_layers": 3}
     strip = cases.matrix("uniform", 128, hidden, 0.2, 1, "fp16")
@@ -142,7 +133,7 @@ def test_memory_stays_under_two_matrices(tmp_path: Path, llama: Path, format: st
     largest = 2 * tensors["model.layers.0.mlp.gate_proj.weight"].nbytes  # with up_proj
     assert largest > 24e6
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, llama, source, tmp_path / "out", format],
+        [sys.executable, "-c", MEASURE, tiny_llama, source, tmp_path / "out", format],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -17,20 +17,11 @@ from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
 from flashllm.io.container import ContainerWriter
 from flashllm.io.safetensors_file import write_file
 
-
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("flashllm.device.gpu_problem", lambda: "the driver reports no GPU")
+pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return write(tmp_path / "llama", "llama", tensors_of("llama", "fp16"))
-
-
-def test_a_run_that_is_killed_goes_on(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = convert(llama, tmp_path / "whole", format="bitmap")
+def test_a_run_that_is_killed_goes_on(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = convert(tiny_llama, tmp_path / "whole", format="bitmap")
     out = tmp_path / "out"
     real = ContainerWriter.add_weight
     count = 0
@@ -44,15 +35,17 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path, llama: Path, monkeypatch: 
 
     monkeypatch.setattr(ContainerWriter, "add_weight", dies)
     with pytest.raises(KeyboardInterrupt):
-        convert(llama, out, format="bitmap")
+        convert(tiny_llama, out, format="bitmap")
     monkeypatch.setattr(ContainerWriter, "add_weight", real)
     assert sorted(path.name for path in out.iterdir()) == ["block-00000.safetensors", "config.json", "tokenizer.json"]
     (out / ".block-00001.safetensors.77-0123abcd.tmp").write_bytes(b"of a process that got SIGKILL")
     stamp = (out / "block-00000.safetensors").stat().st_mtime_ns
     with pytest.raises(ArgumentError, match="--resume"):
-        convert(llama, out, format="bitmap")
+        convert(tiny_llama, out, format="bitmap")
     done: list[tuple[str, int]] = []
-    made = convert(llama, out, format="bitmap", resume=True, progress=lambda name, files: done.append((name, files)))
+    made = convert(
+        tiny_llama, out, format="bitmap", resume=True, progress=lambda name, files: done.append((name, files))
+    )
     assert made.kept_files == 1
     assert sum(files for _, files in done) == LAYERS + 1
     assert (out / "block-00000.safetensors").stat().st_mtime_ns == stamp
@@ -60,7 +53,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path, llama: Path, monkeypatch: 
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes(), path.name
-    again = convert(llama, out, format="bitmap", resume=True)
+    again = convert(tiny_llama, out, format="bitmap", resume=True)
     assert (again.kept_files, again.seconds.matrix_bytes, again.seconds.whole_gbps) == (LAYERS + 1, 0, None)
 
 
@@ -74,57 +67,57 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path, llama: Path, monkeypatch: 
     ],
 )
 def test_results_of_other_options_are_refused(
-    tmp_path: Path, llama: Path, options: dict[str, Any], named: str
+    tmp_path: Path, tiny_llama: Path, options: dict[str, Any], named: str
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    convert(llama, out, format="bitmap")
+    convert(tiny_llama, out, format="bitmap")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ArgumentError, match=f"of another: {named} "):
-        convert(llama, out, resume=True, **{"format": "bitmap", **options})
+        convert(tiny_llama, out, resume=True, **{"format": "bitmap", **options})
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_results_of_another_checkpoint_are_refused(tmp_path: Path, llama: Path) -> None:
+def test_results_of_another_checkpoint_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     out = tmp_path / "out"
-    convert(llama, out, format="bitmap")
-    tensors = read(llama)
+    convert(tiny_llama, out, format="bitmap")
+    tensors = read(tiny_llama)
     tensors[f"{DOWN}.weight"][5, 5] = 2.5
     other = tmp_path / "other"
     write(other, "llama", tensors)
     with pytest.raises(ArgumentError, match="of another: name 'llama', now 'other'"):
         convert(other, out, format="bitmap", resume=True)
-    write_file(llama / "model.safetensors", tensors, {"format": "pt"})
+    write_file(tiny_llama / "model.safetensors", tensors, {"format": "pt"})
     with pytest.raises(ArgumentError, match="of another: fingerprint"):
-        convert(llama, out, format="bitmap", resume=True)
+        convert(tiny_llama, out, format="bitmap", resume=True)
 
 
-def test_directories_with_other_things_are_left_alone(tmp_path: Path, llama: Path) -> None:
+def test_directories_with_other_things_are_left_alone(tmp_path: Path, tiny_llama: Path) -> None:
     with pytest.raises(ArgumentError, match=r"'model\.safetensors' in"):
-        convert(llama, llama, resume=True)
+        convert(tiny_llama, tiny_llama, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="a file at"):
-        convert(llama, tmp_path / "file")
+        convert(tiny_llama, tmp_path / "file")
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
     with pytest.raises(ArgumentError, match=r"the config\.json of the same model"):
-        convert(llama, out, format="bitmap", resume=True)
+        convert(tiny_llama, out, format="bitmap", resume=True)
     assert (out / "config.json").read_text() == "{}"
     with pytest.raises(ArgumentError, match="new or empty"):
-        convert(llama, out)
+        convert(tiny_llama, out)
 
 
-def test_a_block_that_is_damaged_is_not_kept(tmp_path: Path, llama: Path) -> None:
+def test_a_block_that_is_damaged_is_not_kept(tmp_path: Path, tiny_llama: Path) -> None:
     out = tmp_path / "out"
-    convert(llama, out, format="bitmap")
+    convert(tiny_llama, out, format="bitmap")
     path = out / "block-00001.safetensors"
     raw = path.read_bytes()
     path.write_bytes(raw[:-1])
     with pytest.raises(FormatError, match=r"block-00001\.safetensors"):
-        convert(llama, out, format="bitmap", resume=True)
+        convert(tiny_llama, out, format="bitmap", resume=True)
     path.write_bytes((out / "block-00000.safetensors").read_bytes())
     with pytest.raises(FormatError, match=r"part\.file: expected 'block-00001\.safetensors'"):
-        convert(llama, out, format="bitmap", resume=True)
+        convert(tiny_llama, out, format="bitmap", resume=True)
 
 
 def _without(name: str) -> Any:
@@ -177,23 +170,23 @@ def test_checkpoints_that_cannot_be_converted(tmp_path: Path, change: Any, field
     assert not (tmp_path / "out").exists()
 
 
-def test_arguments(tmp_path: Path, llama: Path) -> None:
+def test_arguments(tmp_path: Path, tiny_llama: Path) -> None:
     out = tmp_path / "out"
     for options, argument in (
         ({"format": "csr"}, "format"), ({"dtype": "fp32"}, "dtype"), ({"n": 0}, "n"), ({"n": ()}, "n"),
         ({"device": "tpu"}, "device"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError) as error:
-            convert(llama, out, **options)  # type: ignore[arg-type]
+            convert(tiny_llama, out, **options)  # type: ignore[arg-type]
         assert error.value.argument == argument
     with pytest.raises(MissingDependencyError, match="no GPU"):
-        convert(llama, out, device="gpu")
+        convert(tiny_llama, out, device="gpu")
     assert not out.exists()
-    convert(llama, out, format="bitmap")
+    convert(tiny_llama, out, format="bitmap")
     with pytest.raises(ArgumentError, match="shard_bytes"):
         to_hugging_face(out, tmp_path / "back", shard_bytes=0)
     with pytest.raises(ArgumentError, match="flashllm convert"):
-        to_hugging_face(llama, tmp_path / "back")
+        to_hugging_face(tiny_llama, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     with pytest.raises(ArgumentError, match="new or empty"):
-        to_hugging_face(out, llama)
+        to_hugging_face(out, tiny_llama)

@@ -15,26 +15,14 @@ import pytest
 from flashllm.errors import ArgumentError, FormatError, MissingDependencyError
 from flashllm.io.checkpoint import open_checkpoint
 from flashllm.io.safetensors_file import write_file
-from flashllm.models.config import model_config
 from flashllm.prune import finetune as finetuning
 from flashllm.prune.finetune import STATE, Settings, finetune
 from flashllm.prune.run import Settings as PruneSettings
 from flashllm.prune.run import prune
-from model_cases import write_checkpoint
+from model_cases import matrix_names, read_tensors, write_checkpoint
 
 # A text that a model can learn: after each token comes the one 7 further.
 TOKENS = np.arange(0, 7 * 4000, 7) % 64
-
-
-def _tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    with open_checkpoint(path) as checkpoint:
-        return {name: np.array(checkpoint.read(name)) for name in checkpoint.tensors}
-
-
-def _matrices(path: Path) -> set[str]:
-    with open_checkpoint(path) as checkpoint:
-        config = model_config(checkpoint.config)
-    return {name for layer in range(config.layers) for name in config.layout.linears(layer)}
 
 
 def _train(source: Path, out: Path, *, steps: int = 60, **options: Any) -> finetuning.Trained:
@@ -100,9 +88,9 @@ def test_it_learns_and_zeros_stay(tmp_path: Path, kind: str, dtype: str) -> None
     done = _train(source, tmp_path / "out", text="numbers")
     assert done.finished
     assert done.loss < 0.7 * begun.loss
-    before, after = _tensors(source), _tensors(tmp_path / "out")
+    before, after = read_tensors(source), read_tensors(tmp_path / "out")
     assert {n: (a.dtype, a.shape) for n, a in before.items()} == {n: (a.dtype, a.shape) for n, a in after.items()}
-    for name in _matrices(source):
+    for name in matrix_names(source):
         np.testing.assert_array_equal(after[name] == 0, before[name] == 0)
         assert (after[name] != before[name]).any(), "the others are trained"
     record = json.loads((tmp_path / "out" / "prune.json").read_text())
@@ -143,7 +131,7 @@ def test_stopped_work_goes_on_to_the_same_end(tmp_path: Path) -> None:
     none = _train(source, tmp_path / "parts", steps=12, seconds=0.0)
     assert (none.steps, none.finished) == (5, False)
     assert _train(source, tmp_path / "parts", steps=12).finished
-    whole, parts = _tensors(tmp_path / "whole"), _tensors(tmp_path / "parts")
+    whole, parts = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "parts")
     for name, array in whole.items():
         np.testing.assert_array_equal(array, parts[name])
     with pytest.raises(ArgumentError, match="a new or empty directory"):
@@ -166,21 +154,21 @@ def test_what_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.
     titles: list[str] = []
     assert _train(source, tmp_path / "out", steps=2, advance=lambda title, _: titles.append(title)).finished
     assert titles == ["resumed"], "no step is done again"
-    for name, array in _tensors(tmp_path / "whole").items():
-        np.testing.assert_array_equal(array, _tensors(tmp_path / "out")[name])
+    for name, array in read_tensors(tmp_path / "whole").items():
+        np.testing.assert_array_equal(array, read_tensors(tmp_path / "out")[name])
 
 
 def test_a_head_that_is_the_embedding_and_stored_beside_it(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     source = write_checkpoint(tmp_path / "model", "llama", zeros=0.5)
-    tensors = _tensors(source)
+    tensors = read_tensors(source)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     write_file(source / "model.safetensors", tensors, {"format": "pt"})
     _train(source, tmp_path / "out", steps=2)
-    after = _tensors(tmp_path / "out")
+    after = read_tensors(tmp_path / "out")
     np.testing.assert_array_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
-    assert (after["lm_head.weight"] != _tensors(source)["model.embed_tokens.weight"]).any()
+    assert (after["lm_head.weight"] != read_tensors(source)["model.embed_tokens.weight"]).any()
 
 
 def test_what_is_recorded_of_a_model_trained_twice(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from flashllm.models import forward, weights
 from flashllm.models.config import model_config
 from flashllm.prune import run as pruning
 from flashllm.prune.run import RECORD, Settings, prune
-from model_cases import config_of, random_tensors, write_checkpoint, write_tensors
+from model_cases import config_of, matrix_names, random_tensors, read_tensors, write_checkpoint, write_tensors
 
 KINDS = ("llama", "opt", "qwen2", "qwen3")
 TOKENS = np.random.default_rng(0).integers(0, 90, (3, 24))
@@ -33,23 +33,12 @@ def _prune(source: Path, out: Path, method: str, sparsity: float = 0.5, **option
         return prune(checkpoint, out, settings, tokens=TOKENS, **options)
 
 
-def _tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    with open_checkpoint(path) as checkpoint:
-        return {name: np.array(checkpoint.read(name)) for name in checkpoint.tensors}
-
-
-def _matrices(path: Path) -> set[str]:
-    with open_checkpoint(path) as checkpoint:
-        config = model_config(checkpoint.config)
-    return {name for layer in range(config.layers) for name in config.layout.linears(layer)}
-
-
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_are_where_asked_and_everything_else_is_kept(tmp_path: Path, kind: str, dtype: str) -> None:
     source = write_checkpoint(tmp_path / "model", kind, dtype=dtype)
     found = _prune(source, tmp_path / "out", "wanda", 0.6)
-    before, after, matrices = _tensors(source), _tensors(tmp_path / "out"), _matrices(source)
+    before, after, matrices = read_tensors(source), read_tensors(tmp_path / "out"), matrix_names(source)
     assert set(before) == set(after)
     zeros = elements = 0
     for name, array in after.items():
@@ -88,7 +77,7 @@ def test_each_block_sees_what_the_pruned_ones_before_give(tmp_path: Path) -> Non
 def test_fp32_becomes_fp16_and_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", "llama", dtype="F32")
     _prune(source, tmp_path / "out", "magnitude", 0.25)
-    assert {array.dtype for array in _tensors(tmp_path / "out").values()} == {np.dtype(np.float16)}
+    assert {array.dtype for array in read_tensors(tmp_path / "out").values()} == {np.dtype(np.float16)}
     config = config_of("llama", dtype="F32")
     tensors = {name: array * np.float32(1e7) for name, array in random_tensors(config).items()}
     large = write_tensors(tmp_path / "large", config, tensors, dtype="F32")
@@ -115,7 +104,7 @@ def test_interrupted_work_is_continued_to_the_same_end(tmp_path: Path, method: s
     found = _prune(source, tmp_path / "parts", method, ratios=ratios)
     assert first.stat().st_mtime_ns == stamp, "the block that was done is left alone"
     assert abs(found.sparsity - 0.5) < 0.02
-    whole, parts = _tensors(tmp_path / "whole"), _tensors(tmp_path / "parts")
+    whole, parts = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "parts")
     for name, array in whole.items():
         np.testing.assert_array_equal(array.view(np.uint16), parts[name].view(np.uint16))
 
@@ -156,7 +145,7 @@ def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
 def test_a_global_threshold_is_for_one_type(tmp_path: Path) -> None:
     """The bits of fp16 and bf16, which are counted, do not compare."""
     source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
-    tensors = _tensors(source)
+    tensors = read_tensors(source)
     name = "model.layers.1.self_attn.k_proj.weight"
     tensors[name] = tensors[name].astype(bfloat16())
     write_file(source / "model.safetensors", tensors, {"format": "pt"})
@@ -164,7 +153,7 @@ def test_a_global_threshold_is_for_one_type(tmp_path: Path) -> None:
         _prune(source, tmp_path / "out", "magnitude", ratios="global")
     assert not (tmp_path / "out").exists()
     _prune(source, tmp_path / "uniform", "magnitude")
-    assert _tensors(tmp_path / "uniform")[name].dtype == bfloat16()
+    assert read_tensors(tmp_path / "uniform")[name].dtype == bfloat16()
 
 
 def test_progress_counts_every_block(tmp_path: Path) -> None:
@@ -178,8 +167,8 @@ def test_progress_counts_every_block(tmp_path: Path) -> None:
 def test_global_ratios_prune_the_smallest_of_the_model(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
     found = _prune(source, tmp_path / "out", "magnitude", 0.4, ratios="global")
-    matrices = _matrices(source)
-    before, after = _tensors(source), _tensors(tmp_path / "out")
+    matrices = matrix_names(source)
+    before, after = read_tensors(source), read_tensors(tmp_path / "out")
     old = np.concatenate([abs(before[name]).reshape(-1) for name in sorted(matrices)])
     new = np.concatenate([abs(after[name]).reshape(-1) for name in sorted(matrices)])
     assert old[new == 0].max() <= new[new != 0].min()

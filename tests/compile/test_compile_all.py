@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of the package compile for every architecture, without spills and within shared memory.
 
-By default a sample: of every function about every third instance for sm_90a, and as many for its other architectures,
-which take turns as value types do; both have all template arguments but the value type. With ``FLASHLLM_COMPILE=all``
-all of them, as ``flashllm compile --all`` does.
+By default a sample: of every function about every third instance for sm_90a, with all its template arguments but the
+value type, and every third for its other architectures, which take turns as value types do. With
+``FLASHLLM_COMPILE=all`` all of them, as ``flashllm compile --all`` does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def arguments(kernels: Iterable[Kernel]) -> set[tuple[str, str]]:
     return {entry for kernel in kernels for entry in kernel[0].template if entry[0] != "T"}
 
 
-def sample(kernels: Sequence[Kernel]) -> list[Kernel]:
+def third_of(kernels: Sequence[Kernel]) -> list[Kernel]:
     """Every third one, and those with a template argument that none before has."""
     chosen = list(kernels[::3])
     for kernel in kernels:
@@ -61,19 +61,17 @@ def sampled() -> list[tuple[KernelSpec, str]]:
     """What is compiled by default."""
     jobs: list[tuple[KernelSpec, str]] = []
     for kernels in functions():
-        for turn, kernel in enumerate(sample([k for k in kernels if TUNED in k[0].archs])):
+        for turn, kernel in enumerate(third_of([k for k in kernels if TUNED in k[0].archs])):
             jobs.append((kernel[turn % len(kernel)], TUNED))
-        for turn, kernel in enumerate(sample([k for k in kernels if others(k)])):
+        for turn, kernel in enumerate([k for k in kernels if others(k)][::3]):
             archs = others(kernel)
             jobs.append((kernel[-1 - turn % len(kernel)], archs[len(jobs) % len(archs)]))
     return jobs
 
 
-JOBS = (
-    [(spec, arch) for spec in SPECS for arch in spec.archs]
-    if os.environ.get("FLASHLLM_COMPILE") == "all"
-    else sampled()
-)
+ALL = os.environ.get("FLASHLLM_COMPILE") == "all"
+JOBS = [(spec, arch) for spec in SPECS for arch in spec.archs] if ALL else sampled()
+TRIED_ARCHS = ALL_ARCHS if ALL else ("80", TUNED, "120a")
 
 
 def archs_of(spec: KernelSpec) -> list[str]:
@@ -110,7 +108,7 @@ def test_every_arch_has_kernels() -> None:
 
 
 def test_every_function_is_compiled_for_sm_90a_and_for_another() -> None:
-    """At least a third of its kernels for either, with all of its template arguments."""
+    """At least a third of its kernels for either, and for sm_90a with all of its template arguments."""
     assert len(set(JOBS)) == len(JOBS)
     assert all(arch in spec.archs for spec, arch in JOBS)
     for kernels in functions():
@@ -119,7 +117,7 @@ def test_every_function_is_compiled_for_sm_90a_and_for_another() -> None:
             jobs = [(spec, arch) for spec, arch in JOBS if (arch == TUNED) == tuned]
             found = [kernel for kernel in wanted if any(spec in kernel for spec, _ in jobs)]
             assert len(found) >= len(wanted) / 3
-            assert arguments(found) == arguments(wanted)
+            assert arguments(found) == arguments(wanted) or not tuned
 
 
 def test_specs_are_distinct() -> None:
@@ -141,15 +139,15 @@ def test_every_kernel_source_has_a_spec() -> None:
     [
         ("broken.cu", "ring", ("0",), ("90a", "100a", "120a")),
         ("broken.cu", "share", ("0",), ("90a", "100a", "120a")),
-        ("broken.cu", "relay", ("0",), ALL_ARCHS),
+        ("broken.cu", "relay", ("0",), TRIED_ARCHS),
         ("broken.cu", "multiply_registers", ("0",), ("90a",)),
         *(
-            ("fragments.cu", "multiply_sparse", (dtype, selector, "0"), ALL_ARCHS)
+            ("fragments.cu", "multiply_sparse", (dtype, selector, "0"), TRIED_ARCHS)
             for dtype in ("__half", "__nv_bfloat16")
             for selector in ("0", "1")
         ),
-        ("fragments.cu", "transpose", ("0",), ALL_ARCHS),
-        ("fragments.cu", "words", ("0",), ALL_ARCHS),
+        ("fragments.cu", "transpose", ("0",), TRIED_ARCHS),
+        ("fragments.cu", "words", ("0",), TRIED_ARCHS),
         ("fragments.cu", "publish", ("0",), ("90a",)),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else value,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
+from numpy.typing import NDArray
 from test_matmul import A100, H100
 from test_tune import _Array
 
@@ -98,10 +100,16 @@ def test_a_dense_row_makes_slots_bad_and_that_shows() -> None:
     assert slots.weight_bytes > 1.3 * before.best.weight_bytes
 
 
+@cache
+def patterned(pattern: str) -> NDArray[Any]:
+    """For every format."""
+    return random_matrix(4096, 1024, density=0.2, pattern=pattern, seed=3, std=0.1)
+
+
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "columns", "block"])
 @pytest.mark.parametrize("name", list(registry.FORMATS))
 def test_sampled_bytes_are_close_to_the_packed_weights(name: str, pattern: str) -> None:
-    a = random_matrix(4096, 1024, density=0.2, pattern=pattern, seed=3, std=0.1)
+    a = patterned(pattern)
     contents = sample.sampled(a, [name])
     assert contents.packed_rows < 4096
     assert contents.density == np.count_nonzero(a) / a.size

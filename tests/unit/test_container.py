@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -265,15 +266,21 @@ def test_malformed_bytes(tmp_path: Path, name: str) -> None:
     assert error.value.field == field
 
 
+@cache
+def sound_bytes(name: str, path: Path) -> bytes:
+    """Of a small weight, saved at ``path``."""
+    registry.weight_class(name).from_dense(cases.matrix("uniform", 20, 20, 0.3, 1, "fp16")).save(path)
+    return path.read_bytes()
+
+
 @pytest.mark.parametrize("name", registry.FORMATS)
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_bytes_give_format_errors_only(
     name: str, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    path = tmp_path_factory.mktemp("fuzz") / "w"
-    registry.weight_class(name).from_dense(cases.matrix("uniform", 20, 20, 0.3, 1, "fp16")).save(path)
-    raw = bytearray(path.read_bytes())
+    path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
+    raw = bytearray(sound_bytes(name, path))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)

@@ -60,9 +60,9 @@ def report(rows: list[results.Row], tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "report.html"
 
 
-@pytest.fixture
-def browser_page(report: Path) -> Iterator[Any]:
-    """The report in Chromium; no request leaves the page and nothing in it fails."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, which takes longer to start than to show the page."""
     if CHROMIUM is None:
         if os.environ.get("FLASHLLM_REQUIRE_BROWSER") == "1":
             pytest.fail("this test needs Chromium")
@@ -71,19 +71,26 @@ def browser_page(report: Path) -> Iterator[Any]:
     quiet = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync")  # fmt: skip
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(quiet))
-        opened = browser.new_page(viewport={"width": 1280, "height": 1700})
-        asked: list[str] = []
-        failed: list[str] = []
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.on("pageerror", lambda error: failed.append(str(error)))
-        opened.goto(report.as_uri())
-        opened.wait_for_selector(".slick-row >> nth=0")
-        yield opened
-        assert asked == [report.as_uri()]
-        assert failed == []
-        assert opened.evaluate("window.harmed") is None
-        browser.close()
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(quiet))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def browser_page(report: Path, browser: Any) -> Iterator[Any]:
+    """The report, opened anew; no request leaves the page and nothing in it fails."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 1700})
+    asked: list[str] = []
+    failed: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("pageerror", lambda error: failed.append(str(error)))
+    opened.goto(report.as_uri())
+    opened.wait_for_selector(".slick-row >> nth=0")
+    yield opened
+    assert asked == [report.as_uri()]
+    assert failed == []
+    assert opened.evaluate("window.harmed") is None
+    opened.close()
 
 
 def table(opened: Any, heading: str) -> list[dict[str, str]]:

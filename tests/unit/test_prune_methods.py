@@ -126,6 +126,18 @@ def test_sparsegpt_leaves_less_error_than_wanda_and_that_less_than_magnitude() -
     assert found["wanda"] < 0.9 * found["magnitude"]
 
 
+def test_layers_of_one_input_are_solved_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = _random(64, 10), _random(6, 10)
+    wanted = [sparsegpt.sparsegpt(one, _gram(x), 0.5) for one in (w, -w[:2])]
+    calls: list[int] = []
+    real = sparsegpt._inverse_factor
+    monkeypatch.setattr(sparsegpt, "_inverse_factor", lambda *given: (calls.append(1), real(*given))[1])
+    shared = _gram(x)
+    for one, want in zip((w, -w[:2]), wanted, strict=True):
+        np.testing.assert_array_equal(sparsegpt.sparsegpt(one, shared, 0.5), want)
+    assert calls == [1]
+
+
 def test_columns_that_nothing_enters_go_first() -> None:
     x = _random(64, 10)
     x[:, [2, 7]] = 0

@@ -26,6 +26,7 @@ from flashllm.backends.emulator_build import (
     sanitizer_environment,
 )
 from flashllm.backends.emulator_counts import Counts, SharedAccess
+from flashllm.cpus import cores
 from flashllm.errors import ArgumentError, FlashLLMError, MissingDependencyError
 from flashllm.jit.spec import KernelSpec, normalize_arch, shared_limit
 
@@ -141,7 +142,7 @@ def launch(
         grid=(ctypes.c_uint32 * 3)(*blocks),
         threads=spec.threads,
         shared_bytes=spec.shared_bytes,
-        workers=workers or emulator_build.cores(),
+        workers=workers or cores(),
         seed=seed,
         extents=(_Extent * max(len(extents), 1))(*extents),
         extent_count=len(extents),

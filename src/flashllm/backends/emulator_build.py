@@ -17,6 +17,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from flashllm.cpus import cores
 from flashllm.errors import ArgumentError, CompileError, MissingDependencyError
 from flashllm.jit import cache as disk
 from flashllm.jit import sources
@@ -134,11 +135,6 @@ def compile_all(specs: Iterable[KernelSpec], options: BuildOptions | None = None
     _runtime(options or BuildOptions())  # once, not by every worker
     with ThreadPoolExecutor(max_workers=cores()) as pool:
         return [kernel for part in pool.map(lambda part: compile_together(part, options), parts) for kernel in part]
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sanitizer_environment() -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 from flashllm.bench import environment
 from flashllm.bench.quality_rows import SCHEMA, QualityRow
 from flashllm.errors import ArgumentError, FormatError
+from flashllm.formats.sources import to_host
 from flashllm.io.checkpoint import Checkpoint, open_checkpoint
 from flashllm.io.safetensors_file import LAYOUT_NAMES
 from flashllm.io.sparse_model import SparseModel, is_sparse_model
@@ -177,5 +178,5 @@ def _logits(model: Model, tokens: Any, advance: Advance) -> Any:
     """All logits [S * T, vocabulary] of ``tokens`` [S, T], on the host."""
     hidden, outside = run_blocks(model, model.xp.asarray(tokens), advance=advance)
     rows = hidden.reshape(-1, model.config.hidden)
-    parts = [part.get() if hasattr(part, "get") else part for _, part in head(model, outside, rows)]
+    parts = [to_host(part) for _, part in head(model, outside, rows)]
     return np.concatenate(parts)

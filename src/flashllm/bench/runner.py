@@ -15,12 +15,13 @@ from flashllm.bench.cases import Group
 from flashllm.bench.data import largest_magnitude, make_inputs, to_float64
 from flashllm.bench.environment import Environment
 from flashllm.bench.rows import make_row
-from flashllm.bench.runner_types import Advance, Emit, Wanted
+from flashllm.bench.runner_types import Emit, Wanted
 from flashllm.bench.runs import Compared, Prepared, Run
 from flashllm.bench.sources import Source
 from flashllm.errors import DeviceMemoryError
 from flashllm.formats.weight import SparseWeight
 from flashllm.matmul.expand import LEAST_N
+from flashllm.progress import Advance
 from flashllm.registry import kernel, weight_class
 
 _SPARE_BYTES = 2**30  # float64 rows of the reference, workspaces, inputs, outputs

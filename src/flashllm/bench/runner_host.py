@@ -15,9 +15,10 @@ from flashllm.bench.data import make_inputs, to_float64
 from flashllm.bench.environment import Environment
 from flashllm.bench.results import Row
 from flashllm.bench.rows import Measured, make_row
-from flashllm.bench.runner_types import Advance, Emit, Wanted
+from flashllm.bench.runner_types import Emit, Wanted
 from flashllm.bench.sources import Source
 from flashllm.formats.weight import SparseWeight
+from flashllm.progress import Advance
 from flashllm.registry import weight_class
 
 if TYPE_CHECKING:

@@ -13,6 +13,3 @@ Emit = Callable[[Row], None]
 
 Wanted = Callable[[Group, "float | None", int, str], bool]
 """Whether the case (group, sparsity, N, format) is to be measured."""
-
-Advance = Callable[[str, int], None]
-"""Takes what is being done now and how many cases have been finished since the last call."""

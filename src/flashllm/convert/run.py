@@ -18,7 +18,7 @@ from flashllm.convert.plan import FilePlan, Source, origin_of, plan_files
 from flashllm.convert.upload import Upload
 from flashllm.errors import ArgumentError, MissingDependencyError
 from flashllm.formats.bits import numpy_dtype
-from flashllm.formats.sources import is_cupy
+from flashllm.formats.sources import is_cupy, to_host
 from flashllm.gpus import Gpu
 from flashllm.io.checkpoint import Checkpoint, open_checkpoint
 from flashllm.io.container import ContainerWriter
@@ -179,8 +179,7 @@ class _Work:
         self._seconds.matrix_bytes += stored
         if choice.format == DENSE:
             self._seconds.encoding += there - started
-            host = array.get() if is_cupy(array) else array
-            writer.add_tensor(f"{matrix.name}.weight", host)
+            writer.add_tensor(f"{matrix.name}.weight", to_host(array))
         else:
             weight = weight_class(choice.format).from_dense(array, dtype=matrix.dtype)
             _wait(array)

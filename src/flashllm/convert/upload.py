@@ -7,13 +7,14 @@ memory goes at 55. So several threads fill page-locked buffers, one of which is 
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flashllm.cpus import cores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +36,7 @@ class Upload:
         self._free = [cupy.cuda.Event() for _ in range(_BUFFERS)]
         """When what was copied last from a buffer has arrived; an event that was not recorded yet is over."""
         self._turn = 0
-        threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        threads = min(_MOST_THREADS, cores())
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="upload")
         return self
 

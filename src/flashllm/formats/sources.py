@@ -34,6 +34,11 @@ def array_module(array: Any) -> Any:
     return np
 
 
+def to_host(array: Any) -> NDArray[Any]:
+    """``array`` in NumPy: itself, or copied from its device."""
+    return array.get() if is_cupy(array) else array  # type: ignore[no-any-return]
+
+
 def check_shape(shape: tuple[int, ...], *, argument: str) -> tuple[int, int]:
     """(M, K) when both are in 1..2^31-1, else ``ArgumentError``."""
     if len(shape) != 2:

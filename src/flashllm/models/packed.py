@@ -19,6 +19,7 @@ from flashllm.io.safetensors_file import LAYOUT_NAMES
 from flashllm.io.sparse_model import SparseModel
 from flashllm.models import forward, weights
 from flashllm.models.config import ModelConfig, model_config
+from flashllm.models.dense import to_nearest
 
 
 class PackedModel:
@@ -63,6 +64,7 @@ class UnpackedModel(Checkpoint):
     def __init__(self, model: SparseModel) -> None:
         self.path, self.config, self._model = model.path, model.config, model
         self._places: dict[str, tuple[str, slice]] = {}
+        self._last: tuple[str, NDArray[Any]] | None = None
         self.tensors = {}
         stored: tuple[tuple[str, StoredWeight | StoredTensor], ...] = (
             *model.manifest.weights.items(), *model.manifest.tensors.items(),
@@ -75,21 +77,24 @@ class UnpackedModel(Checkpoint):
                 self.tensors[member.name] = TensorInfo(name=member.name, shape=shape, dtype=dtype, stored=dtype)
 
     def read(self, name: str) -> NDArray[Any]:
-        """Rows of what is stored, decoded where it is packed."""
+        """Rows of what is stored, decoded where it is packed: the last such matrix is kept, for its other layers."""
         self.info(name)
         stored, rows = self._places[name]
         if stored not in self._model.manifest.weights:
             return self._model.dense(stored)[rows]
-        matrix = self._model.matrix(stored)
-        dense: NDArray[Any] = matrix.to_dense() if isinstance(matrix, SparseWeight) else matrix
-        return dense[rows]
+        if self._last is None or self._last[0] != stored:
+            self._last = None  # before the next takes its memory
+            matrix = self._model.matrix(stored)
+            self._last = stored, matrix.to_dense() if isinstance(matrix, SparseWeight) else matrix
+        return self._last[1][rows]
 
     def companions(self) -> Mapping[str, Path]:
         """As the directory has them."""
         return self._model.companions()
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Nothing stays open; the matrix that was kept is given up."""
+        self._last = None
 
 
 class _Products:
@@ -117,7 +122,6 @@ class _Products:
 
     def _multiply(self, name: str, x: Any) -> Any:
         from flashllm.matmul import spmm
-        from flashllm.models.dense import to_nearest
 
         matrix, dtype = self._matrices[name]
         if not isinstance(matrix, SparseWeight):
@@ -132,8 +136,6 @@ def _narrow(x: Any, dtype: DType) -> Any:
             return x.astype(np.float16)
     if isinstance(x, np.ndarray):
         return x.astype(bfloat16())
-    from flashllm.models.dense import to_nearest
-
     return (to_nearest(x, dtype).view(np.uint32) >> 16).astype(np.uint16)
 
 

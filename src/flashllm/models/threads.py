@@ -8,13 +8,14 @@ times as long beside one busy process. Sequences need nothing of each other, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
 import numpy as np
+
+from flashllm.cpus import cores
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -31,7 +32,7 @@ def threads_of(xp: Any) -> int:
         import threadpoolctl  # noqa: F401
     except ImportError:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def for_each(work: Callable[[Part], Result], parts: Sequence[Part], *, threads: int) -> list[Result]:

@@ -155,7 +155,7 @@ class _Work:
         if self._teacher is not None and self._teacher.config.vocab_size != config.vocab:
             expected, got = f"a model of {config.vocab} tokens", str(self._teacher.config.vocab_size)
             raise ArgumentError("teacher", expected=expected, got=got)
-        self._masks = self._fix_zeros()
+        self._fix_zeros()
         self._optimizer = self._torch.optim.AdamW(
             self._model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -219,16 +219,13 @@ class _Work:
         teacher = functional.log_softmax(wanted.float(), dim=-1).reshape(rows.shape)
         return functional.kl_div(rows, teacher, reduction="batchmean", log_target=True)
 
-    def _fix_zeros(self) -> dict[str, Any]:
-        """Masks of what is not zero, by name; gradients of the zeros are zero, so AdamW without decay leaves them."""
+    def _fix_zeros(self) -> None:
+        """Gradients of zeros are zero from now on, so AdamW, without decay, leaves them."""
         named = dict(self._model.named_parameters())
-        masks = {}
         for layer in range(self._config.layers):
             for name in self._config.layout.linears(layer):
                 mask = named[name].detach() != 0
-                masks[name] = mask
                 named[name].register_hook(lambda gradient, mask=mask: gradient * mask)
-        return masks
 
     def _load(self, path: Path) -> Any:
         kind = self._transformers.AutoModelForCausalLM

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,8 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from flashllm.cpus import cores
 from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.formats.bits import bfloat16
+from flashllm.formats.sources import to_host
 from flashllm.io.checkpoint import Checkpoint
 from flashllm.io.files import make_empty
 from flashllm.io.fingerprint import fingerprint
@@ -151,7 +152,7 @@ class _Work:
 
     def _device(self) -> str:
         if self._xp is np:
-            return f"{len(os.sched_getaffinity(0))} CPUs"
+            return f"{cores()} CPUs"
         from flashllm.device import device_facts
 
         return device_facts().name
@@ -168,7 +169,7 @@ class _Work:
         for name, matrix in block.linears.items():
             full = f"{prefix}.{name}.weight"
             pruned = self._method.prune(matrix, seen.get(name), wanted[full])
-            stored[full] = self._as_stored(full, _to_host(pruned))
+            stored[full] = self._as_stored(full, to_host(pruned))
             kept[name] = self._xp.asarray(stored[full].astype(np.float32))
             zeros += stored[full].size - int(np.count_nonzero(stored[full]))
             elements += stored[full].size
@@ -289,7 +290,3 @@ class _Work:
         write_record(self._out, self._record)
         # Last: before it, this is no checkpoint.
         write_checkpoint_index(self._out, [self._shard(layer) for layer in range(-1, self._config.layers)])
-
-
-def _to_host(array: Any) -> NDArray[Any]:
-    return np.asarray(array.get() if hasattr(array, "get") else array)

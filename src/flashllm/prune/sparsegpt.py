@@ -29,9 +29,7 @@ def sparsegpt(w: Any, statistics: Gram, sparsity: float) -> Any:
 
     Raises ``ArgumentError`` where the inputs hold infinities or NaN.
     """
-    hessian = statistics.matrix()
-    unused = hessian.diagonal() == 0
-    factor = _inverse_factor(hessian, unused)
+    unused, factor = statistics.solved(_unused_and_factor)
     # Columns as rows, which then lie whole in memory.
     columns = w.T.copy()
     columns[unused] = 0
@@ -55,6 +53,12 @@ def _prune_block(columns: Any, factor: Any, count: int) -> Any:
         columns[i:] -= factor[i, i:, None] * errors[i]
         columns[i][mask[i]] = 0  # rounding may have left something
     return errors
+
+
+def _unused_and_factor(hessian: Any) -> tuple[Any, Any]:
+    """Which columns nothing enters, and the factor of the others: what every layer of this input needs."""
+    unused = hessian.diagonal() == 0
+    return unused, _inverse_factor(hessian, unused)
 
 
 def _inverse_factor(hessian: Any, unused: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from flashllm.formats.sources import array_module
@@ -54,6 +55,7 @@ class Gram:
 
     def __init__(self) -> None:
         self._sum: Any = None
+        self._solution: Any = None
 
     def add(self, x: Any) -> None:
         """Count the rows of ``x`` in."""
@@ -70,3 +72,9 @@ class Gram:
     def matrix(self) -> Any:
         """The sum, not a copy."""
         return self._sum
+
+    def solved(self, solve: Callable[[Any], Any]) -> Any:
+        """``solve(matrix)``, once for all layers of this input; the sum, as large as it, is given up for it."""
+        if self._solution is None:
+            self._solution, self._sum = solve(self._sum), None
+        return self._solution

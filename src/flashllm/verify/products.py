@@ -77,7 +77,7 @@ class CudaMultiplier:
 
     def prepare(self, cases: Sequence[Case], say: Say) -> None:
         """Compile every instance, in child processes; raises :class:`CompileError` for the first that fails."""
-        from flashllm.backends.emulator_build import cores
+        from flashllm.cpus import cores
         from flashllm.jit.compile import compile_many
 
         jobs = dict.fromkeys((case.choice.spec, case.arch) for case in cases if case.choice and case.arch)

@@ -85,11 +85,12 @@ def _module(path: str) -> Any:
 
 
 def all_specs() -> list[KernelSpec]:
-    """Each spec once, in a fixed order: products, encoders, other systems, measurement helpers."""
-    from flashllm import baselines
+    """Each spec once, in a fixed order: products, encoders, other systems, decoders, measurement helpers."""
+    from flashllm import baselines, decoder
     from flashllm.bench import bandwidth, data
 
     kernels = [entry.kernel for entry in FORMATS.values()]
     encoders = [entry.encoder for entry in FORMATS.values() if entry.encoder is not None]
-    sources = [*map(_module, (*kernels, *encoders, *baselines.kernel_modules())), bandwidth, data]
+    decoders = [f"flashllm.decoder.{name}" for name in decoder.MODULES]
+    sources = [*map(_module, (*kernels, *encoders, *baselines.kernel_modules(), *decoders)), bandwidth, data]
     return list(dict.fromkeys(spec for source in sources for spec in source.specs()))

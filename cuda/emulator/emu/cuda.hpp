@@ -2,6 +2,7 @@
 // CUDA C++ without headers, as NVRTC understands it: keywords, built-in variables and functions.
 #pragma once
 
+#include <cmath>  // expf, sqrtf and the like, which CUDA has without a header
 #include <type_traits>
 
 #include "emu/runtime.hpp"

@@ -29,6 +29,15 @@ def check(facts: DeviceFacts) -> None:
     _driver()
 
 
+def available() -> bool:
+    """Whether the package is installed that such launches go through."""
+    try:
+        _driver()
+    except MissingDependencyError:
+        return False
+    return True
+
+
 def launch(
     kernel: Any, grid: Sequence[int], threads: int, args: Sequence[Any], *, shared_bytes: int, stream: Any = None
 ) -> None:

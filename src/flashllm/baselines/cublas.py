@@ -118,9 +118,23 @@ class Cublas:
             )
             self._stream = stream
 
-    def gemm_ex(self, layout: Layout, *, m: int, k: int, n: int, dtype: str, tensor_cores: bool = True) -> Candidate:
-        """cublasGemmEx with the library's own choice of algorithm; without ``tensor_cores`` in its pedantic mode."""
+    def gemm_ex(
+        self,
+        layout: Layout,
+        *,
+        m: int,
+        k: int,
+        n: int,
+        dtype: str,
+        out: str | None = None,
+        tensor_cores: bool = True,
+    ) -> Candidate:
+        """cublasGemmEx with the library's own choice of algorithm; without ``tensor_cores`` in its pedantic mode.
+
+        ``out="fp32"``: y is not rounded to ``dtype``.
+        """
         call, kind = gemm_call(layout, m=m, k=k, n=n), _data_type(dtype)
+        out_kind = _out_type(dtype, out)
         compute = api.COMPUTE_32F if tensor_cores else api.COMPUTE_32F_PEDANTIC
 
         def launch(w: int, x: int, y: int, stream: int) -> None:
@@ -143,7 +157,7 @@ class Cublas:
                 call.ldb,
                 self._zero_at,
                 y,
-                kind,
+                out_kind,
                 call.ldc,
                 compute,
                 api.GEMM_DEFAULT,
@@ -152,8 +166,10 @@ class Cublas:
         name = "GemmEx" if tensor_cores else "GemmEx pedantic"
         return Candidate(label=f"{name} {layout.label}", layout=layout, launch=launch)
 
-    def lt_candidates(self, layout: Layout, *, m: int, k: int, n: int, dtype: str, count: int = 8) -> list[Candidate]:
-        """Up to ``count`` cublasLt algorithms, in the order in which its heuristic ranks them."""
+    def lt_candidates(
+        self, layout: Layout, *, m: int, k: int, n: int, dtype: str, out: str | None = None, count: int = 8
+    ) -> list[Candidate]:
+        """Up to ``count`` cublasLt algorithms, in the order in which its heuristic ranks them; ``out`` as above."""
         call, kind = gemm_call(layout, m=m, k=k, n=n), _data_type(dtype)
         operation = self._create("MatmulDesc", api.COMPUTE_32F, api.R_32F)
         self._set("MatmulDesc", operation, api.DESC_TRANSA, ctypes.c_int32(call.transa))
@@ -162,7 +178,7 @@ class Cublas:
         stored_b = (call.k, call.n) if call.transb == api.OP_N else (call.n, call.k)
         a_layout = self._create("MatrixLayout", kind, *stored_a, call.lda)
         b_layout = self._create("MatrixLayout", kind, *stored_b, call.ldb)
-        c_layout = self._create("MatrixLayout", kind, call.m, call.n, call.ldc)
+        c_layout = self._create("MatrixLayout", _out_type(dtype, out), call.m, call.n, call.ldc)
         preference = self._create("MatmulPreference")
         limit = ctypes.c_size_t(WORKSPACE_BYTES)
         self._set("MatmulPreference", preference, api.PREF_MAX_WORKSPACE_BYTES, limit)
@@ -254,6 +270,12 @@ class Cublas:
     def _set(self, kind: str, descriptor: api.Descriptor, attribute: int, value: Any) -> None:
         name = f"cublasLt{kind}SetAttribute"
         self._lt.call(name, descriptor.at, attribute, ctypes.byref(value), ctypes.sizeof(value))
+
+
+def _out_type(dtype: str, out: str | None) -> int:
+    if out not in (None, "fp32"):
+        raise ArgumentError("out", expected="None or fp32", got=repr(out))
+    return api.R_32F if out == "fp32" else _data_type(dtype)
 
 
 def _data_type(dtype: str) -> int:

@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast
 
-from flashllm.bench import results
-from flashllm.errors import FormatError, brief
-from flashllm.io.files import open_regular
-from flashllm.io.safetensors_file import parse_json
+from flashllm.bench import flat_rows, results
 
 SCHEMA = 1
 
@@ -84,39 +80,5 @@ def append(path: Path, row: QualityRow) -> None:
 
 
 def read(path: Path) -> list[QualityRow]:
-    """Rows of a file, in order; a last line that a crash has cut short is left out.
-
-    Raises ``FormatError`` that names line and field, ``OSError``.
-    """
-    with open_regular(path) as file:
-        lines = file.read().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(field="row", expected="UTF-8", got=str(error.reason), path=where) from error
-        rows.append(_row(parse_json(text, field="row", path=where), where))
-    return rows
-
-
-def _row(given: dict[str, Any], where: str) -> QualityRow:
-    hints = get_type_hints(QualityRow)
-    names = {field.name for field in fields(QualityRow)}
-    if set(given) != names:
-        got = brief(sorted(set(given) ^ names))
-        raise FormatError(field="row", expected="the fields of a quality row", got=got, path=where)
-    for name, value in given.items():
-        kinds = get_args(hints[name]) or (hints[name],)
-        # bool is an int to Python, never here; an int is a fine float.
-        if not (type(value) in kinds or (float in kinds and type(value) is int)):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise FormatError(field=name, expected=expected, got=brief(value), path=where)
-        # An integer may be too large for the float that arithmetic makes of it.
-        if type(value) in (int, float) and not abs(value) <= sys.float_info.max:
-            raise FormatError(field=name, expected="a finite number", got=brief(value), path=where)
-    if given["schema"] != SCHEMA or given["kind"] != "quality":
-        got = f"schema {brief(given['schema'])}, kind {brief(given['kind'])}"
-        raise FormatError(field="schema", expected=f"{SCHEMA}, kind quality", got=got, path=where)
-    return QualityRow(**given)
+    """Rows of a file, as :func:`flashllm.bench.flat_rows.read` does."""
+    return flat_rows.read(path, QualityRow, schema=SCHEMA, kind="quality")

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures how fast an engine decodes: time to the first token, time of a step, and where a step's time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from flashllm.bench.decode_rows import SCHEMA, DecodeRow
+from flashllm.bench.decode_weights import DENSE, PARTS, stored_share
+from flashllm.bench.environment import Environment, utc_now
+from flashllm.bench.telemetry import Reading
+from flashllm.engine.communicator import Communicator
+from flashllm.engine.engine import Engine
+from flashllm.engine.forward import KINDS, Kind, Operation, run
+from flashllm.engine.runtime import Runtime
+from flashllm.engine.sampling import SamplingOptions
+from flashllm.engine.shard import Shard
+from flashllm.engine.weights import Weights
+from flashllm.models.config import ModelConfig
+
+_WARM_STEPS = 3
+_REPLAYS = 5
+SYSTEMS = {"sparse": "flashllm", "dense": "flashllm-dense"}
+"""Names of systems in rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is decoded: ``batch`` prompts of equal length, each with ``output`` tokens behind it."""
+
+    batch: int
+    prompt: int = 64
+    output: int = 512
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a sequence."""
+        return self.prompt + self.output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Of one case, in milliseconds."""
+
+    total: float
+    first: float
+    step: float
+    """A step in the middle of the output."""
+    kinds: Mapping[Kind, float]
+    """Its launches of each kind alone."""
+
+
+def choose_formats(
+    config: ModelConfig, sparsity: float, batches: Sequence[int], *, dtype: str, shard: Shard, format: str = "auto"
+) -> dict[str, str]:
+    """The format of each matrix of a block; ``auto`` takes what the time model expects to be fastest."""
+    from flashllm.matmul.auto import rank_formats
+
+    if format != "auto":
+        return dict.fromkeys(PARTS, format)
+    shapes = {part: shard.shape(config, part) for part in PARTS}
+    return {
+        part: rank_formats(shape, 1 - sparsity, tuple(batches), dtype=dtype).best.format
+        for part, shape in shapes.items()
+    }
+
+
+def open_engine(weights: Weights, runtime: Runtime, case: Case, communicator: Communicator | None = None) -> Engine:
+    """An engine for the case, which has decoded a few tokens: kernels are loaded, the step is captured."""
+    engine = Engine(
+        weights,
+        runtime,
+        batch=case.batch,
+        capacity=case.capacity,
+        prefill_rows=min(2048, case.batch * case.prompt),
+        communicator=communicator,
+    )
+    _start(engine, case)
+    for _ in range(min(_WARM_STEPS, case.output - 1)):
+        engine.step()
+    runtime.wait()
+    return engine
+
+
+def measure(engine: Engine, case: Case) -> Times:
+    """Decode the case once from prompts to last token, then time the kinds of launches of a step in the middle."""
+    runtime = engine.runtime
+    runtime.wait()
+    begun = time.perf_counter()
+    _start(engine, case)
+    runtime.wait()
+    first = time.perf_counter()
+    for _ in range(case.output - 1):
+        engine.step()
+    runtime.wait()
+    ended = time.perf_counter()
+    kinds = {kind: _replayed_ms(engine, case, engine.decode_operations([kind])) for kind in KINDS}
+    return Times(
+        total=(ended - begun) * 1e3,
+        first=(first - begun) * 1e3,
+        step=_replayed_ms(engine, case, engine.decode_operations()),
+        kinds=kinds,
+    )
+
+
+def bound_ms(weights: Weights, case: Case, read_gbps: float) -> float:
+    """Milliseconds that a step in the middle of the output takes only to read what it must."""
+    config, shard = weights.config, weights.shard
+    context = case.batch * (case.prompt + case.output // 2 + 1)
+    cached = context * config.layers * 2 * shard.kv_heads(config) * config.head_dim * 2
+    return (weights.matrix_bytes + int(weights.head.nbytes) + cached) / read_gbps * 1e-6
+
+
+def make_row(
+    environment: Environment,
+    engine: Engine,
+    case: Case,
+    *,
+    model: str,
+    formats: Mapping[str, str],
+    sparsity: float,
+    choice: str,
+    times: Times | None = None,
+    read_gbps: float | None = None,
+    reading: Reading | None = None,
+    peak_bytes: int | None = None,
+) -> DecodeRow:
+    """The row of a case; without ``times`` (no GPU) every time is ``None``."""
+    weights = engine.weights
+    dense = all(name == DENSE for name in formats.values())
+    gpus = weights.shard.count
+    tokens = case.batch * case.output
+    per_s = tokens / times.total * 1e3 if times else None
+    bound = bound_ms(weights, case, read_gbps) if read_gbps else None
+    products = engine.runtime.products
+    kinds: Mapping[Kind, float] = times.kinds if times else {}
+    reading = reading or Reading()
+    return DecodeRow(
+        schema=SCHEMA,
+        kind="e2e",
+        time_utc=utc_now(),
+        **asdict(environment),
+        sm_mhz=reading.sm_mhz,
+        temp_c=reading.temp_c,
+        power_w=reading.power_w,
+        model=model,
+        layers=weights.config.layers,
+        dtype=weights.dtype,
+        system=SYSTEMS["dense" if dense else "sparse"],
+        format=",".join(sorted(set(formats.values()))),
+        choice=choice,
+        sparsity=0.0 if dense else sparsity,
+        sparsity_real=round(1 - stored_share(weights), 6),
+        gpus=gpus,
+        tp=gpus,
+        batch=case.batch,
+        prompt=case.prompt,
+        output=case.output,
+        seconds=_rounded(times.total / 1e3 if times else None, 4),
+        tokens_per_s=_rounded(per_s, 2),
+        tokens_per_gpu_s=_rounded(per_s / gpus if per_s else None, 2),
+        ttft_ms=_rounded(times.first if times else None, 3),
+        tpot_ms=_rounded((times.total - times.first) / max(1, case.output - 1) if times else None, 4),
+        linear_ms=_rounded(kinds.get("linear"), 4),
+        attention_ms=_rounded(kinds.get("attention"), 4),
+        comm_ms=_rounded(kinds.get("communication"), 4),
+        other_ms=_rounded(kinds.get("other"), 4),
+        step_ms=_rounded(times.step if times else None, 4),
+        bound_ms=_rounded(bound, 4),
+        bound_fraction=_rounded(bound / times.step if bound and times else None, 4),
+        read_gbps=_rounded(read_gbps, 1),
+        matrices_gb=round(weights.matrix_bytes / 1e9, 4),
+        weights_gb=round(weights.nbytes / 1e9, 4),
+        kv_gb=round(engine.cache.nbytes / 1e9, 4),
+        workspace_gb=round(engine.workspace_bytes / 1e9, 4),
+        peak_gb=_rounded(None if peak_bytes is None else peak_bytes / 1e9, 4),
+        kernels="; ".join(products.label(w, case.batch) for w in weights.blocks[0].matrices),
+        launch=("graph-pdl" if getattr(engine.runtime, "overlap", False) else "graph") if times else None,
+        launches=len(engine.decode_operations()),
+    )
+
+
+def _start(engine: Engine, case: Case) -> None:
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, engine.weights.config.vocab, (case.batch, case.prompt)).tolist()
+    engine.start(prompts, [SamplingOptions(max_new_tokens=case.output)] * case.batch)
+
+
+def _replayed_ms(engine: Engine, case: Case, operations: Sequence[Operation]) -> float:
+    """Milliseconds of one replay of a graph of ``operations``, the sequences in the middle of their output."""
+    if not operations:
+        return 0.0
+    import cupy
+
+    from flashllm import graphs
+
+    runtime: Any = engine.runtime
+    stream = runtime.stream
+    with runtime.active():
+        engine.state.positions.fill(case.prompt + case.output // 2)
+        engine.state.counts.fill(case.output // 2)
+        engine.state.finished.fill(0)
+        graph = graphs.capture(partial(run, operations), stream)
+        graph.launch(stream)
+        times = [graphs.replay_us(graph, stream, 1) for _ in range(_REPLAYS)]
+    cupy.cuda.get_current_stream().synchronize()
+    return statistics.median(times) / 1e3
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

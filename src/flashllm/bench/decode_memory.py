@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding a model takes of a GPU's memory, reckoned before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flashllm.bench.decode_weights import DENSE, PARTS
+from flashllm.engine.engine import PREFILL_ROWS
+from flashllm.engine.kv_cache import cache_bytes
+from flashllm.engine.shard import Shard
+from flashllm.errors import DeviceMemoryError
+from flashllm.models.config import ModelConfig
+from flashllm.registry import weight_class
+
+_CUBLAS_BYTES = 2 * (32 << 20)  # a handle for dense matrices, one for expanded ones
+_KERNEL_BYTES = 1 << 30
+"""Kernels' code, partial sums of products and of attention, what the driver keeps, rests of blocks of the pool."""
+_LEAST_EXPANDED_ROWS = 65
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on each GPU."""
+
+    matrices: int
+    other_weights: int
+    """Embeddings, head, norms, biases."""
+    making: int
+    """A dense matrix, and what its encoder needs, while the last weight is made."""
+    cache: int
+    activations: int
+    """And logits."""
+    workspace: int
+
+    @property
+    def needed(self) -> int:
+        """The most at a time."""
+        weights = self.matrices + self.other_weights
+        return max(weights + self.making, weights + self.cache + self.activations + self.workspace) + _KERNEL_BYTES
+
+    def lines(self) -> str:
+        """The sum, for people."""
+        parts = {
+            "matrices": self.matrices,
+            "other weights": self.other_weights,
+            "keys and values": self.cache,
+            "activations and logits": self.activations,
+            "workspace": self.workspace,
+            "kernels and rests": _KERNEL_BYTES,
+        }
+        return " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()) + (
+            f" (or {self.making / 1e9:.2f} to make the last matrix): {self.needed / 1e9:.2f} GB"
+        )
+
+
+def plan_memory(
+    config: ModelConfig,
+    formats: Mapping[str, str],
+    *,
+    sparsity: float,
+    batch: int,
+    prompt: int,
+    output: int,
+    shard: Shard,
+) -> MemoryPlan:
+    """What ``batch`` sequences of ``prompt`` and ``output`` tokens take with random weights of these formats."""
+    sizes = {part: shard.shape(config, part) for part in PARTS}
+    stored = {
+        part: 2 * m * k if formats[part] == DENSE else weight_class(formats[part]).estimated_bytes((m, k), 1 - sparsity)
+        for part, (m, k) in sizes.items()
+    }
+    # Decoders of some formats need up to half of the dense matrix beside it.
+    packed = [3 * m * k for part, (m, k) in sizes.items() if formats[part] != DENSE]
+    largest = max(2 * m * k for m, k in sizes.values())
+    tables = config.vocab * (1 if config.tied else 2) + (config.positions + 2 if config.is_opt else 0)
+    vectors = config.layers * (2 * config.hidden + sum(m for m, _ in sizes.values()))
+    rows = max(batch, min(PREFILL_ROWS, batch * prompt))
+    # x, y, the residual stream in fp32, q, k and v twice over, what heads give, up and active.
+    per_row = 8 * config.hidden + 2 * (2 * sizes["qkv"][0] + sizes["out"][1] + sizes["up"][0] + sizes["down"][1])
+    expanded = max(packed) if packed and batch * prompt >= _LEAST_EXPANDED_ROWS else 0
+    return MemoryPlan(
+        matrices=config.layers * sum(stored.values()),
+        other_weights=2 * (tables * config.hidden + vectors),
+        making=2 * largest if packed else 0,
+        cache=cache_bytes(config, shard, slots=batch, capacity=prompt + output),
+        activations=rows * per_row + 4 * batch * config.vocab,
+        workspace=_CUBLAS_BYTES + expanded,
+    )
+
+
+def check_memory(plan: MemoryPlan, free: int, what: str) -> None:
+    """Raise ``DeviceMemoryError`` that shows the sum where ``what`` does not fit into ``free`` bytes."""
+    if plan.needed > free:
+        raise DeviceMemoryError(f"{what}: {plan.lines()}", needed=plan.needed, free=free)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure how fast a model decodes with sparse and with dense weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from flashllm.cli._cases import BadUsage, backend_option, usage_errors, use_device
+
+if TYPE_CHECKING:
+    from flashllm.bench.decode_rows import DecodeRow
+
+_MAX_SPARSITY = 0.99
+
+
+def _list_models(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    from flashllm.models.config import model_config
+    from flashllm.models.known import CONFIGS
+
+    for name, given in CONFIGS.items():
+        config = model_config(given)
+        click.echo(f"{name:<15} {config.layers:>3} blocks  {config.hidden:>6} hidden  {config.positions:>7} positions")
+    context.exit()
+
+
+@click.command(epilog="Exit status: 0 fine, 2 bad usage, or no case fits into the GPU's memory.")
+@click.option("--model", default="opt-30b", show_default=True, metavar="NAME", help="Whose sizes; --list-models.")
+@click.option(
+    "--list-models", is_flag=True, is_eager=True, expose_value=False, callback=_list_models, help="Show them."
+)
+@click.option("--sparsity", default="0.8", show_default=True, metavar="FRACTIONS", help="Of sparse weights.")
+@click.option("--systems", default="sparse,dense", show_default=True, metavar="NAMES", help="sparse, dense, or both.")
+@click.option("--format", "format_name", default="auto", show_default=True, metavar="NAME", help="Of sparse weights.")
+@click.option("--batch", default="8,16,32,64", show_default=True, metavar="SIZES", help="Sequences at a time.")
+@click.option("--prompt", type=click.IntRange(1), default=64, show_default=True, help="Tokens of each prompt.")
+@click.option("--output", type=click.IntRange(2), default=512, show_default=True, help="Tokens that follow it.")
+@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), default="fp16", show_default=True)
+@click.option("--layers", type=click.IntRange(1), help="Blocks to run, fewer than the model's: for a quick look.")
+@backend_option
+@click.option("--device", type=click.IntRange(0), metavar="INDEX", help="Which GPU.  [default: the current one]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Append rows to this file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON Lines.")
+def command(
+    model: str,
+    sparsity: str,
+    systems: str,
+    format_name: str,
+    batch: str,
+    prompt: int,
+    output: int,
+    dtype: str,
+    layers: int | None,
+    backend: str | None,
+    device: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure how fast a model decodes with sparse and with dense weights, all else equal.
+
+    Weights are random, made on the GPU in the shapes of the model: speed depends on the shapes and the zeros alone.
+    Each case reads all prompts at once and decodes greedily, a captured graph for each step. What a case takes of the
+    GPU's memory is reckoned first; one that does not fit is left out, with the sum. Without a GPU the emulator runs the
+    case, with no times: that takes hours, for any of these models.
+    """
+    from rich.console import Console
+
+    from flashllm.cli._progress import progress
+
+    notes = Console(stderr=True)
+    with usage_errors():
+        from flashllm.bench import decode_rows, results
+        from flashllm.bench.decode_session import Sweep
+        from flashllm.registry import FORMATS
+
+        use_device(device)
+        if format_name not in ("auto", *FORMATS):
+            raise BadUsage(f"--format: expected auto or one of {', '.join(FORMATS)}, got {format_name!r}")
+        sweep = Sweep(
+            model=model,
+            sparsities=_numbers(sparsity, "--sparsity", float, 0.0, _MAX_SPARSITY),
+            systems=_names(systems),
+            format=format_name,
+            batches=_numbers(batch, "--batch", int, 1, 65535),
+            prompt=prompt,
+            output=output,
+            dtype="bf16" if dtype == "bf16" else "fp16",
+            layers=layers,
+            backend=backend,
+        )
+        if out is not None:
+            results.ensure_writable(out)
+        count = 0
+        with progress(notes, sweep.steps) as advance:
+            for row in sweep.rows(advance=advance, note=lambda text: notes.print(text, markup=False, highlight=False)):
+                count += 1
+                if out is not None:
+                    decode_rows.append(out, row)
+                click.echo(row.to_json() if as_json else _line(row))
+    if not count:
+        raise BadUsage("no case fits into the memory of the GPU")
+
+
+def _line(row: DecodeRow) -> str:
+    what = "dense" if row.system == "flashllm-dense" else f"{row.sparsity:.0%} zeros, {row.format}"
+    head = f"{row.model}, {what}, batch {row.batch}: {row.weights_gb:.1f} GB of weights, {row.kv_gb:.1f} GB cache"
+    if row.tokens_per_gpu_s is None:
+        return f"{head}; no times without a GPU"
+    parts = f"matrices {row.linear_ms:.2f}, attention {row.attention_ms:.2f}, sums {row.comm_ms:.2f}"
+    return (
+        f"{head}, {row.peak_gb:.1f} GB in all; {row.tokens_per_gpu_s:.0f} tokens/GPU-s, TTFT {row.ttft_ms:.0f} ms, "
+        f"TPOT {row.tpot_ms:.2f} ms; a step {row.step_ms:.2f} ms ({parts}, other {row.other_ms:.2f}), "
+        f"{row.bound_fraction:.0%} of the bound"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    from flashllm.bench.decode import SYSTEMS
+
+    found = tuple(name.strip() for name in text.split(","))
+    if not found or any(name not in SYSTEMS for name in found):
+        raise BadUsage(f"--systems: expected {' or '.join(SYSTEMS)}, got {text!r}")
+    return found
+
+
+def _numbers(text: str, option: str, kind: type, least: float, most: float) -> tuple[float, ...]:
+    try:
+        found = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise BadUsage(f"{option}: expected numbers with commas, got {text!r}") from None
+    if not found or any(not least <= number <= most for number in found):
+        raise BadUsage(f"{option}: expected numbers in {least}..{most}, got {text!r}")
+    return found

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a decoding step, a query for each row: host side of cuda/decoder/attention.cu."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashllm.decoder.arrays import VECTOR_BYTES, address_of, check
+from flashllm.decoder.launcher import Launch
+from flashllm.errors import ArgumentError
+from flashllm.formats.bits import check_dtype
+from flashllm.jit.spec import KernelSpec
+from flashllm.matmul.tensor_cores import CXX_TYPE
+
+MAX_HEAD_DIM = 256
+"""Elements of a head, of either kernel of attention."""
+_THREADS = 128
+_WARPS = 4
+_CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
+_GROUPS = {1: (1, 2, 4, 8, 16), 2: (1, 2, 4, 8, 16), 4: (1, 2, 4, 8)}  # query heads of a block, by loads for a position
+_LEAST = 64  # positions of a split of a full cache; the kernel makes no shorter ones either
+_BLOCKS_PER_SM = 16  # wanted: some waves of them, so that SMs that get one block more than others matter little
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """How one launch is divided among blocks; the same for every step, however many positions rows have."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    """Positions that a slot of the cache has room for."""
+    splits: int
+    """Blocks that share the positions of a row and head of keys; short rows leave some of them without work."""
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a head of keys and values."""
+        return self.heads // self.kv_heads
+
+    @property
+    def block_heads(self) -> int:
+        """Of a group, query heads that a block has at most: all if it can, else even parts, which read keys again."""
+        return -(-self.group // -(-self.group // _GROUPS[_chunks(self.head_dim)][-1]))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks of the launch."""
+        return (self.kv_heads * -(-self.group // self.block_heads), self.rows, self.splits)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory beside the operands; must be zero before the first launch. 0 for a plan with one split."""
+        return 0 if self.splits == 1 else self._partials_at + 4 * self._softmaxes * self.head_dim
+
+    @property
+    def _softmaxes(self) -> int:
+        return math.prod(self.grid) * self.block_heads
+
+    @property
+    def _softmaxes_at(self) -> int:
+        return -(-4 * self.rows * self.grid[0] // VECTOR_BYTES) * VECTOR_BYTES
+
+    @property
+    def _partials_at(self) -> int:
+        return self._softmaxes_at + -(-8 * self._softmaxes // VECTOR_BYTES) * VECTOR_BYTES
+
+
+def plan_attention(
+    *, rows: int, heads: int, kv_heads: int, head_dim: int, capacity: int, sm_count: int
+) -> AttentionPlan:
+    """The plan for ``rows`` queries of ``heads`` heads, on a GPU of ``sm_count`` multiprocessors.
+
+    Positions are split until every multiprocessor has some blocks to run, or splits of a full cache get short. Raises
+    ``ArgumentError`` for sizes that no kernel is made for.
+    """
+    sizes = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "capacity": capacity, "sm_count": sm_count}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ArgumentError(name, expected="a number >= 1", got=str(size))
+    if rows > 65535:
+        raise ArgumentError("rows", expected="at most 65535", got=str(rows))
+    check_heads(heads, kv_heads, head_dim)
+    if capacity * head_dim >= 2**31:
+        raise ArgumentError("capacity", expected=f"fewer than 2^31 elements of {head_dim} each", got=str(capacity))
+    wanted = -(-_BLOCKS_PER_SM * sm_count // (rows * kv_heads))
+    splits = max(1, min(wanted, capacity // _LEAST))
+    return AttentionPlan(rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, splits=splits)
+
+
+def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raises ``ArgumentError`` unless heads share those of keys evenly and have a multiple of 8 elements, up to 256."""
+    if heads % kv_heads:
+        raise ArgumentError("heads", expected=f"a multiple of the {kv_heads} heads of keys", got=str(heads))
+    if not 8 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
+        raise ArgumentError("head_dim", expected=f"a multiple of 8 up to {MAX_HEAD_DIM}", got=str(head_dim))
+
+
+def score_scale(head_dim: int) -> np.float32:
+    """What the kernels multiply products of queries and keys by: their softmax is one of powers of two."""
+    return np.float32(math.log2(math.e) / math.sqrt(head_dim))
+
+
+def attention(
+    launch: Launch,
+    plan: AttentionPlan,
+    *,
+    dtype: str,
+    q: Any,
+    keys: Any,
+    values: Any,
+    slots: Any,
+    positions: Any,
+    out: Any,
+    workspace: Any = None,
+) -> None:
+    """out [rows, heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v over each row's positions up to its own.
+
+    ``q`` [rows, heads, head_dim], ``keys`` and ``values`` [slots, kv_heads, capacity, head_dim] and ``out`` are of
+    ``dtype``; ``slots`` and ``positions`` int32 [rows]: row r reads positions 0 to ``positions[r]`` of slot
+    ``slots[r]``, whatever the cache holds behind them. A row of a negative slot or position is left out: nothing of out
+    is written.
+    ``workspace`` is uint8 of at least ``plan.workspace_bytes``, zero before the first launch; launches that follow one
+    another may share it. Sums are fp32, out is rounded once, and the same operands give the same bits on every run.
+    Raises ``ArgumentError``.
+    """
+    kind = check_dtype(dtype)
+    rows = plan.rows
+    check("q", q, (rows, plan.heads, plan.head_dim), kind)
+    cache = check("keys", keys, ("slots", plan.kv_heads, plan.capacity, plan.head_dim), kind)
+    check("values", values, cache, kind)
+    check("slots", slots, (rows,), "int32")
+    check("positions", positions, (rows,), "int32")
+    check("out", out, (rows, plan.heads * plan.head_dim), kind)
+    memory = (np.uint64(0),) * 3
+    if plan.splits > 1:
+        memory = _memory(plan, workspace)
+    sizes = (plan.group, plan.block_heads, plan.head_dim, plan.capacity)
+    args = (q, keys, values, slots, positions, out, *memory, *map(np.int32, sizes), score_scale(plan.head_dim))
+    chunks = _chunks(plan.head_dim)
+    padded = next(group for group in _GROUPS[chunks] if group >= plan.block_heads)
+    launch(_spec(kind, chunks, padded), plan.grid, args)
+
+
+def specs() -> list[KernelSpec]:
+    """Every kernel this module can launch."""
+    return [_spec(dtype, chunks, group) for dtype in CXX_TYPE for chunks in _GROUPS for group in _GROUPS[chunks]]
+
+
+def _memory(plan: AttentionPlan, workspace: Any) -> tuple[Any, Any, Any]:
+    """Counters, softmaxes and partial sums in the workspace."""
+    (size,) = check("workspace", workspace, ("bytes",), "uint8")
+    if size < plan.workspace_bytes or address_of(workspace) % VECTOR_BYTES:
+        expected = f"{plan.workspace_bytes} bytes from a multiple of {VECTOR_BYTES} on"
+        raise ArgumentError("workspace", expected=expected, got=f"{size} bytes from {address_of(workspace):#x} on")
+    starts = (0, plan._softmaxes_at, plan._partials_at)
+    return (workspace, workspace[starts[1] :], workspace[starts[2] :])
+
+
+def _chunks(head_dim: int) -> int:
+    return next(chunks for chunks in _GROUPS if chunks * _CHUNK_ELEMENTS >= head_dim)
+
+
+def _spec(dtype: str, chunks: int, group: int) -> KernelSpec:
+    dims = _CHUNK_ELEMENTS * chunks
+    return KernelSpec(
+        name="decode_attention",
+        source="decoder/attention.cu",
+        function="flashllm::decode_attention",
+        template=(("T", CXX_TYPE[dtype]), ("kChunks", str(chunks)), ("kGroup", str(group))),
+        threads=_THREADS,
+        shared_bytes=group * (_WARPS * (4 * dims + 8) + 2 * dims),
+    )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of the residual stream with the result of a layer, and their norms: host side of cuda/decoder/norm.cu."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from flashllm.decoder.arrays import check, check_epsilon, check_optional
+from flashllm.decoder.launcher import Launch
+from flashllm.decoder.rows import VECTOR
+from flashllm.errors import ArgumentError
+from flashllm.formats.base import DTYPES
+from flashllm.formats.bits import check_dtype
+from flashllm.jit.spec import KernelSpec
+from flashllm.matmul.tensor_cores import CXX_TYPE
+
+KINDS = ("rms", "layer")
+"""RMSNorm: mean square 1. LayerNorm: mean 0, then variance 1."""
+_BLOCKS = ((128, 1), (512, 1), (512, 2), (512, 4))  # threads, and vectors of each, for rows of up to that many elements
+_ANY_THREADS = 512
+
+
+def add_norm(
+    launch: Launch,
+    *,
+    dtype: str,
+    kind: str,
+    residual: Any,
+    x: Any,
+    weight: Any,
+    eps: float,
+    bias: Any = None,
+    y: Any = None,
+    y_bias: Any = None,
+) -> None:
+    """residual [R, hidden] (fp32) += y + y_bias, where given; x = norm(residual) * weight + bias, rounded once.
+
+    ``kind`` is one of :data:`KINDS`; ``x`` and ``y`` are [R, hidden], ``weight``, ``bias`` and ``y_bias`` [hidden], all
+    of ``dtype``; ``x`` may be ``y``; ``eps`` is added to the mean square or variance. Rows of more than 16384 elements,
+    or of a number that is not a multiple of 8, are read from memory several times. Raises ``ArgumentError``.
+    """
+    if kind not in KINDS:
+        raise ArgumentError("kind", expected=" or ".join(repr(one) for one in KINDS), got=repr(kind))
+    rows, hidden = check("residual", residual, ("rows", "hidden"), "fp32")
+    check("x", x, (rows, hidden), dtype)
+    check("weight", weight, (hidden,), dtype)
+    if y is None and y_bias is not None:
+        raise ArgumentError("y_bias", expected="None without y", got="an array")
+    args = (
+        residual,
+        check_optional("y", y, (rows, hidden), dtype),
+        check_optional("y_bias", y_bias, (hidden,), dtype),
+        weight,
+        check_optional("bias", bias, (hidden,), dtype),
+        np.int32(hidden),
+        check_epsilon(eps),
+        x,
+    )
+    launch(_spec_for(dtype, kind, hidden), (rows,), args)
+
+
+def specs() -> list[KernelSpec]:
+    """Every kernel this module can launch."""
+    instances = [(dtype, kind) for dtype in DTYPES for kind in KINDS]
+    held = [_spec(dtype, kind, threads, vectors) for dtype, kind in instances for threads, vectors in _BLOCKS]
+    return [*held, *(_spec_any(dtype, kind) for dtype, kind in instances)]
+
+
+def _spec_for(dtype: str, kind: str, hidden: int) -> KernelSpec:
+    if hidden % VECTOR == 0:
+        for threads, vectors in _BLOCKS:
+            if hidden <= threads * vectors * VECTOR:
+                return _spec(dtype, kind, threads, vectors)
+    return _spec_any(dtype, kind)
+
+
+@cache
+def _spec(dtype: str, kind: str, threads: int, vectors: int) -> KernelSpec:
+    template = (*_types(dtype, kind), ("kThreads", str(threads)), ("kVectors", str(vectors)))
+    return KernelSpec(
+        name="add_norm",
+        source="decoder/norm.cu",
+        function="flashllm::add_norm",
+        template=template,
+        threads=threads,
+    )
+
+
+@cache
+def _spec_any(dtype: str, kind: str) -> KernelSpec:
+    return KernelSpec(
+        name="add_norm_any",
+        source="decoder/norm.cu",
+        function="flashllm::add_norm_any",
+        template=(*_types(dtype, kind), ("kThreads", str(_ANY_THREADS))),
+        threads=_ANY_THREADS,
+    )
+
+
+def _types(dtype: str, kind: str) -> tuple[tuple[str, str], ...]:
+    return ("T", CXX_TYPE[check_dtype(dtype)]), ("kLayer", "true" if kind == "layer" else "false")

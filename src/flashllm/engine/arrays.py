@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays that kernels accept on any device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ALIGNMENT = 256  # of every allocation on a GPU; kernels load 16 bytes at once, tensor cores want more
+
+
+def empty(xp: Any, shape: tuple[int, ...], dtype: Any, what: str) -> Any:
+    """An array of ``xp`` without content. ``DeviceMemoryError`` says that ``what`` does not fit."""
+    kind = np.dtype(dtype)
+    if xp is np:
+        return aligned(np.empty(shape, kind))
+    from flashllm.device import memory_errors
+
+    with memory_errors(what, math.prod(shape) * kind.itemsize):
+        return xp.empty(shape, kind)
+
+
+def aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """``array``, or a copy of it at an address as an allocation on a GPU has."""
+    if array.ctypes.data % _ALIGNMENT == 0:
+        return array
+    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    copy: NDArray[Any] = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

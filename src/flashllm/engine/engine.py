@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine: prompts fill the cache, then one captured step after the other adds a token to every sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashllm.decoder.attention import attention, check_heads, plan_attention
+from flashllm.decoder.prefill import prefill_attention
+from flashllm.decoder.sample import SampleState, sample
+from flashllm.engine.arrays import empty
+from flashllm.engine.communicator import Communicator
+from flashllm.engine.forward import Activations, Forward, Kind, Operation, Rows, numpy_type, run
+from flashllm.engine.kv_cache import KvCache
+from flashllm.engine.prompts import Chunk, chunks_of, pad_rows
+from flashllm.engine.runtime import Runtime
+from flashllm.engine.sampling import SamplingOptions, write_options
+from flashllm.engine.weights import Weights
+from flashllm.errors import ArgumentError
+from flashllm.models.config import ModelConfig
+
+PREFILL_ROWS = 2048
+"""Most tokens of prompts in one pass."""
+
+
+class Engine:
+    """Decodes up to ``batch`` sequences of up to ``capacity`` tokens, prompt and output together.
+
+    Everything is allocated here. Not for several threads at a time.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        runtime: Runtime,
+        *,
+        batch: int,
+        capacity: int,
+        stop_tokens: Sequence[int] = (),
+        prefill_rows: int = PREFILL_ROWS,
+        communicator: Communicator | None = None,
+    ) -> None:
+        """Raises ``ArgumentError`` for sizes that the model cannot have, ``DeviceMemoryError``."""
+        config = weights.config
+        check_sizes(config, batch=batch, capacity=capacity)
+        if prefill_rows < 1:
+            raise ArgumentError("prefill_rows", expected="a number >= 1", got=str(prefill_rows))
+        if any(not 0 <= token < config.vocab for token in stop_tokens):
+            expected = f"tokens in 0..{config.vocab - 1}"
+            raise ArgumentError("stop_tokens", expected=expected, got=str(list(stop_tokens)))
+        self.weights, self.runtime, self.batch, self.capacity = weights, runtime, batch, capacity
+        self._prefill_rows = min(prefill_rows, batch * capacity)
+        shard, xp = weights.shard, runtime.xp
+        with runtime.active():
+            kind = numpy_type(weights.dtype)
+            self.cache = KvCache.create(xp, config, shard, slots=batch, capacity=capacity, dtype=kind)
+            self.state = SampleState.create(xp, batch=batch, capacity=capacity, stop_tokens=stop_tokens)
+            self._activations = Activations(xp, weights, max(batch, self._prefill_rows))
+            self.logits = empty(xp, (batch, config.vocab), np.float32, "logits")
+            """On the device: what the last token of each sequence was chosen from."""
+            self._slots = empty(xp, (batch,), np.int32, "slots")
+            runtime.send(self._slots, np.arange(batch, dtype=np.int32))
+            self._plan = plan_attention(
+                rows=batch,
+                heads=shard.heads(config),
+                kv_heads=shard.kv_heads(config),
+                head_dim=config.head_dim,
+                capacity=capacity,
+                sm_count=runtime.sm_count,
+            )
+            self._partials = xp.zeros(max(16, self._plan.workspace_bytes), np.uint8)
+            self._forward = Forward(runtime, weights, self.cache, communicator)
+        self._step: Callable[[], None] | None = None
+        self._operations: list[Operation] | None = None
+        self._begun = False
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory beside weights and cache."""
+        arrays = (self.logits, self._slots, self._partials, *vars(self.state).values())
+        own = sum(int(array.nbytes) for array in arrays)
+        return own + self._activations.nbytes + self.runtime.products.workspace_bytes
+
+    def start(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> None:
+        """Read the prompts, one for each sequence of the batch, and choose the first token of each.
+
+        Raises ``ArgumentError`` for a prompt that is empty, has tokens that the model does not know, or is too long
+        with the tokens that ``options`` ask for.
+        """
+        self._check_prompts(prompts, options)
+        runtime, state, rows = self.runtime, self.state, len(prompts)
+        with runtime.active():
+            write_options(state, options)
+            for array in (state.counts, state.finished):
+                array.fill(0)
+            runtime.send(state.positions, np.array([len(prompt) for prompt in prompts], np.int32))
+            last = Activations(runtime.xp, self.weights, rows)
+            for chunk in chunks_of(prompts, self._prefill_rows):
+                a = self._prefill(chunk)
+                if chunk.ends:
+                    slots, ends = (runtime.xp.asarray(one) for one in zip(*chunk.ends, strict=True))
+                    last.residual[slots] = a.residual[ends]
+                    last.y[slots] = a.y[ends]
+            self._forward.prepare_head(rows)
+            run(self._forward.head(last, self.logits))
+            sample(runtime.launch, logits=self.logits, state=state, advance_positions=False)
+        self._begun = True
+
+    def step(self) -> None:
+        """One token more for every sequence that has not ended. Does not wait for it."""
+        if not self._begun:
+            raise ArgumentError("engine", expected="prompts before steps: start()", got="none")
+        with self.runtime.active():
+            if self._step is None:
+                operations = self.decode_operations()
+                run(operations)  # uncaptured: kernels are loaded when they first run
+                self._step = self.runtime.capture(partial(run, operations))
+                return
+            self._step()
+
+    def decode_operations(self, kinds: Sequence[Kind] | None = None) -> list[Operation]:
+        """The launches of a step; with ``kinds`` only these, to be timed apart."""
+        if self._operations is None:
+            self._forward.prepare(self.batch)
+            self._forward.prepare_head(self.batch)
+            state, a = self.state, self._activations.first(self.batch)
+            rows = Rows(tokens=state.tokens, positions=state.positions, slots=self._slots)
+            attend = partial(
+                attention,
+                self.runtime.launch,
+                self._plan,
+                dtype=self.weights.dtype,
+                slots=self._slots,
+                positions=state.positions,
+                workspace=self._partials,
+            )
+            draw = partial(sample, self.runtime.launch, logits=self.logits, state=state)
+            self._operations = [
+                *self._forward.blocks(rows, a, attend),
+                *self._forward.head(a, self.logits),
+                Operation(kind="other", run=draw),
+            ]
+        return [one for one in self._operations if kinds is None or one.kind in kinds]
+
+    def counts(self) -> tuple[NDArray[np.int32], bool]:
+        """How many tokens each sequence has so far, and whether all have ended."""
+        finished = self.runtime.fetch(self.state.finished)
+        return self.runtime.fetch(self.state.counts), bool(finished.all())
+
+    def tokens(self) -> list[list[int]]:
+        """The tokens of each sequence so far."""
+        counts, output = self.runtime.fetch(self.state.counts), self.runtime.fetch(self.state.output)
+        return [row[:count].tolist() for row, count in zip(output, counts, strict=True)]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions], *, look_every: int = 16
+    ) -> list[list[int]]:
+        """All tokens that follow each prompt; every ``look_every`` steps it is seen whether more are needed."""
+        self.start(prompts, options)
+        longest = max(one.max_new_tokens for one in options)
+        for first in range(1, longest, look_every):
+            if self.counts()[1]:
+                break
+            for _ in range(first, min(first + look_every, longest)):
+                self.step()
+        return self.tokens()
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """After every step the tokens that came: sequence and token."""
+        self.start(prompts, options)
+        seen = np.zeros(len(prompts), np.int32)
+        while True:
+            counts, done = self.counts()
+            output = self.runtime.fetch(self.state.output)
+            yield [(i, int(output[i, seen[i]])) for i in range(len(prompts)) if counts[i] > seen[i]]
+            seen = counts
+            if done:
+                return
+            self.step()
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Logits [tokens, vocab] behind every token of each sequence, as prompts are read."""
+        self._check_prompts(sequences, None)
+        config, runtime = self.weights.config, self.runtime
+        found = [np.empty((len(one), config.vocab), np.float32) for one in sequences]
+        self._begun = False  # the cache is of these from now on
+        with runtime.active():
+            for chunk in chunks_of(sequences, self._prefill_rows):
+                a = self._prefill(chunk)
+                for first in range(0, chunk.rows, self.batch):
+                    part = self._slice(a, first, min(self.batch, chunk.rows - first))
+                    rows = part.x.shape[0]
+                    self._forward.prepare_head(rows)
+                    run(self._forward.head(part, self.logits[:rows]))
+                    logits = runtime.fetch(self.logits[:rows])
+                    for i in range(rows):
+                        slot, position = chunk.slots[first + i], chunk.positions[first + i]
+                        found[slot][position] = logits[i]
+        return found
+
+    def _prefill(self, chunk: Chunk) -> Activations:
+        """Run the blocks over a chunk of prompts."""
+        runtime, xp = self.runtime, self.runtime.xp
+        rows = pad_rows(chunk.rows, self._prefill_rows)
+        chunk = chunk.padded(rows)
+        arrays = []
+        for values in (chunk.tokens, chunk.positions, chunk.slots, chunk.starts):
+            array = empty(xp, values.shape, np.int32, "rows of prompts")
+            runtime.send(array, values)
+            arrays.append(array)
+        tokens, positions, slots, starts = arrays
+        self._forward.prepare(rows)
+        a = self._activations.first(rows)
+        attend = partial(
+            prefill_attention,
+            runtime.launch,
+            dtype=self.weights.dtype,
+            slots=slots,
+            positions=positions,
+            starts=starts,
+            longest=chunk.longest,
+        )
+        run(self._forward.blocks(Rows(tokens=tokens, positions=positions, slots=slots), a, attend))
+        return a
+
+    def _slice(self, a: Activations, first: int, rows: int) -> Activations:
+        """Copies of some rows, where each array is aligned."""
+        part = Activations(self.runtime.xp, self.weights, rows)
+        part.residual[...] = a.residual[first : first + rows]
+        part.y[...] = a.y[first : first + rows]
+        return part
+
+    def _check_prompts(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions] | None) -> None:
+        vocab = self.weights.config.vocab
+        least = 1 if options is None else self.batch
+        if not least <= len(prompts) <= self.batch:
+            expected = f"{self.batch} of them" if least == self.batch else f"1..{self.batch} of them"
+            raise ArgumentError("prompts", expected=expected, got=str(len(prompts)))
+        if options is not None and len(options) != len(prompts):
+            raise ArgumentError("options", expected=f"{len(prompts)}, one for each prompt", got=str(len(options)))
+        for index, prompt in enumerate(prompts):
+            name = f"prompts[{index}]"
+            if not len(prompt):
+                raise ArgumentError(name, expected="at least one token", got="none")
+            for token in prompt:
+                if not 0 <= token < vocab:
+                    raise ArgumentError(name, expected=f"tokens in 0..{vocab - 1}", got=str(token))
+            new = 0 if options is None else options[index].max_new_tokens
+            if len(prompt) + new > self.capacity:
+                expected = f"at most {self.capacity} tokens, prompt and output together"
+                raise ArgumentError(name, expected=expected, got=f"{len(prompt)} + {new}")
+
+
+def check_sizes(config: ModelConfig, *, batch: int, capacity: int) -> None:
+    """Raise ``ArgumentError`` for a batch or length that the model cannot have, and for heads without a kernel."""
+    check_heads(config.heads, config.kv_heads, config.head_dim)
+    if batch < 1:
+        raise ArgumentError("batch", expected="a number >= 1", got=str(batch))
+    if not 1 <= capacity <= config.positions:
+        expected = f"1..{config.positions}, the positions of the model, for prompt and output together"
+        raise ArgumentError("capacity", expected=expected, got=str(capacity))

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches of one forward pass: a list that is run as it is, captured as a graph, or run in part to be timed.
+
+The residual stream is fp32, everything that matrices multiply and give has the type of the weights. The bias of a
+product is added by the kernel behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from flashllm.decoder.activate import relu, silu_mul
+from flashllm.decoder.append import append
+from flashllm.decoder.embed import embed
+from flashllm.decoder.norm import add_norm
+from flashllm.engine.arrays import empty
+from flashllm.engine.communicator import Communicator
+from flashllm.engine.kv_cache import KvCache
+from flashllm.engine.runtime import Runtime
+from flashllm.engine.weights import Block, Weights
+from flashllm.models.config import ModelConfig
+from flashllm.models.forward import rope_frequencies
+
+Kind = Literal["linear", "attention", "communication", "other"]
+KINDS: tuple[Kind, ...] = ("linear", "attention", "communication", "other")
+_OPT_OFFSET = 2  # rows of OPT's embedding of positions in front of position 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """A launch, or several, of a pass."""
+
+    kind: Kind
+    run: Callable[[], object]
+
+
+def run(operations: Iterable[Operation]) -> None:
+    """All of them, in order."""
+    for operation in operations:
+        operation.run()
+
+
+class Attend(Protocol):
+    """Attention of the rows of a pass: writes ``out`` [R, heads * head_dim]."""
+
+    def __call__(self, *, q: Any, keys: Any, values: Any, out: Any) -> object: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Where the rows of a pass are: int32 arrays on the device."""
+
+    tokens: Any
+    positions: Any
+    slots: Any
+
+
+class Activations:
+    """The arrays that a pass of up to ``rows`` rows writes."""
+
+    def __init__(self, xp: Any, weights: Weights, rows: int) -> None:
+        config, shard, kind = weights.config, weights.shard, numpy_type(weights.dtype)
+        heads = shard.heads(config)
+
+        def make(*shape: int, dtype: Any = kind) -> Any:
+            return empty(xp, (rows, *shape), dtype, "activations")
+
+        self.residual = make(config.hidden, dtype=np.float32)
+        self.x = make(config.hidden)
+        self.qkv = make(shard.shape(config, "qkv")[0])
+        self.q = make(heads, config.head_dim)
+        self.mixed = make(heads * config.head_dim)
+        self.up = make(shard.shape(config, "up")[0])
+        self.active = make(shard.ffn(config))
+        self.y = make(config.hidden)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all."""
+        return sum(int(array.nbytes) for array in vars(self).values())
+
+    def first(self, rows: int) -> Activations:
+        """Views of their first rows."""
+        views = object.__new__(Activations)
+        views.__dict__ = {name: array[:rows] for name, array in vars(self).items()}
+        return views
+
+
+def activation_bytes(weights_config: ModelConfig, row_elements: int, rows: int) -> int:
+    """Of :class:`Activations` whose rows have so many 16-bit elements beside the residual stream."""
+    return rows * (4 * weights_config.hidden + 2 * row_elements)
+
+
+class Forward:
+    """Makes the operations of passes over one model, cache and runtime."""
+
+    def __init__(
+        self, runtime: Runtime, weights: Weights, cache: KvCache, communicator: Communicator | None = None
+    ) -> None:
+        self._runtime, self._weights, self._cache, self._communicator = runtime, weights, cache, communicator
+        self._config, self._dtype = weights.config, weights.dtype
+        self._rotation = None if self._config.is_opt else rotation_table(runtime, self._config, cache.capacity)
+        self._kind = "layer" if self._config.is_opt else "rms"
+
+    def prepare(self, rows: int) -> None:
+        """Choose how the products of passes of so many rows are computed."""
+        for group in zip(*(block.matrices for block in self._weights.blocks), strict=True):
+            self._runtime.products.prepare(group, rows)
+
+    def blocks(self, rows: Rows, a: Activations, attend: Attend) -> list[Operation]:
+        """From tokens to ``a.x``, which is normed for the next matrix, and ``a.residual``, the last sum not yet in it.
+
+        ``a.y`` and the last bias still have to be added: :meth:`head` does.
+        """
+        launch, weights, config = self._runtime.launch, self._weights, self._config
+        operations = [
+            Operation(
+                kind="other",
+                run=partial(
+                    embed,
+                    launch,
+                    dtype=self._dtype,
+                    tokens=rows.tokens,
+                    positions=rows.positions,
+                    table=weights.embedding,
+                    residual=a.residual,
+                    position_table=weights.positions,
+                    position_offset=_OPT_OFFSET if config.is_opt else 0,
+                ),
+            )
+        ]
+        y, y_bias = None, None
+        for block, (keys, values) in zip(weights.blocks, self._cache.layers, strict=True):
+            norm = (block.attention_norm, block.attention_norm_bias)
+            operations.append(self._norm(a.residual, a.x, norm, y, y_bias))
+            operations += self._attention(block, rows, a, keys, values, attend)
+            norm = (block.ffn_norm, block.ffn_norm_bias)
+            operations.append(self._norm(a.residual, a.x, norm, a.y, block.out_bias))
+            operations += self._feed_forward(block, a)
+            y, y_bias = a.y, block.down_bias
+        return operations
+
+    def head(self, a: Activations, logits: Any) -> list[Operation]:
+        """Behind :meth:`blocks`: ``logits`` [R, vocab], fp32, of the rows of ``a``."""
+        weights = self._weights
+        last = weights.blocks[-1].down_bias
+        return [
+            self._norm(a.residual, a.x, (weights.norm, weights.norm_bias), a.y, last),
+            self._product(a.x, weights.head, logits),
+        ]
+
+    def prepare_head(self, rows: int) -> None:
+        """As :meth:`prepare`, for the product that gives logits."""
+        self._runtime.products.prepare([self._weights.head], rows, out="fp32")
+
+    def _attention(
+        self, block: Block, rows: Rows, a: Activations, keys: Any, values: Any, attend: Attend
+    ) -> list[Operation]:
+        added = partial(
+            append,
+            self._runtime.launch,
+            dtype=self._dtype,
+            qkv=a.qkv,
+            slots=rows.slots,
+            positions=rows.positions,
+            q=a.q,
+            keys=keys,
+            values=values,
+            bias=block.qkv_bias,
+            rotation=self._rotation,
+            q_norm=block.q_norm,
+            k_norm=block.k_norm,
+            eps=self._config.norm_eps,
+        )
+        return [
+            self._product(a.x, block.qkv, a.qkv),
+            Operation(kind="other", run=added),
+            Operation(kind="attention", run=partial(attend, q=a.q, keys=keys, values=values, out=a.mixed)),
+            self._product(a.mixed, block.out, a.y),
+            *self._sum(a.y),
+        ]
+
+    def _feed_forward(self, block: Block, a: Activations) -> list[Operation]:
+        activate = relu if self._config.is_opt else silu_mul
+        active = partial(activate, self._runtime.launch, dtype=self._dtype, y=a.up, x=a.active, bias=block.up_bias)
+        return [
+            self._product(a.x, block.up, a.up),
+            Operation(kind="other", run=active),
+            self._product(a.active, block.down, a.y),
+            *self._sum(a.y),
+        ]
+
+    def _norm(self, residual: Any, x: Any, norm: Sequence[Any], y: Any, y_bias: Any) -> Operation:
+        weight, bias = norm
+        normed = partial(
+            add_norm,
+            self._runtime.launch,
+            dtype=self._dtype,
+            kind=self._kind,
+            residual=residual,
+            x=x,
+            weight=weight,
+            bias=bias,
+            eps=self._config.norm_eps,
+            y=y,
+            y_bias=y_bias,
+        )
+        return Operation(kind="other", run=normed)
+
+    def _product(self, x: Any, w: Any, y: Any) -> Operation:
+        return Operation(kind="linear", run=partial(self._runtime.products.multiply, x, w, y))
+
+    def _sum(self, y: Any) -> list[Operation]:
+        if self._communicator is None:
+            return []
+        return [Operation(kind="communication", run=partial(self._communicator.all_reduce, y))]
+
+
+def rotation_table(runtime: Runtime, config: ModelConfig, positions: int) -> Any:
+    """cos and sin of every position and pair of elements: fp32 [positions, head_dim / 2, 2], computed in float64."""
+    angles = np.arange(positions)[:, None] * rope_frequencies(config, np)
+    table = empty(runtime.xp, (positions, config.head_dim // 2, 2), np.float32, "rotary positions")
+    runtime.send(table, np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32))
+    return table
+
+
+def numpy_type(dtype: str) -> Any:
+    """The type of an engine's arrays: bf16 are their bits."""
+    return np.float16 if dtype == "fp16" else np.uint16

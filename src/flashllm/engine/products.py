@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y[R, M] = x[R, K] @ W[M, K]^T inside an engine: packed weights by ``spmm``, dense ones by cuBLAS.
+
+Each product is prepared once for its number of rows: a plan or cuBLAS's fastest algorithm is chosen, memory taken. From
+then on a product allocates nothing and can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from flashllm.errors import ArgumentError
+from flashllm.formats.bits import bfloat16
+from flashllm.formats.weight import SparseWeight
+from flashllm.models.dense import to_nearest
+
+_TIMED_WEIGHTS = 8
+"""Most matrices of a shape that a candidate multiplies by in turn: their weights must not stay in the L2."""
+_REPEATS = 3
+_LT_ALIGNMENT = 256  # what cublasLt's heuristics take addresses to be
+
+
+class Products(Protocol):
+    """How an engine multiplies. A matrix W is a ``SparseWeight`` or a dense [M, K] array on the engine's device."""
+
+    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None) -> None:
+        """Choose how products of ``rows`` rows with these matrices are computed.
+
+        ``out="fp32"``: y is fp32, for dense matrices; else it has the type of x. Dense ones that are given together
+        should be what a pass multiplies by: candidates are timed with them.
+        """
+
+    def multiply(self, x: Any, w: Any, y: Any) -> None:
+        """y = x @ W^T. x and y are C-contiguous."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory taken beside operands."""
+
+    def label(self, w: Any, rows: int) -> str:
+        """What computes a prepared product, for tables."""
+
+    def close(self) -> None:
+        """Give up memory and handles."""
+
+
+class HostProducts:
+    """Packed weights by the emulator or NumPy, dense ones by NumPy with sums in fp32."""
+
+    workspace_bytes = 0
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None) -> None:
+        """Nothing to prepare."""
+
+    def multiply(self, x: Any, w: Any, y: Any) -> None:
+        """As :class:`Products` says."""
+        from flashllm.matmul import spmm
+
+        if isinstance(w, SparseWeight):
+            spmm(x, w, out=y, backend=self._backend)
+            return
+        exact = _wide(x) @ _wide(w).T
+        if y.dtype == np.float32:
+            y[...] = exact
+        elif y.dtype == np.float16:
+            y[...] = to_nearest(exact, "fp16").astype(np.float16)
+        else:
+            y[...] = exact.astype(bfloat16()).view(y.dtype)
+
+    def label(self, w: Any, rows: int) -> str:
+        """As :class:`Products` says."""
+        return self._backend if isinstance(w, SparseWeight) else "numpy"
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class GpuProducts:
+    """Of the current GPU, on one stream; ``overlap`` as for ``GpuRuntime``."""
+
+    def __init__(self, stream: Any, *, overlap: bool) -> None:
+        from flashllm.baselines.cublas import Cublas
+
+        self._stream, self._overlap = stream, overlap
+        self._cublas = Cublas()
+        self._dense: dict[tuple[Any, ...], Any] = {}
+        self._plans: dict[tuple[int, int], tuple[SparseWeight, Any]] = {}
+        """By identity of the weight, which is kept so that no other has it, and rows."""
+        self._memory: dict[str, Any] = {}
+        self._outgrown: list[Any] = []
+        """Memory that graphs captured before still use."""
+
+    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None) -> None:
+        """As :class:`Products` says."""
+        from flashllm import matmul
+
+        dense: dict[tuple[Any, ...], list[Any]] = {}
+        for w in matrices:
+            if not isinstance(w, SparseWeight):
+                dense.setdefault(self._key(w, rows, out), []).append(w)
+            elif (id(w), rows) not in self._plans:
+                plan = matmul.plan(w, rows)
+                self._plans[id(w), rows] = (w, plan)
+                self._reserve(_workspace_of(plan), plan.workspace_bytes)
+                self._reserve("scratch", plan.scratch_bytes)
+        for key, found in dense.items():
+            if key not in self._dense:
+                self._dense[key] = self._fastest(key, found[:_TIMED_WEIGHTS])
+
+    def multiply(self, x: Any, w: Any, y: Any) -> None:
+        """As :class:`Products` says. Raises ``ArgumentError`` for a product that was not prepared."""
+        from flashllm import matmul
+
+        rows = x.shape[0]
+        if not isinstance(w, SparseWeight):
+            found = self._dense.get(self._key(w, rows, "fp32" if y.dtype == np.float32 else None))
+            if found is None:
+                raise _not_prepared(rows)
+            found.launch(w.data.ptr, x.data.ptr, y.data.ptr, self._stream.ptr)
+            return
+        _, plan = self._plans.get((id(w), rows), (None, None))
+        if plan is None:
+            raise _not_prepared(rows)
+        matmul.spmm(
+            x,
+            w,
+            out=y,
+            plan=plan,
+            workspace=self._memory.get(_workspace_of(plan)),
+            scratch=self._memory.get("scratch"),
+            stream=self._stream,
+            overlap_previous=self._overlap and plan.expansion is None,
+        )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """As :class:`Products` says."""
+        from flashllm.baselines.cublas import WORKSPACE_BYTES
+
+        return WORKSPACE_BYTES + sum(int(one.nbytes) for one in (*self._memory.values(), *self._outgrown))
+
+    def label(self, w: Any, rows: int) -> str:
+        """As :class:`Products` says."""
+        if isinstance(w, SparseWeight):
+            return str(self._plans[id(w), rows][1].label)
+        return str(self._dense[self._key(w, rows, None)].label)
+
+    def close(self) -> None:
+        """As :class:`Products` says."""
+        self._cublas.close()
+        for held in (self._dense, self._plans, self._memory, self._outgrown):
+            held.clear()
+
+    def _key(self, w: Any, rows: int, out: str | None) -> tuple[Any, ...]:
+        return (*w.shape, rows, "fp16" if w.dtype == np.float16 else "bf16", out)
+
+    def _reserve(self, name: str, needed: int) -> None:
+        """Zeroed memory of at least that many bytes under ``name``."""
+        import cupy
+
+        from flashllm.device import memory_errors
+
+        held = self._memory.get(name)
+        if needed <= (0 if held is None else held.nbytes):
+            return
+        if held is not None:
+            self._outgrown.append(held)
+        with memory_errors(f"workspace of products ({name})", needed), self._stream:
+            self._memory[name] = cupy.zeros(needed, np.uint8)
+
+    def _fastest(self, key: tuple[Any, ...], weights: Sequence[Any]) -> Any:
+        """cuBLAS's fastest way, each timed in a graph over the given weights."""
+        import cupy
+
+        from flashllm import graphs
+        from flashllm.baselines.cublas import Layout
+
+        m, k, rows, dtype, out = key
+        sizes: dict[str, Any] = {"m": m, "k": k, "n": rows, "dtype": dtype, "out": out}
+        candidates = [self._cublas.gemm_ex(Layout(), **sizes)]
+        if all(w.data.ptr % _LT_ALIGNMENT == 0 for w in weights):
+            candidates += self._cublas.lt_candidates(Layout(), **sizes)
+        with self._stream:
+            x = cupy.zeros((rows, k), weights[0].dtype)
+            y = cupy.empty((rows, m), np.float32 if out == "fp32" else weights[0].dtype)
+        best: tuple[float, Any] | None = None
+        for candidate in candidates:
+
+            def launches(candidate: Any = candidate) -> None:
+                for w in weights:
+                    candidate.launch(w.data.ptr, x.data.ptr, y.data.ptr, self._stream.ptr)
+
+            launches()  # the library loads its kernels when they are first used
+            graph = graphs.capture(launches, self._stream)
+            us = min(graphs.replay_us(graph, self._stream, len(weights)) for _ in range(_REPEATS))
+            if best is None or us < best[0]:
+                best = us, candidate
+        assert best is not None
+        return best[1]
+
+
+def _workspace_of(plan: Any) -> str:
+    """An expanded matrix is left in its workspace, which kernels want zero: they share none."""
+    return "kernels" if plan.expansion is None else "expanded"
+
+
+def _not_prepared(rows: int) -> ArgumentError:
+    return ArgumentError("x", expected="a number of rows that was prepared", got=str(rows))
+
+
+def _wide(array: Any) -> Any:
+    if array.dtype == np.uint16:
+        array = array.view(bfloat16())
+    return array.astype(np.float32)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts as the rows of passes: one behind the other, without padding between them, some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+_STEP = 64
+"""Rows of a pass are a multiple of it, so that products are planned for few numbers of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Rows of one pass; int32 arrays."""
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    """Row of the first token of each sequence in the chunk, then the number of rows."""
+    ends: tuple[tuple[int, int], ...]
+    """Sequences that end here: slot, and row of the last token."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens in the chunk."""
+        return int(self.starts[-1])
+
+    @property
+    def longest(self) -> int:
+        """Most rows of a sequence."""
+        return int(np.diff(self.starts).max())
+
+    def padded(self, rows: int) -> Chunk:
+        """The same with rows behind the last that belong to no sequence and change nothing: at position -1."""
+        more = rows - self.rows
+        return replace(
+            self,
+            tokens=np.pad(self.tokens, (0, more)),
+            positions=np.pad(self.positions, (0, more), constant_values=-1),
+            slots=np.pad(self.slots, (0, more)),
+        )
+
+
+def pad_rows(rows: int, most: int) -> int:
+    """Rows of the pass that computes ``rows`` of them."""
+    return min(most, -(-rows // _STEP) * _STEP)
+
+
+def chunks_of(prompts: Sequence[Sequence[int]], most: int) -> Iterator[Chunk]:
+    """Passes of up to ``most`` rows; a prompt may go on in the next. Prompt ``i`` is in slot ``i``."""
+    rows = [(slot, position, token) for slot, prompt in enumerate(prompts) for position, token in enumerate(prompt)]
+    for first in range(0, len(rows), most):
+        part = np.array(rows[first : first + most], np.int32)
+        slots, positions, tokens = np.ascontiguousarray(part.T)
+        begins = np.flatnonzero(np.diff(slots, prepend=-1))
+        lengths = np.array([len(prompt) for prompt in prompts])
+        ends = np.flatnonzero(positions == lengths[slots] - 1)
+        yield Chunk(
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            starts=np.append(begins, len(part)).astype(np.int32),
+            ends=tuple((int(slots[row]), int(row)) for row in ends),
+        )

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an engine runs: a GPU with a stream of its own, or the CPU, where the emulator runs the same kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashllm.engine.products import GpuProducts, HostProducts, Products
+from flashllm.errors import ArgumentError
+from flashllm.jit.spec import KernelSpec
+
+_EMULATED_SMS = 4
+HOST_BACKENDS = ("emulator", "reference")
+
+
+class Runtime(Protocol):
+    """Arrays, launches and products of one device. All work is in the order of one stream."""
+
+    xp: Any
+    """NumPy or CuPy."""
+    sm_count: int
+    products: Products
+    """Multiply by matrices."""
+
+    def launch(self, spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> object:
+        """Launch a kernel."""
+
+    def active(self) -> contextlib.AbstractContextManager[object]:
+        """While it is open, operations of ``xp`` go to the stream."""
+
+    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """What repeats ``launches``, whose kernels have run before: as one CUDA graph where there is a GPU."""
+
+    def send(self, target: Any, values: NDArray[Any]) -> None:
+        """Write host ``values`` into the array ``target`` of the same shape and type."""
+
+    def fetch(self, array: Any) -> NDArray[Any]:
+        """A copy of an array on the host; waits for what was launched before."""
+
+    def wait(self) -> None:
+        """Wait for all that was launched."""
+
+    def close(self) -> None:
+        """Give up what products hold beside their operands. Nothing captured may run afterwards."""
+
+
+class GpuRuntime:
+    """The current GPU.
+
+    ``overlap``: a kernel may start while the one before it still runs, and waits for it before it touches activations
+    (docs/kernels/pdl.md); by default where the GPU and the installed packages can do that. No launch of a pass writes
+    what the next reads before it waits: those are weights, which nothing writes.
+    """
+
+    def __init__(self, *, overlap: bool | None = None) -> None:
+        import cupy
+
+        from flashllm.backends import dependent, select
+        from flashllm.device import device_facts
+
+        select("cuda")
+        facts = device_facts()
+        if overlap is None:
+            overlap = facts.cc >= dependent.LEAST_CC and dependent.available()
+        elif overlap:
+            dependent.check(facts)
+        self.xp: Any = cupy
+        self.overlap = overlap
+        self.sm_count = facts.sm_count
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.products: Products = GpuProducts(self.stream, overlap=overlap)
+
+    def launch(self, spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> object:
+        """As :class:`Runtime` says."""
+        from flashllm.backends import cuda
+
+        cuda.launch(spec, grid, args, stream=self.stream, overlap_previous=self.overlap)
+        return None
+
+    def active(self) -> contextlib.AbstractContextManager[object]:
+        """As :class:`Runtime` says."""
+        stream: contextlib.AbstractContextManager[object] = self.stream
+        return stream
+
+    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """As :class:`Runtime` says."""
+        from flashllm import graphs
+
+        graph = graphs.capture(launches, self.stream)
+        return lambda: graph.launch(self.stream)
+
+    def send(self, target: Any, values: NDArray[Any]) -> None:
+        """As :class:`Runtime` says."""
+        target.set(np.ascontiguousarray(values), stream=self.stream)
+        self.stream.synchronize()  # ``values`` may be gone once this returns
+
+    def fetch(self, array: Any) -> NDArray[Any]:
+        """As :class:`Runtime` says."""
+        found: NDArray[Any] = array.get(stream=self.stream)
+        self.stream.synchronize()
+        return found
+
+    def wait(self) -> None:
+        """As :class:`Runtime` says."""
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        """As :class:`Runtime` says."""
+        self.stream.synchronize()
+        self.products.close()
+
+
+class HostRuntime:
+    """The CPU: kernels of the decoder on the emulator, products of packed weights there too or by NumPy."""
+
+    def __init__(self, backend: str = "emulator") -> None:
+        from flashllm.backends import select
+
+        if backend not in HOST_BACKENDS:
+            raise ArgumentError("backend", expected=" or ".join(HOST_BACKENDS), got=repr(backend))
+        select("emulator")  # which the kernels of the decoder need in any case
+        self.xp: Any = np
+        self.sm_count = _EMULATED_SMS
+        self.products: Products = HostProducts(backend)
+
+    def launch(self, spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> object:
+        """As :class:`Runtime` says."""
+        from flashllm.backends import emulator
+
+        return emulator.launch(spec, grid, args)
+
+    def active(self) -> contextlib.AbstractContextManager[object]:
+        """As :class:`Runtime` says."""
+        return contextlib.nullcontext()
+
+    def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """As :class:`Runtime` says."""
+        return launches
+
+    def send(self, target: Any, values: NDArray[Any]) -> None:
+        """As :class:`Runtime` says."""
+        target[...] = values
+
+    def fetch(self, array: Any) -> NDArray[Any]:
+        """As :class:`Runtime` says."""
+        return np.array(array)
+
+    def wait(self) -> None:
+        """As :class:`Runtime` says."""
+
+    def close(self) -> None:
+        """As :class:`Runtime` says."""
+
+
+def open_runtime(backend: str | None = None) -> Runtime:
+    """The GPU where there is one, or what ``backend`` names: ``cuda``, ``emulator`` or ``reference``.
+
+    Raises ``MissingDependencyError`` or ``UnsupportedDeviceError`` where that is not usable, ``ArgumentError``.
+    """
+    from flashllm.backends import select
+
+    name = select(backend).name
+    return GpuRuntime() if name == "cuda" else HostRuntime(name)

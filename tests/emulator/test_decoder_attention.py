@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a decoder's rows on the CPU: decoding steps and whole prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+
+import attention_cases as cases
+from attention_cases import DECODE, PREFILL, Case, assert_close, assert_means, expected, operands, plan_of
+from flashllm.backends import emulator
+from flashllm.decoder.attention import attention, plan_attention
+from flashllm.decoder.prefill import prefill_attention
+from flashllm.errors import ArgumentError
+from flashllm.jit.spec import KernelSpec
+
+_seeds = count()
+
+
+def launch(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> None:
+    """Each time in another order. Whatever it touches, it must have waited for."""
+    arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
+    emulator.launch(spec, grid, args, seed=next(_seeds), dependent=arrays)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """What the cases launch, compiled together."""
+    found: set[KernelSpec] = set()
+
+    def note(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> None:
+        found.add(spec)
+
+    for case in DECODE:
+        cases.decode(note, np, case, operands(case))
+    for case in PREFILL:
+        cases.prefill(note, np, case, operands(case))
+    emulator.preload(sorted(found, key=lambda spec: spec.label))
+
+
+def every(several: Sequence[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", several, ids=lambda case: case.label)
+
+
+@every(DECODE)
+def test_decoding_is_within_the_bound(case: Case) -> None:
+    given = operands(case)
+    want = expected(case, given)
+    for splits in (1, 3):
+        assert_close(cases.decode(launch, np, case, given, splits=splits), want)
+
+
+@every(DECODE[:4])
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_decoding_is_exact_for_equal_scores(case: Case, splits: int) -> None:
+    """However many blocks share the positions: more than a row has work for, too."""
+    given = operands(case, equal_scores=True)
+    assert_means(case, given, cases.decode(launch, np, case, given, splits=splits))
+
+
+def test_one_position_of_all_is_found() -> None:
+    """Its score is so much higher that the others' weights are zero: out is its value."""
+    case = replace(DECODE[4], ends=(300, 129, 64, 1))
+    given = operands(case)
+    slot = case.slots[0]
+    for at in (0, 7, 63, 64, 150, 299):
+        given.keys[slot, :, at] = 8
+        given.q[0] = 8
+        got = cases.decode(launch, np, case, given, splits=4)[0].reshape(case.heads, case.head_dim)
+        np.testing.assert_array_equal(got, given.values[slot, :, at].repeat(case.heads // case.kv_heads, axis=0))
+        given.keys[slot, :, at] = 0
+
+
+def test_rows_that_are_left_out() -> None:
+    """Nothing is written for a row of a negative slot or position; the workspace serves the others all the same."""
+    case = DECODE[3]
+    given = operands(case)
+    want = expected(case, given)
+    absent = replace(given, slots=given.slots.copy(), positions=given.positions.copy())
+    absent.slots[1], absent.positions[3] = -1, -1
+    got = cases.decode(launch, np, case, absent, splits=3)
+    assert np.isnan(got[[1, 3]].astype(np.float32)).all()
+    assert_close(got[[0, 2]], (want[0][[0, 2]], want[1][[0, 2]]))
+
+
+@every(PREFILL)
+def test_prefill_is_within_the_bound(case: Case) -> None:
+    given = operands(case)
+    assert_close(cases.prefill(launch, np, case, given), expected(case, given, weights_rounded=True))
+
+
+@every(PREFILL[3:6])
+def test_prefill_is_exact_for_equal_scores(case: Case) -> None:
+    given = operands(case, equal_scores=True)
+    assert_means(case, given, cases.prefill(launch, np, case, given))
+
+
+def test_splits_follow_from_the_work() -> None:
+    """Few rows are shared by many blocks, none of them short of positions; many rows are not."""
+    sizes: dict[str, int] = {"heads": 72, "kv_heads": 72, "head_dim": 128, "sm_count": 132}
+    splits = [plan_attention(rows=rows, capacity=4096, **sizes).splits for rows in (1, 8, 64)]
+    assert splits == sorted(splits, reverse=True)
+    assert splits[0] > splits[1] > splits[2] == 1
+    assert plan_attention(rows=1, capacity=640, **sizes).splits == 10
+    assert plan_attention(rows=1, capacity=63, **sizes).splits == 1
+    assert plan_attention(rows=64, capacity=4096, **sizes).workspace_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"heads": 3}, "heads"),
+        ({"head_dim": 12}, "head_dim"),
+        ({"head_dim": 264}, "head_dim"),
+        ({"rows": 0}, "rows"),
+        ({"capacity": 0}, "capacity"),
+        ({"capacity": 2**28}, "capacity"),
+    ],
+)
+def test_sizes_that_no_kernel_is_made_for(change: dict[str, int], name: str) -> None:
+    sizes = {"rows": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "capacity": 128, "sm_count": 4} | change
+    with pytest.raises(ArgumentError, match=f"^{name}: "):
+        plan_attention(**sizes)
+
+
+@pytest.mark.parametrize("name", ["q", "keys", "values", "slots", "positions", "out", "workspace", "dtype"])
+def test_operands_that_do_not_fit_the_plan(name: str) -> None:
+    case = DECODE[3]
+    given, plan = operands(case), plan_of(case, 4, 2)
+    arrays: dict[str, Any] = {
+        "q": given.q.view(np.uint16),
+        "keys": given.keys.view(np.uint16),
+        "values": given.values.view(np.uint16),
+        "slots": given.slots,
+        "positions": given.positions,
+        "out": np.empty((4, case.heads * case.head_dim), np.uint16),
+        "workspace": np.zeros(plan.workspace_bytes, np.uint8),
+        "dtype": case.dtype,
+    }
+    arrays[name] = "fp32" if name == "dtype" else arrays[name][:-1].copy()
+    with pytest.raises(ArgumentError, match=f"^{'values' if name == 'keys' else name}: "):
+        attention(launch, plan, **arrays)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("longest", 0), ("longest", 151), ("starts", np.zeros(1, np.int32))])
+def test_prompts_that_are_none(name: str, wrong: Any) -> None:
+    case = PREFILL[1]
+    given = operands(case)
+    arrays: dict[str, Any] = {key: getattr(given, key) for key in ("slots", "positions", "starts")}
+    arrays |= {key: getattr(given, key).view(np.uint16) for key in ("q", "keys", "values")}
+    arrays |= {"longest": 66, "out": np.empty((len(given.q), case.heads * case.head_dim), np.uint16), name: wrong}
+    with pytest.raises(ArgumentError, match=f"^{name}: "):
+        prefill_attention(launch, dtype=case.dtype, **arrays)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models in an engine on the CPU: kernels on the emulator, most products by NumPy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine_cases import (
+    CAPACITY,
+    DIVISIBLE,
+    PREFILL_ROWS,
+    Model,
+    check,
+    greedy,
+    make_model,
+    random_prompts,
+)
+from flashllm.engine.communicator import CommunicationError, ThreadGroup
+from flashllm.engine.engine import Engine
+from flashllm.engine.runtime import HostRuntime
+from flashllm.engine.sampling import SamplingOptions
+from flashllm.engine.shard import Shard
+from flashllm.formats.base import DType
+
+CASES: tuple[tuple[str, DType, str | None], ...] = (
+    ("opt", "fp16", None),
+    ("opt", "bf16", "tiled-csl"),
+    ("llama", "fp16", "tiled-csl"),
+    ("llama", "bf16", None),
+    ("mistral", "fp16", "bitmap"),
+    ("mistral", "bf16", None),
+    ("qwen2", "fp16", "slot24"),
+    ("qwen2", "bf16", "bitmap"),
+    ("qwen3", "fp16", None),
+    ("qwen3", "bf16", "slot24"),
+)
+Made = Callable[[str, DType], Model]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda kind, dtype: make_model(root / f"{kind}-{dtype}", kind, dtype))
+
+
+@pytest.fixture(scope="module")
+def engine(made: Made) -> Engine:
+    """Of a small model, for tests of what an engine does with any."""
+    weights = made("llama", "fp16").load(np, None)
+    return Engine(weights, HostRuntime("reference"), batch=3, capacity=CAPACITY, prefill_rows=PREFILL_ROWS)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "format"), CASES)
+def test_against_float64(made: Made, kind: str, dtype: DType, format: str | None) -> None:
+    """Prompts of a token, and of more than a pass of prefill has."""
+    model = made(kind, dtype)
+    runtime = HostRuntime("reference")
+    engine = Engine(model.load(np, format), runtime, batch=3, capacity=CAPACITY, prefill_rows=PREFILL_ROWS)
+    check(engine, model, random_prompts(), greedy())
+
+
+def test_products_on_the_emulator(made: Made) -> None:
+    model = made("llama", "fp16")
+    engine = Engine(model.load(np, "tiled-csl"), HostRuntime("emulator"), batch=2, capacity=CAPACITY)
+    check(engine, model, random_prompts((5, 3)), greedy((3, 2)))
+
+
+def test_positions_in_several_splits(made: Made) -> None:
+    model = made("mistral", "fp16")
+    engine = Engine(model.load(np, None), HostRuntime("reference"), batch=2, capacity=200, prefill_rows=70)
+    assert engine._plan.splits == 3
+    check(engine, model, random_prompts((126, 3)), greedy((5, 3)))
+
+
+def test_no_more_steps_than_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+    real = engine.step
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        real()
+
+    monkeypatch.setattr(engine, "step", step)
+    outputs = engine.generate(random_prompts(), greedy((5, 2, 1)), look_every=3)
+    assert steps == 4
+    steps = 0
+    assert engine.generate(random_prompts(), greedy((1, 1, 1)), look_every=3) == [one[:1] for one in outputs]
+    assert steps == 0
+
+
+def test_stop_tokens_end_a_sequence(engine: Engine, made: Made) -> None:
+    whole = engine.generate(random_prompts(), greedy())
+    stops = (whole[0][2], whole[1][0])
+    wanted = [one[: next((i + 1 for i, token in enumerate(one) if token in stops), len(one))] for one in whole]
+    assert [len(one) for one in wanted[:2]] == [3, 1]
+    weights, runtime = engine.weights, engine.runtime
+    stopping = Engine(weights, runtime, batch=3, capacity=CAPACITY, stop_tokens=stops)
+    assert stopping.generate(random_prompts(), greedy(), look_every=2) == wanted
+    streamed: list[list[int]] = [[], [], []]
+    for pieces in stopping.stream(random_prompts(), greedy()):
+        assert pieces
+        for index, token in pieces:
+            streamed[index].append(token)
+    assert streamed == wanted
+
+
+def test_what_is_drawn_depends_on_prompt_and_seed_alone(engine: Engine) -> None:
+    def options(*seeds: int) -> list[SamplingOptions]:
+        return [SamplingOptions(temperature=1.5, top_k=40, top_p=0.95, seed=s, max_new_tokens=4) for s in seeds]
+
+    first, second, third = random_prompts()
+    drawn = engine.generate([first, second, third], options(5, 6, 1 << 63))
+    assert drawn == engine.generate([first, second, third], options(5, 6, 1 << 63))
+    turned = engine.generate([third, first, third], options(1 << 63, 5, 8))
+    assert turned[:2] == [drawn[2], drawn[0]]
+    assert turned[2] != drawn[2]
+    alone = Engine(engine.weights, engine.runtime, batch=1, capacity=16)
+    assert alone.generate([second], options(6)) == [drawn[1]]
+
+
+@pytest.mark.parametrize(("kind", "format"), [("opt", None), ("qwen2", "tiled-csl")])
+def test_two_halves_are_the_whole(tmp_path: Path, kind: str, format: str | None) -> None:
+    model = make_model(tmp_path / kind, kind, "fp16", **DIVISIBLE[kind])
+    model.load(np, format)  # converted before threads ask for it
+    group = ThreadGroup(2)
+    outputs: dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        try:
+            weights = model.load(np, format, shard=Shard(index=index, count=2))
+            engine = Engine(
+                weights,
+                HostRuntime("reference"),
+                batch=3,
+                capacity=CAPACITY,
+                prefill_rows=PREFILL_ROWS,
+                communicator=group.members[index],
+            )
+            check(engine, model, random_prompts(), greedy())
+            outputs[index] = engine.tokens(), engine.runtime.fetch(engine.logits)
+        except BaseException as error:
+            group.fail()
+            outputs[index] = error
+            raise
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for found in outputs.values():
+        if isinstance(found, BaseException) and not isinstance(found, CommunicationError):
+            raise found
+    assert outputs[0][0] == outputs[1][0]
+    np.testing.assert_array_equal(outputs[0][1], outputs[1][1])

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two blocks of every kind of model in an engine, against float64: the same for the emulator and for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashllm.convert.run import convert
+from flashllm.engine.engine import Engine
+from flashllm.engine.sampling import SamplingOptions
+from flashllm.engine.shard import WHOLE, Shard
+from flashllm.engine.weights import CheckpointSource, PackedSource, Source, Weights, load
+from flashllm.formats.base import DType
+from flashllm.io.checkpoint import open_checkpoint
+from flashllm.io.sparse_model import SparseModel
+from flashllm.models import quality
+from flashllm.models.dense import DenseModel
+from model_cases import VOCAB, write_checkpoint
+
+Logits = NDArray[np.float64]
+
+# Sizes of heads that kernels have, hidden states and feed-forward layers that are no multiples of 8.
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "opt": {"hidden_size": 40, "num_attention_heads": 5},
+    "llama": {"head_dim": 8},
+    "mistral": {"head_dim": 16},
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24},
+    "qwen3": {"num_attention_heads": 2, "head_dim": 40},
+}
+DIVISIBLE: Mapping[str, Mapping[str, Any]] = {
+    "opt": {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 58},
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 50},
+}
+"""Sizes for two GPUs."""
+LENGTHS = (7, 1, 12)
+NEW_TOKENS = (6, 4, 5)
+PREFILL_ROWS = 5
+CAPACITY = 40
+_NAN = 0x7FDA  # in fp16 and bf16
+_AGREE = 2.0  # the largest error of logits may be this many times that of dense products alone, as in `flashllm eval`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A random model on disk, and what it computes."""
+
+    path: Path
+    dtype: DType
+    exact: DenseModel
+    """In float64."""
+    narrow: DenseModel
+    """In fp32, but for 16-bit operands and results of the blocks' matrices."""
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """In float64, behind each of ``tokens``: [T, vocab]."""
+        return _logits(self.exact, tokens)
+
+    def bound(self, sequences: Sequence[Sequence[int]]) -> float:
+        """Most that an engine's logits of these may be off."""
+        errors = [quality.largest_difference(_logits(self.narrow, one), self.logits(one)) for one in sequences]
+        return _AGREE * max(errors)
+
+    def load(self, xp: Any, format: str | None, *, shard: Shard = WHOLE) -> Weights:
+        """Its weights in a format, or dense."""
+        if format is not None:
+            out = self.path.with_name(f"{self.path.name}-{format}")
+            if not out.exists():
+                convert(self.path, out, format=format)
+            return load(PackedSource(SparseModel(out)), xp, shard=shard)
+        with open_checkpoint(self.path) as checkpoint:
+            source: Source = CheckpointSource(checkpoint)
+            return load(source, xp, shard=shard)
+
+
+def make_model(path: Path, kind: str, dtype: DType, **config: Any) -> Model:
+    """A model of one of ``model_cases.KINDS`` with 70 % zeros, whose head is not the embedding: that would repeat."""
+    stored = {"fp16": "F16", "bf16": "BF16"}[dtype]
+    write_checkpoint(path, kind, dtype=stored, tied=False, zeros=0.7, **(config or SIZES[kind]))
+    checkpoint = open_checkpoint(path)
+    exact, narrow = DenseModel(checkpoint, dtype=np.float64), DenseModel(checkpoint, narrow=dtype)
+    return Model(path=path, dtype=dtype, exact=exact, narrow=narrow)
+
+
+def random_prompts(lengths: Sequence[int] = LENGTHS, *, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+def greedy(new_tokens: Sequence[int] = NEW_TOKENS) -> list[SamplingOptions]:
+    return [SamplingOptions(max_new_tokens=count) for count in new_tokens]
+
+
+def poison(engine: Engine) -> None:
+    """Make NaN of all that the engine has to write before it reads it."""
+    keys_and_values = [array for layer in engine.cache.layers for array in layer]
+    for array in (*keys_and_values, *vars(engine._activations).values(), engine.logits):
+        array.view(np.uint16)[...] = _NAN
+
+
+def decode(engine: Engine, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> list[Logits]:
+    """Logits behind every prompt and behind each token that follows but the last: [tokens, vocab]."""
+    engine.start(prompts, options)
+    steps = [engine.runtime.fetch(engine.logits)]
+    for _ in range(max(one.max_new_tokens for one in options) - 1):
+        engine.step()
+        steps.append(engine.runtime.fetch(engine.logits))
+    counts, done = engine.counts()
+    assert done
+    return [np.stack([step[i] for step in steps[:count]]).astype(np.float64) for i, count in enumerate(counts)]
+
+
+def check(engine: Engine, model: Model, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> None:
+    """Logits, read as a prompt and token by token, are as near to float64 as dense 16-bit products are; tokens are
+    those of the largest logits in float64, but where two are nearer to each other than that.
+    """
+    poison(engine)
+    decoded = decode(engine, prompts, options)
+    outputs = engine.tokens()
+    assert [len(one) for one in outputs] == [one.max_new_tokens for one in options]
+    assert all(len(set(one)) > 1 for one in outputs), "a model that repeats itself shows little"
+    sequences = [[*prompt, *output] for prompt, output in zip(prompts, outputs, strict=True)]
+    bound = model.bound(sequences)
+    assert 0 < bound < 1
+    poison(engine)
+    scored = engine.score(sequences)
+    for prompt, output, steps, scores in zip(prompts, outputs, decoded, scored, strict=True):
+        wanted = model.logits([*prompt, *output])
+        assert quality.largest_difference(scores, wanted) <= bound
+        behind = slice(len(prompt) - 1, len(prompt) - 1 + len(output))
+        assert quality.largest_difference(steps, wanted[behind]) <= bound
+        assert quality.largest_difference(steps, scores[behind]) <= bound
+        for token, logits in zip(output, wanted[behind], strict=True):
+            first, second = np.sort(logits)[:-3:-1]
+            assert token == logits.argmax() or first - second <= bound
+
+
+def _logits(model: DenseModel, tokens: Sequence[int]) -> Logits:
+    hidden, outside = quality.run_blocks(model, np.array([tokens]))
+    return np.concatenate([part for _, part in quality.head(model, outside, hidden[0])]).astype(np.float64)

@@ -18,5 +18,7 @@ ENTRIES = (
     "crossover",
     "bytes",
     "quality",
+    "decode",
+    "fit",
 )
 """Modules of this package that draw a figure."""

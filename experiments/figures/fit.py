@@ -36,7 +36,7 @@ LINES = {
     "4 H200": 4 * GPUS["H200"],
 }
 """Drawn with their names: others would lie on these."""
-COUNTS = (1, 2, 4, 8, 16)
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 CAPTION = (
@@ -98,7 +98,7 @@ def _fit(model: str, label: str, zeros: float) -> Fit:
 def table(data: tuple[Fit, ...]) -> str:
     """GB, GPUs and batches."""
     names = list(GPUS)
-    heads = [f"{name}s at batch {BATCH}" for name in names] + [f"most on one {name}" for name in names]
+    heads = [f"GPUs, {name}" for name in names] + [f"largest batch on one {name}" for name in names]
     out = [CAPTION, "", f"| model | weights | GB at batch {BATCH} | {' | '.join(heads)} |", "|" + "---|" * 7]
     for one in data:
         cells = [str(one.needed[name] or f"> {COUNTS[-1]}") for name in names]

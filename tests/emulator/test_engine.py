@@ -14,12 +14,14 @@ import pytest
 
 from engine_cases import (
     CAPACITY,
+    CASES,
     DIVISIBLE,
     PREFILL_ROWS,
     Model,
     check,
     greedy,
     make_model,
+    preload,
     random_prompts,
 )
 from flashllm.engine.communicator import CommunicationError, ThreadGroup
@@ -29,19 +31,12 @@ from flashllm.engine.sampling import SamplingOptions
 from flashllm.engine.shard import Shard
 from flashllm.formats.base import DType
 
-CASES: tuple[tuple[str, DType, str | None], ...] = (
-    ("opt", "fp16", None),
-    ("opt", "bf16", "tiled-csl"),
-    ("llama", "fp16", "tiled-csl"),
-    ("llama", "bf16", None),
-    ("mistral", "fp16", "bitmap"),
-    ("mistral", "bf16", None),
-    ("qwen2", "fp16", "slot24"),
-    ("qwen2", "bf16", "bitmap"),
-    ("qwen3", "fp16", None),
-    ("qwen3", "bf16", "slot24"),
-)
 Made = Callable[[str, DType], Model]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    preload()
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +63,15 @@ def test_against_float64(made: Made, kind: str, dtype: DType, format: str | None
 
 def test_products_on_the_emulator(made: Made) -> None:
     model = made("llama", "fp16")
-    engine = Engine(model.load(np, "tiled-csl"), HostRuntime("emulator"), batch=2, capacity=CAPACITY)
+    weights = model.load(np, "tiled-csl")
+    engine = Engine(weights, HostRuntime("emulator"), batch=2, capacity=CAPACITY, prefill_rows=8)
     check(engine, model, random_prompts((5, 3)), greedy((3, 2)))
 
 
 def test_positions_in_several_splits(made: Made) -> None:
     model = made("mistral", "fp16")
     engine = Engine(model.load(np, None), HostRuntime("reference"), batch=2, capacity=200, prefill_rows=70)
-    assert engine._plan.splits == 3
+    assert engine._plan.splits > 1
     check(engine, model, random_prompts((126, 3)), greedy((5, 3)))
 
 
@@ -114,7 +110,7 @@ def test_stop_tokens_end_a_sequence(engine: Engine, made: Made) -> None:
 
 def test_what_is_drawn_depends_on_prompt_and_seed_alone(engine: Engine) -> None:
     def options(*seeds: int) -> list[SamplingOptions]:
-        return [SamplingOptions(temperature=1.5, top_k=40, top_p=0.95, seed=s, max_new_tokens=4) for s in seeds]
+        return [SamplingOptions(temperature=1.5, top_k=40, top_p=0.95, seed=s, max_new_tokens=3) for s in seeds]
 
     first, second, third = random_prompts()
     drawn = engine.generate([first, second, third], options(5, 6, 1 << 63))

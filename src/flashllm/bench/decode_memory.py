@@ -80,7 +80,7 @@ def plan_memory(
     packed = [3 * m * k for part, (m, k) in sizes.items() if formats[part] != DENSE]
     largest = max(2 * m * k for m, k in sizes.values())
     tables = config.vocab * (1 if config.tied else 2) + (config.positions + 2 if config.is_opt else 0)
-    vectors = config.layers * (4 * config.hidden + sum(m for m, _ in sizes.values()))  # norms, biases
+    vectors = 2 * config.hidden + config.layers * (4 * config.hidden + sum(m for m, _ in sizes.values()))
     rows = max(batch, min(PREFILL_ROWS, batch * prompt))
     # x, y, the residual stream in fp32, q, k and v twice over, what heads give, up and active.
     per_row = 8 * config.hidden + 2 * (2 * sizes["qkv"][0] + sizes["out"][1] + sizes["up"][0] + sizes["down"][1])

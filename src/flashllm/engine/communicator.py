@@ -42,11 +42,14 @@ class ThreadGroup:
         self._given[index] = array
         try:
             self._barrier.wait()
-            total = sum((_wide(one) for one in self._given[1:]), start=_wide(self._given[0]))
+            with np.errstate(over="ignore", invalid="ignore"):  # rows that fill up a pass may hold anything
+                total = sum((_wide(one) for one in self._given[1:]), start=_wide(self._given[0]))
+                bits = array.dtype == np.uint16
+                rounded = total.astype(bfloat16()).view(np.uint16) if bits else total.astype(array.dtype)
             self._barrier.wait()  # nobody writes before everybody has read
         except threading.BrokenBarrierError as error:
             raise CommunicationError(f"member {index}: another member of the group has ended") from error
-        array[...] = total.astype(bfloat16()).view(np.uint16) if array.dtype == np.uint16 else total.astype(array.dtype)
+        array[...] = rounded
 
 
 class _Thread:

@@ -245,16 +245,8 @@ class Engine:
         if options is not None and len(options) != len(prompts):
             raise ArgumentError("options", expected=f"{len(prompts)}, one for each prompt", got=str(len(options)))
         for index, prompt in enumerate(prompts):
-            name = f"prompts[{index}]"
-            if not len(prompt):
-                raise ArgumentError(name, expected="at least one token", got="none")
-            for token in prompt:
-                if not 0 <= token < vocab:
-                    raise ArgumentError(name, expected=f"tokens in 0..{vocab - 1}", got=str(token))
             new = 0 if options is None else options[index].max_new_tokens
-            if len(prompt) + new > self.capacity:
-                expected = f"at most {self.capacity} tokens, prompt and output together"
-                raise ArgumentError(name, expected=expected, got=f"{len(prompt)} + {new}")
+            check_prompt(prompt, f"prompts[{index}]", vocab=vocab, capacity=self.capacity, new_tokens=new)
 
 
 def check_sizes(config: ModelConfig, *, batch: int, capacity: int) -> None:
@@ -265,3 +257,17 @@ def check_sizes(config: ModelConfig, *, batch: int, capacity: int) -> None:
     if not 1 <= capacity <= config.positions:
         expected = f"1..{config.positions}, the positions of the model, for prompt and output together"
         raise ArgumentError("capacity", expected=expected, got=str(capacity))
+
+
+def check_prompt(prompt: Sequence[int], name: str, *, vocab: int, capacity: int, new_tokens: int) -> None:
+    """Raise ``ArgumentError`` for a prompt, called ``name``, that is empty, has tokens unknown to the model, or is too
+    long with ``new_tokens`` behind it.
+    """
+    if not len(prompt):
+        raise ArgumentError(name, expected="at least one token", got="none")
+    for token in prompt:
+        if not 0 <= token < vocab:
+            raise ArgumentError(name, expected=f"tokens in 0..{vocab - 1}", got=str(token))
+    if len(prompt) + new_tokens > capacity:
+        expected = f"at most {capacity} tokens, prompt and output together"
+        raise ArgumentError(name, expected=expected, got=f"{len(prompt)} + {new_tokens}")

@@ -156,7 +156,8 @@ class Forward:
 
     def prepare_head(self, rows: int) -> None:
         """As :meth:`prepare`, for the product that gives logits."""
-        self._runtime.products.prepare([self._weights.head], rows, out="fp32")
+        # All of a group compute all logits and must choose the same tokens.
+        self._runtime.products.prepare([self._weights.head], rows, out="fp32", timed=self._communicator is None)
 
     def _attention(
         self, block: Block, rows: Rows, a: Activations, keys: Any, values: Any, attend: Attend

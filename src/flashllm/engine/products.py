@@ -15,7 +15,6 @@ import numpy as np
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import bfloat16
 from flashllm.formats.weight import SparseWeight
-from flashllm.models.dense import to_nearest
 
 _TIMED_WEIGHTS = 8
 """Most matrices of a shape that a candidate multiplies by in turn: their weights must not stay in the L2."""
@@ -26,11 +25,12 @@ _LT_ALIGNMENT = 256  # what cublasLt's heuristics take addresses to be
 class Products(Protocol):
     """How an engine multiplies. A matrix W is a ``SparseWeight`` or a dense [M, K] array on the engine's device."""
 
-    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None) -> None:
+    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """Choose how products of ``rows`` rows with these matrices are computed.
 
         ``out="fp32"``: y is fp32, for dense matrices; else it has the type of x. Dense ones that are given together
-        should be what a pass multiplies by: candidates are timed with them.
+        should be what a pass multiplies by: candidates are timed with them. Without ``timed`` cuBLAS chooses, the same
+        on equal GPUs, which then compute the same bits.
         """
 
     def multiply(self, x: Any, w: Any, y: Any) -> None:
@@ -55,11 +55,15 @@ class HostProducts:
     def __init__(self, backend: str) -> None:
         self._backend = backend
 
-    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None) -> None:
+    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """Nothing to prepare."""
 
     def multiply(self, x: Any, w: Any, y: Any) -> None:
         """As :class:`Products` says."""
+        with np.errstate(over="ignore", invalid="ignore"):  # rows that fill up a pass may hold anything
+            self._multiply(x, w, y)
+
+    def _multiply(self, x: Any, w: Any, y: Any) -> None:
         from flashllm.matmul import spmm
 
         if isinstance(w, SparseWeight):
@@ -69,7 +73,7 @@ class HostProducts:
         if y.dtype == np.float32:
             y[...] = exact
         elif y.dtype == np.float16:
-            y[...] = to_nearest(exact, "fp16").astype(np.float16)
+            y[...] = exact.astype(np.float16)
         else:
             y[...] = exact.astype(bfloat16()).view(y.dtype)
 
@@ -96,7 +100,7 @@ class GpuProducts:
         self._outgrown: list[Any] = []
         """Memory that graphs captured before still use."""
 
-    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None) -> None:
+    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """As :class:`Products` says."""
         from flashllm import matmul
 
@@ -111,7 +115,7 @@ class GpuProducts:
                 self._reserve("scratch", plan.scratch_bytes)
         for key, found in dense.items():
             if key not in self._dense:
-                self._dense[key] = self._fastest(key, found[:_TIMED_WEIGHTS])
+                self._dense[key] = self._fastest(key, found[:_TIMED_WEIGHTS]) if timed else self._default(key)
 
     def multiply(self, x: Any, w: Any, y: Any) -> None:
         """As :class:`Products` says. Raises ``ArgumentError`` for a product that was not prepared."""
@@ -173,6 +177,12 @@ class GpuProducts:
             self._outgrown.append(held)
         with memory_errors(f"workspace of products ({name})", needed), self._stream:
             self._memory[name] = cupy.zeros(needed, np.uint8)
+
+    def _default(self, key: tuple[Any, ...]) -> Any:
+        from flashllm.baselines.cublas import Layout
+
+        m, k, rows, dtype, out = key
+        return self._cublas.gemm_ex(Layout(), m=m, k=k, n=rows, dtype=dtype, out=out)
 
     def _fastest(self, key: tuple[Any, ...], weights: Sequence[Any]) -> Any:
         """cuBLAS's fastest way, each timed in a graph over the given weights."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from flashllm.errors import ArgumentError
 from flashllm.jit.spec import KernelSpec
 
 _EMULATED_SMS = 4
+_BLOCKS_OF_A_WORKER = 64
 HOST_BACKENDS = ("emulator", "reference")
 
 
@@ -132,7 +134,8 @@ class HostRuntime:
         """As :class:`Runtime` says."""
         from flashllm.backends import emulator
 
-        return emulator.launch(spec, grid, args)
+        # The threads of a block are made anew by each worker: for few blocks one is sooner done than two.
+        return emulator.launch(spec, grid, args, workers=1 if math.prod(grid) <= _BLOCKS_OF_A_WORKER else None)
 
     def active(self) -> contextlib.AbstractContextManager[object]:
         """As :class:`Runtime` says."""

@@ -23,7 +23,7 @@ from flashllm.models.weights import check_tensors
 from flashllm.progress import Advance, ignore
 
 _POSITIONS = "model.decoder.embed_positions.weight"
-_FLOATS = ("float16", "bfloat16", "float32")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The option of commands that divide a model among GPUs, and what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from flashllm.engine.parallel import Group
+
+tensor_parallel_option = click.option(
+    "--tp",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Divide the model among N GPUs, a process each. Under torchrun or mpirun: the number of their processes.",
+)
+
+
+@contextlib.contextmanager
+def tensor_parallel(count: int) -> Iterator[Group]:
+    """The group for ``--tp count``, in each of its processes; only rank 0 prints.
+
+    Where nothing has started processes for more than one rank, this runs the command line of this process again in
+    each of them and exits with their status. Raises ``ArgumentError`` for more ranks than GPUs.
+    """
+    from flashllm.engine.communicator import CommunicationError
+    from flashllm.engine.launch import launch_ranks
+    from flashllm.engine.nccl import without_multicast
+    from flashllm.engine.parallel import PEER_FAILED, check_gpus, open_group, place_of
+
+    place = place_of(os.environ)
+    if place is None and count > 1:
+        check_gpus(count)
+        without_multicast(os.environ)
+        raise SystemExit(launch_ranks(count, [sys.executable, "-m", "flashllm", *sys.argv[1:]]))
+    if place is not None and count == 1:
+        count = place.count
+    try:
+        with open_group(count) as group, contextlib.ExitStack() as silenced:
+            if group.rank:
+                nowhere = silenced.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+                silenced.enter_context(contextlib.redirect_stdout(nowhere))
+                silenced.enter_context(contextlib.redirect_stderr(nowhere))
+            yield group
+    except CommunicationError as error:
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(PEER_FAILED) from error

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A group of processes that share a model, as one of them sees it: its place, its partners, its end with them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from flashllm.engine.communicator import Communicator
+from flashllm.engine.rendezvous import SECONDS, Place, Rendezvous, meet
+from flashllm.engine.shard import Shard
+from flashllm.errors import ArgumentError, FlashLLMError
+
+PEER_FAILED = 75
+"""Exit status of a rank that ends because another has failed."""
+GROUP_KEY, PARENT_PIPE = "FLASHLLM_GROUP", "FLASHLLM_PARENT"
+"""Variables of the environment that ``launch_ranks`` sets beside those of torchrun."""
+
+_DEFAULT_PORT = 29611  # where mpirun has started the ranks, which names none
+_GRACE_SECONDS = 1.0
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPIRUN = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+_KEYS = (GROUP_KEY, "TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE")
+
+
+class GroupCommunicator(Communicator, Protocol):
+    """A communicator over processes."""
+
+    def abort(self) -> None:
+        """End the waits for other ranks."""
+
+
+Connect = Callable[[Place, Rendezvous], GroupCommunicator | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What a rank needs to take part: ``Engine`` wants the communicator, ``weights.load`` the shard."""
+
+    rank: int
+    count: int
+    communicator: GroupCommunicator | None
+    """None for a group of one."""
+    rendezvous: Rendezvous
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of a model."""
+        return Shard(index=self.rank, count=self.count)
+
+
+def place_of(environment: Mapping[str, str]) -> Place | None:
+    """The place that torchrun, Open MPI's mpirun or ``launch_ranks`` gives; None where none of them started this.
+
+    Raises ``ArgumentError`` for variables that make no sense.
+    """
+    names = next((names for names in (_TORCHRUN, _MPIRUN) if all(name in environment for name in names[:2])), None)
+    if names is None:
+        return None
+    rank, count = (_number(environment, name) for name in names[:2])
+    local_rank = _number(environment, names[2], default=rank)
+    if not 0 <= rank < count:
+        raise ArgumentError(names[0], expected=f"0..{count - 1}", got=str(rank))
+    if names is _MPIRUN and "MASTER_ADDR" not in environment:
+        local = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", default=count)
+        if local != count:
+            expected = f"the address of rank 0, as only {local} of {count} ranks are on this machine"
+            raise ArgumentError("MASTER_ADDR", expected=expected, got="nothing")
+    port = _number(environment, "MASTER_PORT", default=_DEFAULT_PORT)
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        port += 1  # torchrun itself listens at MASTER_PORT
+    if not 0 < port < 2**16:
+        raise ArgumentError("MASTER_PORT", expected="a port", got=str(port))
+    return Place(
+        rank=rank,
+        count=count,
+        local_rank=local_rank,
+        host=environment.get("MASTER_ADDR", "127.0.0.1"),
+        port=port,
+        key=next((environment[name] for name in _KEYS if name in environment), ""),
+    )
+
+
+def check_gpus(count: int) -> None:
+    """Raise ``ArgumentError`` where this machine has fewer than ``count`` GPUs."""
+    from flashllm.device import device_count
+
+    found, problem = device_count()
+    if count > found:
+        expected = f"at most {found}, the GPUs of this machine" + (f" ({problem})" if problem else "")
+        raise ArgumentError("tp", expected=expected, got=str(count))
+
+
+def connect_nccl(place: Place, rendezvous: Rendezvous) -> GroupCommunicator:
+    """Make the GPU of this rank the current one and connect it with the others'."""
+    check_gpus(place.local_rank + 1)
+    import cupy
+
+    from flashllm.engine.nccl import NcclCommunicator
+
+    cupy.cuda.Device(place.local_rank).use()
+    return NcclCommunicator(rendezvous)
+
+
+@contextlib.contextmanager
+def open_group(
+    count: int,
+    *,
+    connect: Connect = connect_nccl,
+    environment: Mapping[str, str] = os.environ,
+    seconds: float = SECONDS,
+) -> Iterator[Group]:
+    """The group of ``count`` ranks that ``environment`` puts this process into, or this process alone.
+
+    At the end of the block each rank waits for the others. An exception in one ends the group: in the others what next
+    needs their partners raises ``CommunicationError``, and a process that does not leave the block within a second,
+    because it waits for its GPU, ends with status ``PEER_FAILED``. Raises ``ArgumentError`` where ``count`` is not the
+    number of ranks or a rank has no GPU, ``CommunicationError`` where not all have come after ``seconds``.
+    """
+    place = place_of(environment) or Place()
+    if place.count != count:
+        raise ArgumentError("tp", expected=f"{place.count}, the number of ranks that were started", got=str(count))
+    if count == 1:
+        yield Group(rank=0, count=1, communicator=None, rendezvous=meet(place))
+        return
+    left = threading.Event()
+    parent = environment.get(PARENT_PIPE)
+    if parent is not None:
+        _in_thread(_watch_parent, int(parent))
+    communicator: GroupCommunicator | None = None
+    rendezvous = meet(place, seconds=seconds)
+    rendezvous.on_failure(lambda reason: _in_thread(_leave_soon, left, f"Error: {reason}"))
+    try:
+        communicator = connect(place, rendezvous)
+        yield Group(rank=place.rank, count=count, communicator=communicator, rendezvous=rendezvous)
+        rendezvous.close()
+    except BaseException as error:
+        left.set()
+        rendezvous.fail(f"rank {place.rank} has failed: {_said(error)}")
+        if communicator is not None:
+            communicator.abort()
+        raise
+
+
+def _in_thread(function: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+def _watch_parent(pipe: int) -> None:
+    """End with the process that has started the ranks: it holds the other end of ``pipe`` for as long as it lives."""
+    os.read(pipe, 1)
+    _end("Error: the process that started the ranks has ended")
+
+
+def _leave_soon(left: threading.Event, message: str) -> None:
+    """A thread that waits for its GPU cannot be told anything.
+
+    NCCL's abort would wake it, but to go on with sums that were never finished.
+    """
+    if not left.wait(_GRACE_SECONDS):
+        _end(message)
+
+
+def _end(message: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())  # sys.stderr may be locked by a thread that waits
+    os._exit(PEER_FAILED)
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, FlashLLMError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {error}"
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ArgumentError(name, expected="a number", got=repr(text)) from None

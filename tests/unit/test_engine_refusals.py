@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine, its runtime and its products refuse, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashllm.backends import emulator
+from flashllm.engine.engine import Engine, check_sizes
+from flashllm.engine.products import GpuProducts, HostProducts
+from flashllm.engine.runtime import HostRuntime, open_runtime
+from flashllm.engine.sampling import SamplingOptions
+from flashllm.engine.weights import CheckpointSource, Weights, load
+from flashllm.errors import ArgumentError, MissingDependencyError, UnsupportedDeviceError
+from flashllm.formats.tiled_csl import TiledCSL
+from flashllm.io.checkpoint import open_checkpoint
+from model_cases import VOCAB, write_checkpoint
+
+needs_emulator = pytest.mark.skipif(emulator.available() is not None, reason="needs g++")
+GREEDY = SamplingOptions(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    path = write_checkpoint(tmp_path_factory.mktemp("model") / "m", "llama", head_dim=8)
+    with open_checkpoint(path) as checkpoint:
+        return load(CheckpointSource(checkpoint), np)
+
+
+@pytest.fixture(scope="module")
+def engine(weights: Weights) -> Engine:
+    return Engine(weights, HostRuntime("reference"), batch=2, capacity=12)
+
+
+def test_heads_that_no_kernel_is_made_for(weights: Weights) -> None:
+    for head_dim in (6, 12, 264):
+        with pytest.raises(ArgumentError, match=rf"^head_dim: expected a multiple of 8 up to 256, got {head_dim}"):
+            check_sizes(replace(weights.config, head_dim=head_dim), batch=1, capacity=1)
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, r"^batch: expected a number >= 1, got 0"),
+        ({"capacity": 0}, r"^capacity: expected 1\.\.320, the positions of the model"),
+        ({"capacity": 321}, r"^capacity: expected 1\.\.320, the positions of the model.* got 321"),
+        ({"prefill_rows": 0}, r"^prefill_rows: expected a number >= 1, got 0"),
+        ({"stop_tokens": (3, VOCAB)}, r"^stop_tokens: expected tokens in 0\.\.100, got \[3, 101\]"),
+        ({"stop_tokens": (-1,)}, r"^stop_tokens: "),
+    ],
+)
+def test_sizes_that_the_model_cannot_have(weights: Weights, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Engine(weights, HostRuntime("reference"), **({"batch": 1, "capacity": 9} | options))
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1]], r"^prompts: expected 2 of them, got 1"),
+        ([[1]] * 3, r"^prompts: expected 2 of them, got 3"),
+        ([[1], []], r"^prompts\[1\]: expected at least one token, got none"),
+        ([[1], [5, VOCAB]], r"^prompts\[1\]: expected tokens in 0\.\.100, got 101"),
+        ([[-1, 50], [1]], r"^prompts\[0\]: expected tokens in 0\.\.100, got -1"),
+        ([[1], [1] * 9], r"^prompts\[1\]: expected at most 12 tokens, prompt and output together, got 9 \+ 4"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(engine: Engine, prompts: Sequence[Sequence[int]], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        engine.start(prompts, [GREEDY] * 2)
+
+
+@needs_emulator
+def test_options_and_steps(engine: Engine) -> None:
+    with pytest.raises(ArgumentError, match=r"^options: expected 2, one for each prompt, got 1"):
+        engine.start([[1], [2]], [GREEDY])
+    with pytest.raises(ArgumentError, match=r"^prompts: expected 1\.\.2 of them, got 3"):
+        engine.score([[1]] * 3)
+    with pytest.raises(ArgumentError, match=r"^prompts\[0\]: expected at most 12 tokens"):
+        engine.score([[1] * 13])
+    with pytest.raises(ArgumentError, match=r"^engine: expected prompts before steps"):
+        engine.step()
+
+
+def test_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashllm.device.gpu_problem", lambda: "the driver reports no GPU")
+    with pytest.raises(ArgumentError, match=r"^backend: expected emulator or reference, got 'cuda'"):
+        HostRuntime("cuda")
+    with pytest.raises(UnsupportedDeviceError, match="the driver reports no GPU"):
+        open_runtime("cuda")
+    monkeypatch.setattr(emulator, "available", lambda: "g++ is not there")
+    for backend in (None, "emulator", "reference"):
+        with pytest.raises(MissingDependencyError, match=r"g\+\+ is not there"):
+            open_runtime(backend)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.uint16])
+def test_host_products_round_once(kind: Any) -> None:
+    one = 0x3F80 if kind is np.uint16 else 1.0
+    x, w = np.full((2, 64), one, kind), np.full((3, 64), one, kind)
+    w[1] = 0
+    y, wide = np.empty((2, 3), kind), np.empty((2, 3), np.float32)
+    for out in (y, wide):
+        HostProducts("reference").multiply(x, w, out)
+    assert wide.tolist() == [[64, 0, 64]] * 2
+    assert y.tolist() == ([[0x4280, 0, 0x4280]] * 2 if kind is np.uint16 else [[64, 0, 64]] * 2)
+
+
+class FakeCublas:
+    """No GPU is needed to say that a product was not prepared."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def test_products_on_a_gpu_are_prepared_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashllm.baselines.cublas.Cublas", FakeCublas)
+    made = GpuProducts(None, overlap=False)
+    x, y, dense = np.zeros((3, 8), np.float16), np.zeros((3, 16), np.float16), np.ones((16, 8), np.float16)
+    for w in (dense, TiledCSL.from_dense(dense)):
+        with pytest.raises(ArgumentError, match=r"^x: expected a number of rows that was prepared, got 3"):
+            made.multiply(x, w, y)
+    made.close()

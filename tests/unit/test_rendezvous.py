@@ -65,6 +65,7 @@ def test_values_come_as_they_were(count: int) -> None:
         others = "of no interest" if here.rank else None
         values = [here.broadcast(others or one) for one in (big, b"", {"a": [1, None, "\u00e9"]}, 7)]
         gathered = [here.gather(one) for one in (here.rank, bytes([here.rank]))]
+        assert here.all_gather(10 * here.rank) == [10 * rank for rank in range(count)]
         here.barrier()
         here.close()
         return values, gathered

@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,16 @@ from flashllm.models.config import ModelConfig
 
 _WARM_STEPS = 3
 _REPLAYS = 5
-SYSTEMS = {"sparse": "flashllm", "dense": "flashllm-dense"}
-"""Names of systems in rows."""
+SYSTEMS = {
+    "sparse": "flashllm",
+    "dense": "flashllm-dense",
+    "torch-compile": "torch-compile",
+    "hf-static": "hf-static",
+    "torch-2:4": "torch-2:4",
+}
+"""Names of systems in rows, by those of the command."""
+OURS = ("sparse", "dense")
+"""Of them, our engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +59,23 @@ class Times:
 
     total: float
     first: float
-    step: float
-    """A step in the middle of the output."""
-    kinds: Mapping[Kind, float]
+    step: float | None = None
+    """A step in the middle of the output; ``None`` where it is not timed apart."""
+    kinds: Mapping[Kind, float] = field(default_factory=dict)
     """Its launches of each kind alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes on one GPU."""
+
+    matrices: int
+    """Of all blocks."""
+    head: int
+    weights: int
+    """All of them, these two among them."""
+    cache: int
+    workspace: int
 
 
 def choose_formats(
@@ -112,10 +133,8 @@ def measure(engine: Engine, case: Case) -> Times:
 
 def bound_ms(weights: Weights, case: Case, read_gbps: float) -> float:
     """Milliseconds that a step in the middle of the output takes only to read what it must."""
-    config, shard = weights.config, weights.shard
-    context = case.batch * (case.prompt + case.output // 2 + 1)
-    cached = context * config.layers * 2 * shard.kv_heads(config) * config.head_dim * 2
-    return (weights.matrix_bytes + int(weights.head.nbytes) + cached) / read_gbps * 1e-6
+    read = weights.matrix_bytes + int(weights.head.nbytes)
+    return _bound_ms(weights.config, weights.shard, read, case, read_gbps)
 
 
 def make_row(
@@ -133,13 +152,64 @@ def make_row(
     peak_bytes: int | None = None,
 ) -> DecodeRow:
     """The row of a case; without ``times`` (no GPU) every time is ``None``."""
-    weights = engine.weights
+    weights, products = engine.weights, engine.runtime.products
     dense = all(name == DENSE for name in formats.values())
-    gpus = weights.shard.count
-    tokens = case.batch * case.output
-    per_s = tokens / times.total * 1e3 if times else None
-    bound = bound_ms(weights, case, read_gbps) if read_gbps else None
-    products = engine.runtime.products
+    return fill_row(
+        environment,
+        case,
+        Sizes(
+            matrices=weights.matrix_bytes,
+            head=int(weights.head.nbytes),
+            weights=weights.nbytes,
+            cache=engine.cache.nbytes,
+            workspace=engine.workspace_bytes,
+        ),
+        model=model,
+        config=weights.config,
+        dtype=weights.dtype,
+        shard=weights.shard,
+        system=SYSTEMS["dense" if dense else "sparse"],
+        format=",".join(sorted(set(formats.values()))),
+        choice=choice,
+        sparsity=0.0 if dense else sparsity,
+        sparsity_real=1 - stored_share(weights),
+        kernels="; ".join(products.label(w, case.batch) for w in weights.blocks[0].matrices),
+        launch=("graph-pdl" if getattr(engine.runtime, "overlap", False) else "graph") if times else None,
+        launches=len(engine.decode_operations()),
+        times=times,
+        read_gbps=read_gbps,
+        reading=reading,
+        peak_bytes=peak_bytes,
+    )
+
+
+def fill_row(
+    environment: Environment,
+    case: Case,
+    sizes: Sizes,
+    *,
+    model: str,
+    config: ModelConfig,
+    dtype: str,
+    shard: Shard,
+    system: str,
+    format: str,
+    choice: str,
+    sparsity: float,
+    sparsity_real: float,
+    kernels: str,
+    launch: str | None,
+    launches: int | None = None,
+    times: Times | None = None,
+    read_gbps: float | None = None,
+    reading: Reading | None = None,
+    peak_bytes: int | None = None,
+) -> DecodeRow:
+    """The row of a case that any system has decoded: what follows from its times and sizes is computed here."""
+    gpus = shard.count
+    per_s = case.batch * case.output / times.total * 1e3 if times else None
+    bound = _bound_ms(config, shard, sizes.matrices + sizes.head, case, read_gbps) if read_gbps else None
+    step = times.step if times else None
     kinds: Mapping[Kind, float] = times.kinds if times else {}
     reading = reading or Reading()
     return DecodeRow(
@@ -151,13 +221,13 @@ def make_row(
         temp_c=reading.temp_c,
         power_w=reading.power_w,
         model=model,
-        layers=weights.config.layers,
-        dtype=weights.dtype,
-        system=SYSTEMS["dense" if dense else "sparse"],
-        format=",".join(sorted(set(formats.values()))),
+        layers=config.layers,
+        dtype=dtype,
+        system=system,
+        format=format,
         choice=choice,
-        sparsity=0.0 if dense else sparsity,
-        sparsity_real=round(1 - stored_share(weights), 6),
+        sparsity=sparsity,
+        sparsity_real=round(sparsity_real, 6),
         gpus=gpus,
         tp=gpus,
         batch=case.batch,
@@ -172,24 +242,35 @@ def make_row(
         attention_ms=_rounded(kinds.get("attention"), 4),
         comm_ms=_rounded(kinds.get("communication"), 4),
         other_ms=_rounded(kinds.get("other"), 4),
-        step_ms=_rounded(times.step if times else None, 4),
+        step_ms=_rounded(step, 4),
         bound_ms=_rounded(bound, 4),
-        bound_fraction=_rounded(bound / times.step if bound and times else None, 4),
+        bound_fraction=_rounded(bound / step if bound and step else None, 4),
         read_gbps=_rounded(read_gbps, 1),
-        matrices_gb=round(weights.matrix_bytes / 1e9, 4),
-        weights_gb=round(weights.nbytes / 1e9, 4),
-        kv_gb=round(engine.cache.nbytes / 1e9, 4),
-        workspace_gb=round(engine.workspace_bytes / 1e9, 4),
+        matrices_gb=round(sizes.matrices / 1e9, 4),
+        weights_gb=round(sizes.weights / 1e9, 4),
+        kv_gb=round(sizes.cache / 1e9, 4),
+        workspace_gb=round(sizes.workspace / 1e9, 4),
         peak_gb=_rounded(None if peak_bytes is None else peak_bytes / 1e9, 4),
-        kernels="; ".join(products.label(w, case.batch) for w in weights.blocks[0].matrices),
-        launch=("graph-pdl" if getattr(engine.runtime, "overlap", False) else "graph") if times else None,
-        launches=len(engine.decode_operations()),
+        kernels=kernels,
+        launch=launch,
+        launches=launches,
     )
 
 
+def random_prompts(vocab: int, case: Case) -> list[list[int]]:
+    """The prompts of a case, the same for every system."""
+    prompts: list[list[int]] = np.random.default_rng(0).integers(0, vocab, (case.batch, case.prompt)).tolist()
+    return prompts
+
+
+def _bound_ms(config: ModelConfig, shard: Shard, weight_bytes: int, case: Case, read_gbps: float) -> float:
+    context = case.batch * (case.prompt + case.output // 2 + 1)
+    cached = context * config.layers * 2 * shard.kv_heads(config) * config.head_dim * 2
+    return (weight_bytes + cached) / read_gbps * 1e-6
+
+
 def _start(engine: Engine, case: Case) -> None:
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, engine.weights.config.vocab, (case.batch, case.prompt)).tolist()
+    prompts = random_prompts(engine.weights.config.vocab, case)
     engine.start(prompts, [SamplingOptions(max_new_tokens=case.output)] * case.batch)
 
 

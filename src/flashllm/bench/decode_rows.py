@@ -42,9 +42,10 @@ class DecodeRow:
     """Blocks that were run: fewer than the model's are a test."""
     dtype: str
     system: str
-    """``flashllm``: sparse matrices; ``flashllm-dense``: the same engine with cuBLAS."""
+    """``flashllm``: sparse matrices; ``flashllm-dense``: the same engine with cuBLAS. ``torch-compile``, ``torch-2:4``
+    and ``hf-static``: decoders of others, whose steps are not timed in parts."""
     format: str
-    """Of the matrices, with commas where they differ."""
+    """Of the matrices, with commas where they differ; of others ``dense`` or ``2:4``."""
     choice: str
     """``auto``, or ``forced``."""
     sparsity: float
@@ -83,15 +84,16 @@ class DecodeRow:
     """Matrices, embeddings, head, norms, biases."""
     kv_gb: float
     workspace_gb: float
-    """Activations, logits, memory of products."""
+    """Activations, logits, memory of products; of PyTorch all that its pool has, beside weights and cache."""
     peak_gb: float | None
     """All memory of the process on the GPU, as the driver counts it, less what was used before."""
     kernels: str
-    """What computes the matrices of a block, in the order of a pass."""
+    """What computes the matrices of a block, in the order of a pass; of others what computes a step."""
     launch: str | None
-    """``graph-pdl`` where kernels may start before the one in front of them ends, else ``graph``."""
-    launches: int
-    """Operations of a step."""
+    """``graph-pdl`` where kernels may start before the one in front of them ends, else ``graph``; ``stream`` without
+    a CUDA graph."""
+    launches: int | None
+    """Operations of a step, where it is known."""
 
     def to_json(self) -> str:
         """The row as one line of JSON."""

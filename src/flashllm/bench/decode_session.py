@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from flashllm.bench import decode, environment, telemetry
-from flashllm.bench.decode import Case
-from flashllm.bench.decode_memory import check_memory, plan_memory
+from flashllm.bench import decode, environment
+from flashllm.bench.decode import OURS, Case
+from flashllm.bench.decode_hf import HfSystem
+from flashllm.bench.decode_memory import check_memory
 from flashllm.bench.decode_rows import DecodeRow
+from flashllm.bench.decode_systems import EngineSystem, LeftOut, Subject, System, free_pool
+from flashllm.bench.decode_torch_system import TorchSystem
 from flashllm.bench.decode_weights import DENSE, PARTS, random_weights
-from flashllm.engine.communicator import Communicator
-from flashllm.engine.runtime import GpuRuntime, HostRuntime, Runtime
-from flashllm.engine.shard import WHOLE, Shard
+from flashllm.engine.parallel import Group, alone
+from flashllm.engine.runtime import HostRuntime
 from flashllm.errors import ArgumentError, DeviceMemoryError
 from flashllm.formats.base import DType
 from flashllm.models.config import ModelConfig
@@ -30,7 +30,7 @@ class Sweep:
     model: str
     sparsities: Sequence[float]
     systems: Sequence[str]
-    """``sparse``, ``dense``."""
+    """Some of :data:`flashllm.bench.decode.SYSTEMS`."""
     batches: Sequence[float]
     prompt: int
     output: int
@@ -38,8 +38,8 @@ class Sweep:
     dtype: DType = "fp16"
     layers: int | None = None
     backend: str | None = None
-    shard: Shard = WHOLE
-    communicator: Communicator | None = None
+    group: Group = field(default_factory=alone)
+    """Of GPUs that share the model, of which this process has one."""
 
     @property
     def config(self) -> ModelConfig:
@@ -61,7 +61,7 @@ class Sweep:
     def variants(self) -> list[tuple[str, float]]:
         """Systems with the sparsity of their weights."""
         found = [("sparse", sparsity) for sparsity in self.sparsities if "sparse" in self.systems]
-        return found + [("dense", 0.0)] * ("dense" in self.systems)
+        return found + [(name, 0.0) for name in decode.SYSTEMS if name != "sparse" and name in self.systems]
 
     @property
     def steps(self) -> int:
@@ -75,18 +75,28 @@ class Sweep:
         from flashllm.backends import select
 
         config, name = self.config, select(self.backend).name
-        self.shard.check(config)
+        self.group.shard.check(config)
         facts = environment.collect(name)
         if name == "cuda":
             yield from self._on_gpu(config, facts, advance, note)
             return
+        if others := [system for system in self.systems if system not in OURS]:
+            raise ArgumentError("systems", expected=f"{' or '.join(OURS)}, without a GPU", got=others[0])
         for system, sparsity in self.variants:
             formats = self._formats(config, system, sparsity)
             weights = random_weights(config, formats, sparsity=sparsity, xp=_numpy(), dtype=self.dtype, advance=advance)
             for case in self.cases:
                 runtime = HostRuntime(name)
                 engine = decode.open_engine(weights, runtime, case)
-                yield self._row_of(facts, formats, sparsity)(engine, case)
+                yield decode.make_row(
+                    facts,
+                    engine,
+                    case,
+                    model=self.model.lower(),
+                    formats=formats,
+                    sparsity=sparsity,
+                    choice=self._choice,
+                )
                 advance(f"batch {case.batch}", 1)
 
     def _on_gpu(
@@ -99,80 +109,74 @@ class Sweep:
         import cupy
 
         from flashllm.bench.bandwidth import read_gbps
+
+        subject = Subject(
+            facts=facts,
+            model=self.model.lower(),
+            config=config,
+            dtype=self.dtype,
+            read_gbps=read_gbps(cupy.cuda.Stream(non_blocking=True)),
+        )
+        # All are opened first: missing packages show before anything is measured.
+        for system in [self._open(name, sparsity, subject) for name, sparsity in self.variants]:
+            free_pool()
+            yield from self._measure(system, advance, note)
+
+    def _measure(self, system: System, advance: Advance, note: Callable[[str], None]) -> Iterator[DecodeRow]:
+        """A row for every case that fits, by one system."""
         from flashllm.device import free_memory
 
-        pool = cupy.get_default_memory_pool()
-        runtime: Runtime = GpuRuntime()
+        # The ranks of a group must agree on what they leave out.
+        fitting, free = [], min(self.group.rendezvous.all_gather(free_memory()))
+        for case in self.cases:
+            try:
+                check_memory(system.plan(case), free, f"{self.model}, {system.label}, batch {case.batch}")
+                fitting.append(case)
+            except DeviceMemoryError as error:
+                note(f"left out: {error}")
+                advance("left out", 1)
+        if not fitting:
+            advance("left out", self.config.layers)
+            return
         try:
-            gbps = read_gbps(cupy.cuda.Stream(non_blocking=True))
-            pool.free_all_blocks()
-            for system, sparsity in self.variants:
-                formats = self._formats(config, system, sparsity)
-                fitting = []
-                free = free_memory()
-                for case in self.cases:
-                    try:
-                        self._check(config, formats, sparsity, case, free)
-                        fitting.append(case)
-                    except DeviceMemoryError as error:
-                        note(f"left out: {error}")
-                        advance("left out", 1)
-                if not fitting:
-                    advance("left out", config.layers)
-                    continue
-                weights = random_weights(
-                    config, formats, sparsity=sparsity, xp=cupy, dtype=self.dtype, shard=self.shard, advance=advance
-                )
-                for case in fitting:
-                    advance(f"{system}, batch {case.batch}", 0)
-                    engine = decode.open_engine(weights, runtime, case, self.communicator)
-                    times = decode.measure(engine, case)
-                    peak = free - free_memory() + int(pool.free_bytes())
-                    measured = {"times": times, "read_gbps": gbps, "reading": telemetry.read(), "peak_bytes": peak}
-                    yield self._row_of(facts, formats, sparsity)(engine, case, **measured)
-                    advance(f"{system}, batch {case.batch}", 1)
-                    del engine
-                    gc.collect()
-                    pool.free_all_blocks()
-                del weights
-                runtime.close()
-                runtime = GpuRuntime()  # whose plans hold no weights
-                gc.collect()
-                pool.free_all_blocks()
+            system.load(advance)
+            for case in fitting:
+                advance(f"{system.label}, batch {case.batch}", 0)
+                try:
+                    yield system.row(case)
+                except LeftOut as error:
+                    note(f"left out: {self.model}, {system.label}, batch {case.batch}: {error}")
+                advance(f"{system.label}, batch {case.batch}", 1)
+        except LeftOut as error:
+            note(f"left out: {self.model}, {system.label}: {error}")
         finally:
-            runtime.close()
+            system.close()
 
-    def _row_of(
-        self, facts: environment.Environment, formats: Mapping[str, str], sparsity: float
-    ) -> Callable[..., DecodeRow]:
-        """Makes rows of one system: takes the engine, the case and what was measured."""
-        return partial(
-            decode.make_row,
-            facts,
-            model=self.model.lower(),
-            formats=formats,
-            sparsity=sparsity,
-            choice="auto" if self.format == "auto" else "forced",
-        )
+    def _open(self, name: str, sparsity: float, subject: Subject) -> System:
+        if name in OURS:
+            return EngineSystem(
+                subject,
+                self._formats(subject.config, name, sparsity),
+                sparsity=sparsity,
+                choice=self._choice,
+                shard=self.group.shard,
+                communicator=self.group.communicator,
+            )
+        if self.group.count > 1:
+            raise ArgumentError("systems", expected=f"{' or '.join(OURS)}, on several GPUs", got=name)
+        return HfSystem(subject) if name == "hf-static" else TorchSystem(subject, pruned=name == "torch-2:4")
+
+    @property
+    def _choice(self) -> str:
+        return "auto" if self.format == "auto" else "forced"
 
     def _formats(self, config: ModelConfig, system: str, sparsity: float) -> dict[str, str]:
         if system == "dense":
             return dict.fromkeys(PARTS, DENSE)
         batches = [case.batch for case in self.cases]
-        return decode.choose_formats(config, sparsity, batches, dtype=self.dtype, shard=self.shard, format=self.format)
-
-    def _check(self, config: ModelConfig, formats: dict[str, str], sparsity: float, case: Case, free: int) -> None:
-        plan = plan_memory(
-            config,
-            formats,
-            sparsity=sparsity,
-            batch=case.batch,
-            prompt=case.prompt,
-            output=case.output,
-            shard=self.shard,
+        return decode.choose_formats(
+            config, sparsity, batches, dtype=self.dtype, shard=self.group.shard, format=self.format
         )
-        kind = "dense" if formats["qkv"] == DENSE else f"{sparsity:.0%} zeros"
-        check_memory(plan, free, f"{self.model}, {kind}, batch {case.batch}")
 
 
 def _numpy() -> object:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flashllm.cli._cases import BadUsage, backend_option, usage_errors, use_device
+from flashllm.cli._parallel import tensor_parallel, tensor_parallel_option
 
 if TYPE_CHECKING:
     from flashllm.bench.decode_rows import DecodeRow
@@ -28,19 +29,26 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     context.exit()
 
 
-@click.command(epilog="Exit status: 0 fine, 2 bad usage, or no case fits into the GPU's memory.")
+@click.command(epilog="Exit status: 0 fine, 2 bad usage, or all cases are left out.")
 @click.option("--model", default="opt-30b", show_default=True, metavar="NAME", help="Whose sizes; --list-models.")
 @click.option(
     "--list-models", is_flag=True, is_eager=True, expose_value=False, callback=_list_models, help="Show them."
 )
 @click.option("--sparsity", default="0.8", show_default=True, metavar="FRACTIONS", help="Of sparse weights.")
-@click.option("--systems", default="sparse,dense", show_default=True, metavar="NAMES", help="sparse, dense, or both.")
+@click.option(
+    "--systems",
+    default="sparse,dense",
+    show_default=True,
+    metavar="NAMES",
+    help="Some of sparse, dense, torch-compile, hf-static, torch-2:4.",
+)
 @click.option("--format", "format_name", default="auto", show_default=True, metavar="NAME", help="Of sparse weights.")
 @click.option("--batch", default="8,16,32,64", show_default=True, metavar="SIZES", help="Sequences at a time.")
 @click.option("--prompt", type=click.IntRange(1), default=64, show_default=True, help="Tokens of each prompt.")
 @click.option("--output", type=click.IntRange(2), default=512, show_default=True, help="Tokens that follow it.")
 @click.option("--dtype", type=click.Choice(["fp16", "bf16"]), default="fp16", show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Blocks to run, fewer than the model's: for a quick look.")
+@tensor_parallel_option
 @backend_option
 @click.option("--device", type=click.IntRange(0), metavar="INDEX", help="Which GPU.  [default: the current one]")
 @click.option(
@@ -57,6 +65,7 @@ def command(
     output: int,
     dtype: str,
     layers: int | None,
+    tp: int,
     backend: str | None,
     device: int | None,
     out: Path | None,
@@ -68,17 +77,25 @@ def command(
     Each case reads all prompts at once and decodes greedily, a captured graph for each step. What a case takes of the
     GPU's memory is reckoned first; one that does not fit is left out, with the sum. Without a GPU the emulator runs the
     case, with no times: that takes hours, for any of these models.
+
+    Decoders of others, which pip install "flashllm[finetune]" brings, run on one GPU. torch-compile: a loop in PyTorch
+    with a static cache and the same dense weights, its step compiled into one CUDA graph. torch-2:4: that with 2:4
+    matrices, in fp16. hf-static: generate() of the package transformers with a static cache. They compile anew for each
+    batch, which takes long for many blocks; what one cannot run is left out, with the reason.
     """
     from rich.console import Console
 
     from flashllm.cli._progress import progress
 
-    notes = Console(stderr=True)
-    with usage_errors():
+    if tp > 1 and device is not None:
+        raise BadUsage("--device: expected nothing beside --tp, whose ranks take the GPUs in order")
+    count = 0
+    with usage_errors(), tensor_parallel(tp) as group:
         from flashllm.bench import decode_rows, results
         from flashllm.bench.decode_session import Sweep
         from flashllm.registry import FORMATS
 
+        notes = Console(stderr=True)
         use_device(device)
         if format_name not in ("auto", *FORMATS):
             raise BadUsage(f"--format: expected auto or one of {', '.join(FORMATS)}, got {format_name!r}")
@@ -93,31 +110,36 @@ def command(
             dtype="bf16" if dtype == "bf16" else "fp16",
             layers=layers,
             backend=backend,
+            group=group,
         )
-        if out is not None:
-            results.ensure_writable(out)
-        count = 0
+        saved = out if group.rank == 0 else None
+        if saved is not None:
+            results.ensure_writable(saved)
         with progress(notes, sweep.steps) as advance:
             for row in sweep.rows(advance=advance, note=lambda text: notes.print(text, markup=False, highlight=False)):
                 count += 1
-                if out is not None:
-                    decode_rows.append(out, row)
+                if saved is not None:
+                    decode_rows.append(saved, row)
                 click.echo(row.to_json() if as_json else _line(row))
-    if not count:
-        raise BadUsage("no case fits into the memory of the GPU")
+        if not count:
+            raise BadUsage("all cases are left out")
 
 
 def _line(row: DecodeRow) -> str:
-    what = "dense" if row.system == "flashllm-dense" else f"{row.sparsity:.0%} zeros, {row.format}"
+    whats = {"flashllm": f"{row.sparsity:.0%} zeros, {row.format}", "flashllm-dense": "dense"}
+    what = whats.get(row.system, row.system)
     head = f"{row.model}, {what}, batch {row.batch}: {row.weights_gb:.1f} GB of weights, {row.kv_gb:.1f} GB cache"
     if row.tokens_per_gpu_s is None:
         return f"{head}; no times without a GPU"
-    parts = f"matrices {row.linear_ms:.2f}, attention {row.attention_ms:.2f}, sums {row.comm_ms:.2f}"
-    return (
+    line = (
         f"{head}, {row.peak_gb:.1f} GB in all; {row.tokens_per_gpu_s:.0f} tokens/GPU-s, TTFT {row.ttft_ms:.0f} ms, "
-        f"TPOT {row.tpot_ms:.2f} ms; a step {row.step_ms:.2f} ms ({parts}, other {row.other_ms:.2f}), "
-        f"{row.bound_fraction:.0%} of the bound"
+        f"TPOT {row.tpot_ms:.2f} ms"
     )
+    if row.step_ms is None:
+        return line
+    parts = f"matrices {row.linear_ms:.2f}, attention {row.attention_ms:.2f}, sums {row.comm_ms:.2f}"
+    line += f"; a step {row.step_ms:.2f} ms ({parts}, other {row.other_ms:.2f})"
+    return f"{line}, {row.bound_fraction:.0%} of the bound"
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -125,7 +147,7 @@ def _names(text: str) -> tuple[str, ...]:
 
     found = tuple(name.strip() for name in text.split(","))
     if not found or any(name not in SYSTEMS for name in found):
-        raise BadUsage(f"--systems: expected {' or '.join(SYSTEMS)}, got {text!r}")
+        raise BadUsage(f"--systems: expected some of {', '.join(SYSTEMS)}, got {text!r}")
     return found
 
 

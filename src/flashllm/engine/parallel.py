@@ -54,6 +54,11 @@ class Group:
         return Shard(index=self.rank, count=self.count)
 
 
+def alone() -> Group:
+    """The group of this process, which has the whole model."""
+    return Group(rank=0, count=1, communicator=None, rendezvous=meet(Place()))
+
+
 def place_of(environment: Mapping[str, str]) -> Place | None:
     """The place that torchrun, Open MPI's mpirun or ``launch_ranks`` gives; None where none of them started this.
 
@@ -126,7 +131,7 @@ def open_group(
     if place.count != count:
         raise ArgumentError("tp", expected=f"{place.count}, the number of ranks that were started", got=str(count))
     if count == 1:
-        yield Group(rank=0, count=1, communicator=None, rendezvous=meet(place))
+        yield alone()
         return
     left = threading.Event()
     parent = environment.get(PARENT_PIPE)

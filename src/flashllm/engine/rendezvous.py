@@ -130,6 +130,11 @@ class Rendezvous:
             return None
         return [value, *(self._take(link, seconds) for link in self._links)]
 
+    def all_gather(self, value: Any, *, seconds: float | None = SECONDS) -> list[Any]:
+        """The values of all, by rank, on every rank."""
+        found: list[Any] = self.broadcast(self.gather(value, seconds=seconds), seconds=seconds)
+        return found
+
     def barrier(self, *, seconds: float | None = SECONDS) -> None:
         """Wait until all have come here."""
         self.gather(None, seconds=seconds)

@@ -1,58 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of a decoding step: each row is one query for every head. Host side: src/flashllm/decoder/attention.py.
 //
-// What it costs is reading keys and values, so each is read once, for all query heads that share them, and several
-// blocks, the splits, share the positions of a row (Flash-Decoding: Dao, Haziza, Massa and Sizov, 2023). Eight lanes
-// have one position, a whole line of 128 bytes in each load. Loads do not wait for one another: values are asked for
-// ahead of the scores of their keys, and the next keys ahead of the use of the values.
-//
-// Teams of lanes, warps and splits each have a softmax of their own positions, with which their sums are put together
-// in the end; always in the same order, so results are the same bits on every run.
-#include "flashllm/rows.cuh"
-#include "flashllm/softmax.cuh"
+// What it costs is reading keys and values, so each is read once, for both query heads where two share them. (For more
+// of them fp32 takes longer than the reading: grouped_attention.cu.) Eight lanes have one position, a whole line of 128
+// bytes in each load. Loads do not wait for one another: values are asked for ahead of the scores of their keys, and
+// the next keys ahead of the use of the values. Teams of eight lanes, warps and splits share the positions of a row:
+// see shares.cuh.
+#include "flashllm/shares.cuh"
 
 namespace flashllm {
 namespace attention {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / rows::kLanes;
+using shares::kThreads, shares::kWarps;
 constexpr int kPartLanes = 8;  // lanes of one position, 16 bytes each: 128 bytes, a line
-constexpr int kTeams = rows::kLanes / kPartLanes;
-constexpr int kQuad = 4;  // elements of a thread when sums are put together
-constexpr int kLeast = 64;  // positions of a split, below which another one costs more than it saves
+constexpr int kTeams = rows::kLanes / kPartLanes;  // of a warp: positions in one load
 
-// kChunks: 16-byte loads of a lane for one position. kGroup: query heads of a block, rounded up.
-template <int kChunks_, int kGroup>
+// kChunks: 16-byte loads of a lane for one position. kHeads: query heads that share keys.
+template <int kChunks_, int kHeads_>
 struct Shape {
-  static constexpr int kChunks = kChunks_;
-  static constexpr int kMostHeads = kChunks == 4 ? 2 : 4;  // of a lane: sums take up to 64 registers
-  static constexpr int kHeads = kGroup < kMostHeads ? kGroup : kMostHeads;
-  static constexpr int kSets = kGroup / kHeads;            // sets of heads, each with teams of lanes of its own
-  static constexpr int kPlaces = kTeams / kSets;           // positions of a warp in one load
+  static constexpr int kChunks = kChunks_, kHeads = kHeads_;
   static constexpr int kUnroll = 4 / kChunks;              // loads of a lane under way: 4 of keys and 4 of values
-  static constexpr int kStep = kPlaces * kUnroll;          // positions of a warp at a time
+  static constexpr int kStep = kTeams * kUnroll;           // positions of a warp at a time
   static constexpr int kSums = kChunks * rows::kVector;    // of a lane and head
   static constexpr int kDims = kSums * kPartLanes;         // elements of a head, rounded up
   // Blocks at a time on an SM, for which the compiler is to leave registers: so many loads are under way there.
   static constexpr int kMinBlocks = kHeads == 1 && kChunks < 4 ? 5 : 1;
   static constexpr int kRowChunks = kChunks * kPartLanes;  // of a head
-  static constexpr int kLeft = kSums / kPlaces;            // sums of a lane once teams have added theirs
+  static constexpr int kLeft = kSums / kTeams;             // sums of a lane once teams have added theirs
   static_assert(kChunks == 1 || kChunks == 2 || kChunks == 4, "heads have up to 256 elements");
-  static_assert((kGroup & (kGroup - 1)) == 0 && kSets <= kTeams, "each set of heads has teams of its own");
-};
-
-// Which positions of a row a split has: as equal shares as whole steps allow, and no more shares than have kLeast
-// positions each. The other splits have none.
-struct Share {
-  int begin, end, shares;
-
-  FLASHLLM_DEVICE Share(int length, int splits, int split, int step) {
-    const int wanted = max(1, min(splits, length / kLeast));
-    const int size = (length + wanted * step - 1) / (wanted * step) * step;
-    begin = split * size;
-    end = min(length, begin + size);
-    shares = (length + size - 1) / size;
-  }
+  static_assert(kHeads == 1 || kHeads == 2, "with more heads there are no registers for loads");
 };
 
 template <typename S>
@@ -63,7 +39,7 @@ FLASHLLM_DEVICE rows::Packed<rows::kVector> packed(const uint4& all) { return {{
 // Which part of the keys and of the values of one head this lane reads.
 template <typename T, typename S>
 struct Reader {
-  int head_dim, place, end;
+  int head_dim, team, end;
   int offset[S::kChunks];
 
   // Positions from `first` on. Those from `end` on may be anything, so the last one is read instead. A lane that has
@@ -71,7 +47,7 @@ struct Reader {
   FLASHLLM_DEVICE void load(Tile<S>& tile, const T* head, int first) const {
 #pragma unroll
     for (int u = 0; u < S::kUnroll; ++u) {
-      const T* const row = head + min(first + u * S::kPlaces + place, end - 1) * head_dim;
+      const T* const row = head + min(first + u * kTeams + team, end - 1) * head_dim;
 #pragma unroll
       for (int c = 0; c < S::kChunks; ++c) {
         tile[u][c] = packed(__ldcs(reinterpret_cast<const uint4*>(row + offset[c])));
@@ -110,7 +86,7 @@ struct Heads {
 #pragma unroll
       for (int u = 0; u < S::kUnroll; ++u) {
         const float score = rows::lane_sum(scores[h][u], kPartLanes) * scale;
-        scores[h][u] = position + u * S::kPlaces < end ? score : softmax::kNothing;
+        scores[h][u] = position + u * kTeams < end ? score : softmax::kNothing;
         largest = fmaxf(largest, scores[h][u]);
       }
       rescale(h, largest);
@@ -137,16 +113,16 @@ struct Heads {
       }
   }
 
-  // Adds the sums of the teams that have the same heads; each keeps kLeft of them.
+  // Adds the sums of the teams; each keeps kLeft of them.
   FLASHLLM_DEVICE void join_teams() {
 #pragma unroll
     for (int h = 0; h < S::kHeads; ++h) {
 #pragma unroll
-      for (int mask = S::kPlaces * kPartLanes / 2; mask >= kPartLanes; mask /= 2) {
+      for (int mask = rows::kLanes / 2; mask >= kPartLanes; mask /= 2) {
         rescale(h, __shfl_xor_sync(rows::kFullWarp, running[h].maximum, mask));
         running[h].total += __shfl_xor_sync(rows::kFullWarp, running[h].total, mask);
       }
-      fold<S::kSums, S::kPlaces * kPartLanes / 2>(sums[h]);
+      fold<S::kSums, rows::kLanes / 2>(sums[h]);
     }
   }
 
@@ -176,40 +152,19 @@ FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& 
     }
 }
 
-// Four elements of a head, not yet divided by the total.
-struct Part {
-  float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
-  softmax::Running running;
-
-  // Adds those of other positions, of which `other` has the maximum and the total; no maximum may be above this one's.
-  FLASHLLM_DEVICE void add(const float2& other, const float4& more) {
-    const float weight = running.weight(other.x);
-    running.total += weight * other.y;
-    sums.x += weight * more.x, sums.y += weight * more.y, sums.z += weight * more.z, sums.w += weight * more.w;
-  }
-
-  template <typename T>
-  FLASHLLM_DEVICE void store(T* to) const {
-    const float total = running.total;
-    const float mean[kQuad] = {sums.x / total, sums.y / total, sums.z / total, sums.w / total};
-    rows::store(to, mean);
-  }
-};
-
 }  // namespace attention
 
 // out [rows, heads * head_dim] = softmax(q k^T) v of each row's positions up to its own. q [rows, heads, head_dim];
-// keys and values [slots, key heads, capacity, head_dim]. A row of a negative slot or position is left out. `group` query
-// heads share a key head; a block has up to block_heads of them.
+// keys and values [slots, key heads, capacity, head_dim]. A row of a negative slot or position is left out. kGroup
+// query heads share a key head.
 //
-// Grid: blocks of block_heads heads, rows, splits. With more than one split, `counters` has a zero for each of the
-// blocks of a split, and again in the end; `softmaxes` and `partials` [rows, blocks, splits, block_heads] are for what
-// splits leave to be put together. scale: log2(e) / sqrt(head_dim), as a rule.
+// Grid: key heads, rows, splits. With more than one split, `counters` has a zero for each block of a split, and again
+// in the end; `softmaxes` and `partials` are for what splits leave to be put together (shares::Meeting). scale: log2(e)
+// / sqrt(head_dim), as a rule.
 template <typename T, int kChunks, int kGroup>
 __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks, kGroup>::kMinBlocks)
     decode_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
-                     unsigned* counters, float2* softmaxes, float4* partials, int group, int block_heads, int head_dim,
-                     int capacity, float scale) {
+                     unsigned* counters, float2* softmaxes, float4* partials, int head_dim, int capacity, float scale) {
   using namespace attention;
   using S = Shape<kChunks, kGroup>;
   FLASHLLM_DYNAMIC_SHARED(shared);
@@ -218,25 +173,22 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   // Read anew for every step: as fp32 in registers, queries would leave no room for loads.
   const unsigned queries = ptx::shared_address(shared_softmaxes + kWarps * kGroup);  // [kGroup][kRowChunks]
 
-  const int blocks = gridDim.x, group_blocks = (group + block_heads - 1) / block_heads;
-  const int kv_heads = blocks / group_blocks, kv_head = static_cast<int>(blockIdx.x) / group_blocks;
+  const int kv_heads = gridDim.x, kv_head = blockIdx.x;
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
-  const int row = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
+  const int row = blockIdx.y;
   const int slot = slots[row], position = min(positions[row], capacity - 1);
   if (min(slot, position) < 0) return;  // of both at once, or one would be loaded only once the other has come
-  const int length = position + 1;
-  const Share share(length, splits, split, S::kStep);
-  if (split >= share.shares) return;
+  const shares::Share share(position + 1, gridDim.z, blockIdx.z, S::kStep);
+  if (share.is_empty()) return;
 
   const int warp = ptx::uniform(threadIdx.x / rows::kLanes), lane = threadIdx.x % rows::kLanes;
   const int part = lane % kPartLanes, team = lane / kPartLanes;
-  const int place = team % S::kPlaces, first_head = team / S::kPlaces * S::kHeads;
   const int chunks = head_dim / rows::kVector;
   const long long cache = (static_cast<long long>(slot) * kv_heads + kv_head) * capacity * head_dim;
   const T* const head_keys = keys + cache;
   const T* const head_values = values + cache;
-  Reader<T, S> reader{head_dim, place, share.end, {}};
+  Reader<T, S> reader{head_dim, team, share.end, {}};
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) reader.offset[c] = min(part + c * kPartLanes, chunks - 1) * rows::kVector;
   int first = share.begin + warp * S::kStep;
@@ -244,14 +196,12 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   reader.load(key, head_keys, first);
   reader.load(value, head_values, first);
 
-  const int first_in_group = static_cast<int>(blockIdx.x) % group_blocks * block_heads;
-  const int heads = min(block_heads, group - first_in_group);  // of this block
-  const long long block_offset =  // of its queries and its results
-      (static_cast<long long>(row * kv_heads + kv_head) * group + first_in_group) * head_dim;
+  const int number = row * kv_heads + kv_head;  // of this block among those of a split
+  const long long block_offset = static_cast<long long>(number) * kGroup * head_dim;  // of its queries and its results
   for (int item = threadIdx.x; item < kGroup * S::kRowChunks; item += kThreads) {
     const int head = item / S::kRowChunks, chunk = item % S::kRowChunks;
     const T* const from = q + block_offset + head * head_dim + chunk * rows::kVector;
-    const bool there_is = head < heads && chunk < chunks;
+    const bool there_is = chunk < chunks;
     ptx::store_shared(queries + item * 16, there_is ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{});
   }
   __syncthreads();
@@ -261,72 +211,30 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   for (; first < share.end; first += kWarps * S::kStep) {
     const int next = first + kWarps * S::kStep;
     typename Heads<S>::Scores scores = {};
-    multiply<T, S>(scores, key, queries + (first_head * S::kRowChunks + part) * 16);
+    multiply<T, S>(scores, key, queries + part * 16);
     if (next < share.end) reader.load(key, head_keys, next);
-    own.weigh(scores, scale, first + place, share.end);
+    own.weigh(scores, scale, first + team, share.end);
     own.template add<T>(scores, value);
     if (next < share.end) reader.load(value, head_values, next);
   }
 
   own.join_teams();
 #pragma unroll
-  for (int h = 0; h < S::kHeads; ++h) {
-    const int at = warp * kGroup + first_head + h;
-    if (part == 0 && place == 0) shared_softmaxes[at] = make_float2(own.running[h].maximum, own.running[h].total);
+  for (int h = 0; h < kGroup; ++h) {
+    const int at = warp * kGroup + h;
+    if (lane == 0) shared_softmaxes[at] = make_float2(own.running[h].maximum, own.running[h].total);
 #pragma unroll
     for (int i = 0; i < S::kLeft; i += 2) {
-      const int sum = place * S::kLeft + i, chunk = part + sum / rows::kVector * kPartLanes;
+      const int sum = team * S::kLeft + i, chunk = part + sum / rows::kVector * kPartLanes;
       float* const to = shared_sums + at * S::kDims + chunk * rows::kVector + sum % rows::kVector;
       *reinterpret_cast<float2*>(to) = make_float2(own.sums[h][i], own.sums[h][i + 1]);
     }
   }
   __syncthreads();
-
-  const int quads = head_dim / kQuad, counter = row * blocks + blockIdx.x;
-  const long long first_partial = static_cast<long long>(counter) * splits * block_heads;
-  for (int item = threadIdx.x; item < heads * quads; item += kThreads) {
-    const int head = item / quads, quad = item % quads;
-    Part whole;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) whole.running.raise(shared_softmaxes[w * kGroup + head].x);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const int at = w * kGroup + head;
-      whole.add(shared_softmaxes[at], *reinterpret_cast<const float4*>(shared_sums + at * S::kDims + quad * kQuad));
-    }
-    if (share.shares == 1) {
-      whole.store(out + block_offset + item * kQuad);
-    } else {
-      const long long at = first_partial + split * block_heads + head;
-      if (quad == 0) __stcg(softmaxes + at, make_float2(whole.running.maximum, whole.running.total));
-      __stcg(partials + at * quads + quad, whole.sums);
-    }
-  }
-  if (share.shares == 1) return;
-
-  // The block that comes last has everything: what the others have written before they came is there for it.
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counters + counter, 1u) == static_cast<unsigned>(share.shares - 1);
-    if (last) counters[counter] = 0;
-    __threadfence();
-  }
-  if (!__syncthreads_or(last)) return;
-  for (int item = threadIdx.x; item < heads * quads; item += kThreads) {
-    const int head = item / quads, quad = item % quads;
-    const float2* const its_softmax = softmaxes + first_partial + head;
-    const float4* const its_partial = partials + (first_partial + head) * quads + quad;
-    Part whole;
-#pragma unroll 4
-    for (int s = 0; s < share.shares; ++s) whole.running.raise(__ldcg(its_softmax + s * block_heads).x);
-#pragma unroll 4
-    for (int s = 0; s < share.shares; ++s) {
-      whole.add(__ldcg(its_softmax + s * block_heads), __ldcg(its_partial + s * block_heads * quads));
-    }
-    whole.store(out + block_offset + item * kQuad);
-  }
+  const shares::WarpSums<kGroup, S::kDims, S::kDims, kGroup * S::kDims> sums{shared_softmaxes, shared_sums};
+  const int splits = gridDim.z;
+  const shares::Meeting meeting{counters, softmaxes, partials, number, splits, kGroup, head_dim / shares::kQuad};
+  shares::put_together(out + block_offset, sums, meeting, share, kGroup);
 }
 
 }  // namespace flashllm

@@ -65,7 +65,7 @@ struct Shape {
   }
 };
 
-// A value of a row in the lanes that have it.
+// The maximum over the lanes that have one row of a fragment.
 FLASHLLM_DEVICE float quad_maximum(float value) {
 #pragma unroll
   for (int mask = kQuadLanes / 2; mask > 0; mask /= 2) {

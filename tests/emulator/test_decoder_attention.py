@@ -12,9 +12,23 @@ import numpy as np
 import pytest
 
 import attention_cases as cases
-from attention_cases import DECODE, PREFILL, Case, assert_close, assert_means, expected, operands, plan_of
+from attention_cases import (
+    DECODE,
+    GROUPED,
+    PAIRED,
+    PREFILL,
+    Case,
+    assert_close,
+    assert_decoded,
+    assert_means,
+    expected,
+    operands,
+    plan_of,
+)
 from flashllm.backends import emulator
+from flashllm.decoder import grouped_attention
 from flashllm.decoder.attention import attention, plan_attention
+from flashllm.decoder.attention import specs as decode_specs
 from flashllm.decoder.prefill import prefill_attention
 from flashllm.errors import ArgumentError
 from flashllm.jit.spec import KernelSpec
@@ -50,12 +64,11 @@ def every(several: Sequence[Case]) -> pytest.MarkDecorator:
 @every(DECODE)
 def test_decoding_is_within_the_bound(case: Case) -> None:
     given = operands(case)
-    want = expected(case, given)
     for splits in (1, 3):
-        assert_close(cases.decode(launch, np, case, given, splits=splits), want)
+        assert_decoded(case, given, cases.decode(launch, np, case, given, splits=splits))
 
 
-@every(DECODE[:4])
+@every((*DECODE[:4], GROUPED))
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_decoding_is_exact_for_equal_scores(case: Case, splits: int) -> None:
     """However many blocks share the positions: more than a row has work for, too."""
@@ -63,9 +76,29 @@ def test_decoding_is_exact_for_equal_scores(case: Case, splits: int) -> None:
     assert_means(case, given, cases.decode(launch, np, case, given, splits=splits))
 
 
-def test_one_position_of_all_is_found() -> None:
+@every((PAIRED, GROUPED))
+def test_splits_may_come_in_any_order(case: Case) -> None:
+    """All four are under way together here; whichever is the last, the bits are the same."""
+    case = replace(case, heads=case.heads // case.kv_heads, kv_heads=1, ends=(300,))
+    given = operands(case)
+    results = [cases.decode(launch, np, case, given, splits=4) for _ in range(8)]
+    assert_decoded(case, given, results[0])
+    for got in results:
+        np.testing.assert_array_equal(got.view(np.uint16), results[0].view(np.uint16))
+
+
+@every((PAIRED, GROUPED))
+def test_more_splits_than_a_thread_asks_for_at_once(case: Case) -> None:
+    """The last of ten has scores so large that sums of those before are nothing beside its own."""
+    case = replace(case, capacity=640, ends=(640, 577))
+    given = operands(case)
+    given.keys[:, :, 576:] *= 32
+    assert_decoded(case, given, cases.decode(launch, np, case, given, splits=10))
+
+
+@every((PAIRED, GROUPED))
+def test_one_position_of_all_is_found(case: Case) -> None:
     """Its score is so much higher that the others' weights are zero: out is its value."""
-    case = replace(DECODE[4], ends=(300, 129, 64, 1))
     given = operands(case)
     slot = case.slots[0]
     for at in (0, 7, 63, 64, 150, 299):
@@ -76,11 +109,22 @@ def test_one_position_of_all_is_found() -> None:
         given.keys[slot, :, at] = 0
 
 
-def test_rows_that_are_left_out() -> None:
+@every([case for case in DECODE if case.heads // case.kv_heads in range(3, 17)])
+def test_groups_copy_keys_values_and_queries_once(case: Case) -> None:
+    """Whatever their heads are padded to; and rows of tiles fall on all banks."""
+    counts: list[Any] = []
+    cases.decode(lambda *given: counts.append(emulator.launch(*given)), np, case, operands(case), splits=1)
+    elements = 2 * case.kv_heads * sum(case.ends) + case.heads * len(case.ends)
+    for one in counts:
+        assert one.copy_async_bytes == 2 * case.head_dim * elements
+        assert one.ldmatrix.wavefronts == one.ldmatrix.ideal > 0
+
+
+@every((PAIRED, GROUPED))
+def test_rows_that_are_left_out(case: Case) -> None:
     """Nothing is written for a row of a negative slot or position; the workspace serves the others all the same."""
-    case = DECODE[3]
     given = operands(case)
-    want = expected(case, given)
+    want = expected(case, given, weights_rounded=case.is_grouped)
     absent = replace(given, slots=given.slots.copy(), positions=given.positions.copy())
     absent.slots[1], absent.positions[3] = -1, -1
     got = cases.decode(launch, np, case, absent, splits=3)
@@ -109,6 +153,42 @@ def test_splits_follow_from_the_work() -> None:
     assert plan_attention(rows=1, capacity=640, **sizes).splits == 10
     assert plan_attention(rows=1, capacity=63, **sizes).splits == 1
     assert plan_attention(rows=64, capacity=4096, **sizes).workspace_bytes == 0
+    sizes |= {"heads": 64, "kv_heads": 8}
+    assert [plan_attention(rows=rows, capacity=4096, **sizes).splits for rows in (1, 64, 128)] == [64, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("group", "function", "block_heads", "blocks"),
+    [
+        (2, "decode_attention", 2, 1),
+        (3, "grouped_attention", 3, 1),
+        (16, "grouped_attention", 16, 1),
+        (17, "grouped_attention", 9, 2),
+        (40, "grouped_attention", 14, 3),
+    ],
+)
+def test_heads_that_share_keys_are_few_blocks(group: int, function: str, block_heads: int, blocks: int) -> None:
+    """Even parts of a group; the kernel has room for them, in either kind of instance."""
+    case = Case(dtype="fp16", heads=2 * group, kv_heads=2, head_dim=64, capacity=64, ends=(1,))
+    launched: list[tuple[KernelSpec, Sequence[int]]] = []
+    cases.decode(lambda spec, grid, args: launched.append((spec, grid)), np, case, operands(case))
+    plan = plan_of(case, 1)
+    assert (plan.block_heads, plan.grid[0], plan.is_grouped) == (block_heads, 2 * blocks, case.is_grouped)
+    for spec, grid in launched:
+        assert spec.function == f"flashllm::{function}"
+        assert int(dict(spec.template)["kGroup"]) >= block_heads
+        assert grid == plan.grid
+
+
+def test_every_instance_can_be_launched() -> None:
+    """Specs are what some sizes ask for, no more and no less."""
+    launched: set[KernelSpec] = set()
+    for dtype in cases.DTYPES:
+        for group in (1, 2, 3, 16):
+            for head_dim in (8, 64, 80, 96, 128, 256):
+                case = Case(dtype=dtype, heads=group, kv_heads=1, head_dim=head_dim, capacity=1, ends=(1,))
+                cases.decode(lambda spec, grid, args: launched.add(spec), np, case, operands(case))
+    assert launched == {*decode_specs(), *grouped_attention.specs()}
 
 
 @pytest.mark.parametrize(

@@ -6,4 +6,4 @@ When decoding, that is a row for each sequence; in prefill the rows of the promp
 padding. Every launch may be captured in a CUDA graph: what changes from step to step is in device memory.
 """
 
-MODULES = ("embed", "norm", "append", "activate", "attention", "prefill", "sample")
+MODULES = ("embed", "norm", "append", "activate", "attention", "grouped_attention", "prefill", "sample")

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a decoding step, a query for each row: host side of cuda/decoder/attention.cu."""
+"""Attention of a decoding step, a query for each row: host side of cuda/decoder/attention.cu.
+
+Where more than two query heads share a head of keys, the kernel is that of ``grouped_attention``.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from flashllm.decoder import grouped_attention
 from flashllm.decoder.arrays import VECTOR_BYTES, address_of, check
 from flashllm.decoder.launcher import Launch
 from flashllm.errors import ArgumentError
@@ -21,9 +25,12 @@ MAX_HEAD_DIM = 256
 _THREADS = 128
 _WARPS = 4
 _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
-_GROUPS = {1: (1, 2, 4, 8, 16), 2: (1, 2, 4, 8, 16), 4: (1, 2, 4, 8)}  # query heads of a block, by loads for a position
-_LEAST = 64  # positions of a split of a full cache; the kernel makes no shorter ones either
+_CHUNKS = (1, 2, 4)  # of such loads of a lane for one position
+_LEAST = 64  # positions of a split of a full cache; the kernels make no shorter ones either
 _BLOCKS_PER_SM = 16  # wanted: some waves of them, so that SMs that get one block more than others matter little
+# Of the kernel of groups: two waves of what an SM has room for, which alone have tens of kilobytes under way each. A
+# split of 64 positions leaves sums that are a quarter of what it reads, for 16 heads of 128 elements.
+_GROUPED_BLOCKS_PER_SM = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +52,14 @@ class AttentionPlan:
         return self.heads // self.kv_heads
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether tensor cores do the work; weights are then rounded before they multiply values."""
+        return self.group >= grouped_attention.MIN_GROUP
+
+    @property
     def block_heads(self) -> int:
         """Of a group, query heads that a block has at most: all if it can, else even parts, which read keys again."""
-        return -(-self.group // -(-self.group // _GROUPS[_chunks(self.head_dim)][-1]))
+        return -(-self.group // -(-self.group // grouped_attention.MAX_BLOCK_HEADS))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -89,9 +101,10 @@ def plan_attention(
     check_heads(heads, kv_heads, head_dim)
     if capacity * head_dim >= 2**31:
         raise ArgumentError("capacity", expected=f"fewer than 2^31 elements of {head_dim} each", got=str(capacity))
-    wanted = -(-_BLOCKS_PER_SM * sm_count // (rows * kv_heads))
-    splits = max(1, min(wanted, capacity // _LEAST))
-    return AttentionPlan(rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, splits=splits)
+    plan = AttentionPlan(rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, splits=1)
+    per_sm = _GROUPED_BLOCKS_PER_SM if plan.is_grouped else _BLOCKS_PER_SM
+    wanted = -(-per_sm * sm_count // math.prod(plan.grid))
+    return replace(plan, splits=max(1, min(wanted, capacity // _LEAST)))
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
@@ -126,9 +139,11 @@ def attention(
     ``dtype``; ``slots`` and ``positions`` int32 [rows]: row r reads positions 0 to ``positions[r]`` of slot
     ``slots[r]``, whatever the cache holds behind them. A row of a negative slot or position is left out: nothing of out
     is written.
+
     ``workspace`` is uint8 of at least ``plan.workspace_bytes``, zero before the first launch; launches that follow one
-    another may share it. Sums are fp32, out is rounded once, and the same operands give the same bits on every run.
-    Raises ``ArgumentError``.
+    another may share it. Scores and sums are fp32 and out is rounded once; ``plan.is_grouped`` says of weights, at most
+    1, whether they are rounded to ``dtype`` before they multiply values. The same operands give the same bits on every
+    run. Raises ``ArgumentError``.
     """
     kind = check_dtype(dtype)
     rows = plan.rows
@@ -141,16 +156,21 @@ def attention(
     memory = (np.uint64(0),) * 3
     if plan.splits > 1:
         memory = _memory(plan, workspace)
-    sizes = (plan.group, plan.block_heads, plan.head_dim, plan.capacity)
-    args = (q, keys, values, slots, positions, out, *memory, *map(np.int32, sizes), score_scale(plan.head_dim))
-    chunks = _chunks(plan.head_dim)
-    padded = next(group for group in _GROUPS[chunks] if group >= plan.block_heads)
-    launch(_spec(kind, chunks, padded), plan.grid, args)
+    arrays = (q, keys, values, slots, positions, out, *memory)
+    scalars = (np.int32(plan.head_dim), np.int32(plan.capacity), score_scale(plan.head_dim))
+    if plan.is_grouped:
+        spec = grouped_attention.spec(kind, head_dim=plan.head_dim, block_heads=plan.block_heads)
+        sizes = (plan.kv_heads, plan.group, plan.block_heads)
+        launch(spec, plan.grid, (*arrays, *scalars, *map(np.int32, sizes)))
+    else:
+        chunks = next(chunks for chunks in _CHUNKS if chunks * _CHUNK_ELEMENTS >= plan.head_dim)
+        launch(_spec(kind, chunks, plan.group), plan.grid, (*arrays, *scalars))
 
 
 def specs() -> list[KernelSpec]:
-    """Every kernel this module can launch."""
-    return [_spec(dtype, chunks, group) for dtype in CXX_TYPE for chunks in _GROUPS for group in _GROUPS[chunks]]
+    """Every kernel of attention.cu."""
+    groups = range(1, grouped_attention.MIN_GROUP)
+    return [_spec(dtype, chunks, group) for dtype in CXX_TYPE for chunks in _CHUNKS for group in groups]
 
 
 def _memory(plan: AttentionPlan, workspace: Any) -> tuple[Any, Any, Any]:
@@ -161,10 +181,6 @@ def _memory(plan: AttentionPlan, workspace: Any) -> tuple[Any, Any, Any]:
         raise ArgumentError("workspace", expected=expected, got=f"{size} bytes from {address_of(workspace):#x} on")
     starts = (0, plan._softmaxes_at, plan._partials_at)
     return (workspace, workspace[starts[1] :], workspace[starts[2] :])
-
-
-def _chunks(head_dim: int) -> int:
-    return next(chunks for chunks in _GROUPS if chunks * _CHUNK_ELEMENTS >= head_dim)
 
 
 def _spec(dtype: str, chunks: int, group: int) -> KernelSpec:

@@ -5,6 +5,7 @@
 // streams, which depend on no other run but for the row where all begin; join the runs; write masks and values. The same
 // bytes as from src/flashllm/formats/bitmap_encode.py.
 #include "flashllm/bitmap.cuh"
+#include "flashllm/bitmap_rows.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/runs.cuh"
 #include "flashllm/source.cuh"
@@ -13,7 +14,6 @@ namespace flashllm {
 namespace bitmap {
 
 constexpr int kThreads = kTileThreads;
-constexpr int kStreams = 2 * kLanes;
 constexpr int kStreamBytes = kStreams * kParts;  // one byte per stream of a tile
 
 using source::is_stored;
@@ -76,12 +76,6 @@ FLASHLLM_DEVICE unsigned first_room(unsigned bits) {
     return room & (0u - room);
 }
 
-// Index of a value, in halves: row `row` of the part's stream.
-FLASHLLM_DEVICE long long value_index(int row, int part, int lane, int stream) {
-    const long long chunk = row / kChunkRows, in_chunk = row % kChunkRows;
-    return ((chunk * kParts + part) * kChunkRows + in_chunk) * kStreams + lane * 2 + stream;
-}
-
 // Lags and columns of all streams of a run, one warp: a lane has those of its number, of every part and half.
 struct Columns {
     int lag[kParts][2] = {};
@@ -131,16 +125,35 @@ private:
     }
 };
 
-// The first tile of the run that a tile is in.
-FLASHLLM_DEVICE long long begin_of_run(long long tile, int M, int K, int runs, int row_cost) {
-    const Runs all{(M + kTileM - 1) / kTileM, (K + kTileK - 1) / kTileK, row_cost, static_cast<unsigned>(runs)};
-    return all.first_tile(all.run_of(static_cast<unsigned>(tile)));
+constexpr int kDecodeThreads = kPlaceTiles * kLanes;
+constexpr int kDecodeBlocks = 5;  // per SM: 48 registers, where a compiler left alone takes a few more
+
+// Of two lanes whose numbers differ in bit kLane alone: the y of the lower for the x of the upper.
+template <int kLane>
+FLASHLLM_DEVICE void exchange(unsigned& x, unsigned& y) {
+    const bool upper = (threadIdx.x & kLane) != 0;
+    const unsigned got = __shfl_xor_sync(0xffffffffu, upper ? x : y, kLane);
+    if (upper) x = got;
+    else y = got;
 }
 
-// Where the streams of a lane went on last, in the run that begins at tile `restart`, before or at a tile.
-FLASHLLM_DEVICE Places places_before(const Places* places, long long tile, long long restart) {
-    if (restart >= tile / kPlaceTiles * kPlaceTiles) return Places::own();
-    return places[tile / kPlaceTiles * kTileThreads + threadIdx.x];
+// Stores those of 32 columns of a row from `column` on that are below K. Lane t of four has columns 2t and 2t+1 of each
+// eight. In vectors it stores the t-th eight: the four write two whole sectors.
+FLASHLLM_DEVICE void store_row(unsigned short* row, unsigned (&words)[4], int K, int column, bool vectors) {
+    const int t = threadIdx.x & 3;
+    if (vectors) {
+        exchange<1>(words[0], words[1]), exchange<1>(words[2], words[3]);
+        exchange<2>(words[0], words[2]), exchange<2>(words[1], words[3]);
+        const uint4 eight = make_uint4(words[0], words[1], words[2], words[3]);
+        if (column + t * 8 < K) *reinterpret_cast<uint4*>(row + column + t * 8) = eight;
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const int at = column + j * 8 + t * 2;
+        if (at < K) row[at] = static_cast<unsigned short>(words[j]);
+        if (at + 1 < K) row[at + 1] = static_cast<unsigned short>(words[j] >> 16);
+    }
 }
 
 }  // namespace bitmap
@@ -256,8 +269,9 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
     const long long tile = blockIdx.x;
     const int front = fronts[tile], end = fronts[tile + 1];
     const unsigned char* lag = lags + (tile * bitmap::kThreads + threadIdx.x) * 2;
-    const bitmap::Places stood =
-        bitmap::places_before(places, tile, bitmap::begin_of_run(tile, M, K, runs, row_cost));
+    const Runs all = bitmap::runs_of(M, (K + bitmap::kTileK - 1) / bitmap::kTileK, runs, row_cost);
+    const int number = static_cast<int>(tile), restart = bitmap::begin_of_run(all, number);
+    const bitmap::Places stood = bitmap::places_before(places, number, restart, threadIdx.x);
     uint2 mask = make_uint2(0, 0);
 #pragma unroll 1
     for (int stream = 0; stream < 2; ++stream) {
@@ -281,34 +295,48 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
     masks[tile * bitmap::kThreads + threadIdx.x] = mask;
 }
 
-// Grid: tiles. Dense [M, K] from masks, values, fronts and places.
-__global__ void __launch_bounds__(bitmap::kThreads)
-bitmap_decode(const uint2* __restrict__ masks, const unsigned short* __restrict__ values,
-              const int* __restrict__ fronts, const bitmap::Places* __restrict__ places,
-              unsigned short* __restrict__ w, int M, int K, int runs, int row_cost) {
-    const int part = threadIdx.x >> 5;
-    const bitmap::LaneElements at(M, K);
-    const long long tile = blockIdx.x, stored = tile / bitmap::kPlaceTiles * bitmap::kPlaceTiles;
-    const long long restart = bitmap::begin_of_run(tile, M, K, runs, row_cost), first = max(stored, restart);
-    const bitmap::Places stood = bitmap::places_before(places, tile, restart);
-    int rows[2] = {fronts[first] - stood.lag(0), fronts[first] - stood.lag(1)};
-    for (long long before = first; before < tile; ++before) {
-        const uint2 mask = masks[before * bitmap::kThreads + threadIdx.x];
-        rows[0] += __popc(mask.x & bitmap::kLowBits) + __popc(mask.y & bitmap::kLowBits);
-        rows[1] += __popc(mask.x & bitmap::kHighBits) + __popc(mask.y & bitmap::kHighBits);
-    }
-    const uint2 mask = masks[tile * bitmap::kThreads + threadIdx.x];
-    for (int element = 0; element < bitmap::kStreamElements; ++element) {
-        for (int stream = 0; stream < 2; ++stream) {
-            const unsigned word = element < 16 ? mask.x : mask.y;
-            unsigned short value = 0;
-            if ((word >> bitmap::mask_bit(element, stream) & 1) != 0) {
-                value = values[bitmap::value_index(rows[stream]++, part, stood.lane(stream), stream)];
+// Grid: parts of groups of kPlaceTiles tiles, a warp for each tile. Dense [M, K] from masks, values, fronts and places.
+// Dynamic shared memory: the value rows of the part. What is read first is not __restrict__: the compiler moves loads
+// of data that nobody writes behind the barrier, where their latency comes on top of that of the copies.
+__global__ void __launch_bounds__(bitmap::kDecodeThreads, bitmap::kDecodeBlocks)
+bitmap_decode(const uint2* masks, const unsigned short* __restrict__ values, const int* fronts,
+              const bitmap::Places* places, unsigned short* w, int M, int K, int runs, int row_cost) {
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned rows = ptx::shared_address(shared);
+    const Runs all = bitmap::runs_of(M, (K + bitmap::kTileK - 1) / bitmap::kTileK, runs, row_cost);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int part = static_cast<int>(blockIdx.x % bitmap::kParts), thread = part * bitmap::kLanes + lane;
+    const int first = static_cast<int>(blockIdx.x / bitmap::kParts) * bitmap::kPlaceTiles;
+    const int end = min(first + bitmap::kPlaceTiles, all.tiles_m * all.tiles_k);
+    const int tile = min(first + warp, end - 1);  // a warp without one has the last, and stores nothing
+    const int begin_row = max(fronts[first] - bitmap::kSlack, 0), end_row = fronts[end] + bitmap::kReadAhead;
+    const uint2 mask = masks[static_cast<long long>(tile) * bitmap::kTileThreads + thread];
+    const int restart = bitmap::begin_of_run(all, tile);
+    const bitmap::Position at = bitmap::position_at(masks, fronts, places, tile, restart, thread);
+    bitmap::copy_rows<bitmap::kDecodeThreads, 1, 0>(rows, values, part, begin_row, end_row);
+    ptx::copy_async_commit();
+    unsigned low = at.address(0, rows, begin_row), high = at.address(1, rows, begin_row);
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+    const unsigned tile_row = static_cast<unsigned>(tile) / all.tiles_k;
+    const int row = static_cast<int>(tile_row) * bitmap::kTileM + part * 16 + (lane >> 2);
+    const int column = (tile - static_cast<int>(tile_row) * all.tiles_k) * bitmap::kTileK;
+    const int rows_there = first + warp < end ? M : 0;
+    const bool vectors = K % 8 == 0 && reinterpret_cast<unsigned long long>(w) % 16 == 0;
+#pragma unroll
+    for (int word = 0; word < 2; ++word) {
+        const unsigned flags = word == 0 ? mask.x : mask.y;
+        unsigned a[2][2][4];  // step, first or second 16 rows, fragment register
+        bitmap::decode_step<0, bitmap::kGroup>(a[0], low, high, flags);
+        bitmap::decode_step<1, bitmap::kGroup>(a[1], low, high, flags);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                unsigned words[4] = {a[0][i][b], a[0][i][2 + b], a[1][i][b], a[1][i][2 + b]};
+                const int to = row + i * 64 + b * 8, width = to < rows_there ? K : 0;
+                bitmap::store_row(w + static_cast<long long>(to) * K, words, width, column + word * 32, vectors);
             }
-            if (at.inside(element, stream)) {
-                w[static_cast<long long>(at.row_of(element)) * K + at.column_of(element, stream)] = value;
-            }
-        }
     }
 }
 

@@ -5,7 +5,10 @@
 // slot24_mark finds the rows in which each column has an element; slot24_pair forms the pairs from that alone, once for
 // each arrangement that is tried; slot24_fill writes slots and picks. A warp pairs the columns of one
 // band of one window, or fills 32 rows of it. The same bytes as from src/flashllm/formats/slot24_encode.py.
+// slot24_decode goes the whole way back, from the bitmap on.
+#include "flashllm/bitmap_rows.cuh"
 #include "flashllm/portable.cuh"
+#include "flashllm/ptx.cuh"
 #include "flashllm/slot24.cuh"
 #include "flashllm/slot24_groups.cuh"
 #include "flashllm/slot24_pairs.cuh"
@@ -20,15 +23,15 @@ constexpr int kBlocks = 8;  // per SM: 64 registers, where a compiler left alone
 // Row of a tile for row `bit` of a band of 32.
 FLASHLLM_DEVICE int row_of(int band, int bit) { return (bit >> 4) * 64 + band * 16 + (bit & 15); }
 
-// The window that a block has; the grid is strips x windows.
+// A window, by its number in the grid of strips x windows.
 struct Place {
     int strip, number, windows;  // number of the window in the strip, of `windows`
     int width;                   // columns of the matrix in it
     long long column;            // the first of them
 
-    FLASHLLM_DEVICE Place(int K, int window) {
+    FLASHLLM_DEVICE Place(int K, int window, unsigned of_all) {
         windows = (K + window - 1) / window;
-        strip = static_cast<int>(blockIdx.x) / windows, number = static_cast<int>(blockIdx.x) % windows;
+        strip = static_cast<int>(of_all) / windows, number = static_cast<int>(of_all) % windows;
         column = static_cast<long long>(number) * window;
         width = static_cast<int>(min(static_cast<long long>(window), K - column));
     }
@@ -38,7 +41,7 @@ struct Place {
     }
 };
 
-// A quarter of the rows of a tile, which one warp fills or spreads: a band of 32, or half of one of 64. Bit 16 i + a of
+// A quarter of the rows of a tile, which one warp fills: a band of 32, or half of one of 64. Bit 16 i + a of
 // its masks is row a of its 16 rows i, as stored.
 template <int kPartRows>
 struct Quarter {
@@ -85,14 +88,78 @@ template <int kPartRows>
 inline constexpr int kColumnWords = kWindowTiles * Bands<kPartRows>::kColumnBytes / 4;
 constexpr int kPickWords = kWindowTiles * kPickBytes / 4;
 
-// Pick bits of one slot out of its rows, of which bits 0, 8, 16, 24 belong to the lane: bits 0, 16, 1, 17; and back.
+// Pick bits of one slot out of its rows, of which bits 0, 8, 16, 24 belong to the lane: bits 0, 16, 1, 17.
 FLASHLLM_DEVICE unsigned to_picks(unsigned rows) {
     const unsigned two = (rows & 0x01010101u) | (rows >> 15 & 0x202u);
     return (two & 0x3u) | (two & 0x300u) << 8;
 }
-FLASHLLM_DEVICE unsigned from_picks(unsigned picks) {
-    const unsigned two = (picks & 0x3u) | (picks >> 8 & 0x300u);
-    return (two | two << 15) & 0x01010101u;
+
+constexpr int kDecodeParts = 2;  // parts of a window that a block decodes: two bands of 32 rows, or one of 64
+constexpr int kStageRows = kDecodeParts * 32;
+constexpr int kStagePitch = 2 * kPairs + 8;  // columns from row to row: rows of a fragment begin 4 banks apart
+constexpr int kStageVectors = kStageRows * kStagePitch / 8;
+constexpr int kPartRowBytes = bitmap::kRowsOf<kWindowTiles> * bitmap::kRowBytes;  // value rows of a part of a window
+static_assert(kDecodeParts * kPartRowBytes <= kStageVectors * 16, "value rows are where the stage is later");
+
+// Columns of the slots of a lane, which are 2t, 2t+1, 2t+8, 2t+9 of every step.
+template <int kPartRows>
+struct LaneColumns {
+    static constexpr int kPartSteps = Bands<kPartRows>::kPartSteps;
+    unsigned words[2][kPartSteps];
+
+    // columns: of the part of the tile.
+    FLASHLLM_DEVICE LaneColumns(const unsigned* columns, int lane) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < kPartSteps; i += 2) {
+                const unsigned* const from = columns + (half * 4 + (lane & 3)) * kPartSteps + i;
+                const uint2 two = *reinterpret_cast<const uint2*>(from);
+                words[half][i] = two.x, words[half][i + 1] = two.y;
+            }
+    }
+    // Of the slot 8 half + 2t + e.
+    FLASHLLM_DEVICE unsigned at(int step, int half, int e, int side) const {
+        const int byte = (2 * e + side) * kPartSteps + step;
+        return words[half][byte / 4] >> byte % 4 * 8 & 0xff;
+    }
+};
+
+// Stores the slots of a lane that have a value to the stage, each in the column that its pick names. a: decoded, by
+// step as stored, first or second 16 rows, fragment register; half: which of the two parts of the block it is of.
+template <int kPartRows>
+FLASHLLM_DEVICE void scatter_slots(unsigned char* stage, const unsigned (&a)[4][2][4], uint2 mask, uint2 pick,
+                                   const LaneColumns<kPartRows>& columns, int half, int lane) {
+    // Where bands have 64 rows, steps as stored are of the first and second 32 of them in turn.
+    constexpr bool kTall = kPartRows == 64;
+    const int own_row = (kTall ? 0 : half * 32) + (lane >> 2);
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const unsigned word = __shfl_sync(kWarp, s < 2 ? pick.x : pick.y, (lane & ~3) + s % 2 * 2 + h);
+            const unsigned right = word >> (lane & 3) * 4, stored = s < 2 ? mask.x : mask.y;
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                // Opaque, or the compiler would make them anew for every row.
+                const auto place = [&](int side) {
+                    const int column = static_cast<int>(columns.at(kTall ? s / 2 : s, h, e, side));
+                    return ptx::opaque((own_row * kStagePitch + column) * 2);
+                };
+                const int left_place = place(0), right_place = place(1);
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int b = 0; b < 2; ++b) {
+                        const bool is_right = (right >> (16 * b + 2 * e + i) & 1) != 0;
+                        const bool is_stored = (stored >> ((2 * b + e) * 8 + s % 2 * 4 + i * 2 + h) & 1) != 0;
+                        const int row = (kTall ? s % 2 * 32 : 0) + i * 16 + b * 8;
+                        const int byte = row * kStagePitch * 2 + (is_right ? right_place : left_place);
+                        const auto value = static_cast<unsigned short>(a[s][i][2 * h + b] >> 16 * e);
+                        if (is_stored) *reinterpret_cast<unsigned short*>(stage + byte) = value;
+                    }
+            }
+        }
 }
 
 }  // namespace slot24
@@ -131,7 +198,7 @@ slot24_pair(const unsigned* __restrict__ masks, unsigned* __restrict__ columns, 
     using Shape = slot24::Bands<kPartRows>;
     using Problem = typename slot24::ProblemFor<kPartRows, kGroupValues>::Type;
     __shared__ Problem problems[Shape::kBands];
-    const slot24::Place at(K, window);
+    const slot24::Place at(K, window, blockIdx.x);
     const int lane = threadIdx.x & 31, band = threadIdx.x >> 5;
     // One lane reads for all: another warp may write in between.
     const int already = lane == 0 ? *static_cast<const volatile int*>(failed) : 0;
@@ -175,7 +242,7 @@ slot24_fill(const typename Source::Element* __restrict__ a, long long pitch, con
     constexpr int kOwn = slot24::kPairs / bitmap::kLanes;
     __shared__ unsigned listed[slot24::kColumnWords<kPartRows>];
     __shared__ unsigned right_rows[bitmap::kParts][slot24::kPairs];
-    const slot24::Place at(K, window);
+    const slot24::Place at(K, window, blockIdx.x);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const slot24::Quarter<kPartRows> quarter{warp};
     slot24::load_window(listed, columns);
@@ -225,60 +292,68 @@ slot24_fill(const typename Source::Element* __restrict__ a, long long pitch, con
     }
 }
 
-// Grid: strips x windows. Dense w [M, K] from slots, picks and columns.
+// Grid: strips x windows x halves of their parts; a warp for each part of each tile. Dense w [M, K]. Dynamic shared
+// memory: kStageVectors of 16 bytes. What is read first is not __restrict__, as in bitmap_decode.
 template <int kPartRows>
-__global__ void __launch_bounds__(slot24::kThreads, slot24::kBlocks)
-slot24_spread(const unsigned short* __restrict__ slots, const unsigned* __restrict__ picks,
-              const unsigned* __restrict__ columns, unsigned short* __restrict__ w, int M, int K, int window) {
-    constexpr int kOwn = 2 * slot24::kPairs / bitmap::kLanes;
-    __shared__ unsigned listed[slot24::kColumnWords<kPartRows>];
-    __shared__ unsigned words[slot24::kPickWords];
-    __shared__ unsigned right_rows[bitmap::kParts][slot24::kPairs];
-    __shared__ unsigned char slot_of[bitmap::kParts][2 * slot24::kPairs];
-    const slot24::Place at(K, window);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const slot24::Quarter<kPartRows> quarter{warp};
-    slot24::load_window(listed, columns);
-    slot24::load_window(words, picks);
+__global__ void __launch_bounds__(slot24::kThreads)
+slot24_decode(const uint2* masks, const unsigned short* __restrict__ values, const int* fronts,
+              const bitmap::Places* places, const uint2* picks, const unsigned* columns, unsigned short* w, int M,
+              int K, int window, int runs, int row_cost) {
+    using Columns = slot24::LaneColumns<kPartRows>;
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned rows = ptx::shared_address(shared), number = blockIdx.x / 2;
+    const slot24::Place at(K, window, number);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = warp & 1;
+    const int first_part = static_cast<int>(blockIdx.x % 2) * slot24::kDecodeParts, part = first_part + half;
+    const int first = static_cast<int>(number) * slot24::kWindowTiles, tile = first + (warp >> 1);
+    const int begin_row = max(fronts[first] - bitmap::kSlack, 0);
+    const int end_row = fronts[first + slot24::kWindowTiles] + bitmap::kReadAhead;
+    const int thread = part * bitmap::kLanes + lane;
+    const long long own = static_cast<long long>(tile) * bitmap::kTileThreads + thread;
+    const uint2 mask = masks[own], pick = picks[own];
+    const Columns own_columns(columns + (own - lane) / 4 * Columns::kPartSteps, lane);
+    const Runs all = bitmap::runs_of(M, at.windows * slot24::kWindowTiles, runs, row_cost);
+    const int restart = bitmap::begin_of_run(all, tile);
+    const bitmap::Position position = bitmap::position_at(masks, fronts, places, tile, restart, thread);
+    constexpr int kBytes = slot24::kPartRowBytes;
+    bitmap::copy_rows<slot24::kThreads, slot24::kDecodeParts, kBytes>(rows, values, first_part, begin_row, end_row);
+    ptx::copy_async_commit();
+    unsigned low = position.address(0, rows + half * kBytes, begin_row);
+    unsigned high = position.address(1, rows + half * kBytes, begin_row);
+    ptx::copy_async_wait<0>();
     __syncthreads();
-#pragma unroll 1  // this loop and the other: unrolled, they spill
-    for (int slot = lane; slot < slot24::kPairs; slot += 32) {
-        for (int side = 0; side < 2; ++side) {
-            const int column = reinterpret_cast<const unsigned char*>(listed)[quarter.column_byte(slot, side)];
-            if (column < at.width) slot_of[warp][column] = static_cast<unsigned char>(slot);
+    unsigned a[4][2][4];  // step as stored, first or second 16 rows, fragment register
+    bitmap::decode_step<0, bitmap::kGroup>(a[0], low, high, mask.x);
+    bitmap::decode_step<1, bitmap::kGroup>(a[1], low, high, mask.x);
+    bitmap::decode_step<0, bitmap::kGroup>(a[2], low, high, mask.y);
+    bitmap::decode_step<1, bitmap::kGroup>(a[3], low, high, mask.y);
+    __syncthreads();
+    for (int i = threadIdx.x; i < slot24::kStageVectors; i += slot24::kThreads) ptx::store_shared_zero16(rows + i * 16);
+    __syncthreads();
+    slot24::scatter_slots(shared, a, mask, pick, own_columns, half, lane);
+    __syncthreads();
+    const bool vectors = K % 8 == 0 && reinterpret_cast<unsigned long long>(w) % 16 == 0;
+    const auto row_at = [&](int staged) {
+        const int of_part = first_part + staged / 32, bit = staged % 32;
+        return at.strip * bitmap::kTileM + (kPartRows == 64 ? of_part * 32 + bit : slot24::row_of(of_part, bit));
+    };
+    const unsigned short* const stage = reinterpret_cast<const unsigned short*>(shared);
+    if (vectors) {
+#pragma unroll 4
+        for (int staged = warp; staged < slot24::kStageRows; staged += slot24::kThreads / 32) {
+            const int row = row_at(staged);
+            const uint4 eight = *reinterpret_cast<const uint4*>(stage + staged * slot24::kStagePitch + lane * 8);
+            unsigned short* const to = w + static_cast<long long>(row) * K + at.column + lane * 8;
+            if (row < M && lane * 8 < at.width) *reinterpret_cast<uint4*>(to) = eight;
         }
-        unsigned rows = 0;
-        for (int g = 0; g < 8; ++g) {
-            rows |= slot24::from_picks(words[quarter.pick_word(slot, g)] >> 2 * (slot & 7)) << g;
-        }
-        right_rows[warp][slot] = rows;
-    }
-    __syncwarp();
-    const long long width = static_cast<long long>(at.windows) * slot24::kPairs;
-    long long place[kOwn];  // of the column's slot, from the warp's first row on
-    unsigned rows[kOwn];    // in which the slot may have the column's value
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-        const int column = j * 32 + lane, slot = column < at.width ? slot_of[warp][column] : 0;
-        place[j] = (quarter.stored_row(0, slot) - quarter.stored_row(0, 0)) * width + quarter.stored_slot(slot);
-        rows[j] = (column & 4) != 0 ? right_rows[warp][slot] : ~right_rows[warp][slot];
-    }
-    const int first_row = at.strip * bitmap::kTileM + quarter.stored_row(0, 0);
-    const unsigned short* const from = slots + first_row * width + at.number * slot24::kPairs;
+    } else {
 #pragma unroll 1
-    for (int bit = 0; bit < 32; ++bit) {
-        const int row = at.strip * bitmap::kTileM + quarter.row(bit);
-        const unsigned short* const here = from + slot24::row_of(0, bit) * width;
-        unsigned short* const to = w + static_cast<long long>(row) * K + at.column + lane;
-        unsigned short value[kOwn];
-#pragma unroll
-        for (int j = 0; j < kOwn; ++j) {
-            const unsigned short bits = here[place[j]];
-            value[j] = (rows[j] >> bit & 1) != 0 ? bits : static_cast<unsigned short>(0);
-        }
-#pragma unroll
-        for (int j = 0; j < kOwn; ++j) {
-            if (row < M && j * 32 + lane < at.width) to[j * 32] = value[j];
+        for (int staged = warp; staged < slot24::kStageRows; staged += slot24::kThreads / 32) {
+            const int row = row_at(staged), width = row < M ? at.width : 0;
+            const unsigned short* const from = stage + staged * slot24::kStagePitch;
+            unsigned short* const to = w + static_cast<long long>(row) * K + at.column;
+#pragma unroll 1
+            for (int column = lane; column < width; column += 32) to[column] = from[column];
         }
     }
 }

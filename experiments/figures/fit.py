@@ -136,7 +136,7 @@ def plot(data: tuple[Fit, ...]) -> dict[str, Figure]:
     figure.subplots_adjust(left=0.13, right=0.98, top=0.88, bottom=0.17)
     figure.suptitle("What decoding takes of the memory", x=0.13, y=0.98, ha="left", fontsize=11)
     style.add_caption(figure, CAPTION, x=0.13, y=0.015, width=140)
-    return {"decode-memory": figure}
+    return {"fit-memory": figure}
 
 
 ENTRY = Entry(name="fit", load=load, plot=plot, table=table)

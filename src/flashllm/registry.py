@@ -29,7 +29,7 @@ class FormatEntry:
     """Module that fulfils :class:`~flashllm.matmul.kernel.Kernel`."""
     encoder: str | None = None
     """Module of the device encoder, ``None`` where there is none: ``specs()`` lists its kernels, ``decode(w, out=...)``
-    writes the dense matrix; where it has a ``scratch_bytes(w)``, ``decode`` takes ``scratch`` of that many bytes."""
+    writes the dense matrix and allocates nothing."""
 
 
 FORMATS: dict[str, FormatEntry] = {

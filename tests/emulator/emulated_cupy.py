@@ -29,6 +29,10 @@ class Array(np.ndarray[Any, Any]):
     def device(self) -> Any:  # type: ignore[override]
         return types.SimpleNamespace(id=0)
 
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
     def get(self) -> Any:
         return np.array(self)
 

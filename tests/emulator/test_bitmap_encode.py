@@ -18,6 +18,7 @@ from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.bitmap_encode import (
     GROUP,
     OWN_COLUMNS,
+    PLACE_TILES,
     Position,
     _advance,
     chunks_for,
@@ -95,13 +96,21 @@ def encode(
     return packed, totals[1:]
 
 
-def decode(w: Bitmap, seed: int = 0, *, sanitize: bool = False) -> NDArray[np.uint16]:
-    out = np.full(w.shape, 0x7E5A, np.uint16)
-    size = (np.int32(w.shape[0]), np.int32(w.shape[1]))
-    grid = (w.tiles[0] * w.tiles[1],)
-    buffers = (w.masks, w.values, w.fronts, w.places)
-    arguments = (*buffers, out, *size, *run_arguments(w.shape))
-    emulator.launch(kernel("decode"), grid, arguments, seed=seed, sanitize=sanitize)
+def decode(w: Bitmap, seed: int = 0, *, sanitize: bool = False, offset: int = 0) -> NDArray[np.uint16]:
+    return run_decoder(encoder.decode_arguments, w, seed=seed, sanitize=sanitize, offset=offset)
+
+
+def run_decoder(arguments_of: Any, w: Any, *, seed: int, sanitize: bool, offset: int) -> NDArray[np.uint16]:
+    """What the decoder writes, into noise, ``offset`` bytes past a multiple of 16, and nothing beside it."""
+    fence, size = 1024, w.shape[0] * w.shape[1]
+    buffer = np.full(2 * fence + size + 8, 0x7E5A, np.uint16)
+    first = fence + (offset - buffer.ctypes.data) % 16 // 2
+    out = buffer[first : first + size].reshape(w.shape)
+    assert out.ctypes.data % 16 == offset
+    spec, grid, arguments = arguments_of(w, out)
+    emulator.launch(spec, grid, arguments, seed=seed, sanitize=sanitize)
+    assert (buffer[:first] == 0x7E5A).all()
+    assert (buffer[first + size :] == 0x7E5A).all()
     return out
 
 
@@ -245,3 +254,25 @@ def test_float32_is_rounded_as_on_the_host(dtype: str) -> None:
     assert_same(got, want)
     report = reports[0]
     assert rounding.tolist() == [report.total, report.changed, report.became_zero, report.became_infinite]
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset"), [((150, 200), 0), ((150, 200), 2), ((129, 72), 0), ((130, 65), 0)], ids=str
+)
+def test_decodes_in_vectors_and_without(shape: tuple[int, int], offset: int) -> None:
+    """Rows that are whole vectors, end amid a tile, or start at any address; the last group has few tiles."""
+    patterns = bits("uniform", *shape, 0.4, shape[1])
+    want = Bitmap.from_dense(patterns.view(np.float16))
+    np.testing.assert_array_equal(decode(want, offset, offset=offset), pruned(patterns))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "density"), [("lagging", 0.4), ("empty-tiles", 0.5), ("block", 0.3), ("full", 1.0)]
+)
+def test_decodes_groups_of_tiles_that_runs_begin_in(pattern: str, density: float) -> None:
+    """Streams that lag by 31 rows, tiles without a value and full ones, two rows of tiles in a group."""
+    patterns = bits(pattern, 380, 64 * 12 - 8, density, 2)
+    want = Bitmap.from_dense(patterns.view(np.float16))
+    begins = runs_of(want.tiles).first_tiles()
+    assert any(first % PLACE_TILES for first in begins)
+    np.testing.assert_array_equal(decode(want, 3), pruned(patterns))

@@ -21,6 +21,7 @@ from flashllm.formats import slot24_encode, slot24_groups, slot24_pairs
 from flashllm.formats.base import RoundingReport
 from flashllm.formats.bitmap import Bitmap
 from flashllm.formats.bitmap_encode import GROUP
+from flashllm.formats.runs import runs_of
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_encode import slots_shape
 from flashllm.formats.slot24_parts import PARTS_OF, STEPS
@@ -92,13 +93,9 @@ def encode(
     return Slot24(**fields, **paired, picks=picks, columns=pairs, **buffers), totals[1:]
 
 
-def decode(w: Slot24, seed: int = 0, *, sanitize: bool = False) -> NDArray[np.uint16]:
-    slots = test_bitmap_encode.decode(w.slots, seed, sanitize=sanitize)
-    out = np.full(w.shape, 0x7E5A, np.uint16)
-    size = (np.int32(w.shape[0]), np.int32(w.shape[1]), np.int32(w.window))
-    arguments = (slots, w.picks, w.columns, out, *size)
-    emulator.launch(kernel("spread", w.part_rows), (len(w.columns) // 2,), arguments, seed=seed, sanitize=sanitize)
-    return out
+def decode(w: Slot24, seed: int = 0, *, sanitize: bool = False, offset: int = 0) -> NDArray[np.uint16]:
+    run: dict[str, Any] = {"seed": seed, "sanitize": sanitize, "offset": offset}
+    return test_bitmap_encode.run_decoder(encoder.decode_arguments, w, **run)
 
 
 def assert_same(got: Slot24 | None, want: Slot24) -> None:
@@ -267,6 +264,26 @@ def test_float32_is_rounded_as_on_the_host(dtype: str) -> None:
     assert rounding.tolist() == [report.total, report.changed, report.became_zero, report.became_infinite]
 
 
+@both_parts
+@pytest.mark.parametrize(("columns", "offset"), [(520, 0), (520, 2), (515, 0)])
+def test_decodes_in_vectors_and_without(columns: int, offset: int, part_rows: int) -> None:
+    """Rows that are whole vectors, with windows that end amid 128 bytes, or start at any address."""
+    patterns = bits("uniform", 140, columns, 0.1, columns)
+    want = Slot24.from_dense(patterns.view(np.float16), window=248, part_rows=part_rows)
+    np.testing.assert_array_equal(decode(want, offset, offset=offset), pruned(patterns))
+
+
+@both_parts
+@pytest.mark.parametrize("pattern", ["empty-tiles", "skewed"])
+def test_decodes_windows_that_runs_begin_in(pattern: str, part_rows: int) -> None:
+    """At its second tile, too; a group of four windows is of two rows of them."""
+    patterns = bits(pattern, 140, 256 * 6, 0.06, part_rows)
+    want = Slot24.from_dense(patterns.view(np.float16), part_rows=part_rows, window=256)
+    begins = runs_of(want.slots.tiles).first_tiles()
+    assert any(first % 2 for first in begins)
+    np.testing.assert_array_equal(decode(want, 1), pruned(patterns))
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that from_dense and to_dense launch for arrays of the pretended CuPy."""
@@ -306,7 +323,7 @@ def test_the_host_side_with_float32(launched: list[str]) -> None:
     assert reports[0] == reports[1]
     assert reports[0].changed > 0
     assert w.to_dense().dtype == NUMPY_DTYPE["bf16"]
-    assert "slot24_spread" in launched
+    assert "slot24_decode" in launched
 
 
 def test_what_the_host_side_refuses(launched: list[str]) -> None:
@@ -332,7 +349,7 @@ def test_what_the_host_side_refuses(launched: list[str]) -> None:
         with pytest.raises(ArgumentError) as error:
             encoder.decode(w, out=out)
         assert error.value.argument == argument
-    assert "slot24_spread" not in launched
+    assert "slot24_decode" not in launched
 
 
 @both_parts

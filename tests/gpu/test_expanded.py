@@ -15,7 +15,6 @@ from flashllm import SparseWeight, plan, registry, spmm
 from flashllm.bench import results
 from flashllm.bench.check import BASELINE_LIMIT, error_over_bound, make_reference
 from flashllm.cli import bench
-from flashllm.formats.slot24 import Slot24
 from flashllm.matmul import expand
 from products import NUMPY_DTYPE, assert_exact, exact, integers, packed, weight
 
@@ -133,19 +132,24 @@ def test_random_values_stay_within_the_bound_of_a_baseline(cp: Any, dtype: str) 
     assert error_over_bound(got.astype(np.float64), reference) <= BASELINE_LIMIT
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_slots_are_decoded_through_the_scratch_given(cp: Any, dtype: str) -> None:
-    from flashllm.encode import slot24
-
-    w = Slot24.from_dense(weight("uniform", (300, 1000), 0.2, dtype)).to_device()
-    want = w.to_dense()
-    scratch = cp.full(slot24.scratch_bytes(w), 0xA5, np.uint8)
-    out = cp.empty_like(want)
-    pool = cp.get_default_memory_pool()
-    before = pool.used_bytes()
-    assert slot24.decode(w, out=out, scratch=scratch) is out
-    assert pool.used_bytes() == before
-    assert (out.view(np.uint16) == want.view(np.uint16)).all()
+@every_format
+@pytest.mark.parametrize("columns", [1000, 1001])
+def test_decoders_write_every_element_and_allocate_nothing(cp: Any, columns: int, name: str) -> None:
+    """Into NaN, at an address that is a multiple of 16 bytes and at one that is not."""
+    w = packed(name, weight("uniform", (300, columns), 0.2, "fp16"))
+    want = w.to_dense().view(np.uint16)
+    device, decoder = w.to_device(), registry.encoder(name)
+    assert decoder is not None
+    for offset in (64, 65):
+        buffer = cp.full(128 + want.size, 0x7E5A, np.uint16)
+        out = buffer[offset : offset + want.size].view(np.float16).reshape(want.shape)
+        pool = cp.get_default_memory_pool()
+        before = pool.used_bytes()
+        assert decoder.decode(device, out=out) is out
+        assert pool.used_bytes() == before
+        np.testing.assert_array_equal(out.view(np.uint16).get(), want)
+        assert bool((buffer[:offset] == 0x7E5A).all())
+        assert bool((buffer[offset + want.size :] == 0x7E5A).all())
 
 
 def test_tuning_compares_the_expansion_with_the_kernels(cp: Any) -> None:

@@ -23,7 +23,7 @@ from flashllm.errors import FormatError
 
 FILES = (
     "speedup-auto", "floor-formats", "utilisation-auto", "ablation-tiled-csl", "kernels-opt", "sparsity-sweep",
-    "crossover-systems", "bytes-systems", "quality-smollm2", "decode-throughput", "decode-step", "decode-memory",
+    "crossover-systems", "bytes-systems", "quality-smollm2", "decode-throughput", "decode-step", "fit-memory",
 )  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = REPOSITORY / "experiments"

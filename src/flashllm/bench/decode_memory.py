@@ -76,8 +76,7 @@ def plan_memory(
         part: 2 * m * k if formats[part] == DENSE else weight_class(formats[part]).estimated_bytes((m, k), 1 - sparsity)
         for part, (m, k) in sizes.items()
     }
-    # Decoders of some formats need up to half of the dense matrix beside it.
-    packed = [3 * m * k for part, (m, k) in sizes.items() if formats[part] != DENSE]
+    packed = [2 * m * k for part, (m, k) in sizes.items() if formats[part] != DENSE]
     largest = max(2 * m * k for m, k in sizes.values())
     tables = config.vocab * (1 if config.tied else 2) + (config.positions + 2 if config.is_opt else 0)
     vectors = 2 * config.hidden + config.layers * (4 * config.hidden + sum(m for m, _ in sizes.values()))

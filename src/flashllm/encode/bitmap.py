@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from flashllm.device import memory_errors
 from flashllm.encode.source import (
     BITS16,
     SOURCES,
+    check_decodable,
     check_dense_output,
     check_on_device,
     layout_of,
@@ -21,7 +23,18 @@ from flashllm.encode.source import (
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import ReportCallback
 from flashllm.formats.bitmap import Bitmap
-from flashllm.formats.bitmap_encode import CHUNK_ROWS, GROUP, LANES, MAX_ROWS, PARTS, PLACE_TILES, STREAMS, chunks_for
+from flashllm.formats.bitmap_encode import (
+    CHUNK_ROWS,
+    GROUP,
+    LANES,
+    MAX_ROWS,
+    PARTS,
+    PLACE_TILES,
+    SLACK,
+    STREAM_ELEMENTS,
+    STREAMS,
+    chunks_for,
+)
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.runs import runs_of
 from flashllm.formats.tiles import tile_grid
@@ -29,6 +42,8 @@ from flashllm.jit.spec import KernelSpec
 
 _THREADS = PARTS * LANES
 _TOTALS = 5  # nnz, and the four fields of the rounding report
+_ROW_BYTES = 2 * STREAMS
+_DECODED_ROWS = SLACK + PLACE_TILES * STREAM_ELEMENTS + 2  # value rows that a part of PLACE_TILES tiles may need
 
 
 def _spec(name: str, *source: str, group_values: int | None = None, threads: int = _THREADS) -> KernelSpec:
@@ -47,12 +62,17 @@ def _run_spec(name: str) -> KernelSpec:
     return _spec(name, threads=LANES)
 
 
+def _decode_spec() -> KernelSpec:
+    """A block has a part of ``PLACE_TILES`` tiles, a warp one of these."""
+    return replace(_spec("decode", threads=PLACE_TILES * LANES), shared_bytes=_DECODED_ROWS * _ROW_BYTES)
+
+
 def specs() -> list[KernelSpec]:
     """Every kernel that this module can launch, and those that :mod:`flashllm.encode.slot24` launches here."""
     write = [_spec("write", source, group_values=GROUP) for source in SOURCES]
     write.append(_spec("write", BITS16, group_values=2))  # slots are patterns already
     by_source = [*(_spec("count", source) for source in SOURCES), *write]
-    return [*by_source, _run_spec("place"), _run_spec("join"), _spec("decode")]
+    return [*by_source, _run_spec("place"), _run_spec("join"), _decode_spec()]
 
 
 def run_arguments(shape: tuple[int, int]) -> tuple[np.int32, np.int32]:
@@ -104,24 +124,27 @@ def encode(
     return Bitmap(shape=shape, dtype=kind, nnz=nnz, masks=masks, values=values, fronts=fronts, places=places)
 
 
+def decode_arguments(w: Bitmap, out: Any) -> tuple[KernelSpec, tuple[int], tuple[Any, ...]]:
+    """Kernel, grid and arguments that write the dense matrix of ``w`` to ``out``."""
+    tiles_m, tiles_k = w.tiles
+    size = (np.int32(w.shape[0]), np.int32(w.shape[1]))
+    arguments = (w.masks, w.values, w.fronts, w.places, out, *size, *run_arguments(w.shape))
+    return _decode_spec(), (PARTS * -(-tiles_m * tiles_k // PLACE_TILES),), arguments
+
+
 def decode(w: Bitmap, *, out: Any = None) -> Any:
     """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
 
-    ``out``, a C-contiguous CuPy array of that shape and type, is written when given; then nothing is allocated.
+    ``out``, a C-contiguous CuPy array of that shape and type, is written when given; then nothing is allocated. Where
+    K is no multiple of 8, or ``out`` does not start at one of 16 bytes, it takes longer. Raises ``ArgumentError``.
     """
     import cupy
 
-    if not w.is_device:
-        raise ArgumentError("w", expected="a weight on a device (see to_device)", got="a weight on the host")
-    check_on_device(w.masks, "w")
-    rows, columns = w.shape
+    check_decodable(w)
     if out is None:
-        with memory_errors("decoded weight", rows * columns * 2):
+        with memory_errors("decoded weight", w.shape[0] * w.shape[1] * 2):
             out = cupy.empty(w.shape, numpy_dtype(w.dtype))
     else:
         check_dense_output(out, w.shape, w.dtype)
-    tiles_m, tiles_k = w.tiles
-    buffers = (w.masks, w.values, w.fronts, w.places)
-    size = (np.int32(rows), np.int32(columns))
-    launch(_spec("decode"), (tiles_m * tiles_k,), (*buffers, out, *size, *run_arguments(w.shape)))
+    launch(*decode_arguments(w, out))
     return out

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,25 +14,26 @@ from flashllm.device import memory_errors
 from flashllm.encode import bitmap
 from flashllm.encode.source import (
     SOURCES,
+    check_decodable,
     check_dense_output,
     check_on_device,
     layout_of,
     send_report,
     source_of,
 )
-from flashllm.errors import ArgumentError
 from flashllm.formats.base import ReportCallback
 from flashllm.formats.bitmap_encode import LANES, PARTS
 from flashllm.formats.bits import numpy_dtype
 from flashllm.formats.slot24 import Slot24
 from flashllm.formats.slot24_encode import slots_shape, unpaired
-from flashllm.formats.slot24_pairs import GROUP_VALUES, Arrangement, check_group_values, check_window, tried
+from flashllm.formats.slot24_pairs import GROUP_VALUES, PAIRS, Arrangement, check_group_values, check_window, tried
 from flashllm.formats.slot24_parts import PARTS_OF, Parts, check_part_rows
 from flashllm.formats.tiles import tile_grid
 from flashllm.jit.spec import KernelSpec
 
 _THREADS = PARTS * LANES
 _TOTALS = 5  # nnz, and the four fields of the rounding report
+_STAGE_BYTES = 64 * (2 * PAIRS + 8) * 2  # 64 rows of a window, dense, that a block decodes
 
 
 def _spec(name: str, *template: tuple[str, str], threads: int = _THREADS) -> KernelSpec:
@@ -57,8 +59,8 @@ def _pair_spec(parts: Parts, group_values: int) -> KernelSpec:
     return _spec("pair", *template, threads=parts.bands * LANES)
 
 
-def _spread_spec(parts: Parts) -> KernelSpec:
-    return _spec("spread", ("kPartRows", str(parts.rows)))
+def _decode_spec(parts: Parts) -> KernelSpec:
+    return replace(_spec("decode", ("kPartRows", str(parts.rows))), shared_bytes=_STAGE_BYTES)
 
 
 def specs() -> list[KernelSpec]:
@@ -66,7 +68,7 @@ def specs() -> list[KernelSpec]:
     parts = PARTS_OF.values()
     fill = [_fill_spec(source, shape) for source in SOURCES for shape in parts]
     pair = [_pair_spec(shape, values) for shape in parts for values in GROUP_VALUES]
-    return [*map(_mark_spec, SOURCES), *fill, *pair, *map(_spread_spec, parts)]
+    return [*map(_mark_spec, SOURCES), *fill, *pair, *map(_decode_spec, parts)]
 
 
 def encode(
@@ -156,32 +158,27 @@ def _pair_up(masks: Any, shape: tuple[int, int], arrangements: list[Arrangement]
     return None, None
 
 
-def scratch_bytes(w: Slot24) -> int:
-    """Bytes of the matrix of slots, which :func:`decode` passes through."""
-    rows, width = slots_shape(w.shape, w.window)
-    return 2 * rows * width
+def decode_arguments(w: Slot24, out: Any) -> tuple[KernelSpec, tuple[int], tuple[Any, ...]]:
+    """Kernel, grid and arguments that write the dense matrix of ``w`` to ``out``."""
+    size = (np.int32(w.shape[0]), np.int32(w.shape[1]), np.int32(w.window))
+    buffers = (w.masks, w.values, w.fronts, w.places, w.picks, w.columns)
+    arguments = (*buffers, out, *size, *bitmap.run_arguments(slots_shape(w.shape, w.window)))
+    return _decode_spec(PARTS_OF[w.part_rows]), (len(w.columns),), arguments
 
 
-def decode(w: Slot24, *, out: Any = None, scratch: Any = None) -> Any:
+def decode(w: Slot24, *, out: Any = None) -> Any:
     """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
 
-    ``out``, a C-contiguous CuPy array of that shape and type, is written when given. Memory beside it: the matrix of
-    slots, as in :func:`encode`, or ``scratch``, uint8 of :func:`scratch_bytes`; with both nothing is allocated.
+    ``out``, a C-contiguous CuPy array of that shape and type, is written when given; then nothing is allocated. Where
+    K is no multiple of 8, or ``out`` does not start at one of 16 bytes, it takes longer. Raises ``ArgumentError``.
     """
     import cupy
 
-    if not w.is_device:
-        raise ArgumentError("w", expected="a weight on a device (see to_device)", got="a weight on the host")
-    check_on_device(w.masks, "w")
-    rows, columns = w.shape
+    check_decodable(w)
     if out is None:
-        with memory_errors("decoded weight", rows * columns * 2):
+        with memory_errors("decoded weight", w.shape[0] * w.shape[1] * 2):
             out = cupy.empty(w.shape, numpy_dtype(w.dtype))
     else:
         check_dense_output(out, w.shape, w.dtype)
-    if scratch is not None:
-        scratch = scratch.view(numpy_dtype(w.dtype)).reshape(slots_shape(w.shape, w.window))
-    slots = bitmap.decode(w.slots, out=scratch)
-    size = (np.int32(rows), np.int32(columns), np.int32(w.window))
-    launch(_spread_spec(PARTS_OF[w.part_rows]), (len(w.columns) // 2,), (slots, w.picks, w.columns, out, *size))
+    launch(*decode_arguments(w, out))
     return out

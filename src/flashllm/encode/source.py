@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,11 +13,15 @@ from flashllm.formats.base import DTYPES, DType, ReportCallback, RoundingReport
 from flashllm.formats.bits import check_dtype, kind_of, numpy_dtype
 from flashllm.formats.sources import check_shape, is_cupy
 
+if TYPE_CHECKING:
+    from flashllm.formats.weight import SparseWeight
+
 BITS16 = "flashllm::source::Bits16"
 """Source of 16-bit elements, which keep every bit."""
 ROUNDING = {"fp16": "flashllm::source::Float32ToFp16", "bf16": "flashllm::source::Float32ToBf16"}
 """Sources of float32, by the type they are rounded to."""
 SOURCES = (BITS16, *ROUNDING.values())
+_VECTOR_BYTES = 16
 _REPORT_FIELDS = ("total", "changed", "became_zero", "became_infinite")  # as enum RoundingField
 
 
@@ -66,6 +70,18 @@ def send_report(report: ReportCallback | None, source: str, nnz: int, rounding: 
         # A 16-bit source is not rounded: its nonzero elements are the stored ones.
         effect = [nnz, 0, 0, 0] if source == BITS16 else [int(v) for v in rounding.get()]
         report(RoundingReport(**dict(zip(_REPORT_FIELDS, effect, strict=True))))
+
+
+def check_decodable(w: SparseWeight) -> None:
+    """``ArgumentError`` unless ``w`` lies on the current device, with buffers that kernels copy in vectors."""
+    if not w.is_device:
+        raise ArgumentError("w", expected="a weight on a device (see to_device)", got="a weight on the host")
+    for name, array in w.arrays().items():
+        check_on_device(array, "w")
+        address = int(array.data.ptr)
+        if address % _VECTOR_BYTES:
+            expected = f"{name} aligned to {_VECTOR_BYTES} bytes"
+            raise ArgumentError("w", expected=expected, got=f"address {address:#x}")
 
 
 def check_dense_output(out: Any, shape: tuple[int, int], dtype: DType) -> None:

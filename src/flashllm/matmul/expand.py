@@ -29,7 +29,6 @@ LEAST_N = N_BLOCKS[-1] + 1
 LEAST_DENSE_BYTES = 1 << 24
 """Smaller matrices are a matter of launches, whose cost in an expansion the model does not know."""
 _MARGIN = 0.9  # of the kernel's time, that an expansion has to stay below: its own is reckoned, not fitted
-_ALIGNMENT = 256
 _LT_ALIGNMENT = 256  # what cublasLt's heuristics take addresses to be
 
 _handles: dict[tuple[int, int], Cublas] = {}
@@ -38,7 +37,7 @@ _products: dict[tuple[int, int, int, int, int, str, bool], Candidate] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """How much scratch the dense matrix, and what its decoder needs beside it, take; at the start of the workspace."""
+    """How much scratch the dense matrix takes; at the start of the workspace."""
 
     scratch_bytes: int
 
@@ -74,17 +73,16 @@ def expected(
     """Which way y[n, m] = x[n, k] @ W[m, k]^T takes less time. Raises :class:`ArgumentError` without constants."""
     size: dict[str, Any] = {"m": m, "k": k, "n": n, "weight_bytes": weight_bytes, "density": density}
     prediction = predict(format_name, **size, gpu=gpu, model=model)
-    us = expand_us(format_name, **size, gpu=gpu, model=model)
+    us = expand_us(m=m, k=k, n=n, weight_bytes=weight_bytes, gpu=gpu, model=model)
     possible = n >= LEAST_N and 2 * m * k >= LEAST_DENSE_BYTES and encoder(format_name) is not None
     return Expected(kernel=prediction, expand_us=us, expand=possible and us < _MARGIN * prediction.us)
 
 
 def expansion_of(w: SparseWeight) -> Expansion | None:
     """What expanding ``w`` takes; ``None`` for a format without a decoder on the GPU."""
-    module = encoder(w.format)
-    if module is None:
+    if encoder(w.format) is None:
         return None
-    return Expansion(scratch_bytes=_dense_bytes(w.shape) + _decoder_bytes(module, w))
+    return Expansion(scratch_bytes=2 * w.shape[0] * w.shape[1])
 
 
 def run(w: SparseWeight, x: Any, out: Any, workspace: Any, *, stream: Any = None) -> None:
@@ -97,11 +95,9 @@ def run(w: SparseWeight, x: Any, out: Any, workspace: Any, *, stream: Any = None
     stream = cupy.cuda.get_current_stream() if stream is None else stream
     module: Any = encoder(w.format)
     scratch = workspace.reshape(-1).view(np.uint8)
-    dense_bytes, more = _dense_bytes(w.shape), _decoder_bytes(module, w)
     dense = scratch[: 2 * w.shape[0] * w.shape[1]].view(numpy_dtype(w.dtype)).reshape(w.shape)
-    options = {"scratch": scratch[dense_bytes : dense_bytes + more]} if more else {}
     with stream:
-        module.decode(w, out=dense, **options)
+        module.decode(w, out=dense)
         at = (int(dense.data.ptr), int(x.data.ptr), int(out.data.ptr))
         aligned = all(address % _LT_ALIGNMENT == 0 for address in at)
         _product(w.shape, int(x.shape[0]), w.dtype, int(stream.ptr), aligned=aligned).launch(*at, int(stream.ptr))
@@ -135,13 +131,3 @@ def _product(shape: tuple[int, int], n: int, dtype: str, stream: int, *, aligned
         found = ranked[0] if ranked else handle.gemm_ex(Layout(), m=m, k=k, n=n, dtype=dtype)
         _products[key] = found
     return found
-
-
-def _dense_bytes(shape: tuple[int, int]) -> int:
-    return -(-2 * shape[0] * shape[1] // _ALIGNMENT) * _ALIGNMENT
-
-
-def _decoder_bytes(module: Any, w: SparseWeight) -> int:
-    """Scratch that the decoder needs beside its output."""
-    needed = getattr(module, "scratch_bytes", None)
-    return 0 if needed is None else int(needed(w))

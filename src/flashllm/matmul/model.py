@@ -19,7 +19,7 @@ from importlib import resources
 from typing import Any
 
 from flashllm.errors import ArgumentError
-from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
+from flashllm.formats.tiles import tile_grid
 from flashllm.gpus import Gpu
 from flashllm.matmul.tensor_cores import n_block_for
 
@@ -206,28 +206,14 @@ def predict(
     return widths[width].predict(load, n_block=width, column_blocks=-(-n // width), gpu=gpu)
 
 
-def expand_us(
-    format_name: str,
-    *,
-    m: int,
-    k: int,
-    n: int,
-    weight_bytes: int,
-    density: float,
-    gpu: Gpu,
-    model: Model | None = None,
-) -> float:
+def expand_us(*, m: int, k: int, n: int, weight_bytes: int, gpu: Gpu, model: Model | None = None) -> float:
     """Microseconds of expanding W to a dense matrix and multiplying that by cuBLAS.
 
     Reckoned, not fitted: the packed weight is read and the dense matrix written at the speed of a pure read, after a
-    start-up like that of cuBLAS. A format in ``Model.tile_bytes`` writes and reads a matrix of its tiles in between.
+    start-up like that of cuBLAS.
     """
     model = model or committed()
-    tile_bytes = model.tile_bytes.get(format_name)
-    moved: float = weight_bytes + 2 * m * k
-    if tile_bytes is not None:
-        load = load_of(m, k, n, weight_bytes=weight_bytes, density=density, tile_bytes=tile_bytes)
-        moved += 2 * 2 * load.tiles * TILE_M * TILE_K
+    moved = weight_bytes + 2 * m * k
     return model.dense.start_us + moved / gpu.read_gbps * 1e-3 + model.dense.us(m, k, n, gpu=gpu)
 
 

@@ -162,9 +162,11 @@ def check(
     scored = engine.score(sequences)
     for prompt, output, steps, scores in zip(prompts, outputs, decoded, scored, strict=True):
         wanted = model.logits([*prompt, *output])
-        assert quality.largest_difference(scores, wanted) <= bound
+        error = quality.largest_difference(scores, wanted)
+        assert error <= bound, f"logits of a prompt: {error} off, at most {bound}"
         behind = slice(len(prompt) - 1, len(prompt) - 1 + len(output))
-        assert quality.largest_difference(steps, wanted[behind]) <= bound
+        error = quality.largest_difference(steps, wanted[behind])
+        assert error <= bound, f"logits of steps: {error} off, at most {bound}"
         assert quality.largest_difference(steps, scores[behind]) <= bound
         for token, logits in zip(output, wanted[behind], strict=True):
             first, second = np.sort(logits)[:-3:-1]

@@ -190,6 +190,7 @@ __global__ void __launch_bounds__(prefill::kThreads)
   }
 
   // Results take the place of the warp's own queries, from where they leave as whole vectors.
+  __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float total = rows::lane_sum(running[half].total, kQuadLanes);

@@ -154,7 +154,7 @@ def test_splits_follow_from_the_work() -> None:
     assert plan_attention(rows=1, capacity=63, **sizes).splits == 1
     assert plan_attention(rows=64, capacity=4096, **sizes).workspace_bytes == 0
     sizes |= {"heads": 64, "kv_heads": 8}
-    assert [plan_attention(rows=rows, capacity=4096, **sizes).splits for rows in (1, 64, 128)] == [64, 2, 1]
+    assert [plan_attention(rows=rows, capacity=4096, **sizes).splits for rows in (1, 64, 128)] == [16, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from flashllm.convert.run import convert
 from flashllm.engine.engine import Engine
 from flashllm.engine.forward import run
 from flashllm.engine.generate import ModelFiles
+from flashllm.engine.products import GpuProducts
 from flashllm.engine.runtime import GpuRuntime, Runtime
 from flashllm.engine.sampling import SamplingOptions
 from flashllm.errors import MissingDependencyError, UnsupportedDeviceError
@@ -95,7 +96,9 @@ def test_a_captured_step_gives_the_bits_of_its_launches(
     runtime.close()
 
 
-def test_overlap_changes_no_bit(cp: Any, made: Made) -> None:
+def test_overlap_changes_no_bit(cp: Any, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Which of cuBLAS's algorithms is the fastest may differ from time to time, and with it the last bits of logits.
+    monkeypatch.setattr(GpuProducts, "_fastest", lambda self, key, weights: self._default(key))
     try:
         runtimes = [GpuRuntime(overlap=overlap) for overlap in (False, True)]
     except (MissingDependencyError, UnsupportedDeviceError) as error:

@@ -76,7 +76,7 @@ def test_two_ranks_sum(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("format", ["dense", "tiled-csl", "bitmap"])
-@pytest.mark.parametrize(("kind", "dtype"), [("opt", "fp16"), ("qwen2", "bf16")])
+@pytest.mark.parametrize(("kind", "dtype"), [("opt", "fp16"), ("qwen2", "fp16")])
 def test_two_ranks_decode_as_one(
     kind: str, dtype: str, format: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

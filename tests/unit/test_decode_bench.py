@@ -251,3 +251,11 @@ def test_fewer_gpus_are_enough_for_sparse_weights() -> None:
     assert found["opt-175b", 0.0].needed["H200"] == 3
     for one in found.values():
         assert all(one.batch[gpu] is None for gpu, count in one.needed.items() if count is None)
+
+
+@pytest.mark.parametrize(("name", "module"), [("decode", figure), ("fit", fit)])
+def test_document_has_the_tables_of_the_figures(name: str, module: Any) -> None:
+    text = (ROOT.parent / "docs" / "end_to_end.md").read_text(encoding="utf-8")
+    shown = text.split(f"<!-- {name} -->\n")[1].split(f"<!-- end of {name} -->")[0]
+    lines = module.table(module.load(ROOT)).splitlines()
+    assert shown == "".join(f"{line}\n" for line in lines if line.startswith("|"))

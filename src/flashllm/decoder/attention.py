@@ -28,9 +28,9 @@ _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 by
 _CHUNKS = (1, 2, 4)  # of such loads of a lane for one position
 _LEAST = 64  # positions of a split of a full cache; the kernels make no shorter ones either
 _BLOCKS_PER_SM = 16  # wanted: some waves of them, so that SMs that get one block more than others matter little
-# Of the kernel of groups: two waves of what an SM has room for, which alone have tens of kilobytes under way each. A
-# split of 64 positions leaves sums that are a quarter of what it reads, for 16 heads of 128 elements.
-_GROUPED_BLOCKS_PER_SM = 6
+# Of the kernel of groups. Its blocks have tens of kilobytes under way each, and what a split leaves is up to a quarter
+# of what it reads: on an H200 two splits were the fastest of 2, 3, 5 and 9 at 320 and 600 positions, for 8 rows and 64.
+_LEAST_GROUPED_SPLITS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,11 @@ def plan_attention(
     if capacity * head_dim >= 2**31:
         raise ArgumentError("capacity", expected=f"fewer than 2^31 elements of {head_dim} each", got=str(capacity))
     plan = AttentionPlan(rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, splits=1)
-    per_sm = _GROUPED_BLOCKS_PER_SM if plan.is_grouped else _BLOCKS_PER_SM
-    wanted = -(-per_sm * sm_count // math.prod(plan.grid))
+    blocks = math.prod(plan.grid)
+    if plan.is_grouped:
+        wanted = max(_LEAST_GROUPED_SPLITS, sm_count // blocks)
+    else:
+        wanted = -(-_BLOCKS_PER_SM * sm_count // blocks)
     return replace(plan, splits=max(1, min(wanted, capacity // _LEAST)))
 
 

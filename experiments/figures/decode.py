@@ -16,6 +16,7 @@ from experiments.figures import style
 from experiments.figures.entry import Entry
 from flashllm.bench import decode_rows
 from flashllm.bench.decode_rows import DecodeRow
+from flashllm.models.known import known_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +85,9 @@ def load(root: Path) -> Decoded:
     newest: dict[tuple[Any, ...], DecodeRow] = {}
     for file in sorted((root / "results" / "decode").glob("*.jsonl")):
         for row in decode_rows.read(file):
-            whole = row.commit is not None and row.dirty is False and row.model in MODELS
-            if whole and (row.prompt, row.output) == (PROMPT, OUTPUT) and row.tokens_per_gpu_s is not None:
+            clean = row.commit is not None and row.dirty is False
+            whole = row.model in MODELS and row.dtype == "fp16" and row.layers == known_config(row.model).layers
+            if clean and whole and (row.prompt, row.output) == (PROMPT, OUTPUT) and row.tokens_per_gpu_s is not None:
                 newest[row.gpu, row.model, row.system, row.sparsity, row.gpus, row.batch] = row
     published = json.loads((root / "reference" / "published_figures.json").read_text(encoding="utf-8"))
     return Decoded(rows=tuple(newest.values()), published={name: published[name] for name in PUBLISHED})

@@ -56,7 +56,7 @@ class Fit:
     plan: MemoryPlan
     """On one GPU, at batch ``BATCH``."""
     needed: dict[str, int | None]
-    """By GPU, how many at batch ``BATCH``; None: more than the most."""
+    """By GPU, how many at batch ``BATCH``; None: more than the model can be divided among."""
     batch: dict[str, int | None]
     """By GPU, the largest batch on one; None: none fits."""
 
@@ -101,10 +101,16 @@ def table(data: tuple[Fit, ...]) -> str:
     heads = [f"GPUs, {name}" for name in names] + [f"largest batch on one {name}" for name in names]
     out = [CAPTION, "", f"| model | weights | GB at batch {BATCH} | {' | '.join(heads)} |", "|" + "---|" * 7]
     for one in data:
-        cells = [str(one.needed[name] or f"> {COUNTS[-1]}") for name in names]
-        cells += [str(one.batch[name] or "-") for name in names]
+        cells = [str(one.needed[name] or "cannot be divided so far") for name in names]
+        cells += [_batch(one.batch[name]) for name in names]
         out.append(f"| {one.model} | {one.weights} | {one.plan.needed / 1e9:.1f} | {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def _batch(size: int | None) -> str:
+    if size is None:
+        return "-"
+    return f"{size} or more" if size == BATCHES[0] else str(size)
 
 
 def plot(data: tuple[Fit, ...]) -> dict[str, Figure]:

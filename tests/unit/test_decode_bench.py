@@ -219,7 +219,9 @@ def test_figure_takes_newest_clean_rows_and_their_dense_of_the_same_run(tmp_path
         (tmp_path / "reference" / name).write_text((ROOT / "reference" / name).read_text())
     folder = tmp_path / "results" / "decode"
     folder.mkdir(parents=True)
-    sparse = a_row(model="opt-66b", system="flashllm", sparsity=0.8, batch=8, run_id="a", tokens_per_gpu_s=300.0)
+    sparse = a_row(
+        model="opt-66b", layers=64, system="flashllm", sparsity=0.8, batch=8, run_id="a", tokens_per_gpu_s=300.0
+    )
     dense = replace(sparse, system="flashllm-dense", sparsity=0.0, tokens_per_gpu_s=100.0)
     for name, rows in {
         "1.jsonl": [replace(sparse, tokens_per_gpu_s=1.0), replace(dense, run_id="b", batch=16)],

@@ -215,11 +215,22 @@ void check_global(const char* what, const void* pointer, unsigned bytes, bool wr
     Worker& worker = *block.worker;
     const Request& request = *worker.launch->request;
     if (const char* where = position(*worker.launch, pointer, bytes, write, worker.last_extent)) {
+        // The nearest array is meant, if any: small ones may lie side by side.
+        const Extent* nearest = nullptr;
+        long long least = 4096 + 1;
         for (std::size_t i = 0; i < request.extent_count; ++i) {
-            const long long offset = static_cast<const char*>(pointer) - request.extents[i].begin;
-            if (offset < -4096 || offset > static_cast<long long>(request.extents[i].bytes) + 4096) continue;
-            fail("%s of %u bytes at byte %lld of argument %u, which has %llu (%s)", what, bytes, offset,
-                 request.extents[i].argument, static_cast<unsigned long long>(request.extents[i].bytes), where);
+            const Extent& extent = request.extents[i];
+            const long long offset = static_cast<const char*>(pointer) - extent.begin;
+            const long long away = offset < 0 ? -offset : std::max(0LL, offset - static_cast<long long>(extent.bytes));
+            if (away < least) {
+                least = away;
+                nearest = &extent;
+            }
+        }
+        if (nearest != nullptr) {
+            fail("%s of %u bytes at byte %lld of argument %u, which has %llu (%s)", what, bytes,
+                 static_cast<long long>(static_cast<const char*>(pointer) - nearest->begin), nearest->argument,
+                 static_cast<unsigned long long>(nearest->bytes), where);
         }
         fail("%s of %u bytes at %p: %s", what, bytes, pointer, where);
     }

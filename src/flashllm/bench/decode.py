@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from flashllm.bench import telemetry
 from flashllm.bench.decode_rows import SCHEMA, DecodeRow
 from flashllm.bench.decode_weights import DENSE, PARTS, stored_share
 from flashllm.bench.environment import Environment, utc_now
 from flashllm.bench.telemetry import Reading
 from flashllm.engine.communicator import Communicator
-from flashllm.engine.engine import Engine
+from flashllm.engine.engine import PREFILL_ROWS, Engine
 from flashllm.engine.forward import KINDS, Kind, Operation, run
 from flashllm.engine.runtime import Runtime
 from flashllm.engine.sampling import SamplingOptions
@@ -63,6 +64,8 @@ class Times:
     """A step in the middle of the output; ``None`` where it is not timed apart."""
     kinds: Mapping[Kind, float] = field(default_factory=dict)
     """Its launches of each kind alone."""
+    reading: Reading = field(default_factory=Reading)
+    """Of clock, temperature and power, under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +103,10 @@ def open_engine(weights: Weights, runtime: Runtime, case: Case, communicator: Co
         runtime,
         batch=case.batch,
         capacity=case.capacity,
-        prefill_rows=min(2048, case.batch * case.prompt),
+        prefill_rows=min(PREFILL_ROWS, case.batch * case.prompt),
         communicator=communicator,
     )
-    _start(engine, case)
+    engine.start(random_prompts(weights.config.vocab, case), _options(case))
     for _ in range(min(_WARM_STEPS, case.output - 1)):
         engine.step()
     runtime.wait()
@@ -113,13 +116,15 @@ def open_engine(weights: Weights, runtime: Runtime, case: Case, communicator: Co
 def measure(engine: Engine, case: Case) -> Times:
     """Decode the case once from prompts to last token, then time the kinds of launches of a step in the middle."""
     runtime = engine.runtime
+    prompts, options = random_prompts(engine.weights.config.vocab, case), _options(case)
     runtime.wait()
     begun = time.perf_counter()
-    _start(engine, case)
+    engine.start(prompts, options)
     runtime.wait()
     first = time.perf_counter()
     for _ in range(case.output - 1):
         engine.step()
+    reading = telemetry.read()  # while the last steps run
     runtime.wait()
     ended = time.perf_counter()
     kinds = {kind: _replayed_ms(engine, case, engine.decode_operations([kind])) for kind in KINDS}
@@ -128,6 +133,7 @@ def measure(engine: Engine, case: Case) -> Times:
         first=(first - begun) * 1e3,
         step=_replayed_ms(engine, case, engine.decode_operations()),
         kinds=kinds,
+        reading=reading,
     )
 
 
@@ -269,9 +275,8 @@ def _bound_ms(config: ModelConfig, shard: Shard, weight_bytes: int, case: Case, 
     return (weight_bytes + cached) / read_gbps * 1e-6
 
 
-def _start(engine: Engine, case: Case) -> None:
-    prompts = random_prompts(engine.weights.config.vocab, case)
-    engine.start(prompts, [SamplingOptions(max_new_tokens=case.output)] * case.batch)
+def _options(case: Case) -> list[SamplingOptions]:
+    return [SamplingOptions(max_new_tokens=case.output)] * case.batch
 
 
 def _replayed_ms(engine: Engine, case: Case, operations: Sequence[Operation]) -> float:
@@ -284,15 +289,17 @@ def _replayed_ms(engine: Engine, case: Case, operations: Sequence[Operation]) ->
 
     runtime: Any = engine.runtime
     stream = runtime.stream
+    times = []
     with runtime.active():
-        engine.state.positions.fill(case.prompt + case.output // 2)
-        engine.state.counts.fill(case.output // 2)
-        engine.state.finished.fill(0)
         graph = graphs.capture(partial(run, operations), stream)
-        graph.launch(stream)
-        times = [graphs.replay_us(graph, stream, 1) for _ in range(_REPLAYS)]
+        for _ in range(1 + _REPLAYS):
+            # A step moves on: each replay has to begin where the others did.
+            engine.state.positions.fill(case.prompt + case.output // 2)
+            engine.state.counts.fill(case.output // 2)
+            engine.state.finished.fill(0)
+            times.append(graphs.replay_us(graph, stream, 1))
     cupy.cuda.get_current_stream().synchronize()
-    return statistics.median(times) / 1e3
+    return statistics.median(times[1:]) / 1e3
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -86,7 +86,7 @@ class DecodeRow:
     workspace_gb: float
     """Activations, logits, memory of products; of PyTorch all that its pool has, beside weights and cache."""
     peak_gb: float | None
-    """All memory of the process on the GPU, as the driver counts it, less what was used before."""
+    """All memory of the process on the GPU at the end, as the driver counts it, less what was used before."""
     kernels: str
     """What computes the matrices of a block, in the order of a pass; of others what computes a step."""
     launch: str | None

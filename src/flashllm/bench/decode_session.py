@@ -31,7 +31,7 @@ class Sweep:
     sparsities: Sequence[float]
     systems: Sequence[str]
     """Some of :data:`flashllm.bench.decode.SYSTEMS`."""
-    batches: Sequence[float]
+    batches: Sequence[int]
     prompt: int
     output: int
     format: str = "auto"
@@ -55,7 +55,7 @@ class Sweep:
     @property
     def cases(self) -> list[Case]:
         """By batch."""
-        return [Case(batch=int(batch), prompt=self.prompt, output=self.output) for batch in self.batches]
+        return [Case(batch=batch, prompt=self.prompt, output=self.output) for batch in self.batches]
 
     @property
     def variants(self) -> list[tuple[str, float]]:
@@ -80,6 +80,8 @@ class Sweep:
         if name == "cuda":
             yield from self._on_gpu(config, facts, advance, note)
             return
+        if self.group.count > 1:
+            raise ArgumentError("backend", expected="cuda, for several ranks", got=name)
         if others := [system for system in self.systems if system not in OURS]:
             raise ArgumentError("systems", expected=f"{' or '.join(OURS)}, without a GPU", got=others[0])
         for system, sparsity in self.variants:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from flashllm.bench import decode, telemetry
+from flashllm.bench import decode
 from flashllm.bench.decode import Case
 from flashllm.bench.decode_memory import MemoryPlan, plan_memory
 from flashllm.bench.decode_rows import DecodeRow
@@ -98,8 +98,8 @@ class EngineSystem:
 
         from flashllm.device import free_memory
 
-        self._runtime = GpuRuntime()
         self._free = free_memory()
+        self._runtime = GpuRuntime()
         self._weights = random_weights(
             self._subject.config,
             self._formats,
@@ -112,15 +112,18 @@ class EngineSystem:
 
     def row(self, case: Case) -> DecodeRow:
         """As :class:`System` says."""
+        import cupy
+
         assert self._weights is not None
         assert self._runtime is not None
         try:
             engine = decode.open_engine(self._weights, self._runtime, case, self._communicator)
-        except DeviceMemoryError as error:  # the plan was short of what the pool could not use
+            times = decode.measure(engine, case)
+        # The plan was short of what the pool could not use; not every allocation says what it was for.
+        except (DeviceMemoryError, cupy.cuda.memory.OutOfMemoryError) as error:
             if self._communicator is not None:
                 raise  # the other ranks go on
             raise LeftOut(str(error)) from error
-        times = decode.measure(engine, case)
         row = decode.make_row(
             self._subject.facts,
             engine,
@@ -131,7 +134,7 @@ class EngineSystem:
             choice=self._choice,
             times=times,
             read_gbps=self._subject.read_gbps,
-            reading=telemetry.read(),
+            reading=times.reading,
             peak_bytes=taken_since(self._free),
         )
         del engine

@@ -29,7 +29,10 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     context.exit()
 
 
-@click.command(epilog="Exit status: 0 fine, 2 bad usage, or all cases are left out.")
+@click.command(
+    epilog="Exit status: 0 fine, 2 bad usage, or all cases are left out, 130 interrupted. With --tp also that of"
+    " a rank that failed: 75 where another one had, 128 and a number where a signal ended it."
+)
 @click.option("--model", default="opt-30b", show_default=True, metavar="NAME", help="Whose sizes; --list-models.")
 @click.option(
     "--list-models", is_flag=True, is_eager=True, expose_value=False, callback=_list_models, help="Show them."
@@ -87,24 +90,25 @@ def command(
 
     from flashllm.cli._progress import progress
 
-    if tp > 1 and device is not None:
-        raise BadUsage("--device: expected nothing beside --tp, whose ranks take the GPUs in order")
     count = 0
     with usage_errors(), tensor_parallel(tp) as group:
         from flashllm.bench import decode_rows, results
         from flashllm.bench.decode_session import Sweep
+        from flashllm.decoder.attention import MAX_ROWS
         from flashllm.registry import FORMATS
 
         notes = Console(stderr=True)
+        if group.count > 1 and device is not None:
+            raise BadUsage("--device: expected nothing where several ranks take the GPUs in order")
         use_device(device)
         if format_name not in ("auto", *FORMATS):
             raise BadUsage(f"--format: expected auto or one of {', '.join(FORMATS)}, got {format_name!r}")
         sweep = Sweep(
             model=model,
-            sparsities=_numbers(sparsity, "--sparsity", float, 0.0, _MAX_SPARSITY),
+            sparsities=_numbers(sparsity, "--sparsity", 0.0, _MAX_SPARSITY),
             systems=_names(systems),
             format=format_name,
-            batches=_numbers(batch, "--batch", int, 1, 65535),
+            batches=[int(size) for size in _numbers(batch, "--batch", 1, MAX_ROWS, whole=True)],
             prompt=prompt,
             output=output,
             dtype="bf16" if dtype == "bf16" else "fp16",
@@ -146,16 +150,16 @@ def _names(text: str) -> tuple[str, ...]:
     from flashllm.bench.decode import SYSTEMS
 
     found = tuple(name.strip() for name in text.split(","))
-    if not found or any(name not in SYSTEMS for name in found):
+    if any(name not in SYSTEMS for name in found):
         raise BadUsage(f"--systems: expected some of {', '.join(SYSTEMS)}, got {text!r}")
     return found
 
 
-def _numbers(text: str, option: str, kind: type, least: float, most: float) -> tuple[float, ...]:
+def _numbers(text: str, option: str, least: float, most: float, *, whole: bool = False) -> tuple[float, ...]:
     try:
-        found = tuple(kind(part) for part in text.split(","))
+        found = tuple(int(part) if whole else float(part) for part in text.split(","))
     except ValueError:
         raise BadUsage(f"{option}: expected numbers with commas, got {text!r}") from None
-    if not found or any(not least <= number <= most for number in found):
+    if any(not least <= number <= most for number in found):
         raise BadUsage(f"{option}: expected numbers in {least}..{most}, got {text!r}")
     return found

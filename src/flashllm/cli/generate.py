@@ -20,7 +20,10 @@ _MOST_BYTES = 1 << 28
 _HEADING = 60  # characters of a prompt
 
 
-@click.command(epilog="Exit status: 0 fine, 1 a failure, 2 bad usage or an unreadable file, 130 interrupted.")
+@click.command(
+    epilog="Exit status: 0 fine, 1 a failure, 2 bad usage or an unreadable file, 130 interrupted. With --tp also that"
+    " of a rank that failed: 75 where another one had, 128 and a number where a signal ended it."
+)
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option("--prompt", "given", multiple=True, metavar="TEXT", help="What to continue; may be given several times.")
 @click.option(
@@ -30,7 +33,9 @@ _HEADING = 60  # characters of a prompt
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the likeliest token.")
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="Draw from so many; 0: from all.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of the probability.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first prompt; + 1 of each.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first prompt; each further one adds 1."
+)
 @click.option(
     "--backend",
     type=click.Choice(["auto", "cuda", "emulator", "reference"]),
@@ -89,6 +94,8 @@ def command(
             prompts = [_numbers(text) if raw_tokens else files.text.encode(text) for text in texts]
             check_prompts(files.config, prompts, options)
             group.shard.check(files.config)
+            if group.count > 1 and select(backend).name != "cuda":
+                raise BadUsage(f"--backend {backend}: expected cuda for several ranks")
             runtime = open_runtime(backend)
             if (chosen := select(backend)).name != "cuda":
                 note = f"kernels emulated on this CPU ({chosen.reason}), which is slow: for tiny models"

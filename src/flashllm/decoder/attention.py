@@ -20,6 +20,8 @@ from flashllm.formats.bits import check_dtype
 from flashllm.jit.spec import KernelSpec
 from flashllm.matmul.tensor_cores import CXX_TYPE
 
+MAX_ROWS = 65535
+"""Queries of a step: the second size of a grid."""
 MAX_HEAD_DIM = 256
 """Elements of a head, of either kernel of attention."""
 _THREADS = 128
@@ -96,11 +98,11 @@ def plan_attention(
     for name, size in sizes.items():
         if size < 1:
             raise ArgumentError(name, expected="a number >= 1", got=str(size))
-    if rows > 65535:
-        raise ArgumentError("rows", expected="at most 65535", got=str(rows))
+    if rows > MAX_ROWS:
+        raise ArgumentError("rows", expected=f"at most {MAX_ROWS}", got=str(rows))
     check_heads(heads, kv_heads, head_dim)
     if capacity * head_dim >= 2**31:
-        raise ArgumentError("capacity", expected=f"fewer than 2^31 elements of {head_dim} each", got=str(capacity))
+        raise ArgumentError("capacity", expected=f"fewer than {2**31 // head_dim} positions", got=str(capacity))
     plan = AttentionPlan(rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, splits=1)
     blocks = math.prod(plan.grid)
     if plan.is_grouped:

@@ -28,9 +28,10 @@ PREFILL_ROWS = 2048
 
 
 class Engine:
-    """Decodes up to ``batch`` sequences of up to ``capacity`` tokens, prompt and output together.
+    """Decodes ``batch`` sequences of up to ``capacity`` tokens, prompt and output together.
 
-    Everything is allocated here. Not for several threads at a time.
+    The cache, activations and logits are allocated here, what products need beside their operands by the first prompts
+    and steps. Not for several threads at a time.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Engine:
         """Memory beside weights and cache."""
         arrays = (self.logits, self._slots, self._partials, *vars(self.state).values())
         own = sum(int(array.nbytes) for array in arrays)
-        return own + self._activations.nbytes + self.runtime.products.workspace_bytes
+        return own + self._activations.nbytes + self._forward.nbytes + self.runtime.products.workspace_bytes
 
     def start(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> None:
         """Read the prompts, one for each sequence of the batch, and choose the first token of each.
@@ -92,6 +93,7 @@ class Engine:
         with the tokens that ``options`` ask for.
         """
         self._check_prompts(prompts, options)
+        self._begun = False  # from now on the cache is neither the old prompts' nor, until the end, the new ones'
         runtime, state, rows = self.runtime, self.state, len(prompts)
         with runtime.active():
             write_options(state, options)

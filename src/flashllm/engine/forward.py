@@ -91,11 +91,6 @@ class Activations:
         return views
 
 
-def activation_bytes(weights_config: ModelConfig, row_elements: int, rows: int) -> int:
-    """Of :class:`Activations` whose rows have so many 16-bit elements beside the residual stream."""
-    return rows * (4 * weights_config.hidden + 2 * row_elements)
-
-
 class Forward:
     """Makes the operations of passes over one model, cache and runtime."""
 
@@ -107,15 +102,19 @@ class Forward:
         self._rotation = None if self._config.is_opt else rotation_table(runtime, self._config, cache.capacity)
         self._kind = "layer" if self._config.is_opt else "rms"
 
+    @property
+    def nbytes(self) -> int:
+        """Of what it holds itself: rotary positions."""
+        return 0 if self._rotation is None else int(self._rotation.nbytes)
+
     def prepare(self, rows: int) -> None:
         """Choose how the products of passes of so many rows are computed."""
-        for group in zip(*(block.matrices for block in self._weights.blocks), strict=True):
-            self._runtime.products.prepare(group, rows)
+        parts = zip(*(block.matrices for block in self._weights.blocks), strict=True)
+        self._runtime.products.prepare([w for part in parts for w in part], rows)
 
     def blocks(self, rows: Rows, a: Activations, attend: Attend) -> list[Operation]:
-        """From tokens to ``a.x``, which is normed for the next matrix, and ``a.residual``, the last sum not yet in it.
-
-        ``a.y`` and the last bias still have to be added: :meth:`head` does.
+        """All blocks. They leave the residual stream but for the last sum: ``a.y`` and the last ``down_bias`` still
+        have to be added, which :meth:`head` does.
         """
         launch, weights, config = self._runtime.launch, self._weights, self._config
         operations = [

@@ -105,14 +105,19 @@ class GpuProducts:
         from flashllm import matmul
 
         dense: dict[tuple[Any, ...], list[Any]] = {}
+        plans: dict[tuple[int, int], tuple[SparseWeight, Any]] = {}
         for w in matrices:
             if not isinstance(w, SparseWeight):
                 dense.setdefault(self._key(w, rows, out), []).append(w)
             elif (id(w), rows) not in self._plans:
-                plan = matmul.plan(w, rows)
-                self._plans[id(w), rows] = (w, plan)
-                self._reserve(_workspace_of(plan), plan.workspace_bytes)
-                self._reserve("scratch", plan.scratch_bytes)
+                plans[id(w), rows] = (w, matmul.plan(w, rows))
+        needed: dict[str, int] = {}
+        for _, plan in plans.values():
+            for name, size in ((_workspace_of(plan), plan.workspace_bytes), ("scratch", plan.scratch_bytes)):
+                needed[name] = max(needed.get(name, 0), size)
+        for name, size in needed.items():
+            self._reserve(name, size)
+        self._plans |= plans  # only now: a plan that is kept has its memory
         for key, found in dense.items():
             if key not in self._dense:
                 self._dense[key] = self._fastest(key, found[:_TIMED_WEIGHTS]) if timed else self._default(key)
@@ -157,6 +162,9 @@ class GpuProducts:
 
     def close(self) -> None:
         """As :class:`Products` says."""
+        from flashllm.matmul import expand
+
+        expand.release_stream(int(self._stream.ptr))
         self._cublas.close()
         for held in (self._dense, self._plans, self._memory, self._outgrown):
             held.clear()

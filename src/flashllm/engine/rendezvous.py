@@ -23,7 +23,7 @@ from typing import Any
 from flashllm.engine.communicator import CommunicationError
 
 PORTS = 16
-"""Rank 0 listens at the first free one of so many ports; the others look there for whom knows their key."""
+"""Rank 0 listens at the first free one of so many ports; the others look there for whoever knows their key."""
 SECONDS = 60.0
 """How long ranks wait for each other unless told otherwise."""
 

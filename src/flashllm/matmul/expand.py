@@ -103,6 +103,18 @@ def run(w: SparseWeight, x: Any, out: Any, workspace: Any, *, stream: Any = None
         _product(w.shape, int(x.shape[0]), w.dtype, int(stream.ptr), aligned=aligned).launch(*at, int(stream.ptr))
 
 
+def release_stream(stream: int) -> None:
+    """As :func:`release`, of one stream of the current device, by its handle: it must be gone before the stream is."""
+    from flashllm.device import current_device
+
+    where = (current_device(), stream)
+    handle = _handles.pop(where, None)
+    if handle is not None:
+        handle.close()
+    for key in [key for key in _products if key[:2] == where]:
+        del _products[key]
+
+
 def release() -> None:
     """Destroy the cuBLAS handles of all streams. No captured graph of an expanded product may run afterwards."""
     for handle in _handles.values():

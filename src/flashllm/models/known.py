@@ -57,8 +57,10 @@ def _llama3(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, Any]:
     return _llama(layers, hidden, heads, 8, ffn, vocab=128256, positions=131072, **rope)
 
 
-def _qwen(kind: str, layers: int, hidden: int, heads: int, ffn: int, *, vocab: int, **more: Any) -> dict[str, Any]:
-    made = _llama(layers, hidden, heads, 8, ffn, vocab=vocab, positions=32768, rope_theta=1000000.0, **more)
+def _qwen(
+    kind: str, layers: int, hidden: int, heads: int, ffn: int, *, vocab: int, positions: int = 32768, **more: Any
+) -> dict[str, Any]:
+    made = _llama(layers, hidden, heads, 8, ffn, vocab=vocab, positions=positions, rope_theta=1000000.0, **more)
     return {**made, "model_type": kind, "rms_norm_eps": 1e-6}
 
 
@@ -75,7 +77,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-405b": _llama3(126, 16384, 128, 53248),
     "qwen2.5-32b": _qwen("qwen2", 64, 5120, 40, 27648, vocab=152064),
     "qwen2.5-72b": _qwen("qwen2", 80, 8192, 64, 29568, vocab=152064),
-    "qwen3-32b": _qwen("qwen3", 64, 5120, 64, 25600, vocab=151936, head_dim=128),
+    "qwen3-32b": _qwen("qwen3", 64, 5120, 64, 25600, vocab=151936, positions=40960, head_dim=128),
 }
 """By name, as in :data:`flashllm.bench.models.MODELS`, where their matrices are."""
 

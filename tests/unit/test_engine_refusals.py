@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ class FakeCublas:
 
 def test_products_on_a_gpu_are_prepared_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashllm.baselines.cublas.Cublas", FakeCublas)
-    made = GpuProducts(None, overlap=False)
+    made = GpuProducts(SimpleNamespace(ptr=0), overlap=False)
     x, y, dense = np.zeros((3, 8), np.float16), np.zeros((3, 16), np.float16), np.ones((16, 8), np.float16)
     for w in (dense, TiledCSL.from_dense(dense)):
         with pytest.raises(ArgumentError, match=r"^x: expected a number of rows that was prepared, got 3"):

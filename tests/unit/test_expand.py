@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_gpu
@@ -269,3 +270,15 @@ def test_rows_name_the_expansion_and_take_cublas_bound(monkeypatch: pytest.Monke
         system: Any = types.SimpleNamespace(plan=made, weights=[w], choice="auto", x=None, y=None, overlaps=False)
         run = Run.of_ours(system, item, group)
         assert (run.kernel, run.limit) == (label, limit)
+
+
+def test_one_stream_gives_up_its_handle_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    handles = {(0, stream): SimpleNamespace(close=lambda stream=stream: closed.append(stream)) for stream in (1, 2)}
+    monkeypatch.setattr(expand, "_handles", handles)
+    monkeypatch.setattr(expand, "_products", {(0, stream, "a product"): object() for stream in (1, 2)})
+    expand.release_stream(1)
+    expand.release_stream(3)
+    assert closed == [1]
+    assert set(handles) == {(0, 2)}
+    assert set(expand._products) == {(0, 2, "a product")}

@@ -104,14 +104,10 @@ def run(w: SparseWeight, x: Any, out: Any, workspace: Any, *, stream: Any = None
 
 
 def release_stream(stream: int) -> None:
-    """As :func:`release`, of one stream of the current device, by its handle: it must be gone before the stream is."""
-    from flashllm.device import current_device
-
-    where = (current_device(), stream)
-    handle = _handles.pop(where, None)
-    if handle is not None:
-        handle.close()
-    for key in [key for key in _products if key[:2] == where]:
+    """As :func:`release`, of one stream, by its handle, which another may have once it is gone."""
+    for where in [where for where in _handles if where[1] == stream]:
+        _handles.pop(where).close()
+    for key in [key for key in _products if key[1] == stream]:
         del _products[key]
 
 

@@ -256,7 +256,7 @@ MISTAKES: dict[str, tuple[str, str, Any]] = {
     "no rotation": ("qwen2", "_rotate", lambda config, heads: heads),
     "no mask": ("mistral", "array_module", lambda array: _NoMask()),
     "no mask of OPT": ("opt", "array_module", lambda array: _NoMask()),
-    "another offset of positions": ("opt", "_OPT_OFFSET", 1),
+    "another offset of positions": ("opt", "OPT_POSITION_OFFSET", 1),
     "gate without sigmoid": ("llama", "_silu", lambda x: x),
     "norm without eps": ("qwen3", "_rms_norm", lambda x, w, eps: x / np.sqrt((x * x).mean(-1, keepdims=True)) * w),
     "norm without weight": ("llama", "_rms_norm", lambda x, w, eps: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)),

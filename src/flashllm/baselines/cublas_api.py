@@ -27,6 +27,8 @@ PREF_MAX_WORKSPACE_BYTES = 1
 PREF_REDUCTION_SCHEME_MASK = 3
 REDUCE_IN_FP32 = 1 | 2  # in place or in the compute type; not in the 16-bit output type (4)
 NOT_SUPPORTED = 15
+LT_ALIGNMENT = 256
+"""Bytes: what cublasLt's heuristics take addresses to be multiples of."""
 
 # The library may be asked for by any of these names when no installed package says where it is.
 _SONAMES = {

@@ -16,6 +16,7 @@ from flashllm.bench import telemetry
 from flashllm.bench.decode_rows import SCHEMA, DecodeRow
 from flashllm.bench.decode_weights import DENSE, PARTS, stored_share
 from flashllm.bench.environment import Environment, utc_now
+from flashllm.bench.rows import rounded
 from flashllm.bench.telemetry import Reading
 from flashllm.engine.communicator import Communicator
 from flashllm.engine.engine import PREFILL_ROWS, Engine
@@ -239,24 +240,24 @@ def fill_row(
         batch=case.batch,
         prompt=case.prompt,
         output=case.output,
-        seconds=_rounded(times.total / 1e3 if times else None, 4),
-        tokens_per_s=_rounded(per_s, 2),
-        tokens_per_gpu_s=_rounded(per_s / gpus if per_s else None, 2),
-        ttft_ms=_rounded(times.first if times else None, 3),
-        tpot_ms=_rounded((times.total - times.first) / max(1, case.output - 1) if times else None, 4),
-        linear_ms=_rounded(kinds.get("linear"), 4),
-        attention_ms=_rounded(kinds.get("attention"), 4),
-        comm_ms=_rounded(kinds.get("communication"), 4),
-        other_ms=_rounded(kinds.get("other"), 4),
-        step_ms=_rounded(step, 4),
-        bound_ms=_rounded(bound, 4),
-        bound_fraction=_rounded(bound / step if bound and step else None, 4),
-        read_gbps=_rounded(read_gbps, 1),
+        seconds=rounded(times.total / 1e3 if times else None, 4),
+        tokens_per_s=rounded(per_s, 2),
+        tokens_per_gpu_s=rounded(per_s / gpus if per_s else None, 2),
+        ttft_ms=rounded(times.first if times else None, 3),
+        tpot_ms=rounded((times.total - times.first) / max(1, case.output - 1) if times else None, 4),
+        linear_ms=rounded(kinds.get("linear"), 4),
+        attention_ms=rounded(kinds.get("attention"), 4),
+        comm_ms=rounded(kinds.get("communication"), 4),
+        other_ms=rounded(kinds.get("other"), 4),
+        step_ms=rounded(step, 4),
+        bound_ms=rounded(bound, 4),
+        bound_fraction=rounded(bound / step if bound and step else None, 4),
+        read_gbps=rounded(read_gbps, 1),
         matrices_gb=round(sizes.matrices / 1e9, 4),
         weights_gb=round(sizes.weights / 1e9, 4),
         kv_gb=round(sizes.cache / 1e9, 4),
         workspace_gb=round(sizes.workspace / 1e9, 4),
-        peak_gb=_rounded(None if peak_bytes is None else peak_bytes / 1e9, 4),
+        peak_gb=rounded(None if peak_bytes is None else peak_bytes / 1e9, 4),
         kernels=kernels,
         launch=launch,
         launches=launches,
@@ -300,7 +301,3 @@ def _replayed_ms(engine: Engine, case: Case, operations: Sequence[Operation]) ->
             times.append(graphs.replay_us(graph, stream, 1))
     cupy.cuda.get_current_stream().synchronize()
     return statistics.median(times[1:]) / 1e3
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)

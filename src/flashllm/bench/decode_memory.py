@@ -12,6 +12,7 @@ from flashllm.engine.kv_cache import cache_bytes
 from flashllm.engine.shard import Shard
 from flashllm.errors import DeviceMemoryError
 from flashllm.models.config import ModelConfig
+from flashllm.models.layout import OPT_POSITION_OFFSET
 from flashllm.registry import weight_class
 
 _CUBLAS_BYTES = 2 * (32 << 20)  # a handle for dense matrices, one for expanded ones
@@ -78,7 +79,7 @@ def plan_memory(
     }
     packed = [2 * m * k for part, (m, k) in sizes.items() if formats[part] != DENSE]
     largest = max(2 * m * k for m, k in sizes.values())
-    tables = config.vocab * (1 if config.tied else 2) + (config.positions + 2 if config.is_opt else 0)
+    tables = config.vocab * (1 if config.tied else 2) + (config.positions + OPT_POSITION_OFFSET if config.is_opt else 0)
     vectors = 2 * config.hidden + config.layers * (4 * config.hidden + sum(m for m, _ in sizes.values()))
     rows = max(batch, min(PREFILL_ROWS, batch * prompt))
     # x, y, the residual stream in fp32, q, k and v twice over, what heads give, up and active.

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-from flashllm.bench import flat_rows, results
+from flashllm.bench import flat_rows
+from flashllm.bench.flat_rows import FlatRow, append
+
+__all__ = ["SCHEMA", "DecodeRow", "append", "read"]
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRow:
+class DecodeRow(FlatRow):
     """One measurement of prefill and decoding. ``None``: does not apply. Sizes are 10^9 bytes of one GPU."""
 
     schema: int
@@ -94,15 +95,6 @@ class DecodeRow:
     a CUDA graph."""
     launches: int | None
     """Operations of a step, where it is known."""
-
-    def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(asdict(self), allow_nan=False, separators=(",", ":"))
-
-
-def append(path: Path, row: DecodeRow) -> None:
-    """Add ``row`` to a file, as :func:`flashllm.bench.results.append` does. Raises ``OSError``."""
-    results.append(path, cast(Any, row))  # of a row it needs its line alone
 
 
 def read(path: Path) -> list[DecodeRow]:

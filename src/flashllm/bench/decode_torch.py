@@ -19,10 +19,10 @@ from flashllm.engine.engine import PREFILL_ROWS, check_prompt, check_sizes
 from flashllm.engine.weights import Block, Weights
 from flashllm.errors import ArgumentError, MissingDependencyError
 from flashllm.models.forward import rope_frequencies
+from flashllm.models.layout import OPT_POSITION_OFFSET
 
 MODE = "reduce-overhead"
 """Of ``torch.compile``: CUDA graphs, and no search for the fastest kernels."""
-_OPT_OFFSET = 2  # rows of OPT's embedding of positions in front of position 0
 _ALIGNED = 16  # elements: fused attention wants such rows of masks, else PyTorch pads a copy of them in every step
 
 Attend = Callable[[Any, Any, Any, Any, Any], Any]
@@ -163,7 +163,7 @@ class TorchDecoder:
         weights, functional = self.weights, self._functional
         hidden = functional.embedding(tokens, weights.embedding)
         if weights.positions is not None:
-            hidden = hidden + functional.embedding(positions + _OPT_OFFSET, weights.positions)
+            hidden = hidden + functional.embedding(positions + OPT_POSITION_OFFSET, weights.positions)
         rotation = None if self._rotation is None else self._rotation.index_select(1, positions)
         hidden = hidden.view(-1, hidden.shape[-1])
         for block, (keys, values) in zip(weights.blocks, self.cache, strict=True):

@@ -16,6 +16,7 @@ from flashllm.engine.shard import WHOLE, Shard
 from flashllm.engine.weights import Block, Weights
 from flashllm.formats.base import DType
 from flashllm.models.config import ModelConfig
+from flashllm.models.layout import OPT_POSITION_OFFSET
 from flashllm.progress import Advance, ignore
 from flashllm.registry import weight_class
 
@@ -23,7 +24,6 @@ PARTS = ("qkv", "out", "up", "down")
 """Matrices of a block, in the order of a pass."""
 DENSE = "dense"
 _EMBEDDING_STD = 0.02
-_OPT_OFFSET = 2
 
 
 def random_weights(
@@ -77,7 +77,7 @@ def random_weights(
         head=embedding if config.tied else _table(config.vocab, config, xp, dtype, seed=seed + 1_000_033),
         norm=_constant(config.hidden, 1.0, xp, dtype),
         norm_bias=_constant(config.hidden, 0.0, xp, dtype) if config.is_opt else None,
-        positions=_table(config.positions + _OPT_OFFSET, config, xp, dtype, seed=seed + 1_000_037)
+        positions=_table(config.positions + OPT_POSITION_OFFSET, config, xp, dtype, seed=seed + 1_000_037)
         if config.is_opt
         else None,
         shard=shard,

@@ -1,18 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files of rows (JSON Lines) whose fields are those of a dataclass, each of its type."""
+"""Files of rows (JSON Lines) whose fields are those of a dataclass, each of its type."""
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
+from flashllm.bench import results
 from flashllm.errors import FormatError, brief
 from flashllm.io.files import open_regular
 from flashllm.io.safetensors_file import parse_json
 
 RowType = TypeVar("RowType")
+
+
+class FlatRow:
+    """Base of rows: dataclasses whose fields JSON can hold."""
+
+    def to_json(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(asdict(cast(Any, self)), allow_nan=False, separators=(",", ":"))
+
+
+def append(path: Path, row: FlatRow) -> None:
+    """Add ``row`` to a file, as :func:`flashllm.bench.results.append` does. Raises ``OSError``."""
+    results.append(path, cast(Any, row))  # of a row it needs its line alone
 
 
 def read(path: Path, made: type[RowType], *, schema: int, kind: str) -> list[RowType]:

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-from flashllm.bench import flat_rows, results
+from flashllm.bench import flat_rows
+from flashllm.bench.flat_rows import FlatRow, append
+
+__all__ = ["SCHEMA", "QualityRow", "append", "read"]
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class QualityRow:
+class QualityRow(FlatRow):
     """One evaluation. ``None``: does not apply, or is not known."""
 
     schema: int
@@ -68,15 +69,6 @@ class QualityRow:
     """The same of dense 16-bit products."""
     check: str | None
     """``pass`` where ``logit_error`` is a float and at most twice ``logit_error_dense``, else ``fail``."""
-
-    def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(asdict(self), allow_nan=False, separators=(",", ":"))
-
-
-def append(path: Path, row: QualityRow) -> None:
-    """Add ``row`` to a file, as :func:`flashllm.bench.results.append` does. Raises ``OSError``."""
-    results.append(path, cast(Any, row))  # of a row it needs its line alone
 
 
 def read(path: Path) -> list[QualityRow]:

@@ -80,23 +80,24 @@ def make_row(
         launch=method.launch + "-pdl" * measured.overlaps if method else None,
         copies=measured.copies,
         rotated_mb=round(measured.copies * measured.weight_bytes / 1e6, 3),
-        read_gbps=_rounded(read_gbps, 1),
+        read_gbps=rounded(read_gbps, 1),
         bytes=n_bytes,
-        median_us=_rounded(us, 3),
-        p20_us=_rounded(timing.p20_us if timing else None, 3),
-        p80_us=_rounded(timing.p80_us if timing else None, 3),
-        min_us=_rounded(timing.min_us if timing else None, 3),
+        median_us=rounded(us, 3),
+        p20_us=rounded(timing.p20_us if timing else None, 3),
+        p80_us=rounded(timing.p80_us if timing else None, 3),
+        min_us=rounded(timing.min_us if timing else None, 3),
         launches=timing.launches if timing else 0,
-        tflops=_rounded(roofline.tflops(m, k, n, us) if us else None, 3),
-        gbps=_rounded(roofline.gbps(n_bytes, us) if us else None, 1),
-        roofline_fraction=_rounded(roofline.floor_us(n_bytes, read_gbps) / us if us and read_gbps else None, 4),
-        cublas_us=_rounded(measured.cublas_us, 3),
-        speedup=_rounded(measured.cublas_us / us if us and measured.cublas_us else None, 4),
+        tflops=rounded(roofline.tflops(m, k, n, us) if us else None, 3),
+        gbps=rounded(roofline.gbps(n_bytes, us) if us else None, 1),
+        roofline_fraction=rounded(roofline.floor_us(n_bytes, read_gbps) / us if us and read_gbps else None, 4),
+        cublas_us=rounded(measured.cublas_us, 3),
+        speedup=rounded(measured.cublas_us / us if us and measured.cublas_us else None, 4),
         max_err_over_bound=round(measured.ratio, 4) if finite else None,
         reference=measured.reference,
         check="pass" if measured.passed and finite else "fail",
     )
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
+def rounded(value: float | None, digits: int) -> float | None:
+    """``value`` with so many digits behind the point; ``None`` stays."""
     return None if value is None else round(value, digits)

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from flashllm.decoder.arrays import check, check_epsilon, check_optional
+from flashllm.decoder.arrays import MAX_HEAD_DIM, check, check_epsilon, check_optional
 from flashllm.decoder.launcher import Launch
 from flashllm.decoder.rows import THREADS, VECTOR, row_spec
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import DTYPES
 from flashllm.jit.spec import KernelSpec
-
-_MOST_HEAD_DIM = 256  # half of it, in vectors or halves of them, has at most the lanes of a warp
 
 
 def append(
@@ -46,8 +44,8 @@ def append(
     up to 256. Two rows may not have the same slot and position. Raises ``ArgumentError``.
     """
     rows, heads, head_dim = check("q", q, ("rows", "heads", "head_dim"), dtype)
-    if head_dim % VECTOR or head_dim > _MOST_HEAD_DIM:
-        raise ArgumentError("q", expected=f"head_dim a multiple of 8 up to {_MOST_HEAD_DIM}", got=str(head_dim))
+    if head_dim % VECTOR or head_dim > MAX_HEAD_DIM:
+        raise ArgumentError("q", expected=f"head_dim a multiple of 8 up to {MAX_HEAD_DIM}", got=str(head_dim))
     slot_count, kv_heads, capacity, _ = check("keys", keys, ("slots", "kv_heads", "capacity", head_dim), dtype)
     check("values", values, (slot_count, kv_heads, capacity, head_dim), dtype)
     width = (heads + 2 * kv_heads) * head_dim

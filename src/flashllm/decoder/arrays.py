@@ -13,6 +13,8 @@ from flashllm.formats.sources import is_cupy
 
 VECTOR_BYTES = 16
 """Bytes that a thread loads or stores at once."""
+MAX_HEAD_DIM = 256
+"""Elements of a head, of all kernels that know heads."""
 _NAMES = {"fp16": ("float16",), "bf16": ("bfloat16", "uint16"), "fp32": ("float32",)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flashllm.decoder import grouped_attention
-from flashllm.decoder.arrays import VECTOR_BYTES, address_of, check
+from flashllm.decoder.arrays import MAX_HEAD_DIM, VECTOR_BYTES, address_of, check
 from flashllm.decoder.launcher import Launch
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import check_dtype
@@ -22,8 +22,6 @@ from flashllm.matmul.tensor_cores import CXX_TYPE
 
 MAX_ROWS = 65535
 """Queries of a step: the second size of a grid."""
-MAX_HEAD_DIM = 256
-"""Elements of a head, of either kernel of attention."""
 _THREADS = 128
 _WARPS = 4
 _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashllm.formats.bits import bfloat16, widen
+
 _ALIGNMENT = 256  # of every allocation on a GPU; kernels load 16 bytes at once, tensor cores want more
 
 
@@ -32,3 +34,13 @@ def aligned(array: NDArray[Any]) -> NDArray[Any]:
     copy: NDArray[Any] = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def widened(array: NDArray[Any]) -> NDArray[np.float32]:
+    """fp32 of a NumPy array of an engine: fp16, or bf16 as their bits."""
+    return widen(array.view(np.uint16), "bf16" if array.dtype == np.uint16 else "fp16")
+
+
+def rounded(values: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
+    """``values`` as an engine's type: float16 or float32, or uint16 for the bits of bf16."""
+    return values.astype(bfloat16()).view(np.uint16) if dtype == np.uint16 else values.astype(dtype)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flashllm.engine.arrays import rounded, widened
 from flashllm.errors import FlashLLMError
-from flashllm.formats.bits import bfloat16
 
 
 class Communicator(Protocol):
@@ -43,13 +43,12 @@ class ThreadGroup:
         try:
             self._barrier.wait()
             with np.errstate(over="ignore", invalid="ignore"):  # rows that fill up a pass may hold anything
-                total = sum((_wide(one) for one in self._given[1:]), start=_wide(self._given[0]))
-                bits = array.dtype == np.uint16
-                rounded = total.astype(bfloat16()).view(np.uint16) if bits else total.astype(array.dtype)
+                total = sum((widened(one) for one in self._given[1:]), start=widened(self._given[0]))
+                result = rounded(total, array.dtype)
             self._barrier.wait()  # nobody writes before everybody has read
         except threading.BrokenBarrierError as error:
             raise CommunicationError(f"member {index}: another member of the group has ended") from error
-        array[...] = rounded
+        array[...] = result
 
 
 class _Thread:
@@ -59,7 +58,3 @@ class _Thread:
     def all_reduce(self, array: Any) -> None:
         """As :class:`Communicator` says."""
         self._group.sum(self._index, array)
-
-
-def _wide(array: NDArray[Any]) -> NDArray[np.float32]:
-    return (array.view(bfloat16()) if array.dtype == np.uint16 else array).astype(np.float32)

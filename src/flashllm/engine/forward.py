@@ -25,10 +25,10 @@ from flashllm.engine.runtime import Runtime
 from flashllm.engine.weights import Block, Weights
 from flashllm.models.config import ModelConfig
 from flashllm.models.forward import rope_frequencies
+from flashllm.models.layout import OPT_POSITION_OFFSET
 
 Kind = Literal["linear", "attention", "communication", "other"]
 KINDS: tuple[Kind, ...] = ("linear", "attention", "communication", "other")
-_OPT_OFFSET = 2  # rows of OPT's embedding of positions in front of position 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Forward:
                     table=weights.embedding,
                     residual=a.residual,
                     position_table=weights.positions,
-                    position_offset=_OPT_OFFSET if config.is_opt else 0,
+                    position_offset=OPT_POSITION_OFFSET if config.is_opt else 0,
                 ),
             )
         ]

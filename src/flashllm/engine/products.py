@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flashllm.baselines.cublas_api import LT_ALIGNMENT
+from flashllm.engine.arrays import rounded, widened
 from flashllm.errors import ArgumentError
-from flashllm.formats.bits import bfloat16
 from flashllm.formats.weight import SparseWeight
 
 _TIMED_WEIGHTS = 8
 """Most matrices of a shape that a candidate multiplies by in turn: their weights must not stay in the L2."""
 _REPEATS = 3
-_LT_ALIGNMENT = 256  # what cublasLt's heuristics take addresses to be
 
 
 class Products(Protocol):
@@ -69,13 +69,7 @@ class HostProducts:
         if isinstance(w, SparseWeight):
             spmm(x, w, out=y, backend=self._backend)
             return
-        exact = _wide(x) @ _wide(w).T
-        if y.dtype == np.float32:
-            y[...] = exact
-        elif y.dtype == np.float16:
-            y[...] = exact.astype(np.float16)
-        else:
-            y[...] = exact.astype(bfloat16()).view(y.dtype)
+        y[...] = rounded(widened(x) @ widened(w).T, y.dtype)
 
     def label(self, w: Any, rows: int) -> str:
         """As :class:`Products` says."""
@@ -202,7 +196,7 @@ class GpuProducts:
         m, k, rows, dtype, out = key
         sizes: dict[str, Any] = {"m": m, "k": k, "n": rows, "dtype": dtype, "out": out}
         candidates = [self._cublas.gemm_ex(Layout(), **sizes)]
-        if all(w.data.ptr % _LT_ALIGNMENT == 0 for w in weights):
+        if all(w.data.ptr % LT_ALIGNMENT == 0 for w in weights):
             candidates += self._cublas.lt_candidates(Layout(), **sizes)
         with self._stream:
             x = cupy.zeros((rows, k), weights[0].dtype)
@@ -230,9 +224,3 @@ def _workspace_of(plan: Any) -> str:
 
 def _not_prepared(rows: int) -> ArgumentError:
     return ArgumentError("x", expected="a number of rows that was prepared", got=str(rows))
-
-
-def _wide(array: Any) -> Any:
-    if array.dtype == np.uint16:
-        array = array.view(bfloat16())
-    return array.astype(np.float32)

@@ -18,11 +18,11 @@ from flashllm.formats.weight import SparseWeight
 from flashllm.io.checkpoint import Checkpoint
 from flashllm.io.sparse_model import SparseModel
 from flashllm.models.config import ModelConfig, block_shapes, model_config
+from flashllm.models.layout import OPT_POSITIONS
 from flashllm.models.packed import UnpackedModel
 from flashllm.models.weights import check_tensors
 from flashllm.progress import Advance, ignore
 
-_POSITIONS = "model.decoder.embed_positions.weight"
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -145,7 +145,7 @@ def load(source: Source, xp: Any, *, shard: Shard = WHOLE, advance: Advance = ig
         head=embedding if config.tied else vector(layout.head),
         norm=vector(f"{final}.weight"),
         norm_bias=vector(f"{final}.bias"),
-        positions=vector(_POSITIONS) if config.is_opt else None,
+        positions=vector(OPT_POSITIONS) if config.is_opt else None,
         shard=shard,
     )
     if xp is not np:

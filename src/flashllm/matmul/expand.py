@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashllm.baselines.cublas_api import LT_ALIGNMENT
 from flashllm.formats.bits import numpy_dtype
 from flashllm.matmul.model import Model, Prediction, expand_us, predict
 from flashllm.matmul.tensor_cores import N_BLOCKS
@@ -29,7 +30,6 @@ LEAST_N = N_BLOCKS[-1] + 1
 LEAST_DENSE_BYTES = 1 << 24
 """Smaller matrices are a matter of launches, whose cost in an expansion the model does not know."""
 _MARGIN = 0.9  # of the kernel's time, that an expansion has to stay below: its own is reckoned, not fitted
-_LT_ALIGNMENT = 256  # what cublasLt's heuristics take addresses to be
 
 _handles: dict[tuple[int, int], Cublas] = {}
 _products: dict[tuple[int, int, int, int, int, str, bool], Candidate] = {}
@@ -99,7 +99,7 @@ def run(w: SparseWeight, x: Any, out: Any, workspace: Any, *, stream: Any = None
     with stream:
         module.decode(w, out=dense)
         at = (int(dense.data.ptr), int(x.data.ptr), int(out.data.ptr))
-        aligned = all(address % _LT_ALIGNMENT == 0 for address in at)
+        aligned = all(address % LT_ALIGNMENT == 0 for address in at)
         _product(w.shape, int(x.shape[0]), w.dtype, int(stream.ptr), aligned=aligned).launch(*at, int(stream.ptr))
 
 

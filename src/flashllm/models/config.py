@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashllm.errors import FormatError, brief
-from flashllm.models.layout import LAYOUTS, Layout, layout_of
+from flashllm.models.layout import LAYOUTS, OPT_POSITION_OFFSET, OPT_POSITIONS, Layout, layout_of
 
 _MOST = 1 << 24
 _MISTRAL_WINDOW = 4096  # where the file does not say it
@@ -236,8 +236,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     layout, hidden = config.layout, config.hidden
     shapes: dict[str, tuple[int, ...]] = {layout.embedding: (config.vocab, hidden)}
     if config.is_opt:
-        # Two rows in front of the positions: the offset of OPT's embedding of positions.
-        shapes["model.decoder.embed_positions.weight"] = (config.positions + 2, hidden)
+        shapes[OPT_POSITIONS] = (config.positions + OPT_POSITION_OFFSET, hidden)
     for layer in range(config.layers):
         shapes |= {f"{layout.prefix(layer)}.{name}": shape for name, shape in block_shapes(config).items()}
     shapes |= {name: (hidden,) for name in layout.outside if name not in shapes}

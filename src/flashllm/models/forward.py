@@ -11,6 +11,7 @@ from typing import Any
 
 from flashllm.formats.sources import array_module
 from flashllm.models.config import ModelConfig
+from flashllm.models.layout import OPT_POSITION_OFFSET, OPT_POSITIONS
 from flashllm.models.text import split_batches
 from flashllm.models.threads import for_each
 
@@ -19,7 +20,6 @@ Linear = Callable[[str, Any], Any]
 
 TOKENS_AT_ONCE = 4096
 """Of a step: more only take memory."""
-_OPT_OFFSET = 2  # rows of the embedding of positions in front of position 0
 _HEADS_AT_ONCE = 64  # of whose scores [queries, T] are in memory together
 _QUERIES = 128  # of a step, which looks at no keys behind its last query
 
@@ -28,8 +28,8 @@ def embed(config: ModelConfig, tensors: Mapping[str, Any], tokens: Any) -> Any:
     """Hidden states [B, T, hidden] of ``tokens`` [B, T]; ``tensors`` has the embeddings."""
     hidden = tensors[config.layout.embedding][tokens]
     if config.is_opt:
-        positions = tensors["model.decoder.embed_positions.weight"]
-        hidden = hidden + positions[_OPT_OFFSET : _OPT_OFFSET + tokens.shape[1]]
+        positions = tensors[OPT_POSITIONS]
+        hidden = hidden + positions[OPT_POSITION_OFFSET : OPT_POSITION_OFFSET + tokens.shape[1]]
     return hidden
 
 

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 from flashllm.errors import ArgumentError
 
+OPT_POSITIONS = "model.decoder.embed_positions.weight"
+"""OPT's embedding of positions."""
+OPT_POSITION_OFFSET = 2
+"""Its rows in front of that of position 0."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -67,7 +72,7 @@ _OPT = Layout(
     embedding="model.decoder.embed_tokens.weight",
     head="lm_head.weight",
     outside=(
-        "model.decoder.embed_positions.weight",
+        OPT_POSITIONS,
         "model.decoder.final_layer_norm.weight",
         "model.decoder.final_layer_norm.bias",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,11 @@ def check(
 
 
 def _logits(model: DenseModel, tokens: Sequence[int]) -> Logits:
+    return _computed(model, tuple(tokens))
+
+
+@lru_cache(maxsize=16)  # a case asks for the same sequences again
+def _computed(model: DenseModel, tokens: tuple[int, ...]) -> Logits:
     hidden, outside = quality.run_blocks(model, model.xp.asarray([tokens]))
     parts = [to_host(part) for _, part in quality.head(model, outside, hidden[0])]
     return np.concatenate(parts).astype(np.float64)

@@ -138,23 +138,22 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("whole", "pruned", "packed")}
 
 
-def reference_of(folder: Path, xp: Any) -> Reference:
-    unpacked = UnpackedModel(SparseModel(folder))
-    exact, narrow = DenseModel(unpacked, xp=xp, dtype=np.float64), DenseModel(unpacked, xp=xp, narrow="fp16")
+def reference_of(source: Any, xp: Any) -> Reference:
+    exact, narrow = DenseModel(source, xp=xp, dtype=np.float64), DenseModel(source, xp=xp, narrow="fp16")
     return Reference(exact=exact, narrow=narrow)
 
 
-def check_smol(folder: Path, runtime: Runtime, *, dense: bool = False, new_tokens: int = SMOL_TOKENS) -> Any:
+def check_smol(folder: Path, reference: Reference, runtime: Runtime, *, dense: bool = False) -> Any:
     with ModelFiles(folder, dense=dense) as files:
         prompts = [files.text.encode(prompt) for prompt in SMOL_PROMPTS]
         loaded = files.load(runtime)
-    engine = Engine(loaded.weights, runtime, batch=len(prompts), capacity=max(map(len, prompts)) + new_tokens)
-    reference = reference_of(folder, runtime.xp)
-    return engine, check(engine, reference, prompts, greedy([new_tokens] * len(prompts))), reference
+    engine = Engine(loaded.weights, runtime, batch=len(prompts), capacity=max(map(len, prompts)) + SMOL_TOKENS)
+    return engine, check(engine, reference, prompts, greedy([SMOL_TOKENS] * len(prompts)))
 
 
 def test_a_real_model(smol: dict[str, Path], runtime: Runtime) -> None:
-    engine, sequences, _ = check_smol(smol["whole"], runtime)
+    reference = reference_of(UnpackedModel(SparseModel(smol["whole"])), runtime.xp)
+    engine, sequences = check_smol(smol["whole"], reference, runtime)
     with ModelFiles(smol["whole"]) as files:
         assert files.text.tokenizer is not None
         assert "Paris" in files.text.tokenizer.decode(sequences[0])
@@ -163,8 +162,9 @@ def test_a_real_model(smol: dict[str, Path], runtime: Runtime) -> None:
 
 def test_a_real_model_sparse_and_dense(smol: dict[str, Path], runtime: Runtime) -> None:
     """Packed, and the same zeros multiplied as dense matrices: tokens part only where two are about as likely."""
-    _, sparse, reference = check_smol(smol["packed"], runtime)
-    _, dense, _ = check_smol(smol["packed"], runtime, dense=True)
+    reference = reference_of(open_checkpoint(smol["pruned"]), runtime.xp)
+    _, sparse = check_smol(smol["packed"], reference, runtime)
+    _, dense = check_smol(smol["packed"], reference, runtime, dense=True)
     bound = reference.bound(sparse)
     for one, other in zip(sparse, dense, strict=True):
         parted = next((i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), None)
@@ -176,7 +176,8 @@ def test_a_real_model_sparse_and_dense(smol: dict[str, Path], runtime: Runtime) 
 def test_a_real_model_against_transformers(smol: dict[str, Path], runtime: Runtime) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    engine, sequences, reference = check_smol(smol["packed"], runtime)
+    reference = reference_of(open_checkpoint(smol["pruned"]), runtime.xp)
+    engine, sequences = check_smol(smol["packed"], reference, runtime)
     scored = engine.score(sequences)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smol["pruned"], attn_implementation="eager")
     theirs = theirs.float().eval()

@@ -161,6 +161,8 @@ FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& 
 // Grid: key heads, rows, splits. With more than one split, `counters` has a zero for each block of a split, and again
 // in the end; `softmaxes` and `partials` are for what splits leave to be put together (shares::Meeting). scale: log2(e)
 // / sqrt(head_dim), as a rule.
+//
+// The launch before may write q, and keys and values of each row's own position: nothing else is waited for.
 template <typename T, int kChunks, int kGroup>
 __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks, kGroup>::kMinBlocks)
     decode_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
@@ -174,13 +176,11 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   const unsigned queries = ptx::shared_address(shared_softmaxes + kWarps * kGroup);  // [kGroup][kRowChunks]
 
   const int kv_heads = gridDim.x, kv_head = blockIdx.x;
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
   const int row = blockIdx.y;
   const int slot = slots[row], position = min(positions[row], capacity - 1);
-  if (min(slot, position) < 0) return;  // of both at once, or one would be loaded only once the other has come
   const shares::Share share(position + 1, gridDim.z, blockIdx.z, S::kStep);
-  if (share.is_empty()) return;
+  // Of slot and position at once, or one would be loaded only once the other has come.
+  if (min(slot, position) < 0 || share.is_empty()) return ptx::grid_dependency_wait();
 
   const int warp = ptx::uniform(threadIdx.x / rows::kLanes), lane = threadIdx.x % rows::kLanes;
   const int part = lane % kPartLanes, team = lane / kPartLanes;
@@ -192,9 +192,13 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) reader.offset[c] = min(part + c * kPartLanes, chunks - 1) * rows::kVector;
   int first = share.begin + warp * S::kStep;
+  // What follows is older than the launch before, unless the row's own position is among it.
+  if (min(first + S::kStep, share.end) > position) ptx::grid_dependency_wait();
   Tile<S> key, value;
   reader.load(key, head_keys, first);
   reader.load(value, head_values, first);
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
 
   const int number = row * kv_heads + kv_head;  // of this block among those of a split
   const long long block_offset = static_cast<long long>(number) * kGroup * head_dim;  // of its queries and its results

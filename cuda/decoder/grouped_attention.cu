@@ -42,24 +42,24 @@ struct Shape {
 
   FLASHLLM_DEVICE static unsigned place(int row, int chunk) { return row * kPitch + chunk * 16; }
 
-  // Copies kCount rows from element `first` of an array on, of which `count` exist, one behind the other, by kCopiers
-  // threads. All but one addition for the address of a piece is of 32 bits.
-  template <int kCount, int kCopiers, typename T>
+  // This lane's part of copying a tile from element `first` of an array on, of which `count` rows exist, one behind the
+  // other. All but one addition for the address of a piece is of 32 bits.
+  template <typename T>
   FLASHLLM_DEVICE static void copy(unsigned to, const T* array, int first, int count, int head_dim) {
-    constexpr int kPieces = kCount * kChunks;
-    const unsigned thread = threadIdx.x % kCopiers;
+    constexpr int kLanes = rows::kLanes;
+    const unsigned lane = threadIdx.x % kLanes;
 #pragma unroll
-    for (int turn = 0; turn < (kPieces + kCopiers - 1) / kCopiers; ++turn) {
+    for (int turn = 0; turn < kTile * kChunks / kLanes; ++turn) {
       int row, chunk;
-      if constexpr (kCopiers % kChunks == 0) {
-        row = thread / kChunks + turn * (kCopiers / kChunks), chunk = thread % kChunks;
+      if constexpr (kLanes % kChunks == 0) {
+        row = lane / kChunks + turn * (kLanes / kChunks), chunk = lane % kChunks;
       } else {
-        row = (turn * kCopiers + thread) / kChunks, chunk = (turn * kCopiers + thread) % kChunks;
+        row = (turn * kLanes + lane) / kChunks, chunk = (turn * kLanes + lane) % kChunks;
       }
       const int element = chunk * rows::kVector;
       const bool there_is = row < count && element < head_dim;
       const int offset = there_is ? first + row * head_dim + element : first;
-      ptx::copy_async16(row < kCount, to + place(row, chunk), array + offset, there_is ? 16u : 0u);
+      ptx::copy_async16(true, to + place(row, chunk), array + offset, there_is ? 16u : 0u);
     }
   }
 
@@ -163,8 +163,6 @@ __global__ void __launch_bounds__(shares::kThreads)
   float2* const shared_softmaxes = reinterpret_cast<float2*>(shared + shares::kWarps * S::kRingBytes);
   const unsigned queries = ptx::shared_address(shared_softmaxes + shares::kWarps * kGroup);  // kGroup rows of a tile
 
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
   const int row = blockIdx.y;
   // Volatile, or they would be asked for only where they are needed; meanwhile comes what depends on neither.
   const int slot = static_cast<const volatile int*>(slots)[row];
@@ -175,7 +173,7 @@ __global__ void __launch_bounds__(shares::kThreads)
   const long long block_offset =  // of its queries and its results
       (static_cast<long long>(row * kv_heads + kv_head) * group + first_in_group) * head_dim;
   const shares::Share share(position + 1, gridDim.z, blockIdx.z, kTile);
-  if (min(slot, position) < 0 || share.is_empty()) return;
+  if (min(slot, position) < 0 || share.is_empty()) return ptx::grid_dependency_wait();
 
   const long long cache = (static_cast<long long>(slot) * kv_heads + kv_head) * capacity * head_dim;
   const T* const head_keys = keys + cache;
@@ -183,19 +181,27 @@ __global__ void __launch_bounds__(shares::kThreads)
   constexpr int kStride = shares::kWarps * kTile;  // from one tile of a warp to its next
   int first = share.begin + warp * kTile;
   const auto load = [&](unsigned tile, const T* from, int at) {
-    if (at < share.end) S::template copy<kTile, rows::kLanes>(tile, from, at * head_dim, share.end - at, head_dim);
+    if (at < share.end) S::copy(tile, from, at * head_dim, share.end - at, head_dim);
   };
+  // What follows is older than the launch before, unless the row's own position is among it.
+  if (min(first + (S::kStages - 1) * kStride + kTile, share.end) > position) ptx::grid_dependency_wait();
 #pragma unroll
   for (int stage = 0; stage < S::kStages; ++stage) {
     load(ring + stage * 2 * S::kTileBytes, head_keys, first + stage * kStride);
-    // With the first keys, but not ahead of them: these come from further away.
-    if (stage == 0) S::template copy<kGroup, shares::kThreads>(queries, q + block_offset, 0, heads, head_dim);
     ptx::copy_async_commit();
     load(ring + (stage * 2 + 1) * S::kTileBytes, head_values, first + stage * kStride);
     ptx::copy_async_commit();
   }
-  ptx::copy_async_wait<S::kPending>();
-  __syncthreads();  // queries are there for all
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
+  for (int item = threadIdx.x; item < kGroup * S::kChunks; item += shares::kThreads) {
+    const int head = item / S::kChunks, element = item % S::kChunks * rows::kVector;
+    const bool there_is = head < heads && element < head_dim;
+    const T* const from = q + block_offset + head * head_dim + element;
+    const unsigned to = queries + S::place(head, item % S::kChunks);
+    ptx::store_shared(to, there_is ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{});
+  }
+  __syncthreads();
 
   Heads<T, S> state;
   unsigned stage = 0;

@@ -41,7 +41,12 @@ struct Extent {
     std::uint64_t bytes;
     std::uint32_t writable;
     std::uint32_t argument;
-    std::uint32_t dependent;  // not constant: nobody may touch it before the launch before is through
+};
+
+// Part of an array that nobody may touch before the launch before is through.
+struct Dependent {
+    const char* begin;
+    std::uint64_t bytes;
 };
 
 struct Request {
@@ -51,6 +56,8 @@ struct Request {
     std::uint64_t seed;
     const Extent* extents;
     std::uint64_t extent_count;
+    const Dependent* dependents;
+    std::uint64_t dependent_count;
     std::uint64_t* counts;  // kCounters of them
     char* message;          // what went wrong
     std::uint64_t message_bytes;

@@ -235,9 +235,14 @@ void check_global(const char* what, const void* pointer, unsigned bytes, bool wr
         fail("%s of %u bytes at %p: %s", what, bytes, pointer, where);
     }
     const std::size_t found = worker.last_extent;
-    if (!block.waited && found < request.extent_count && request.extents[found].dependent) {
-        fail("%s of argument %u, which the launch before may be using: nobody has waited for it", what,
-             request.extents[found].argument);
+    if (!block.waited && found < request.extent_count) {
+        const char* at = static_cast<const char*>(pointer);
+        for (std::size_t i = 0; i < request.dependent_count; ++i) {
+            const Dependent& part = request.dependents[i];
+            if (at + bytes <= part.begin || at >= part.begin + part.bytes) continue;
+            fail("%s of argument %u, which the launch before may be using: nobody has waited for it", what,
+                 request.extents[found].argument);
+        }
     }
     if (bytes <= 16 && reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) {
         fail("%s of %u bytes at %p: misaligned", what, bytes, pointer);

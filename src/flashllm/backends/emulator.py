@@ -68,8 +68,11 @@ class _Extent(ctypes.Structure):
         ("bytes", ctypes.c_uint64),
         ("writable", ctypes.c_uint32),
         ("argument", ctypes.c_uint32),
-        ("dependent", ctypes.c_uint32),
     )
+
+
+class _Dependent(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_void_p), ("bytes", ctypes.c_uint64))
 
 
 class _Request(ctypes.Structure):
@@ -84,6 +87,8 @@ class _Request(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("extents", ctypes.POINTER(_Extent)),
         ("extent_count", ctypes.c_uint64),
+        ("dependents", ctypes.POINTER(_Dependent)),
+        ("dependent_count", ctypes.c_uint64),
         ("counts", ctypes.POINTER(ctypes.c_uint64)),
         ("message", ctypes.c_char_p),
         ("message_bytes", ctypes.c_uint64),
@@ -120,7 +125,8 @@ def launch(
     end early; equal seeds and ``workers`` (threads of the host, default: all cores) repeat a schedule. With
     ``sanitize`` the kernel runs under AddressSanitizer, which must be in the process
     (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more. ``dependent`` are the
-    arrays among ``args`` that a block may touch only once it has waited for the launch before.
+    arrays among ``args``, or contiguous parts of them, that a block may touch only once it has waited for the launch
+    before.
 
     Raises :class:`EmulationError` when the kernel misbehaves, :class:`ArgumentError` for arguments that do not fit
     it, :class:`MissingDependencyError` without a compiler, ``CompileError`` when it does not compile.
@@ -133,7 +139,7 @@ def launch(
     if len(args) != len(loaded.sizes):
         raise ArgumentError("args", expected=f"{len(loaded.sizes)} arguments of {spec.label}", got=str(len(args)))
     extents: list[_Extent] = []
-    values = [_argument(i, value, loaded.sizes[i], extents, dependent) for i, value in enumerate(args)]
+    values = [_argument(i, value, loaded.sizes[i], extents) for i, value in enumerate(args)]
     pointers = (ctypes.c_void_p * max(len(values), 1))(*(value.ctypes.data for value in values))
     counts = (ctypes.c_uint64 * len(loaded.counters))()
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
@@ -146,6 +152,8 @@ def launch(
         seed=seed,
         extents=(_Extent * max(len(extents), 1))(*extents),
         extent_count=len(extents),
+        dependents=(_Dependent * max(len(dependent), 1))(*(_part(array) for array in dependent)),
+        dependent_count=len(dependent),
         counts=counts,
         message=ctypes.cast(message, ctypes.c_char_p),
         message_bytes=_MESSAGE_BYTES,
@@ -280,7 +288,13 @@ def _aligned(a: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _argument(i: int, value: Any, size: int, extents: list[_Extent], dependent: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _part(array: NDArray[Any]) -> _Dependent:
+    if not array.flags.c_contiguous:
+        raise ArgumentError("dependent", expected="C-contiguous arrays", got=f"strides {array.strides}")
+    return _Dependent(begin=array.ctypes.data, bytes=array.nbytes)
+
+
+def _argument(i: int, value: Any, size: int, extents: list[_Extent]) -> NDArray[Any]:
     """One kernel argument as an array whose bytes are the argument; arrays become pointers."""
     name = f"args[{i}]"
     if value is None:
@@ -289,8 +303,7 @@ def _argument(i: int, value: Any, size: int, extents: list[_Extent], dependent: 
         if not value.flags.c_contiguous:
             raise ArgumentError(name, expected="a C-contiguous array", got=f"strides {value.strides}")
         address = value.ctypes.data
-        writable, waits = value.flags.writeable, any(value is array for array in dependent)
-        extents.append(_Extent(begin=address, bytes=value.nbytes, writable=writable, argument=i, dependent=waits))
+        extents.append(_Extent(begin=address, bytes=value.nbytes, writable=value.flags.writeable, argument=i))
         value = np.uint64(address)
     elif not isinstance(value, np.generic):
         raise ArgumentError(name, expected="a NumPy array or scalar", got=type(value).__name__)

@@ -143,6 +143,9 @@ def attention(
     ``slots[r]``, whatever the cache holds behind them. A row of a negative slot or position is left out: nothing of out
     is written.
 
+    A launch that overlaps the one before reads ``slots``, ``positions`` and what the cache has of earlier positions at
+    once: these must be older than that one.
+
     ``workspace`` is uint8 of at least ``plan.workspace_bytes``, zero before the first launch; launches that follow one
     another may share it. Scores and sums are fp32 and out is rounded once; ``plan.is_grouped`` says of weights, at most
     1, whether they are rounded to ``dtype`` before they multiply values. The same operands give the same bits on every

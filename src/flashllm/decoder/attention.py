@@ -27,7 +27,7 @@ _WARPS = 4
 _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
 _CHUNKS = (1, 2, 4)  # of such loads of a lane for one position
 _LEAST = 64  # positions of a split of a full cache; the kernels make no shorter ones either
-_BLOCKS_PER_SM = 16  # wanted: some waves of them, so that SMs that get one block more than others matter little
+_BLOCKS_PER_SM = 2  # wanted: with more, one split was faster than any other number on an H200, from 8 rows on
 # Of the kernel of groups. Its blocks have tens of kilobytes under way each, and what a split leaves is up to a quarter
 # of what it reads: on an H200 two splits were the fastest of 2, 3, 5 and 9 at 320 and 600 positions, for 8 rows and 64.
 _LEAST_GROUPED_SPLITS = 2

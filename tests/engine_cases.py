@@ -128,7 +128,8 @@ def greedy(new_tokens: Sequence[int] = NEW_TOKENS) -> list[SamplingOptions]:
 def poison(engine: Engine) -> None:
     """Make NaN of all that the engine has to write before it reads it."""
     keys_and_values = [array for layer in engine.cache.layers for array in layer]
-    for array in (*keys_and_values, *vars(engine._activations).values(), engine.logits):
+    activations = [array for one in (engine._activations, engine._last) for array in vars(one).values()]
+    for array in (*keys_and_values, *activations, engine.logits):
         array.view(np.uint16)[...] = _NAN
 
 

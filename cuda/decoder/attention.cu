@@ -155,8 +155,8 @@ FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& 
 }  // namespace attention
 
 // out [rows, heads * head_dim] = softmax(q k^T) v of each row's positions up to its own. q [rows, heads, head_dim];
-// keys and values [slots, key heads, capacity, head_dim]. A row of a negative slot or position is left out. kGroup
-// query heads share a key head.
+// keys and values [slot_count, key heads, capacity, head_dim]. A row of a slot that there is not or of a negative
+// position is left out. kGroup query heads share a key head.
 //
 // Grid: key heads, rows, splits. With more than one split, `counters` has a zero for each block of a split, and again
 // in the end; `softmaxes` and `partials` are for what splits leave to be put together (shares::Meeting). scale: log2(e)
@@ -166,7 +166,8 @@ FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& 
 template <typename T, int kChunks, int kGroup>
 __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks, kGroup>::kMinBlocks)
     decode_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
-                     unsigned* counters, float2* softmaxes, float4* partials, int head_dim, int capacity, float scale) {
+                     unsigned* counters, float2* softmaxes, float4* partials, int head_dim, int slot_count,
+                     int capacity, float scale) {
   using namespace attention;
   using S = Shape<kChunks, kGroup>;
   FLASHLLM_DYNAMIC_SHARED(shared);
@@ -179,8 +180,8 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   const int row = blockIdx.y;
   const int slot = slots[row], position = min(positions[row], capacity - 1);
   const shares::Share share(position + 1, gridDim.z, blockIdx.z, S::kStep);
-  // Of slot and position at once, or one would be loaded only once the other has come.
-  if (min(slot, position) < 0 || share.is_empty()) return ptx::grid_dependency_wait();
+  // First of both at once, or one would be loaded only once the other has come.
+  if (min(slot, position) < 0 || slot >= slot_count || share.is_empty()) return ptx::grid_dependency_wait();
 
   const int warp = ptx::uniform(threadIdx.x / rows::kLanes), lane = threadIdx.x % rows::kLanes;
   const int part = lane % kPartLanes, team = lane / kPartLanes;

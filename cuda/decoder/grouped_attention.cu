@@ -11,15 +11,16 @@
 //
 // Each warp has positions of its own and a ring of tiles that its own cp.async fill, so that between its first load and
 // the end of the loop it waits for no other warp, but once for the queries.
+#include "flashllm/quads.cuh"
 #include "flashllm/shares.cuh"
 
 namespace flashllm {
 namespace grouped {
 
+using quads::kQuadLanes, quads::pack;
 constexpr int kTile = 16;      // positions of a warp at a time: what one step of the second product adds up
 constexpr int kStepDims = 16;  // elements of a head in one step of the first, and in one fragment of sums
 constexpr int kSetHeads = 8;   // columns of an mma
-constexpr int kQuadLanes = 4;  // lanes with one row of a fragment
 
 // Tiles in shared memory: rows of kDim elements and 16 bytes, so that the eight rows of an ldmatrix fall on all 32
 // banks. What a head lacks of kDim, and rows that do not exist, are zeros.
@@ -109,7 +110,7 @@ struct Heads {
         const float left = running[set].weight(scores[j][set * 2]);
         const float right = running[set].weight(scores[j][set * 2 + 1]);
         running[set].total += left + right;
-        weights[set][j] = rows::narrow<T>(left) | rows::narrow<T>(right) << 16;
+        weights[set][j] = pack<T>(left, right);
       }
     }
   }
@@ -152,8 +153,8 @@ struct Heads {
 template <typename T, int kDim, int kGroup>
 __global__ void __launch_bounds__(shares::kThreads)
     grouped_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
-                      unsigned* counters, float2* softmaxes, float4* partials, int head_dim, int capacity, float scale,
-                      int kv_heads, int group, int block_heads) {
+                      unsigned* counters, float2* softmaxes, float4* partials, int head_dim, int slot_count,
+                      int capacity, float scale, int kv_heads, int group, int block_heads) {
   using namespace grouped;
   using S = Shape<kDim, kGroup>;
   FLASHLLM_DYNAMIC_SHARED(shared);
@@ -173,7 +174,8 @@ __global__ void __launch_bounds__(shares::kThreads)
   const long long block_offset =  // of its queries and its results
       (static_cast<long long>(row * kv_heads + kv_head) * group + first_in_group) * head_dim;
   const shares::Share share(position + 1, gridDim.z, blockIdx.z, kTile);
-  if (min(slot, position) < 0 || share.is_empty()) return ptx::grid_dependency_wait();
+  const bool nothing = min(slot, position) < 0 || slot >= slot_count || share.is_empty();
+  if (nothing) return ptx::grid_dependency_wait();
 
   const long long cache = (static_cast<long long>(slot) * kv_heads + kv_head) * capacity * head_dim;
   const T* const head_keys = keys + cache;

@@ -5,16 +5,17 @@
 // A block has 64 rows of one head, 16 for each warp, and walks through keys and values in tiles, the next of which
 // cp.async brings meanwhile (FlashAttention-2: Dao, 2023). Keys and values come from the cache, where the rows' own are
 // as well. Fragments of scores are fragments of weights for the second product as they are, rounded to its type.
+#include "flashllm/quads.cuh"
 #include "flashllm/rows.cuh"
 #include "flashllm/softmax.cuh"
 
 namespace flashllm {
 namespace prefill {
 
+using quads::kQuadLanes, quads::pack;
 constexpr int kThreads = 128;
 constexpr int kWarpRows = 16;  // of an mma
 constexpr int kRows = kThreads / rows::kLanes * kWarpRows;
-constexpr int kQuadLanes = 4;  // lanes with one row of a fragment
 
 // Tiles in shared memory: rows of kDim elements, a multiple of 16, and of 16 bytes between rows, so that the eight rows
 // of an ldmatrix fall on all 32 banks. What a head lacks of kDim, and rows that do not exist, are zeros.
@@ -74,21 +75,18 @@ FLASHLLM_DEVICE float quad_maximum(float value) {
   return value;
 }
 
-template <typename T>
-FLASHLLM_DEVICE unsigned pack(float low, float high) {
-  return rows::narrow<T>(low) | rows::narrow<T>(high) << 16;
-}
-
 }  // namespace prefill
 
-// out [R, heads * head_dim] = causal softmax(q k^T) v. q [R, heads, head_dim]; keys and values [slots, key heads,
-// capacity, head_dim]. Rows starts[s] to starts[s + 1] - 1 are sequence s, at positions from that of the first one on.
+// out [row_count, heads * head_dim] = causal softmax(q k^T) v. q [row_count, heads, head_dim]; keys and values
+// [slot_count, key heads, capacity, head_dim]. Rows starts[s] to starts[s + 1] - 1 are sequence s, at positions from
+// that of the first one on; a sequence of rows, of a slot or of positions that there are not is left out.
 //
 // Grid: blocks of 64 rows of the longest sequence, heads, sequences. scale: log2(e) / sqrt(head_dim), as a rule.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(prefill::kThreads)
     prefill_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions,
-                      const int* starts, T* out, int kv_heads, int head_dim, int capacity, float scale) {
+                      const int* starts, T* out, int row_count, int kv_heads, int head_dim, int slot_count,
+                      int capacity, float scale) {
   using namespace prefill;
   using S = Shape<kDim>;
   FLASHLLM_DYNAMIC_SHARED(shared);
@@ -101,9 +99,12 @@ __global__ void __launch_bounds__(prefill::kThreads)
   const int row0 = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows;
   const int start = starts[blockIdx.z], count = starts[blockIdx.z + 1] - start;
   if (row0 >= count) return;
+  if (start < 0 || start > row_count - count) return;
+  if (slots[start] < 0 || slots[start] >= slot_count) return;
+  if (positions[start] < 0 || positions[start] > capacity - count) return;
   const int heads = gridDim.y, head = blockIdx.y, kv_head = head / (heads / kv_heads);
-  const int position0 = positions[start] + row0;  // of the block's first row
-  const int length = min(position0 + min(kRows, count - row0), capacity);  // positions that a row of it looks at
+  const int position0 = positions[start] + row0;            // of the block's first row
+  const int length = position0 + min(kRows, count - row0);  // positions that a row of it looks at
   const int chunks = head_dim / rows::kVector;
   const long long cache = (static_cast<long long>(slots[start]) * kv_heads + kv_head) * capacity * head_dim;
   const long long stride = static_cast<long long>(heads) * head_dim;

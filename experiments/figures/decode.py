@@ -95,8 +95,16 @@ def load(root: Path) -> Decoded:
 
 def label_of(system: str, zeros: float, gpus: int) -> str:
     """Of a line or bar."""
-    names = {"flashllm": f"{zeros:.0%} zeros", "flashllm-dense": "dense"}
-    return names.get(system, system) + (f", {gpus} GPUs" if gpus > 1 else "")
+    name = f"{zeros:.0%} zeros" if system == "flashllm" else style.DECODERS[system][0]
+    return name + (f", {gpus} GPUs" if gpus > 1 else "")
+
+
+def look_of(system: str, zeros: float) -> tuple[str, str]:
+    """Colour and marker of a line."""
+    if system == "flashllm":
+        return style.ZEROS.get(zeros, style.QUIET), "o"
+    _, color, marker = style.DECODERS[system]
+    return color, marker
 
 
 def table(data: Decoded) -> str:
@@ -144,17 +152,19 @@ def _throughput(data: Decoded) -> Figure:
     grid = figure.subplots(2, len(MODELS), squeeze=False)
     for axes, model in zip(grid[0], MODELS, strict=True):
         for (gpu, system, zeros, gpus), rows in data.of(model).items():
-            color = style.ZEROS.get(zeros, style.QUIET) if system == "flashllm" else style.QUIET
+            color, marker = look_of(system, zeros)
             name = f"{label_of(system, zeros, gpus)}, {gpu.removeprefix('NVIDIA ').split()[0]}"
             values = [row.tokens_per_gpu_s for row in rows]
-            axes.plot([row.batch for row in rows], values, color=color, marker="o", markersize=4, label=name)
+            axes.plot([row.batch for row in rows], values, color=color, marker=marker, markersize=4, label=name)
         axes.set_title(_title(model))
         axes.set_xscale("log", base=2)
         axes.set_xlim(7, 73)
         axes.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
-        axes.set_ylim(0, 1.35 * max([row.tokens_per_gpu_s or 0 for row in data.rows if row.model == model], default=1))
+        most = max([row.tokens_per_gpu_s or 0 for row in data.rows if row.model == model], default=1)
+        axes.set_ylim(0, most * max(1.35, 1 / (0.95 - 0.068 * len(data.of(model)))))  # the legend stands above lines
         axes.set_xlabel("batch")
-        axes.legend(loc="upper left", fontsize=7)
+        if axes.lines:
+            axes.legend(loc="upper left", fontsize=7)
     grid[0][0].set_ylabel("tokens per GPU-second")
     for axes, (name, (title, series)) in zip(grid[1], PUBLISHED.items(), strict=False):
         _published(axes, data.published[name], series)

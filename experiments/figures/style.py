@@ -29,6 +29,13 @@ SYSTEMS: Mapping[str, tuple[str, str, str]] = {
     "torch-int4": ("int4, torch", "#222222", "1"),
 }
 """Label, colour and marker of a system."""
+DECODERS: Mapping[str, tuple[str, str, str]] = {
+    "flashllm-dense": ("dense", "#6b6b6b", "o"),
+    "torch-compile": ("dense, torch.compile", "#cc79a7", "X"),
+    "torch-2:4": ("2:4, torch.compile", "#0072b2", "v"),
+    "hf-static": ("dense, transformers", "#222222", "*"),
+}
+"""The same of what decodes whole models, beside our engine with zeros."""
 INK, QUIET, RULE = "#222222", "#6b6b6b", "#d9d9d9"
 """Text, secondary text and cuBLAS, lines of the grid."""
 OTHERS: Mapping[str, Any] = {"hatch": "////", "facecolor": "white", "linewidth": 0.9}

@@ -43,7 +43,8 @@ def launch(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> None:
     dependent = [arg for arg in args if isinstance(arg, np.ndarray)]
     if "prefill" not in spec.name:
         q, keys, values, slots, positions, *others = args
-        places = [place for place in zip(slots, positions, strict=True) if min(place) >= 0]
+        ends = np.minimum(positions, keys.shape[2] - 1)
+        places = [place for place in zip(slots, ends, strict=True) if min(place) >= 0 and place[0] < len(keys)]
         last = [array[slot, head, position] for array in (keys, values) for slot, position in places
                 for head in range(keys.shape[1])]  # fmt: skip
         dependent = [q, *(arg for arg in others if isinstance(arg, np.ndarray)), *last]
@@ -129,12 +130,16 @@ def test_groups_copy_keys_and_values_once(case: Case) -> None:
 
 
 @every((PAIRED, GROUPED))
-def test_rows_that_are_left_out(case: Case) -> None:
-    """Nothing is written for a row of a negative slot or position; the workspace serves the others all the same."""
+@pytest.mark.parametrize(("slot", "position"), [(-1, 299), (6, 300), (2**31 - 1, 2**31 - 1)])
+def test_rows_that_are_left_out(case: Case, slot: int, position: int) -> None:
+    """Nothing is written for a row of a slot that there is not or of a negative position; the workspace serves the
+    others all the same. A row of a position behind the last has all of its slot.
+    """
     given = operands(case)
     want = expected(case, given, weights_rounded=case.is_grouped)
     absent = replace(given, slots=given.slots.copy(), positions=given.positions.copy())
-    absent.slots[1], absent.positions[3] = -1, -1
+    assert given.keys.shape[0::2] == (6, 300)
+    absent.slots[1], absent.positions[3], absent.positions[0] = slot, -1, position
     got = cases.decode(launch, np, case, absent, splits=3)
     assert np.isnan(got[[1, 3]].astype(np.float32)).all()
     assert_close(got[[0, 2]], (want[0][[0, 2]], want[1][[0, 2]]))
@@ -144,6 +149,33 @@ def test_rows_that_are_left_out(case: Case) -> None:
 def test_prefill_is_within_the_bound(case: Case) -> None:
     given = operands(case)
     assert_close(cases.prefill(launch, np, case, given), expected(case, given, weights_rounded=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({"slots": (5, -1), "positions": (6, -1)}, (1, 2)),
+        ({"slots": (5, 6), "positions": (6, 85)}, (1, 2)),
+        ({"slots": (5, 2**31 - 1), "positions": (6, 2**31 - 1)}, (1, 2)),
+        ({"starts": (4, 90)}, (3,)),
+        ({"starts": (0, -1)}, (0,)),
+    ],
+)
+def test_prompts_that_are_left_out(changes: dict[str, tuple[int, int]], left_out: tuple[int, ...]) -> None:
+    """Of rows, of a slot or of positions that there are not: nothing is written, and the others are as they were."""
+    case = PREFILL[5]
+    given = operands(case)
+    assert (given.keys.shape[0], given.starts.tolist()) == (6, [0, 5, 6, 72, 89])
+    want = expected(case, given, weights_rounded=True)
+    absent = replace(given, **{name: getattr(given, name).copy() for name in changes})
+    for name, (at, value) in changes.items():
+        getattr(absent, name)[at] = value
+    got = cases.prefill(launch, np, case, absent)
+    written = np.ones(len(got), np.bool_)
+    for sequence in left_out:
+        written[given.starts[sequence] : given.starts[sequence + 1]] = False
+    assert np.isnan(got[~written].astype(np.float32)).all()
+    assert_close(got[written], (want[0][written], want[1][written]))
 
 
 @every(PREFILL[3:6])
@@ -208,6 +240,8 @@ def test_every_instance_can_be_launched() -> None:
         ({"rows": 0}, "rows"),
         ({"capacity": 0}, "capacity"),
         ({"capacity": 2**28}, "capacity"),
+        ({"heads": 2**15 + 2}, "heads"),
+        ({"rows": 2**16}, "rows"),
     ],
 )
 def test_sizes_that_no_kernel_is_made_for(change: dict[str, int], name: str) -> None:

@@ -92,7 +92,7 @@ def test_no_more_steps_than_tokens(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert steps == 0
 
 
-def test_stop_tokens_end_a_sequence(engine: Engine, made: Made) -> None:
+def test_stop_tokens_end_a_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = engine.generate(random_prompts(), greedy())
     stops = (whole[0][2], whole[1][0])
     wanted = [one[: next((i + 1 for i, token in enumerate(one) if token in stops), len(one))] for one in whole]
@@ -101,11 +101,20 @@ def test_stop_tokens_end_a_sequence(engine: Engine, made: Made) -> None:
     stopping = Engine(weights, runtime, batch=3, capacity=CAPACITY, stop_tokens=stops)
     assert stopping.generate(random_prompts(), greedy(), look_every=2) == wanted
     streamed: list[list[int]] = [[], [], []]
+    fetched: list[int] = []
+    real = runtime.fetch
+
+    def fetch(array: Any) -> Any:
+        fetched.append(array.size)
+        return real(array)
+
+    monkeypatch.setattr(runtime, "fetch", fetch)
     for pieces in stopping.stream(random_prompts(), greedy()):
         assert pieces
         for index, token in pieces:
             streamed[index].append(token)
     assert streamed == wanted
+    assert fetched == [2 * 3] * max(map(len, wanted))  # once for each step, and no tokens but its own
 
 
 def test_what_is_drawn_depends_on_prompt_and_seed_alone(engine: Engine) -> None:

@@ -115,7 +115,7 @@ def test_a_stop_token_ends_a_text_and_is_none_of_it(models: Path) -> None:
 def test_from_python(models: Path) -> None:
     model = open_model(models / "packed", runtime=HostRuntime("reference"))
     options = SamplingOptions(max_new_tokens=2)
-    generation = generate_text(model, ["the cat", [5, 6]], options, stop_tokens=())
+    generation = generate_text(model, ["the cat", np.array([5, 6])], options, stop_tokens=())
     with pytest.raises(ArgumentError, match=r"^generation: expected one that has been iterated over"):
         _ = generation.report
     pieces = list(generation)
@@ -133,3 +133,7 @@ def test_from_python(models: Path) -> None:
         generate_text(model, ["a", "b"], [options])
     with pytest.raises(ArgumentError, match=r"^batch: "):
         generate_text(model, [], options)
+    with pytest.raises(ArgumentError, match=r"^prompts: expected a sequence of texts or of tokens, got 'the cat'"):
+        generate_text(model, "the cat", options)
+    with pytest.raises(ArgumentError, match=r"^prompts\[1\]: expected a sequence of tokens, got 5"):
+        generate_text(model, ["a", 5], options)  # type: ignore[list-item]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flashllm.bench.decode_rows import DecodeRow
 from flashllm.bench.decode_session import Sweep
 from flashllm.bench.decode_weights import DENSE, PARTS, random_weights, stored_share
 from flashllm.bench.models import MODELS
+from flashllm.bench.rows import Row
 from flashllm.cli.main import command
 from flashllm.engine.parallel import alone
 from flashllm.engine.shard import WHOLE, Shard
@@ -195,6 +196,13 @@ def test_committed_rows_say_what_the_design_asks_of_them() -> None:
             assert row.tokens_per_gpu_s == pytest.approx(row.tokens_per_s / row.gpus, rel=1e-4)
 
 
+def test_results_say_what_their_keys_are() -> None:
+    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    own = {one.name for one in fields(DecodeRow)} - {one.name for one in fields(Row)}
+    assert {"linear_ms", "attention_ms", "comm_ms", "other_ms"} < own
+    assert [name for name in sorted(own) if f"`{name}`" not in text] == []
+
+
 @pytest.mark.usefixtures("tiny")
 def test_bound_counts_what_must_be_read() -> None:
     config = known_config("tiny-llama")
@@ -239,6 +247,25 @@ def test_figure_takes_newest_clean_rows_and_their_dense_of_the_same_run(tmp_path
         ("dense", "8"): ("100", "1.00"),
         ("dense", "16"): ("100", "1.00"),
     }
+
+
+def test_systems_of_others_can_be_told_apart() -> None:
+    """Each line of a panel has a look and a name of its own, and none runs through the legend's."""
+    pytest.importorskip("matplotlib")
+    systems = [(system, 0.8 if system == "flashllm" else 0.0) for system in decode.SYSTEMS.values()]
+    rows = tuple(
+        a_row(model="opt-66b", layers=64, system=system, sparsity=zeros, batch=batch, tokens_per_gpu_s=9.0 * batch)
+        for system, zeros in systems
+        for batch in (8, 64)
+    )
+    published = figure.load(ROOT).published
+    axes = figure.plot(figure.Decoded(rows=rows, published=published))["decode-throughput"].axes[1]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == len(systems)
+    assert len({line.get_color() for line in axes.lines}) == len(systems)
+    assert len({line.get_label() for line in axes.lines}) == len(systems)
+    axes.figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    assert all(legend.y0 > axes.transData.transform(line.get_xydata())[:, 1].max() for line in axes.lines)
 
 
 def _cells(line: str) -> list[str]:

@@ -176,6 +176,16 @@ def test_refusals(function: Callable[..., None], changes: dict[str, Any], named:
     assert refused(function, {**FUNCTIONS[function](), **changes}) == named
 
 
+def test_sizes_that_kernels_count() -> None:
+    """In 32 bits, twice over. An array that repeats one element is of any size."""
+    for dtype, kind in (("fp16", np.float16), ("int32", np.int32)):
+        largest, larger = (np.broadcast_to(kind(0), (1, 2**30 + more)) for more in (0, 1))
+        with pytest.raises(ArgumentError, match=r"^q: expected a C-contiguous array"):
+            check("q", largest, (1, "columns"), dtype)
+        with pytest.raises(ArgumentError, match=r"^q: expected sizes of at most 1073741824, got \[1, 1073741825\]$"):
+            check("q", larger, (1, "columns"), dtype)
+
+
 def test_messages_say_what_was_expected() -> None:
     for array, shape, message in (
         (half(3, 4), ("rows", 5), r"^q: expected fp16 \[rows, 5\], got float16 \[3, 4\]$"),

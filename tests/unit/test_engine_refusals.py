@@ -17,7 +17,7 @@ from flashllm.engine.products import GpuProducts, HostProducts
 from flashllm.engine.runtime import HostRuntime, open_runtime
 from flashllm.engine.sampling import SamplingOptions
 from flashllm.engine.weights import CheckpointSource, Weights, load
-from flashllm.errors import ArgumentError, MissingDependencyError, UnsupportedDeviceError
+from flashllm.errors import ArgumentError, DeviceMemoryError, MissingDependencyError, UnsupportedDeviceError
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.io.checkpoint import open_checkpoint
 from model_cases import VOCAB, write_checkpoint
@@ -44,15 +44,41 @@ def test_heads_that_no_kernel_is_made_for(weights: Weights) -> None:
             check_sizes(replace(weights.config, head_dim=head_dim), batch=1, capacity=1)
 
 
+@pytest.mark.parametrize(
+    ("largest", "name"),
+    [
+        ({"vocab": 1 << 23}, "vocab"),
+        ({"heads": 1 << 15, "kv_heads": 1}, "heads"),
+        ({"batch": 65535}, "batch"),
+        ({"head_dim": 8, "capacity": (1 << 28) - 1}, "capacity"),
+        ({"head_dim": 80, "capacity": 26843545}, "capacity"),
+        ({"head_dim": 256, "capacity": (1 << 23) - 1}, "capacity"),
+    ],
+)
+def test_what_kernels_count_in_32_bits(weights: Weights, largest: dict[str, int], name: str) -> None:
+    """A model may have more positions than that, and a larger vocabulary."""
+
+    def check(sizes: dict[str, int]) -> None:
+        own = {key: size for key, size in sizes.items() if key not in ("batch", "capacity")}
+        config = replace(weights.config, positions=1 << 40, **own)
+        check_sizes(config, batch=sizes.get("batch", 1), capacity=sizes.get("capacity", 1))
+
+    check(largest)
+    with pytest.raises(ArgumentError, match=rf"^{name}: expected .*\b{largest[name]}\b.*, got {largest[name] + 1}$"):
+        check(largest | {name: largest[name] + 1})
+
+
 @needs_emulator
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 0}, r"^batch: expected a number >= 1, got 0"),
+        ({"batch": 0}, r"^batch: expected 1\.\.65535, got 0"),
         ({"capacity": 0}, r"^capacity: expected 1\.\.320, the positions of the model"),
         ({"capacity": 321}, r"^capacity: expected 1\.\.320, the positions of the model.* got 321"),
         ({"prefill_rows": 0}, r"^prefill_rows: expected a number >= 1, got 0"),
-        ({"stop_tokens": (3, VOCAB)}, r"^stop_tokens: expected tokens in 0\.\.100, got \[3, 101\]"),
+        ({"stop_tokens": (3, VOCAB)}, r"^stop_tokens: expected tokens in 0\.\.100, got 101"),
+        ({"stop_tokens": (3.0,)}, r"^stop_tokens: expected tokens in 0\.\.100, got 3\.0"),
+        ({"stop_tokens": 3}, r"^stop_tokens: expected a sequence of tokens, got 3"),
         ({"stop_tokens": (-1,)}, r"^stop_tokens: "),
     ],
 )
@@ -70,6 +96,18 @@ def test_sizes_that_the_model_cannot_have(weights: Weights, options: dict[str, A
         ([[1], []], r"^prompts\[1\]: expected at least one token, got none"),
         ([[1], [5, VOCAB]], r"^prompts\[1\]: expected tokens in 0\.\.100, got 101"),
         ([[-1, 50], [1]], r"^prompts\[0\]: expected tokens in 0\.\.100, got -1"),
+        ([[1], [5, True]], r"^prompts\[1\]: expected tokens in 0\.\.100, got True"),
+        ([[1], [5.0]], r"^prompts\[1\]: expected tokens in 0\.\.100, got 5\.0"),
+        ([[1], ["5"]], r"^prompts\[1\]: expected tokens in 0\.\.100, got '5'"),
+        ([np.array([1]), np.array([1.0])], r"^prompts\[1\]: expected tokens in 0\.\.100, got np.float64\(1\.0\)"),
+        ([np.array([1]), np.array([True])], r"^prompts\[1\]: expected tokens in 0\.\.100, got np.True_"),
+        ([[1], np.int32([[1]])], r"^prompts\[1\]: expected tokens in 0\.\.100, got array"),
+        ([np.int64([1]), np.uint8([VOCAB])], r"^prompts\[1\]: expected tokens in 0\.\.100, got np.uint8\(101\)"),
+        ([[1], 5], r"^prompts\[1\]: expected a sequence of tokens, got 5"),
+        ([[1], "abc"], r"^prompts\[1\]: expected a sequence of tokens, got 'abc'"),
+        ([[1], np.int32(3)], r"^prompts\[1\]: expected a sequence of tokens, got "),
+        ("ab", r"^prompts: expected a sequence of sequences of tokens, got 'ab'"),
+        (5, r"^prompts: expected a sequence of sequences of tokens, got 5"),
         ([[1], [1] * 9], r"^prompts\[1\]: expected at most 12 tokens, prompt and output together, got 9 \+ 4"),
     ],
 )
@@ -114,6 +152,29 @@ def test_host_products_round_once(kind: Any) -> None:
     assert y.tolist() == ([[0x4280, 0, 0x4280]] * 2 if kind is np.uint16 else [[64, 0, 64]] * 2)
 
 
+class Full(HostRuntime):
+    """A device without memory for products of ``rows`` rows; notes what is asked for."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__("reference")
+        self.products, self.asked, self.rows = self, [], rows  # type: ignore[assignment]
+
+    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
+        self.asked.append((len(matrices), rows))
+        if rows == self.rows:
+            raise DeviceMemoryError("workspace of products", needed=2, free=1)
+
+
+@needs_emulator
+@pytest.mark.parametrize("rows", [2, 10])
+def test_an_engine_says_at_once_that_products_lack_memory(weights: Weights, rows: int) -> None:
+    """Of a step, and of the widest pass of prompts: no prompt is needed to find out."""
+    runtime = Full(rows)
+    with pytest.raises(DeviceMemoryError, match="workspace of products"):
+        Engine(weights, runtime, batch=2, capacity=12, prefill_rows=10)
+    assert runtime.asked == [(4 * weights.config.layers, asked) for asked in (10, 2) if asked >= rows]
+
+
 class FakeCublas:
     """No GPU is needed to say that a product was not prepared."""
 
@@ -125,7 +186,15 @@ def test_products_on_a_gpu_are_prepared_first(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("flashllm.baselines.cublas.Cublas", FakeCublas)
     made = GpuProducts(SimpleNamespace(ptr=0), overlap=False)
     x, y, dense = np.zeros((3, 8), np.float16), np.zeros((3, 16), np.float16), np.ones((16, 8), np.float16)
-    for w in (dense, TiledCSL.from_dense(dense)):
+    packed = TiledCSL.from_dense(dense)
+    for w in (dense, packed):
         with pytest.raises(ArgumentError, match=r"^x: expected a number of rows that was prepared, got 3"):
             made.multiply(x, w, y)
+    plan = SimpleNamespace(expansion=None, workspace_bytes=64, scratch_bytes=32)
+    taken: dict[str, int] = {}
+    monkeypatch.setattr("flashllm.matmul.plan", lambda w, rows: plan)
+    monkeypatch.setattr(made, "_reserve", lambda name, size: taken.update({name: size}))
+    made.reserve([dense, packed], 3)
+    assert taken == {"kernels": 64, "scratch": 32}
+    assert (len(made._plans), made._dense) == (1, {})  # no algorithm is timed for rows that may not come
     made.close()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -77,6 +78,25 @@ def test_whatever_the_bytes(tokens: list[bytes]) -> None:
     assert text + stream.finish() == tokenizer.decode(range(len(tokens)))
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from(BROKEN), max_size=30), st.integers(0, 30))
+def test_behind_a_prompt_comes_what_it_has_not(tokens: list[bytes], length: int) -> None:
+    """Wherever the prompt ends: of a character that it breaks off, nothing twice and nothing too little."""
+    tokenizer, end = Bytes(tokens), min(length, len(tokens))
+    stream, text = TextStream(tokenizer, range(end)), ""
+    before = tokenizer.decode(range(end))
+
+    def new(count: int) -> str:
+        whole = tokenizer.decode(range(count))
+        return whole[len(list(takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))) :]
+
+    for i in range(end, len(tokens)):
+        text += stream.push(i)
+        assert new(len(tokens)).startswith(text)
+        assert text == new(i + 1) or new(i + 1).endswith("�")
+    assert text + stream.finish() == new(len(tokens))
+
+
 @pytest.mark.parametrize("tokens", [[b"ab"], [b"\xe2", b"\x82", b"\xac"], [b"\x80"], [b"\xf0", b"\x9f"]])
 def test_work_grows_with_the_number_of_tokens(tokens: list[bytes]) -> None:
     """Also where no byte ever becomes a character."""
@@ -90,6 +110,21 @@ def test_work_grows_with_the_number_of_tokens(tokens: list[bytes]) -> None:
 def test_a_space_before_a_word_stays() -> None:
     got = pieces(TextStream(Words()), [3, 0, 0, 5, 0, 7])
     assert got == ["w3", "", "", " w5", "", " w7", ""]
+
+
+def test_a_prompt_that_ends_amid_a_character() -> None:
+    tokens = [*(bytes([byte]) for byte in "wé€\ufffd".encode()), b"!"]
+    for end, rest in ((2, ["é", "", "", "€"]), (4, ["", "€"]), (8, ["", "!"]), (9, ["!"])):
+        stream = TextStream(Bytes(tokens), range(end))
+        assert [stream.push(token) for token in range(end, end + len(rest))] == rest
+        assert TextStream(Bytes(tokens), range(end)).finish() == ""
+
+
+def test_a_space_behind_a_prompt_stays() -> None:
+    """Also where nothing near its end has a text."""
+    for prompt in ([3], [3, 0], [3, *[0] * 20], [*range(1, 30)]):
+        assert pieces(TextStream(Words(), prompt), [5, 7]) == [" w5", " w7", ""]
+    assert pieces(TextStream(Words(), [0] * 20), [5, 7]) == ["w5", " w7", ""]
 
 
 def byte_level(tokenizers: Any) -> Any:
@@ -126,3 +161,15 @@ def test_text_of_the_package_tokenizers(make: Any) -> None:
     assert "".join(got) == TEXT
     assert len(ids) > len(TEXT)
     assert got.count("") > len(ids) - len(TEXT)
+    for end in range(len(ids)):
+        complete = next(text for n in range(end, -1, -1) if TEXT.startswith(text := tokenizer.decode(ids[:n])))
+        assert complete + "".join(pieces(TextStream(tokenizer, ids[:end]), ids[end:])) == TEXT
+
+
+def test_spaces_before_the_first_word() -> None:
+    """The decoder takes away one of them, wherever text begins."""
+    from flashllm.models.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(byte_fallback(pytest.importorskip("tokenizers")))
+    ids = tokenizer.encode("   wo rd").ids
+    assert "".join(pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids) == "   wo rd"

@@ -15,6 +15,8 @@ VECTOR_BYTES = 16
 """Bytes that a thread loads or stores at once."""
 MAX_HEAD_DIM = 256
 """Elements of a head, of all kernels that know heads."""
+MAX_SIZE = 1 << 30
+"""Of an array: kernels count twice as many columns, and those of a block more, in 32 bits."""
 _NAMES = {"fp16": ("float16",), "bf16": ("bfloat16", "uint16"), "fp32": ("float32",)}
 
 
@@ -23,8 +25,9 @@ def check(name: str, array: Any, shape: Sequence[int | str], dtype: str) -> tupl
 
     ``shape`` has a number for each size that is known and a word, for the message, for each that is the array's own:
     ``("rows", 576)``. ``dtype`` is ``"fp16"``, ``"bf16"`` (or its patterns as uint16), ``"fp32"`` or NumPy's name of a
-    type of integers. Raises ``ArgumentError`` unless type and shape are these, every size is at least 1, and the array
-    is C-contiguous; one of floating-point numbers starts at a multiple of 16 bytes, as every allocation on a GPU does.
+    type of integers. Raises ``ArgumentError`` unless type and shape are these, every size is at least 1 and, but of
+    ``"uint8"``, which no kernel counts, at most :data:`MAX_SIZE`, and the array is C-contiguous; one of floating-point
+    numbers starts at a multiple of 16 bytes, as every allocation on a GPU does.
     """
     expected = f"{dtype} [{', '.join(str(size) for size in shape)}]"
     if not (isinstance(array, np.ndarray) or is_cupy(array)):
@@ -35,6 +38,8 @@ def check(name: str, array: Any, shape: Sequence[int | str], dtype: str) -> tupl
     )
     if not same or str(array.dtype) not in _NAMES.get(dtype, (dtype,)):
         raise ArgumentError(name, expected=expected, got=f"{array.dtype} {list(actual)}")
+    if max(actual) > MAX_SIZE and dtype != "uint8":
+        raise ArgumentError(name, expected=f"sizes of at most {MAX_SIZE}", got=str(list(actual)))
     if not array.flags.c_contiguous:
         raise ArgumentError(name, expected=f"a C-contiguous array, {expected}", got=f"strides {array.strides}")
     if dtype in _NAMES and (address := address_of(array)) % VECTOR_BYTES:

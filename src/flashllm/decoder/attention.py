@@ -22,6 +22,8 @@ from flashllm.matmul.tensor_cores import CXX_TYPE
 
 MAX_ROWS = 65535
 """Queries of a step: the second size of a grid."""
+MAX_HEADS = 1 << 15
+"""Query heads: with as many rows as can be, blocks of a split are counted in 32 bits."""
 _THREADS = 128
 _WARPS = 4
 _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
@@ -99,8 +101,7 @@ def plan_attention(
     if rows > MAX_ROWS:
         raise ArgumentError("rows", expected=f"at most {MAX_ROWS}", got=str(rows))
     check_heads(heads, kv_heads, head_dim)
-    if capacity * head_dim >= 2**31:
-        raise ArgumentError("capacity", expected=f"fewer than {2**31 // head_dim} positions", got=str(capacity))
+    check_capacity(capacity, head_dim)
     plan = AttentionPlan(rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, splits=1)
     blocks = math.prod(plan.grid)
     if plan.is_grouped:
@@ -111,11 +112,22 @@ def plan_attention(
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
-    """Raises ``ArgumentError`` unless heads share those of keys evenly and have a multiple of 8 elements, up to 256."""
+    """Raises ``ArgumentError`` unless heads share those of keys evenly, are at most :data:`MAX_HEADS`, and have a
+    multiple of 8 elements, up to 256.
+    """
     if heads % kv_heads:
         raise ArgumentError("heads", expected=f"a multiple of the {kv_heads} heads of keys", got=str(heads))
+    if heads > MAX_HEADS:
+        raise ArgumentError("heads", expected=f"at most {MAX_HEADS}", got=str(heads))
     if not 8 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
         raise ArgumentError("head_dim", expected=f"a multiple of 8 up to {MAX_HEAD_DIM}", got=str(head_dim))
+
+
+def check_capacity(capacity: int, head_dim: int) -> None:
+    """Raises ``ArgumentError`` unless kernels can count the elements of a slot's head of keys, in 32 bits."""
+    most = (2**31 - 1) // head_dim
+    if capacity > most:
+        raise ArgumentError("capacity", expected=f"at most {most} positions", got=str(capacity))
 
 
 def score_scale(head_dim: int) -> np.float32:
@@ -140,8 +152,8 @@ def attention(
 
     ``q`` [rows, heads, head_dim], ``keys`` and ``values`` [slots, kv_heads, capacity, head_dim] and ``out`` are of
     ``dtype``; ``slots`` and ``positions`` int32 [rows]: row r reads positions 0 to ``positions[r]`` of slot
-    ``slots[r]``, whatever the cache holds behind them. A row of a negative slot or position is left out: nothing of out
-    is written.
+    ``slots[r]``, whatever the cache holds behind them, and at most all that a slot has. A row of a slot that the cache
+    does not have, or of a negative position, is left out: nothing of out is written.
 
     A launch that overlaps the one before reads ``slots``, ``positions`` and what the cache has of earlier positions at
     once: these must be older than that one.
@@ -154,7 +166,7 @@ def attention(
     kind = check_dtype(dtype)
     rows = plan.rows
     check("q", q, (rows, plan.heads, plan.head_dim), kind)
-    cache = check("keys", keys, ("slots", plan.kv_heads, plan.capacity, plan.head_dim), kind)
+    slot_count, *_ = cache = check("keys", keys, ("slots", plan.kv_heads, plan.capacity, plan.head_dim), kind)
     check("values", values, cache, kind)
     check("slots", slots, (rows,), "int32")
     check("positions", positions, (rows,), "int32")
@@ -163,7 +175,7 @@ def attention(
     if plan.splits > 1:
         memory = _memory(plan, workspace)
     arrays = (q, keys, values, slots, positions, out, *memory)
-    scalars = (np.int32(plan.head_dim), np.int32(plan.capacity), score_scale(plan.head_dim))
+    scalars = (*map(np.int32, (plan.head_dim, slot_count, plan.capacity)), score_scale(plan.head_dim))
     if plan.is_grouped:
         spec = grouped_attention.spec(kind, head_dim=plan.head_dim, block_heads=plan.block_heads)
         sizes = (plan.kv_heads, plan.group, plan.block_heads)

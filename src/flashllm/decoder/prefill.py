@@ -18,7 +18,7 @@ from flashllm.matmul.tensor_cores import CXX_TYPE
 _THREADS = 128
 _ROWS = 64  # of a block
 _DIMS = (16, 32, 64, 80, 96, 128, 256)  # elements of a head that there are kernels for; others are padded with zeros
-_MOST_BLOCKS = 65535  # in the second and third direction of a grid
+_MOST_SEQUENCES = 65535  # the third size of a grid
 
 
 def prefill_attention(
@@ -38,28 +38,27 @@ def prefill_attention(
 
     Sequence s is rows ``starts[s]`` to ``starts[s + 1] - 1`` (int32 [sequences + 1]), none with more than ``longest``
     rows. It is in slot ``slots[starts[s]]`` of the cache, at positions from ``positions[starts[s]]`` on (int32 [R]
-    both); keys and values of its rows are in the cache already, and so are those of earlier positions, if any. ``q``
-    [R, heads, head_dim], ``keys`` and ``values`` [slots, kv_heads, capacity, head_dim] and ``out`` are of ``dtype``.
+    both); keys and values of its rows are in the cache already, and so are those of earlier positions, if any. A
+    sequence of rows, of a slot or of positions that there are not is left out: nothing of out is written. ``q`` [R,
+    heads, head_dim], ``keys`` and ``values`` [slots, kv_heads, capacity, head_dim] and ``out`` are of ``dtype``.
 
     Scores and sums are fp32; weights, at most 1, are rounded to ``dtype`` before they multiply values, and out is
     rounded once. The same operands give the same bits on every run. Raises ``ArgumentError``.
     """
     kind = check_dtype(dtype)
     rows, heads, head_dim = check("q", q, ("rows", "heads", "head_dim"), kind)
-    _, kv_heads, capacity, _ = cache = check("keys", keys, ("slots", "kv_heads", "capacity", head_dim), kind)
+    slot_count, kv_heads, capacity, _ = cache = check("keys", keys, ("slots", "kv_heads", "capacity", head_dim), kind)
     check("values", values, cache, kind)
     check_heads(heads, kv_heads, head_dim)
     check("slots", slots, (rows,), "int32")
     check("positions", positions, (rows,), "int32")
     sequences = check("starts", starts, ("sequences + 1",), "int32")[0] - 1
     check("out", out, (rows, heads * head_dim), kind)
-    if not 1 <= sequences <= _MOST_BLOCKS:
-        raise ArgumentError("starts", expected=f"2 to {_MOST_BLOCKS + 1} of them", got=str(sequences + 1))
-    if heads > _MOST_BLOCKS:
-        raise ArgumentError("heads", expected=f"at most {_MOST_BLOCKS}", got=str(heads))
+    if not 1 <= sequences <= _MOST_SEQUENCES:
+        raise ArgumentError("starts", expected=f"2 to {_MOST_SEQUENCES + 1} of them", got=str(sequences + 1))
     if not 1 <= longest <= min(rows, capacity):
         raise ArgumentError("longest", expected=f"1 to {min(rows, capacity)} rows", got=str(longest))
-    scalars = (np.int32(kv_heads), np.int32(head_dim), np.int32(capacity), score_scale(head_dim))
+    scalars = (*map(np.int32, (rows, kv_heads, head_dim, slot_count, capacity)), score_scale(head_dim))
     args = (q, keys, values, slots, positions, starts, out, *scalars)
     launch(_spec(kind, _padded(head_dim)), (-(-longest // _ROWS), heads, sequences), args)
 

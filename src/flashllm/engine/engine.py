@@ -5,22 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.decoder.attention import attention, check_heads, plan_attention
+from flashllm.decoder.attention import MAX_ROWS, attention, check_capacity, check_heads, plan_attention
 from flashllm.decoder.prefill import prefill_attention
-from flashllm.decoder.sample import SampleState, sample
+from flashllm.decoder.sample import MOST_VOCAB, SampleState, sample
 from flashllm.engine.arrays import empty
 from flashllm.engine.communicator import Communicator
 from flashllm.engine.forward import Activations, Forward, Kind, Operation, Rows, numpy_type, run
 from flashllm.engine.kv_cache import KvCache
-from flashllm.engine.prompts import Chunk, chunks_of, pad_rows
+from flashllm.engine.prompts import Chunk, check_tokens, chunks_of, is_list, pad_rows
 from flashllm.engine.runtime import Runtime
 from flashllm.engine.sampling import SamplingOptions, write_options
 from flashllm.engine.weights import Weights
-from flashllm.errors import ArgumentError
+from flashllm.errors import ArgumentError, brief
 from flashllm.models.config import ModelConfig
 
 PREFILL_ROWS = 2048
@@ -30,8 +31,8 @@ PREFILL_ROWS = 2048
 class Engine:
     """Decodes ``batch`` sequences of up to ``capacity`` tokens, prompt and output together.
 
-    The cache, activations and logits are allocated here, what products need beside their operands by the first prompts
-    and steps. Not for several threads at a time.
+    The cache, activations, logits and what the products of a step and of the widest pass need beside their operands
+    are allocated here. Passes of other numbers of rows seldom need more. Not for several threads at a time.
     """
 
     def __init__(
@@ -50,9 +51,7 @@ class Engine:
         check_sizes(config, batch=batch, capacity=capacity)
         if prefill_rows < 1:
             raise ArgumentError("prefill_rows", expected="a number >= 1", got=str(prefill_rows))
-        if any(not 0 <= token < config.vocab for token in stop_tokens):
-            expected = f"tokens in 0..{config.vocab - 1}"
-            raise ArgumentError("stop_tokens", expected=expected, got=str(list(stop_tokens)))
+        check_tokens(stop_tokens, "stop_tokens", vocab=config.vocab)
         self.weights, self.runtime, self.batch, self.capacity = weights, runtime, batch, capacity
         self._prefill_rows = min(prefill_rows, batch * capacity)
         shard, xp = weights.shard, runtime.xp
@@ -61,6 +60,7 @@ class Engine:
             self.cache = KvCache.create(xp, config, shard, slots=batch, capacity=capacity, dtype=kind)
             self.state = SampleState.create(xp, batch=batch, capacity=capacity, stop_tokens=stop_tokens)
             self._activations = Activations(xp, weights, max(batch, self._prefill_rows))
+            self._last = Activations(xp, weights, batch)  # of rows whose logits are wanted, from passes of many
             self.logits = empty(xp, (batch, config.vocab), np.float32, "logits")
             """On the device: what the last token of each sequence was chosen from."""
             self._slots = empty(xp, (batch,), np.int32, "slots")
@@ -73,8 +73,12 @@ class Engine:
                 capacity=capacity,
                 sm_count=runtime.sm_count,
             )
-            self._partials = xp.zeros(max(16, self._plan.workspace_bytes), np.uint8)
+            self._partials = empty(xp, (max(16, self._plan.workspace_bytes),), np.uint8, "workspace of attention")
+            self._partials.fill(0)
             self._forward = Forward(runtime, weights, self.cache, communicator)
+            matrices = [w for block in weights.blocks for w in block.matrices]
+            for rows in (self._prefill_rows, batch):
+                runtime.products.reserve(matrices, rows)
         self._step: Callable[[], None] | None = None
         self._operations: list[Operation] | None = None
         self._begun = False
@@ -84,7 +88,8 @@ class Engine:
         """Memory beside weights and cache."""
         arrays = (self.logits, self._slots, self._partials, *vars(self.state).values())
         own = sum(int(array.nbytes) for array in arrays)
-        return own + self._activations.nbytes + self._forward.nbytes + self.runtime.products.workspace_bytes
+        activations = self._activations.nbytes + self._last.nbytes
+        return own + activations + self._forward.nbytes + self.runtime.products.workspace_bytes
 
     def start(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> None:
         """Read the prompts, one for each sequence of the batch, and choose the first token of each.
@@ -94,20 +99,19 @@ class Engine:
         """
         self._check_prompts(prompts, options)
         self._begun = False  # from now on the cache is neither the old prompts' nor, until the end, the new ones'
-        runtime, state, rows = self.runtime, self.state, len(prompts)
+        runtime, state, last = self.runtime, self.state, self._last
         with runtime.active():
             write_options(state, options)
             for array in (state.counts, state.finished):
                 array.fill(0)
             runtime.send(state.positions, np.array([len(prompt) for prompt in prompts], np.int32))
-            last = Activations(runtime.xp, self.weights, rows)
             for chunk in chunks_of(prompts, self._prefill_rows):
                 a = self._prefill(chunk)
                 if chunk.ends:
                     slots, ends = (runtime.xp.asarray(one) for one in zip(*chunk.ends, strict=True))
                     last.residual[slots] = a.residual[ends]
                     last.y[slots] = a.y[ends]
-            self._forward.prepare_head(rows)
+            self._forward.prepare_head(self.batch)
             run(self._forward.head(last, self.logits))
             sample(runtime.launch, logits=self.logits, state=state, advance_positions=False)
         self._begun = True
@@ -165,7 +169,7 @@ class Engine:
         self.start(prompts, options)
         longest = max(one.max_new_tokens for one in options)
         for first in range(1, longest, look_every):
-            if self.counts()[1]:
+            if self.runtime.fetch(self.state.finished).all():
                 break
             for _ in range(first, min(first + look_every, longest)):
                 self.step()
@@ -176,13 +180,14 @@ class Engine:
     ) -> Iterator[list[tuple[int, int]]]:
         """After every step the tokens that came: sequence and token."""
         self.start(prompts, options)
-        seen = np.zeros(len(prompts), np.int32)
-        while True:
-            counts, done = self.counts()
-            output = self.runtime.fetch(self.state.output)
-            yield [(i, int(output[i, seen[i]])) for i in range(len(prompts)) if counts[i] > seen[i]]
-            seen = counts
-            if done:
+        ended = np.zeros(self.batch, np.bool_)
+        for place in count():  # of a step's tokens in the output: every sequence that goes on gets one
+            with self.runtime.active():
+                found = self.runtime.xp.stack((self.state.output[:, place], self.state.finished))
+            tokens, finished = self.runtime.fetch(found)
+            yield [(int(i), int(tokens[i])) for i in np.flatnonzero(~ended)]
+            ended = finished != 0
+            if ended.all():
                 return
             self.step()
 
@@ -232,8 +237,8 @@ class Engine:
         return a
 
     def _slice(self, a: Activations, first: int, rows: int) -> Activations:
-        """Copies of some rows, where each array is aligned."""
-        part = Activations(self.runtime.xp, self.weights, rows)
+        """Copies of some rows, where each array is aligned: valid until the next ones."""
+        part = self._last.first(rows)
         part.residual[...] = a.residual[first : first + rows]
         part.y[...] = a.y[first : first + rows]
         return part
@@ -241,6 +246,8 @@ class Engine:
     def _check_prompts(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions] | None) -> None:
         vocab = self.weights.config.vocab
         least = 1 if options is None else self.batch
+        if not is_list(prompts):
+            raise ArgumentError("prompts", expected="a sequence of sequences of tokens", got=brief(prompts))
         if not least <= len(prompts) <= self.batch:
             expected = f"{self.batch} of them" if least == self.batch else f"1..{self.batch} of them"
             raise ArgumentError("prompts", expected=expected, got=str(len(prompts)))
@@ -252,24 +259,25 @@ class Engine:
 
 
 def check_sizes(config: ModelConfig, *, batch: int, capacity: int) -> None:
-    """Raise ``ArgumentError`` for a batch or length that the model cannot have, and for heads without a kernel."""
+    """Raise ``ArgumentError`` for a batch or length that the model cannot have, and for what no kernel is made for."""
     check_heads(config.heads, config.kv_heads, config.head_dim)
-    if batch < 1:
-        raise ArgumentError("batch", expected="a number >= 1", got=str(batch))
+    if config.vocab > MOST_VOCAB:
+        raise ArgumentError("vocab", expected=f"at most {MOST_VOCAB} tokens", got=str(config.vocab))
+    if not 1 <= batch <= MAX_ROWS:
+        raise ArgumentError("batch", expected=f"1..{MAX_ROWS}", got=str(batch))
     if not 1 <= capacity <= config.positions:
         expected = f"1..{config.positions}, the positions of the model, for prompt and output together"
         raise ArgumentError("capacity", expected=expected, got=str(capacity))
+    check_capacity(capacity, config.head_dim)
 
 
 def check_prompt(prompt: Sequence[int], name: str, *, vocab: int, capacity: int, new_tokens: int) -> None:
-    """Raise ``ArgumentError`` for a prompt, called ``name``, that is empty, has tokens unknown to the model, or is too
-    long with ``new_tokens`` behind it.
+    """Raise ``ArgumentError`` for a prompt, called ``name``, that is no sequence of tokens of the model, is empty, or
+    is too long with ``new_tokens`` behind it.
     """
+    check_tokens(prompt, name, vocab=vocab)
     if not len(prompt):
         raise ArgumentError(name, expected="at least one token", got="none")
-    for token in prompt:
-        if not 0 <= token < vocab:
-            raise ArgumentError(name, expected=f"tokens in 0..{vocab - 1}", got=str(token))
     if len(prompt) + new_tokens > capacity:
         expected = f"at most {capacity} tokens, prompt and output together"
         raise ArgumentError(name, expected=expected, got=f"{len(prompt)} + {new_tokens}")

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from flashllm.engine.communicator import Communicator
-from flashllm.engine.engine import Engine, check_prompt, check_sizes
+from flashllm.engine.engine import PREFILL_ROWS, Engine, check_prompt, check_sizes
+from flashllm.engine.prompts import is_list, pad_rows
 from flashllm.engine.runtime import Runtime
 from flashllm.engine.sampling import SamplingOptions
 from flashllm.engine.shard import WHOLE, Shard
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _GENERATION_NAME = "generation_config.json"
 _EOS = "eos_token_id"
-_CONTEXT = 8  # tokens of a prompt before the first new one, whose text may depend on them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ class Generation:
         stop_tokens: Sequence[int],
         communicator: Communicator | None,
     ) -> None:
-        self.prompts = [list(prompt) for prompt in prompts]
+        self.prompts = [[int(token) for token in prompt] for prompt in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
         """New ones of each sequence."""
         self.texts = [""] * len(prompts)
@@ -203,6 +203,7 @@ class Generation:
             model.runtime,
             batch=len(prompts),
             capacity=_room(prompts, options),
+            prefill_rows=pad_rows(sum(map(len, prompts)), PREFILL_ROWS),  # memory for wider passes would be wasted
             stop_tokens=stop_tokens,
             communicator=communicator,
         )
@@ -210,10 +211,8 @@ class Generation:
     def __iter__(self) -> Iterator[Piece]:
         if self._seconds:
             raise ArgumentError("generation", expected="one iteration", got="a second one")
-        streams = [] if self._tokenizer is None else [TextStream(self._tokenizer) for _ in self.prompts]
-        for stream, prompt in zip(streams, self.prompts, strict=False):
-            for token in prompt[-_CONTEXT:]:
-                stream.push(token)
+        tokenizer = self._tokenizer
+        streams = [] if tokenizer is None else [TextStream(tokenizer, prompt) for prompt in self.prompts]
         for found in self._timed_steps():
             for sequence, token in found:
                 self.tokens[sequence].append(token)
@@ -269,7 +268,9 @@ def generate_text(
     ``ArgumentError`` for prompts that the model cannot continue, ``DeviceMemoryError``, and what
     :meth:`ModelText.encode` does.
     """
-    encoded = [model.text.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    if not is_list(prompts):
+        raise ArgumentError("prompts", expected="a sequence of texts or of tokens", got=brief(prompts))
+    encoded = [model.text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     each = [options] * len(encoded) if isinstance(options, SamplingOptions) else list(options)
     if len(each) != len(encoded):
         raise ArgumentError("options", expected=f"{len(encoded)}, one for each prompt", got=str(len(each)))

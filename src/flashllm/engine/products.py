@@ -2,7 +2,8 @@
 """y[R, M] = x[R, K] @ W[M, K]^T inside an engine: packed weights by ``spmm``, dense ones by cuBLAS.
 
 Each product is prepared once for its number of rows: a plan or cuBLAS's fastest algorithm is chosen, memory taken. From
-then on a product allocates nothing and can be captured.
+then on a product allocates nothing and can be captured. Memory may be reserved before: only packed weights need any, so
+no algorithm is timed for rows that may never come.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ _REPEATS = 3
 class Products(Protocol):
     """How an engine multiplies. A matrix W is a ``SparseWeight`` or a dense [M, K] array on the engine's device."""
 
+    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
+        """Take the memory that products of ``rows`` rows with these matrices need. Raises ``DeviceMemoryError``."""
+
     def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
-        """Choose how products of ``rows`` rows with these matrices are computed.
+        """Choose how products of ``rows`` rows with these matrices are computed, and reserve their memory.
 
         ``out="fp32"``: y is fp32, for dense matrices; else it has the type of x. Dense ones that are given together
         should be what a pass multiplies by: candidates are timed with them. Without ``timed`` cuBLAS chooses, the same
@@ -54,6 +58,9 @@ class HostProducts:
 
     def __init__(self, backend: str) -> None:
         self._backend = backend
+
+    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
+        """Nothing to reserve."""
 
     def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """Nothing to prepare."""
@@ -94,16 +101,13 @@ class GpuProducts:
         self._outgrown: list[Any] = []
         """Memory that graphs captured before still use."""
 
-    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
+    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
         """As :class:`Products` says."""
         from flashllm import matmul
 
-        dense: dict[tuple[Any, ...], list[Any]] = {}
         plans: dict[tuple[int, int], tuple[SparseWeight, Any]] = {}
         for w in matrices:
-            if not isinstance(w, SparseWeight):
-                dense.setdefault(self._key(w, rows, out), []).append(w)
-            elif (id(w), rows) not in self._plans:
+            if isinstance(w, SparseWeight) and (id(w), rows) not in self._plans:
                 plans[id(w), rows] = (w, matmul.plan(w, rows))
         needed: dict[str, int] = {}
         for _, plan in plans.values():
@@ -112,6 +116,14 @@ class GpuProducts:
         for name, size in needed.items():
             self._reserve(name, size)
         self._plans |= plans  # only now: a plan that is kept has its memory
+
+    def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
+        """As :class:`Products` says."""
+        self.reserve(matrices, rows)
+        dense: dict[tuple[Any, ...], list[Any]] = {}
+        for w in matrices:
+            if not isinstance(w, SparseWeight):
+                dense.setdefault(self._key(w, rows, out), []).append(w)
         for key, found in dense.items():
             if key not in self._dense:
                 self._dense[key] = self._fastest(key, found[:_TIMED_WEIGHTS]) if timed else self._default(key)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts as the rows of passes: one behind the other, without padding between them, some at a time."""
+"""Prompts: what may be one, and the rows of passes, one behind the other, without padding between, some at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flashllm.errors import ArgumentError, brief
+from flashllm.formats.check import is_int
 
 _STEP = 64
 """Rows of a pass are a multiple of it, so that products are planned for few numbers of rows."""
@@ -44,6 +48,25 @@ class Chunk:
             positions=np.pad(self.positions, (0, more), constant_values=-1),
             slots=np.pad(self.slots, (0, more)),
         )
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether ``value`` is a sequence, or an array, of anything; a text is none."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
+def check_tokens(tokens: object, name: str, *, vocab: int) -> None:
+    """Raise ``ArgumentError`` unless ``tokens``, called ``name``, are a sequence of integers 0 to ``vocab - 1``.
+
+    They may be NumPy's.
+    """
+    if not is_list(tokens):
+        raise ArgumentError(name, expected="a sequence of tokens", got=brief(tokens))
+    for token in tokens:
+        if not (is_int(token) or isinstance(token, np.integer)) or not 0 <= token < vocab:
+            raise ArgumentError(name, expected=f"tokens in 0..{vocab - 1}", got=brief(token))
 
 
 def pad_rows(rows: int, most: int) -> int:

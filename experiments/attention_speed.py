@@ -62,7 +62,7 @@ class Case:
             capacity=self.capacity,
             sm_count=sm_count,
         )
-        return plan if splits == PLANNED else replace(plan, splits=splits)
+        return plan if splits == PLANNED else replace(plan, splits=splits, common_splits=splits)
 
 
 class Operands:

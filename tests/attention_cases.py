@@ -144,8 +144,8 @@ def placed(xp: Any, array: NDArray[Any]) -> Any:
     return xp.asarray(array if plain else array.view(np.uint16))
 
 
-def plan_of(case: Case, rows: int, splits: int | None = None) -> AttentionPlan:
-    """A plan for a GPU of four multiprocessors, or with so many splits."""
+def plan_of(case: Case, rows: int, splits: int | None = None, common: int | None = None) -> AttentionPlan:
+    """A plan for a GPU of four multiprocessors, or with so many splits, all of them or ``common`` for any row."""
     plan = plan_attention(
         rows=rows,
         heads=case.heads,
@@ -154,12 +154,14 @@ def plan_of(case: Case, rows: int, splits: int | None = None) -> AttentionPlan:
         capacity=case.capacity,
         sm_count=4,
     )
-    return plan if splits is None else replace(plan, splits=splits)
+    return plan if splits is None else replace(plan, splits=splits, common_splits=common or splits)
 
 
-def decode(launch: Launch, xp: Any, case: Case, given: Operands, *, splits: int | None = None) -> NDArray[Any]:
+def decode(
+    launch: Launch, xp: Any, case: Case, given: Operands, *, splits: int | None = None, common: int | None = None
+) -> NDArray[Any]:
     """Attention of every row, twice with one workspace: the same bits."""
-    plan = plan_of(case, len(given.q), splits)
+    plan = plan_of(case, len(given.q), splits, common)
     workspace = xp.full(plan.workspace_bytes, 0xFF, np.uint8) if plan.workspace_bytes else None
     if workspace is not None:
         workspace[: 4 * plan.rows * plan.grid[0]] = 0  # counters; what the rest holds, NaN here, must not matter

@@ -158,7 +158,7 @@ FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& 
 // keys and values [slot_count, key heads, capacity, head_dim]. A row of a slot that there is not or of a negative
 // position is left out. kGroup query heads share a key head.
 //
-// Grid: key heads, rows, splits. With more than one split, `counters` has a zero for each block of a split, and again
+// Grid: key heads, rows, splits, of which `common` are for rows of any length (shares::Share). With more than one split, `counters` has a zero for each block of a split, and again
 // in the end; `softmaxes` and `partials` are for what splits leave to be put together (shares::Meeting). scale: log2(e)
 // / sqrt(head_dim), as a rule.
 //
@@ -167,7 +167,7 @@ template <typename T, int kChunks, int kGroup>
 __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks, kGroup>::kMinBlocks)
     decode_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
                      unsigned* counters, float2* softmaxes, float4* partials, int head_dim, int slot_count,
-                     int capacity, float scale) {
+                     int capacity, float scale, int common) {
   using namespace attention;
   using S = Shape<kChunks, kGroup>;
   FLASHLLM_DYNAMIC_SHARED(shared);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   const int kv_heads = gridDim.x, kv_head = blockIdx.x;
   const int row = blockIdx.y;
   const int slot = slots[row], position = min(positions[row], capacity - 1);
-  const shares::Share share(position + 1, gridDim.z, blockIdx.z, S::kStep);
+  const shares::Share share(position + 1, gridDim.z, common, blockIdx.z, S::kStep);
   // First of both at once, or one would be loaded only once the other has come.
   if (min(slot, position) < 0 || slot >= slot_count || share.is_empty()) return ptx::grid_dependency_wait();
 

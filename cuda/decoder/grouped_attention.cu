@@ -154,7 +154,7 @@ template <typename T, int kDim, int kGroup>
 __global__ void __launch_bounds__(shares::kThreads)
     grouped_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
                       unsigned* counters, float2* softmaxes, float4* partials, int head_dim, int slot_count,
-                      int capacity, float scale, int kv_heads, int group, int block_heads) {
+                      int capacity, float scale, int common, int kv_heads, int group, int block_heads) {
   using namespace grouped;
   using S = Shape<kDim, kGroup>;
   FLASHLLM_DYNAMIC_SHARED(shared);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(shares::kThreads)
   const int heads = min(block_heads, group - first_in_group);
   const long long block_offset =  // of its queries and its results
       (static_cast<long long>(row * kv_heads + kv_head) * group + first_in_group) * head_dim;
-  const shares::Share share(position + 1, gridDim.z, blockIdx.z, kTile);
+  const shares::Share share(position + 1, gridDim.z, common, blockIdx.z, kTile);
   const bool nothing = min(slot, position) < 0 || slot >= slot_count || share.is_empty();
   if (nothing) return ptx::grid_dependency_wait();
 

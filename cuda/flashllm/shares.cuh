@@ -14,16 +14,18 @@ namespace shares {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / rows::kLanes;
 constexpr int kQuad = 4;    // elements of a thread when sums are put together
-constexpr int kLeast = 64;  // positions of a split, below which another one costs more than it saves
+constexpr int kLeast = 64;   // positions of a split, below which another one costs more than it saves
+constexpr int kLong = 1024;  // so many would keep others waiting, were they one block's
 constexpr int kAtOnce = 8;  // splits whose sums a thread asks for together: they do not wait for one another
 
-// Which positions of a row a split has: as equal shares as whole steps allow, and no more shares than have kLeast
-// positions each. The other splits have none.
+// Which positions of a row a split has: as equal shares as whole steps allow. There are `common` shares, unless they
+// have less than kLeast positions each; more where they have kLong and there are splits for it: the row may be longer
+// than others, whose blocks end sooner. The other splits have none.
 struct Share {
   int begin, end, split, size, length;
 
-  FLASHLLM_DEVICE Share(int length, int splits, int split, int step) : split(split), length(length) {
-    const int wanted = max(1, min(splits, length / kLeast));
+  FLASHLLM_DEVICE Share(int length, int splits, int common, int split, int step) : split(split), length(length) {
+    const int wanted = max(1, min(splits, max(min(common, length / kLeast), length / kLong)));
     size = (length + wanted * step - 1) / (wanted * step) * step;
     begin = split * size;
     end = min(length, begin + size);

@@ -106,6 +106,22 @@ def test_more_splits_than_a_thread_asks_for_at_once(case: Case) -> None:
 
 
 @every((PAIRED, GROUPED))
+def test_long_rows_have_more_splits_than_others(case: Case) -> None:
+    """Two of three blocks share 2050 positions, and leave their sums; 1023 are one block's."""
+    case = replace(case, heads=case.heads // case.kv_heads, kv_heads=1, capacity=2100, ends=(2050, 1023, 5))
+    given = operands(case)
+    counts: list[Any] = []
+
+    def counted(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> None:
+        counts.append(emulator.launch(spec, grid, args))
+
+    for splits in (3, 1):
+        assert_decoded(case, given, cases.decode(counted, np, case, given, splits=splits, common=1))
+    more = counts[0].global_write_bytes - counts[-1].global_write_bytes
+    assert 2 <= more / (4 * case.heads * case.head_dim) < 3
+
+
+@every((PAIRED, GROUPED))
 def test_one_position_of_all_is_found(case: Case) -> None:
     """Its score is so much higher that the others' weights are zero: out is its value."""
     given = operands(case)
@@ -187,14 +203,17 @@ def test_prefill_is_exact_for_equal_scores(case: Case) -> None:
 def test_splits_follow_from_the_work() -> None:
     """Few rows are shared by many blocks, none of them short of positions; many rows are not."""
     sizes: dict[str, int] = {"heads": 72, "kv_heads": 72, "head_dim": 128, "sm_count": 132}
-    splits = [plan_attention(rows=rows, capacity=4096, **sizes).splits for rows in (1, 8, 64)]
-    assert splits == sorted(splits, reverse=True)
-    assert splits[0] > splits[1] > splits[2] == 1
-    assert plan_attention(rows=1, capacity=640, **sizes).splits == 10
-    assert plan_attention(rows=1, capacity=63, **sizes).splits == 1
-    assert plan_attention(rows=64, capacity=4096, **sizes).workspace_bytes == 0
+
+    def splits(*, rows: int, capacity: int) -> tuple[int, int]:
+        plan = plan_attention(rows=rows, capacity=capacity, **sizes)
+        assert (plan.workspace_bytes == 0) == (plan.splits == 1)
+        return plan.common_splits, plan.splits
+
+    assert [splits(rows=rows, capacity=1000) for rows in (1, 2, 3, 4, 64)] == [(4, 4), (2, 2), (2, 2), (1, 1), (1, 1)]
+    assert [splits(rows=1, capacity=capacity) for capacity in (63, 192, 4096, 8192)] == [(1, 1), (3, 3), (4, 4), (4, 8)]
+    assert [splits(rows=8, capacity=capacity) for capacity in (2047, 2048, 8192)] == [(1, 1), (1, 2), (1, 8)]
     sizes |= {"heads": 64, "kv_heads": 8}
-    assert [plan_attention(rows=rows, capacity=4096, **sizes).splits for rows in (1, 64, 128)] == [16, 2, 2]
+    assert [splits(rows=rows, capacity=1000) for rows in (1, 64, 128)] == [(15, 15), (2, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ _THREADS = 128
 _WARPS = 4
 _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
 _CHUNKS = (1, 2, 4)  # of such loads of a lane for one position
-_LEAST = 64  # positions of a split of a full cache; the kernels make no shorter ones either
+_LEAST, _LONG = 64, 1024  # positions, as in cuda/flashllm/shares.cuh
 _BLOCKS_PER_SM = 2  # wanted: with more, one split was faster than any other number on an H200, from 8 rows on
 # Of the kernel of groups. Its blocks have tens of kilobytes under way each, and what a split leaves is up to a quarter
 # of what it reads: on an H200 two splits were the fastest of 2, 3, 5 and 9 at 320 and 600 positions, for 8 rows and 64.
-_LEAST_GROUPED_SPLITS = 2
+_GROUPED_SPLITS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,9 @@ class AttentionPlan:
     """Positions that a slot of the cache has room for."""
     splits: int
     """Blocks that share the positions of a row and head of keys; short rows leave some of them without work."""
+    common_splits: int
+    """Of them, those that any row has which is not short: more are for rows of thousands of positions, which would
+    keep the others waiting."""
 
     @property
     def group(self) -> int:
@@ -91,8 +94,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan for ``rows`` queries of ``heads`` heads, on a GPU of ``sm_count`` multiprocessors.
 
-    Positions are split until every multiprocessor has some blocks to run, or splits of a full cache get short. Raises
-    ``ArgumentError`` for sizes that no kernel is made for.
+    Positions are split until every multiprocessor has some blocks to run, or splits of a full cache get short; and
+    where one would have thousands. Raises ``ArgumentError`` for sizes that no kernel is made for.
     """
     sizes = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "capacity": capacity, "sm_count": sm_count}
     for name, size in sizes.items():
@@ -102,13 +105,15 @@ def plan_attention(
         raise ArgumentError("rows", expected=f"at most {MAX_ROWS}", got=str(rows))
     check_heads(heads, kv_heads, head_dim)
     check_capacity(capacity, head_dim)
-    plan = AttentionPlan(rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, splits=1)
+    geometry = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
+    plan = AttentionPlan(**geometry, splits=1, common_splits=1)
     blocks = math.prod(plan.grid)
     if plan.is_grouped:
-        wanted = max(_LEAST_GROUPED_SPLITS, sm_count // blocks)
+        wanted = max(_GROUPED_SPLITS, sm_count // blocks)
     else:
         wanted = -(-_BLOCKS_PER_SM * sm_count // blocks)
-    return replace(plan, splits=max(1, min(wanted, capacity // _LEAST)))
+    common = max(1, min(wanted, capacity // _LEAST))
+    return replace(plan, splits=max(common, capacity // _LONG), common_splits=common)
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
@@ -175,11 +180,12 @@ def attention(
     if plan.splits > 1:
         memory = _memory(plan, workspace)
     arrays = (q, keys, values, slots, positions, out, *memory)
-    scalars = (*map(np.int32, (plan.head_dim, slot_count, plan.capacity)), score_scale(plan.head_dim))
+    sizes = map(np.int32, (plan.head_dim, slot_count, plan.capacity))
+    scalars = (*sizes, score_scale(plan.head_dim), np.int32(plan.common_splits))
     if plan.is_grouped:
         spec = grouped_attention.spec(kind, head_dim=plan.head_dim, block_heads=plan.block_heads)
-        sizes = (plan.kv_heads, plan.group, plan.block_heads)
-        launch(spec, plan.grid, (*arrays, *scalars, *map(np.int32, sizes)))
+        groups = map(np.int32, (plan.kv_heads, plan.group, plan.block_heads))
+        launch(spec, plan.grid, (*arrays, *scalars, *groups))
     else:
         chunks = next(chunks for chunks in _CHUNKS if chunks * _CHUNK_ELEMENTS >= plan.head_dim)
         launch(_spec(kind, chunks, plan.group), plan.grid, (*arrays, *scalars))

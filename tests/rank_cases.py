@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +20,53 @@ import engine_cases
 from flashllm import graphs
 from flashllm.engine.communicator import CommunicationError
 from flashllm.engine.engine import Engine
-from flashllm.engine.parallel import PEER_FAILED, Group, open_group
+from flashllm.engine.parallel import Group, open_group
 from flashllm.engine.runtime import GpuRuntime
-from flashllm.formats.bits import bfloat16
+from flashllm.statuses import PEER_FAILED
 
 SIZES = (1, 7, 4096, 100_003)
 REPLAYS = 3
 _FENCE = 8
-_NAN = 0x7FFF  # in fp16 and bf16
+_NAN = 0x7FDA  # in fp16 and bf16
 
 
-def check_sums(communicator: Any, *, rank: int, count: int) -> None:
-    """Sums of small integers are exact, one by one and in a graph that is replayed while its input changes."""
+def check_gathers(communicator: Any, *, rank: int, count: int) -> None:
+    """Parts come as they were, one by one and in a graph that is replayed while they change."""
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
     for size, kind in ((size, kind) for size in SIZES for kind in (np.float16, np.uint16)):
         with stream:
             given = cupy.zeros(size, kind)
-            fenced = cupy.full(size + 2 * _FENCE, _NAN, np.uint16)
-            summed = fenced[_FENCE:-_FENCE].view(kind)
+            fenced = cupy.empty(count * size + 2 * _FENCE, np.uint16)
+            parts = fenced[_FENCE:-_FENCE].view(kind).reshape(count, size)
 
-            def add(given: Any = given, summed: Any = summed) -> None:
-                summed[...] = given
-                communicator.all_reduce(summed)
+            def gather(given: Any = given, fenced: Any = fenced, parts: Any = parts) -> None:
+                fenced.fill(_NAN)
+                parts[rank] = given
+                communicator.all_gather(parts)
 
-            add()
-            graph = graphs.capture(add, stream)
+            gather()
+            graph = graphs.capture(gather, stream)
             for step in range(REPLAYS):
-                given.set(_values(rank, step, size, kind), stream=stream)
+                given.set(_bits(rank, step, size).view(kind), stream=stream)
                 graph.launch(stream)
                 found = fenced.get(stream=stream)
                 stream.synchronize()
-                exact = sum(_wide(_values(one, step, size, kind)) for one in range(count))
-                np.testing.assert_array_equal(_wide(found[_FENCE:-_FENCE].view(kind)), exact)
-                np.testing.assert_array_equal(np.r_[found[:_FENCE], found[-_FENCE:]], np.uint16(_NAN))
+                fence = np.full(_FENCE, _NAN, np.uint16)
+                wanted = [fence, *(_bits(one, step, size) for one in range(count)), fence]
+                np.testing.assert_array_equal(found, np.concatenate(wanted))
             del graph  # before its communicator
 
 
-def _values(rank: int, step: int, size: int, kind: Any) -> NDArray[Any]:
-    numbers = (np.arange(size) + 3 * rank + step) % 17 - 8
-    return numbers.astype(np.float16) if kind == np.float16 else numbers.astype(bfloat16()).view(kind)
+def _bits(rank: int, step: int, size: int) -> NDArray[np.uint16]:
+    """Any, also of NaNs and of numbers that are not normal."""
+    return np.random.default_rng((rank, step)).integers(0, 1 << 16, size, np.uint16)
 
 
-def _wide(array: NDArray[Any]) -> NDArray[np.float32]:
-    return (array.view(bfloat16()) if array.dtype == np.uint16 else array).astype(np.float32)
-
-
-def sums(group: Group) -> None:
-    """As :func:`check_sums` says."""
-    check_sums(group.communicator, rank=group.rank, count=group.count)
+def gathers(group: Group) -> None:
+    """As :func:`check_gathers` says."""
+    check_gathers(group.communicator, rank=group.rank, count=group.count)
 
 
 def engine(group: Group, folder: str, kind: str, dtype: Any, format: str) -> None:
@@ -91,30 +91,37 @@ def engine(group: Group, folder: str, kind: str, dtype: Any, format: str) -> Non
 
 
 def killed(group: Group) -> None:
-    """The last rank is killed while all replay a graph of sums as fast as they can. Rank 0 says when."""
+    """The last rank is killed while all replay a graph of gathers as fast as they can. Rank 0 says when."""
+    for replay in _replays(group):
+        if replay == 0 and group.rank == group.count - 1:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def raised(group: Group) -> None:
+    """The last rank ends with an exception while its graph waits for the others, whose end Python does not survive."""
+    for replay in _replays(group):
+        if replay == 100 and group.rank == group.count - 1:
+            raise ValueError("rank of this test")
+
+
+def _replays(group: Group) -> Iterator[int]:
     import cupy
 
     assert group.communicator is not None
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        array = cupy.zeros(2**20, np.float16)
-        group.communicator.all_reduce(array)
-        communicator = group.communicator
-
-        def add() -> None:
-            communicator.all_reduce(array)
-
-        graph = graphs.capture(add, stream)
+        parts = cupy.zeros((group.count, 2**20), np.float16)
+        group.communicator.all_gather(parts)
+        graph = graphs.capture(partial(group.communicator.all_gather, parts), stream)
         group.rendezvous.barrier()
         print("replaying", flush=True)
-        if group.rank == group.count - 1:
-            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        while True:
+        for replay in itertools.count():
+            yield replay
             graph.launch(stream)
             stream.synchronize()
 
 
-CASES: dict[str, Any] = {"sums": sums, "engine": engine, "killed": killed}
+CASES: dict[str, Any] = {"gathers": gathers, "engine": engine, "killed": killed, "raised": raised}
 
 if __name__ == "__main__":
     try:

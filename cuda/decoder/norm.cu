@@ -5,15 +5,20 @@
 
 namespace flashllm {
 
+constexpr int kLoads = 4;  // of one thread, of a sum's parts, that are under way together
+
 // residual += y + y_bias (where these are), x = norm(residual) * weight (+ bias), rows of `hidden` elements. kLayer:
-// mean 0 and variance 1, else (RMS) mean square 1. The row stays in registers: `hidden` is a multiple of 8 and at most
-// kThreads x kVectors x 8.
+// mean 0 and variance 1, else (RMS) mean square 1. y is a sum: parts, `part_size` elements from one to the next, which
+// are added in fp32 and in their order. The row stays in registers: `hidden` is a multiple of 8 and at most kThreads x
+// kVectors x 8.
 template <typename T, bool kLayer, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads)
-    add_norm(float* residual, const T* y, const T* __restrict__ y_bias, const T* __restrict__ weight,
-             const T* __restrict__ bias, int hidden, float eps, T* x) {
+    add_norm(float* residual, const T* y, int parts, long long part_size, const T* __restrict__ y_bias,
+             const T* __restrict__ weight, const T* __restrict__ bias, int hidden, float eps, T* x) {
   using rows::kVector;
   using Packed = rows::Packed<kVector>;
+  constexpr int kPartsAtOnce = kLoads / kVectors;
+  static_assert(kLoads % kVectors == 0, "whole parts are under way");
   __shared__ float sums[2][rows::kLanes];
   const long long row = static_cast<long long>(blockIdx.x) * hidden;
   const auto column = [](int v) { return (v * kThreads + static_cast<int>(threadIdx.x)) * kVector; };
@@ -37,14 +42,19 @@ __global__ void __launch_bounds__(kThreads)
     if (column(v) < hidden) rows::load_floats(residual + row + column(v), values[v]);
   }
   if (y != nullptr) {
+    const auto add_part = [&](long long part) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (column(v) < hidden) rows::add<T>(values[v], rows::load<kVector>(y + part * part_size + row + column(v)));
+      }
+    };
+    add_part(0);  // apart from the loop, which one part would have to wait for
+#pragma unroll kPartsAtOnce
+    for (int part = 1; part < parts; ++part) add_part(part);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (column(v) < hidden) {
-        float sum[kVector];
-        rows::unpack<T>(rows::load<kVector>(y + row + column(v)), sum);
-        rows::add<T>(sum, more[v]);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) values[v][i] += sum[i];
+        rows::add<T>(values[v], more[v]);
         rows::store_floats(residual + row + column(v), values[v]);
       }
     }
@@ -86,8 +96,8 @@ __global__ void __launch_bounds__(kThreads)
 // The same for rows of any length: element by element, and the residual is read again from memory after each sum.
 template <typename T, bool kLayer, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    add_norm_any(float* residual, const T* y, const T* __restrict__ y_bias, const T* __restrict__ weight,
-                 const T* __restrict__ bias, int hidden, float eps, T* x) {
+    add_norm_any(float* residual, const T* y, int parts, long long part_size, const T* __restrict__ y_bias,
+                 const T* __restrict__ weight, const T* __restrict__ bias, int hidden, float eps, T* x) {
   __shared__ float sums[2][rows::kLanes];
   const long long row = static_cast<long long>(blockIdx.x) * hidden;
   const auto element = [](const T* array, long long at) {
@@ -100,7 +110,11 @@ __global__ void __launch_bounds__(kThreads)
 
   // Each thread reads what it wrote itself.
   if (y != nullptr) {
-    for (int c = threadIdx.x; c < hidden; c += kThreads) residual[row + c] += element(y, row + c) + element(y_bias, c);
+    for (int c = threadIdx.x; c < hidden; c += kThreads) {
+      float value = residual[row + c];
+      for (int part = 0; part < parts; ++part) value += element(y, part * part_size + row + c);
+      residual[row + c] = value + element(y_bias, c);
+    }
   }
   const float share = 1.0f / static_cast<float>(hidden);
   float mean = 0.0f;

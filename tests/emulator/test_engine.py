@@ -131,16 +131,18 @@ def test_what_is_drawn_depends_on_prompt_and_seed_alone(engine: Engine) -> None:
     assert alone.generate([second], options(6)) == [drawn[1]]
 
 
-@pytest.mark.parametrize(("kind", "format"), [("opt", None), ("qwen2", "tiled-csl")])
-def test_two_halves_are_the_whole(tmp_path: Path, kind: str, format: str | None) -> None:
-    model = make_model(tmp_path / kind, kind, "fp16", **DIVISIBLE[kind])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "format", "count"), [("opt", "fp16", None, 4), ("qwen2", "bf16", "tiled-csl", 2)]
+)
+def test_parts_are_the_whole(tmp_path: Path, kind: str, dtype: DType, format: str | None, count: int) -> None:
+    model = make_model(tmp_path / kind, kind, dtype, **DIVISIBLE[kind])
     model.load(np, format)  # converted before threads ask for it
-    group = ThreadGroup(2)
+    group = ThreadGroup(count)
     outputs: dict[int, Any] = {}
 
     def work(index: int) -> None:
         try:
-            weights = model.load(np, format, shard=Shard(index=index, count=2))
+            weights = model.load(np, format, shard=Shard(index=index, count=count))
             engine = Engine(
                 weights,
                 HostRuntime("reference"),
@@ -156,7 +158,7 @@ def test_two_halves_are_the_whole(tmp_path: Path, kind: str, format: str | None)
             outputs[index] = error
             raise
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -164,5 +166,6 @@ def test_two_halves_are_the_whole(tmp_path: Path, kind: str, format: str | None)
     for found in outputs.values():
         if isinstance(found, BaseException) and not isinstance(found, CommunicationError):
             raise found
-    assert outputs[0][0] == outputs[1][0]
-    np.testing.assert_array_equal(outputs[0][1], outputs[1][1])
+    for tokens, logits in outputs.values():
+        assert tokens == outputs[0][0]
+        np.testing.assert_array_equal(logits, outputs[0][1])

@@ -60,7 +60,7 @@ class Chain:
         for kind in norm.KINDS:
             norm.add_norm(
                 **half, kind=kind, residual=self._residual, x=self._x, weight=self._weight, eps=1e-5, bias=self._bias,
-                y=self._x if kind == "layer" else None,
+                y=self._x[None] if kind == "layer" else None,
             )  # fmt: skip
         append.append(
             **half, qkv=self._x, slots=self._slots, positions=self.positions, q=self._q, keys=self._keys,

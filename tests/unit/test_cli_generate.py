@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,6 +18,7 @@ from flashllm.cli.main import command
 from flashllm.convert.run import convert
 from flashllm.engine import generate
 from flashllm.engine.generate import Generation, LoadedModel, ModelFiles, ModelText, Report
+from flashllm.engine.parallel import Group
 from flashllm.engine.sampling import SamplingOptions
 from flashllm.errors import FormatError, MissingDependencyError
 from model_cases import VOCAB, write_checkpoint, write_tokenizer
@@ -170,6 +174,43 @@ def test_refused_before_weights_are_read(
 
     monkeypatch.setattr(generate, "load", read)
     assert message in refused(tokens_only, *options)
+
+
+class Second:
+    """What rank 1 of 2 hears from rank 0."""
+
+    def __init__(self, *told: Any) -> None:
+        self.told, self.facts = list(told), dict[str, Any]()
+
+    def broadcast(self, value: Any, *, seconds: float | None) -> Any:
+        assert value is None
+        return self.told.pop(0)
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+
+def test_all_ranks_compute_what_rank_0_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts, options and stop tokens: the file of prompts need not be there for the others."""
+    path = write_checkpoint(tmp_path / "m", "llama", head_dim=8, intermediate_size=54, eos_token_id=5)
+    options = SamplingOptions(temperature=0.5, seed=3, max_new_tokens=4)
+    rendezvous: Any = Second((["6 7"], [asdict(options)]), ([[6, 7]], [9]))
+    group = Group(rank=1, count=2, communicator=None, rendezvous=rendezvous)
+    monkeypatch.setattr("flashllm.cli.generate.tensor_parallel", lambda _: contextlib.nullcontext(group))
+    monkeypatch.setattr("flashllm.backends.select", lambda _: SimpleNamespace(name="cuda"))
+    monkeypatch.setattr("flashllm.engine.runtime.open_runtime", lambda _: None)
+    monkeypatch.setattr(ModelFiles, "load", lambda *_, **__: None)
+    asked: list[Any] = []
+
+    def generated(_: Any, *arguments: Any, stop_tokens: Any, communicator: Any) -> None:
+        asked.extend((*arguments, stop_tokens))
+        raise SystemExit(7)
+
+    monkeypatch.setattr(generate, "generate_text", generated)
+    assert run(path, "--prompts", tmp_path / "nothing", "--seed", 8, "--dtype", "fp16").exit_code == 7
+    assert asked == [[[6, 7]], [options], [9]]
+    with ModelFiles(path) as files:
+        assert rendezvous.facts == {"model": files.fingerprint, "--dtype": "fp16", "--dense": False}
 
 
 def test_heads_and_models_that_cannot_be(tmp_path: Path) -> None:

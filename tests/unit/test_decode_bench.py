@@ -23,6 +23,7 @@ from flashllm.bench.decode_weights import DENSE, PARTS, random_weights, stored_s
 from flashllm.bench.models import MODELS
 from flashllm.bench.rows import Row
 from flashllm.cli.main import command
+from flashllm.engine.forward import Activations
 from flashllm.engine.parallel import alone
 from flashllm.engine.shard import WHOLE, Shard
 from flashllm.errors import ArgumentError, DeviceMemoryError, FormatError
@@ -109,6 +110,9 @@ def test_random_weights_have_the_shapes_and_zeros_asked_for(name: str, shard: Sh
             assert isinstance(w, SparseWeight) == (part != "out")
             assert abs(np.count_nonzero(dense.view(np.uint16)) / dense.size - 0.25) < 0.06
     assert abs(stored_share(weights) - 0.25) < 0.04
+    plan = plan_memory(config, formats, sparsity=0.75, batch=2, prompt=3, output=1, shard=shard)
+    keys_and_values = 2 * 6 * 2 * shard.kv_heads(config) * config.head_dim  # which are planned twice over
+    assert plan.activations == Activations(np, weights, 6).nbytes + keys_and_values + 4 * 2 * config.vocab
     assert weights.nbytes > weights.matrix_bytes > 0
     again = random_weights(config, formats, sparsity=0.75, xp=np, dtype="bf16", shard=shard)
     assert np.array_equal(again.blocks[0].qkv.to_dense(), weights.blocks[0].qkv.to_dense())

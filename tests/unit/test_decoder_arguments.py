@@ -43,7 +43,7 @@ def embed_arguments() -> dict[str, Any]:
 def norm_arguments() -> dict[str, Any]:
     return {
         "kind": "layer", "residual": single(R, HIDDEN), "x": half(R, HIDDEN), "weight": half(HIDDEN), "eps": 1e-5,
-        "bias": half(HIDDEN), "y": half(R, HIDDEN), "y_bias": half(HIDDEN),
+        "bias": half(HIDDEN), "y": half(2, R, HIDDEN), "y_bias": half(HIDDEN),
     }  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def test_sizes_agree(function: Callable[..., None]) -> None:
     arguments = FUNCTIONS[function]()
     own = {  # sizes that say what the model or the cache is like, not what the launch is for
         ("embed", "table"): [0], ("embed", "position_table"): [0], ("append", "rotation"): [0],
+        ("add_norm", "y"): [0, 1],
     }  # fmt: skip
     for name, array in arguments.items():
         if isinstance(array, np.ndarray):
@@ -163,6 +164,7 @@ def test_absent_arrays_are_null_pointers(function: Callable[..., None]) -> None:
         (norm.add_norm, {"eps": 0.0}, "eps"),
         (norm.add_norm, {"eps": float("nan")}, "eps"),
         (norm.add_norm, {"y": None}, "y_bias"),
+        (norm.add_norm, {"y": half(2, R - 1, HIDDEN)}, "y"),
         (append.append, {"eps": -1.0}, "eps"),
         (append.append, {"q_norm": None}, "k_norm"),
         (append.append, {"k_norm": None}, "k_norm"),

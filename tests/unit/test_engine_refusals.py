@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from flashllm.backends import emulator
+from flashllm.engine.communicator import CommunicationError, ThreadGroup
 from flashllm.engine.engine import Engine, check_sizes
 from flashllm.engine.products import GpuProducts, HostProducts
 from flashllm.engine.runtime import HostRuntime, open_runtime
 from flashllm.engine.sampling import SamplingOptions
+from flashllm.engine.shard import Shard
 from flashllm.engine.weights import CheckpointSource, Weights, load
 from flashllm.errors import ArgumentError, DeviceMemoryError, MissingDependencyError, UnsupportedDeviceError
 from flashllm.formats.tiled_csl import TiledCSL
@@ -85,6 +87,24 @@ def test_what_kernels_count_in_32_bits(weights: Weights, largest: dict[str, int]
 def test_sizes_that_the_model_cannot_have(weights: Weights, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         Engine(weights, HostRuntime("reference"), **({"batch": 1, "capacity": 9} | options))
+
+
+@needs_emulator
+def test_a_shard_without_its_group(weights: Weights) -> None:
+    shard = Shard(index=0, count=2)
+    with pytest.raises(ArgumentError, match=r"^communicator: expected that of the group"):
+        Engine(replace(weights, shard=shard), HostRuntime("reference"), batch=1, capacity=9)
+
+
+@needs_emulator
+def test_tokens_of_a_failed_group_are_not_given(weights: Weights) -> None:
+    group = ThreadGroup(1)
+    engine = Engine(weights, HostRuntime("reference"), batch=1, capacity=9, communicator=group.members[0])
+    assert engine.tokens() == [[]]
+    group.fail()
+    for read in (engine.tokens, engine.counts):
+        with pytest.raises(CommunicationError, match="another member of the group has ended"):
+            read()
 
 
 @needs_emulator

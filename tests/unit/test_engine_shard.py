@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashllm.engine.arrays import ALIGNMENT
+from flashllm.engine.forward import parts_shape
 from flashllm.engine.shard import WHOLE, Shard
 from flashllm.errors import ArgumentError
 from flashllm.models.config import ModelConfig, model_config
@@ -67,6 +69,17 @@ def test_halves_compute_the_whole(config: ModelConfig) -> None:
 def test_what_cannot_be_divided_is_named(change: dict[str, int], what: str) -> None:
     with pytest.raises(ArgumentError, match=rf"^tp: expected a divisor of the {what}, got 2$"):
         Shard(index=0, count=2).check(replace(LLAMA, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hidden", [36, 39, 40, 576, 8192])
+def test_each_part_of_a_sum_is_aligned_as_an_allocation(hidden: int) -> None:
+    for rows in (1, 3, 128):
+        assert parts_shape(rows, hidden, 1) == (1, rows, hidden)
+        parts, padded, columns = parts_shape(rows, hidden, 3)
+        assert (parts, columns) == (3, hidden)
+        assert rows <= padded < rows + 128
+        assert padded * hidden * 2 % ALIGNMENT == 0
+        assert padded == rows or hidden % 128
 
 
 @pytest.mark.parametrize(("index", "count"), [(2, 2), (-1, 2), (0, 0)])

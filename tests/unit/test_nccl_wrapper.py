@@ -3,24 +3,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
 import time
 import types
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flashllm import __version__
 from flashllm.engine import nccl as wrapper
 from flashllm.engine import parallel
 from flashllm.engine.communicator import CommunicationError
 from flashllm.engine.nccl import NcclCommunicator, without_multicast
-from flashllm.engine.rendezvous import Place, Rendezvous, meet
+from flashllm.engine.rendezvous import Place, meet
 from flashllm.errors import ArgumentError, MissingDependencyError
 
-FLOAT16, BFLOAT16, SUM, NAME = 6, 9, 0, bytes(range(128))
+UINT8, NAME = 1, bytes(range(128))
 
 
 class Array(np.ndarray[Any, Any]):
@@ -35,10 +38,14 @@ def array(*shape: int, dtype: Any = np.float16) -> Any:
     return np.zeros(shape, dtype).view(Array)
 
 
+class Connected(types.SimpleNamespace):
+    """A communicator of CuPy."""
+
+
 class Nccl(types.ModuleType):
     """The module ``cupy.cuda.nccl``; also notes what is called."""
 
-    NCCL_FLOAT16, NCCL_BFLOAT16, NCCL_SUM = FLOAT16, BFLOAT16, SUM
+    NCCL_UINT8 = UINT8
 
     def __init__(self) -> None:
         super().__init__("cupy.cuda.nccl")
@@ -57,8 +64,8 @@ class Nccl(types.ModuleType):
 
     def connect(self, count: int, name: bytes, rank: int) -> Any:
         self.calls.append(("connect", count, name, rank, os.environ["NCCL_NVLS_ENABLE"]))
-        return types.SimpleNamespace(
-            allReduce=lambda *arguments: self.calls.append(("sum", *arguments)),
+        return Connected(
+            allGather=lambda *arguments: self.calls.append(("gather", *arguments)),
             check_async_error=self.check,
             destroy=lambda: self.calls.append("destroy"),
             abort=self.abort,
@@ -100,67 +107,79 @@ class Second:
 
     rank, count = 1, 2
 
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+
     def broadcast(self, value: Any) -> bytes:
         assert value is None
         return NAME
 
+    def agree(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def check(self) -> None:
+        """Nothing has failed."""
+
 
 def test_calls_of_a_rank(nccl: Any) -> None:
-    communicator = NcclCommunicator(meet(Place()))
-    halves, brains = array(3, 5), array(7, dtype=np.uint16)
-    communicator.all_reduce(halves)
-    communicator.all_reduce(halves[1:])
-    communicator.all_reduce(brains)
+    """A rank gives its own part, which is in its place: bytes, whatever they are."""
+    communicator = NcclCommunicator(Second())  # type: ignore[arg-type]
+    halves, brains = array(2, 3, 5), array(2, 7, dtype=np.uint16)
+    communicator.all_gather(halves)
+    communicator.all_gather(brains)
     communicator.close()
     communicator.close()
     communicator.abort()
-    at, next_row = halves.data.ptr, halves.data.ptr + 10
     assert nccl.calls == [
-        "name",
-        ("connect", 1, NAME, 0, "0"),
-        ("sum", at, at, 15, FLOAT16, SUM, 4711),
-        ("sum", next_row, next_row, 10, FLOAT16, SUM, 4711),
-        ("sum", brains.data.ptr, brains.data.ptr, 7, BFLOAT16, SUM, 4711),
+        ("connect", 2, NAME, 1, "0"),
+        ("gather", halves.data.ptr + 30, halves.data.ptr, 30, UINT8, 4711),
+        ("gather", brains.data.ptr + 14, brains.data.ptr, 14, UINT8, 4711),
         "destroy",
     ]
 
 
-def test_other_ranks_take_the_name_of_rank_0(nccl: Any) -> None:
-    NcclCommunicator(Second()).close()  # type: ignore[arg-type]
-    assert nccl.calls == [("connect", 2, NAME, 1, "0"), "destroy"]
+def test_rank_0_names_the_group(nccl: Any) -> None:
+    communicator = NcclCommunicator(meet(Place()))
+    halves = array(1, 3)
+    communicator.all_gather(halves)
+    communicator.close()
+    at = halves.data.ptr
+    assert nccl.calls == ["name", ("connect", 1, NAME, 0, "0"), ("gather", at, at, 6, UINT8, 4711), "destroy"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "got"),
     [
-        (array(4, dtype=np.float32), "got float32"),
-        (array(4, dtype=np.int16), "got int16"),
-        (array(4, 4)[:, :2], "got float16 with gaps"),
-        (array(4, 4).T, "got float16 with gaps"),
+        (array(3, 4), r"got \[3, 4\]$"),
+        (array(), r"got \[\]$"),
+        (array(2, 4)[:, :2], r"got \[2, 2\] with gaps"),
+        (array(4, 2).T, r"got \[2, 4\] with gaps"),
     ],
 )
-def test_arrays_that_cannot_be_summed(nccl: Any, wrong: Any, got: str) -> None:
-    communicator = NcclCommunicator(meet(Place()))
-    with pytest.raises(ArgumentError, match=got):
-        communicator.all_reduce(wrong)
+def test_arrays_that_cannot_be_gathered(nccl: Any, wrong: Any, got: str) -> None:
+    communicator = NcclCommunicator(Second())  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=rf"^parts: expected contiguous \[2, \.\.\.\], {got}"):
+        communicator.all_gather(wrong)
     communicator.close()
-    assert not [call for call in nccl.calls if call[0] == "sum"]
+    assert not [call for call in nccl.calls if call[0] == "gather"]
 
 
 def test_the_null_stream_is_refused(nccl: Any) -> None:
     communicator = NcclCommunicator(meet(Place()))
     nccl.stream = 0
     with pytest.raises(ArgumentError, match="the null stream"):
-        communicator.all_reduce(array(4))
+        communicator.all_gather(array(1, 4))
     communicator.close()
 
 
-def test_a_failed_group_sums_no_more(nccl: Any) -> None:
+def test_a_failed_group_gathers_no_more(nccl: Any) -> None:
     rendezvous = meet(Place())
     communicator = NcclCommunicator(rendezvous)
+    communicator.check()
     rendezvous.fail("rank 1 has ended")
-    with pytest.raises(CommunicationError, match="rank 1 has ended"):
-        communicator.all_reduce(array(4))
+    for use in (communicator.check, lambda: communicator.all_gather(array(1, 4))):
+        with pytest.raises(CommunicationError, match="rank 1 has ended"):
+            use()
     communicator.close()
 
 
@@ -176,23 +195,44 @@ def test_an_error_behind_a_call_fails_the_group(nccl: Any) -> None:
     communicator.close()
 
 
-def test_nothing_is_asked_of_a_communicator_that_was_closed(nccl: Any) -> None:
+@pytest.mark.parametrize("end", ["leave", "close", "abort"])
+def test_nothing_is_asked_of_a_communicator_that_was_left(nccl: Any, end: str) -> None:
+    """Whoever asks for errors has ended before NCCL gives anything up."""
+    nccl.stuck.set()
     rendezvous = meet(Place())
-    NcclCommunicator(rendezvous).close()
+    communicator = NcclCommunicator(rendezvous)
+    getattr(communicator, end)()
+    assert not communicator._watcher.is_alive()
     nccl.error = RuntimeError("of memory that was freed")
-    time.sleep(0.1)
-    assert rendezvous.failure is None
+    with pytest.raises(CommunicationError, match="the group was left"):
+        communicator.all_gather(array(1, 4))
+    communicator.check()
+    assert nccl.calls[2:] == {"leave": [], "close": ["destroy"], "abort": ["abort"]}[end]
+
+
+def test_nobody_destroys_a_communicator_that_graphs_have_captured(nccl: Any) -> None:
+    communicator = NcclCommunicator(meet(Place()))
+    held = weakref.ref(communicator._comm)
+    communicator.leave()
+    del communicator
+    gc.collect()
+    assert held() is not None
 
 
 def test_an_abort_that_waits_for_others_is_left(nccl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wrapper, "_ABORT_SECONDS", 0.05)
     communicator = NcclCommunicator(meet(Place()))
     start = time.monotonic()
+    assert not communicator.is_aborting
     communicator.abort()
     assert 0.04 < time.monotonic() - start < 2
+    assert communicator.is_aborting
     communicator.close()
     assert nccl.calls[2:] == ["abort"]
     nccl.stuck.set()
+    assert communicator._aborting is not None
+    communicator._aborting.join()
+    assert not communicator.is_aborting
 
 
 def test_multicast_stays_off(nccl: Any) -> None:
@@ -211,17 +251,21 @@ def test_multicast_stays_off(nccl: Any) -> None:
 
 def test_no_nccl(nccl: Any) -> None:
     nccl.version = 20806
-    with pytest.raises(MissingDependencyError, match=r"NCCL: expected 2\.10 or newer, got version code 20806"):
+    with pytest.raises(MissingDependencyError, match=r"NCCL: expected 2\.9 or newer, got version code 20806"):
         NcclCommunicator(meet(Place()))
     nccl.available = False
     with pytest.raises(MissingDependencyError, match="pip install nvidia-nccl"):
         NcclCommunicator(meet(Place()))
 
 
-def test_a_rank_uses_its_own_gpu(nccl: Any) -> None:
-    rendezvous: Rendezvous = Second()  # type: ignore[assignment]
+def test_a_rank_uses_its_own_gpu(nccl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says which one that is, before NCCL connects it."""
+    monkeypatch.setattr("flashllm.device.device_facts", lambda: types.SimpleNamespace(name=f"after {nccl.calls}"))
+    monkeypatch.setattr("flashllm.baselines.cublas_api.version", lambda: "13.1.0")
+    rendezvous: Any = Second()
     nccl.stuck.set()
     parallel.connect_nccl(Place(rank=1, count=2, local_rank=1), rendezvous).abort()
+    assert rendezvous.facts == {"flashllm": __version__, "GPU": "after [('use', 1)]", "cuBLAS": "13.1.0"}
     assert nccl.calls[0] == ("use", 1)
     assert nccl.calls[1][0] == "connect"
     with pytest.raises(ArgumentError, match="tp: expected at most 2, the GPUs of this machine, got 3"):

@@ -76,6 +76,33 @@ def test_values_come_as_they_were(count: int) -> None:
     assert all(gathered == [None, None] for _, gathered in results[1:])
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"GPU": "B"}, "GPU: rank 0 has A, rank 2 has B"),
+        ({"tokens": [1, 3]}, "tokens: rank 0 has [1, 2], rank 2 has [1, 3]"),
+        ({}, None),
+    ],
+)
+def test_ranks_that_must_be_equal(other: dict[str, Any], message: str | None) -> None:
+    """Rank 0 hears the difference, the others hear of it from rank 0."""
+
+    def work(here: Rendezvous) -> str | None:
+        facts: dict[str, Any] = {"GPU": "A", "tokens": [1, 2]}
+        try:
+            here.agree(facts | (other if here.rank == 2 else {}))
+        except CommunicationError as error:
+            assert here.rank == 0
+            here.fail(str(error))
+        try:
+            here.barrier()
+        except CommunicationError as error:
+            return str(error)
+        return None
+
+    assert together(3, work) == [message] * 3
+
+
 @pytest.mark.parametrize("late", range(3))
 @pytest.mark.parametrize("wait", [Rendezvous.barrier, Rendezvous.close], ids=["barrier", "close"])
 def test_nobody_goes_on_before_all_have_come(late: int, wait: Callable[[Rendezvous], None]) -> None:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flashllm.bench.decode_weights import DENSE, PARTS
 from flashllm.engine.engine import PREFILL_ROWS
+from flashllm.engine.forward import parts_shape
 from flashllm.engine.kv_cache import cache_bytes
 from flashllm.engine.shard import Shard
 from flashllm.errors import DeviceMemoryError
@@ -82,8 +84,9 @@ def plan_memory(
     tables = config.vocab * (1 if config.tied else 2) + (config.positions + OPT_POSITION_OFFSET if config.is_opt else 0)
     vectors = 2 * config.hidden + config.layers * (4 * config.hidden + sum(m for m, _ in sizes.values()))
     rows = max(batch, min(PREFILL_ROWS, batch * prompt))
-    # x, y, the residual stream in fp32, q, k and v twice over, what heads give, up and active.
-    per_row = 8 * config.hidden + 2 * (2 * sizes["qkv"][0] + sizes["out"][1] + sizes["up"][0] + sizes["down"][1])
+    # x, the residual stream in fp32, q, k and v twice over, what heads give, up and active.
+    per_row = 6 * config.hidden + 2 * (2 * sizes["qkv"][0] + sizes["out"][1] + sizes["up"][0] + sizes["down"][1])
+    y = 2 * math.prod(parts_shape(rows, config.hidden, shard.count))
     expanded = max(packed) if packed and batch * prompt >= _LEAST_EXPANDED_ROWS else 0
     matrices = config.layers * sum(stored.values())
     return MemoryPlan(
@@ -91,7 +94,7 @@ def plan_memory(
         other_weights=2 * (tables * config.hidden + vectors),
         making=2 * largest if packed else 0,
         cache=cache_bytes(config, shard, slots=batch, capacity=prompt + output),
-        activations=rows * per_row + 4 * batch * config.vocab,
+        activations=rows * per_row + y + 4 * batch * config.vocab,
         workspace=_CUBLAS_BYTES + expanded,
         rests=_KERNEL_BYTES + (int(_RESTS * matrices) if packed else 0),
     )

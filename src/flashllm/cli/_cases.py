@@ -12,9 +12,6 @@ import click
 
 from flashllm.registry import FORMATS
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell reports it."""
-
 
 class BadUsage(click.ClickException):
     """Something the user asked for cannot be: one line, exit status 2."""

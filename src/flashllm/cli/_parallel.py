@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flashllm.statuses import PEER_FAILED
+
 if TYPE_CHECKING:
     from flashllm.engine.parallel import Group
 
@@ -33,9 +35,9 @@ def tensor_parallel(count: int) -> Iterator[Group]:
     each of them and exits with their status. Raises ``ArgumentError`` for more ranks than GPUs.
     """
     from flashllm.engine.communicator import CommunicationError
-    from flashllm.engine.launch import launch_ranks
     from flashllm.engine.nccl import without_multicast
-    from flashllm.engine.parallel import PEER_FAILED, check_gpus, open_group, place_of
+    from flashllm.engine.parallel import check_gpus, open_group, place_of
+    from flashllm.engine.processes import launch_ranks
 
     place = place_of(os.environ)
     if place is None and count > 1:

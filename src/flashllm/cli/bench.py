@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashllm.baselines import SYSTEMS, parse_systems
-from flashllm.cli._cases import INTERRUPTED, BadUsage, backend_option, case_options, usage_errors, use_device
+from flashllm.cli._cases import BadUsage, backend_option, case_options, usage_errors, use_device
 from flashllm.cli._progress import progress
+from flashllm.statuses import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -116,6 +116,8 @@ def command(
             backend=backend,
             group=group,
         )
+        asked = [model, sparsity, systems, format_name, batch, prompt, output, dtype, layers]
+        group.rendezvous.agree({"arguments": asked})
         saved = out if group.rank == 0 else None
         if saved is not None:
             results.ensure_writable(saved)

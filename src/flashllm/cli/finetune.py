@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import INTERRUPTED, BadUsage, usage_errors
+from flashllm.cli._cases import BadUsage, usage_errors
 from flashllm.cli._models import parse_part, part_option
+from flashllm.statuses import INTERRUPTED
 
 
 @click.command(epilog="Exit status: 0 fine, also where --minutes ended it, 2 bad usage, 130 interrupted.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,19 +84,33 @@ def command(
         from flashllm.engine.sampling import SamplingOptions
 
         notes = Console(stderr=True, highlight=False)
-        texts = _prompts(given, file)
-        options = [
-            SamplingOptions(
-                temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + index, max_new_tokens=max_new_tokens
-            )
-            for index in range(len(texts))
-        ]
+
+        def asked() -> tuple[list[str], list[dict[str, Any]]]:
+            found = _prompts(given, file)
+            each = [
+                SamplingOptions(
+                    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + index, max_new_tokens=max_new_tokens
+                )
+                for index in range(len(found))
+            ]
+            return found, [asdict(one) for one in each]
+
+        # All ranks compute what rank 0 was asked: FILE need not be there for the others.
+        texts, chosen = group.of_rank_0(asked)
+        options = [SamplingOptions(**one) for one in chosen]
         with ModelFiles(model, dtype=cast("DType | None", dtype), dense=dense) as files:
-            prompts = [_numbers(text) if raw_tokens else files.text.encode(text) for text in texts]
-            check_prompts(files.config, prompts, options)
+
+            def encoded() -> tuple[list[list[int]], tuple[int, ...]]:
+                found = [_numbers(text) if raw_tokens else files.text.encode(text) for text in texts]
+                check_prompts(files.config, found, options)
+                return found, () if no_stop else files.text.stop_tokens
+
+            prompts, stops = group.of_rank_0(encoded)
             group.shard.check(files.config)
-            if group.count > 1 and select(backend).name != "cuda":
-                raise BadUsage(f"--backend {backend}: expected cuda for several ranks")
+            if group.count > 1:
+                if select(backend).name != "cuda":
+                    raise BadUsage(f"--backend {backend}: expected cuda for several ranks")
+                group.rendezvous.agree({"model": files.fingerprint, "--dtype": dtype, "--dense": dense})
             runtime = open_runtime(backend)
             if (chosen := select(backend)).name != "cuda":
                 note = f"kernels emulated on this CPU ({chosen.reason}), which is slow: for tiny models"
@@ -103,7 +118,6 @@ def command(
             with usage_errors(MemoryError), progress(notes, files.config.layers) as advance:
                 loaded = files.load(runtime, shard=group.shard, advance=advance)
         with usage_errors(MemoryError):
-            stops = () if no_stop else None
             generation = generate_text(loaded, prompts, options, stop_tokens=stops, communicator=group.communicator)
         try:
             if as_json:

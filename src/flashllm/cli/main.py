@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from flashllm import __version__
-from flashllm.cli._cases import INTERRUPTED, BadUsage
+from flashllm.cli._cases import BadUsage
 from flashllm.errors import ArgumentError, FlashLLMError
+from flashllm.statuses import INTERRUPTED
 
 _HERE = Path(__file__).parent
 

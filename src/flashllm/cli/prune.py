@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import INTERRUPTED, BadUsage, usage_errors
+from flashllm.cli._cases import BadUsage, usage_errors
 from flashllm.cli._models import array_module, device_option, parse_part, part_option, refuse_options
+from flashllm.statuses import INTERRUPTED
 
 
 @click.command(epilog="Exit status: 0 fine, 2 bad usage or an unreadable file, 130 interrupted.")

@@ -108,10 +108,8 @@ def plan_attention(
     geometry = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
     plan = AttentionPlan(**geometry, splits=1, common_splits=1)
     blocks = math.prod(plan.grid)
-    if plan.is_grouped:
-        wanted = max(_GROUPED_SPLITS, sm_count // blocks)
-    else:
-        wanted = -(-_BLOCKS_PER_SM * sm_count // blocks)
+    least, per_sm = (_GROUPED_SPLITS, 1) if plan.is_grouped else (1, _BLOCKS_PER_SM)
+    wanted = max(least, per_sm * sm_count // blocks)
     common = max(1, min(wanted, capacity // _LEAST))
     return replace(plan, splits=max(common, capacity // _LONG), common_splits=common)
 

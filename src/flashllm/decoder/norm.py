@@ -38,9 +38,11 @@ def add_norm(
 ) -> None:
     """residual [R, hidden] (fp32) += y + y_bias, where given; x = norm(residual) * weight + bias, rounded once.
 
-    ``kind`` is one of :data:`KINDS`; ``x`` and ``y`` are [R, hidden], ``weight``, ``bias`` and ``y_bias`` [hidden], all
-    of ``dtype``; ``x`` may be ``y``; ``eps`` is added to the mean square or variance. Rows of more than 16384 elements,
-    or of a number that is not a multiple of 8, are read from memory several times. Raises ``ArgumentError``.
+    ``y`` [parts, R or more, hidden] is a sum, of the first R rows of each part: they are added in fp32 and in their
+    order. ``kind`` is one of :data:`KINDS`; ``x`` is [R, hidden], ``weight``, ``bias`` and ``y_bias`` are [hidden], all
+    of ``dtype``; ``x`` may be of a part of ``y``; ``eps`` is added to the mean square or variance. Rows of more than
+    16384 elements, or of a number that is not a multiple of 8, are read from memory several times. Raises
+    ``ArgumentError``.
     """
     if kind not in KINDS:
         raise ArgumentError("kind", expected=" or ".join(repr(one) for one in KINDS), got=repr(kind))
@@ -49,9 +51,14 @@ def add_norm(
     check("weight", weight, (hidden,), dtype)
     if y is None and y_bias is not None:
         raise ArgumentError("y_bias", expected="None without y", got="an array")
+    parts, part_rows, _ = (0, rows, 0) if y is None else check("y", y, ("parts", "rows", hidden), dtype)
+    if part_rows < rows:
+        raise ArgumentError("y", expected=f"{rows} rows or more of each part", got=str(part_rows))
     args = (
         residual,
-        check_optional("y", y, (rows, hidden), dtype),
+        np.uint64(0) if y is None else y,
+        np.int32(parts),
+        np.int64(part_rows * hidden),
         check_optional("y_bias", y_bias, (hidden,), dtype),
         weight,
         check_optional("bias", bias, (hidden,), dtype),

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from flashllm.formats.bits import bfloat16, widen
 
-_ALIGNMENT = 256  # of every allocation on a GPU; kernels load 16 bytes at once, tensor cores want more
+ALIGNMENT = 256
+"""Bytes: of every allocation on a GPU. Kernels load 16 at once, libraries count on more."""
 
 
 def empty(xp: Any, shape: tuple[int, ...], dtype: Any, what: str) -> Any:
@@ -27,10 +28,10 @@ def empty(xp: Any, shape: tuple[int, ...], dtype: Any, what: str) -> Any:
 
 def aligned(array: NDArray[Any]) -> NDArray[Any]:
     """``array``, or a copy of it at an address as an allocation on a GPU has."""
-    if array.ctypes.data % _ALIGNMENT == 0:
+    if array.ctypes.data % ALIGNMENT == 0:
         return array
-    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
     copy: NDArray[Any] = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy

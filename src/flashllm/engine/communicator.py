@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over the GPUs of a tensor-parallel group."""
+"""What the GPUs of a tensor-parallel group give to each other: the parts of sums, of which each has one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,31 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.engine.arrays import rounded, widened
-from flashllm.errors import FlashLLMError
+from flashllm.errors import ArgumentError, FlashLLMError
 
 
 class Communicator(Protocol):
     """One member of a group."""
 
-    def all_reduce(self, array: Any) -> object:
-        """Replace ``array`` (fp16, or bf16 as uint16) by the sum of what all members give; the same bits for all."""
+    def all_gather(self, parts: Any) -> object:
+        """Fill ``parts`` [members, ...], C-contiguous: each member has written its own part and gets the others'.
+
+        May be captured in a graph. Raises ``ArgumentError`` for an array that is not so, ``CommunicationError``.
+        """
+
+    def check(self) -> None:
+        """Raise :class:`CommunicationError` where the group has failed: what was computed since is of no use."""
 
 
 class CommunicationError(FlashLLMError, RuntimeError):
     """Another member of the group has failed, or the network between them."""
+
+
+def check_parts(parts: Any, count: int) -> None:
+    """Raise ``ArgumentError`` unless ``parts`` is a C-contiguous array of ``count`` parts."""
+    if not parts.flags.c_contiguous or parts.shape[:1] != (count,):
+        layout = "" if parts.flags.c_contiguous else " with gaps"
+        raise ArgumentError("parts", expected=f"contiguous [{count}, ...]", got=f"{list(parts.shape)}{layout}")
 
 
 class ThreadGroup:
@@ -37,24 +49,36 @@ class ThreadGroup:
         """End the wait of the others, now and later, with :class:`CommunicationError`."""
         self._barrier.abort()
 
-    def sum(self, index: int, array: NDArray[Any]) -> None:
-        """The part of member ``index`` in a sum."""
-        self._given[index] = array
+    def gather(self, index: int, parts: NDArray[Any]) -> None:
+        """What member ``index`` does when parts are exchanged."""
+        check_parts(parts, len(self.members))
+        self._given[index] = parts[index]
         try:
             self._barrier.wait()
-            with np.errstate(over="ignore", invalid="ignore"):  # rows that fill up a pass may hold anything
-                total = sum((widened(one) for one in self._given[1:]), start=widened(self._given[0]))
-                result = rounded(total, array.dtype)
+            for member, given in enumerate(self._given):
+                if member != index:
+                    parts[member] = given
             self._barrier.wait()  # nobody writes before everybody has read
         except threading.BrokenBarrierError as error:
-            raise CommunicationError(f"member {index}: another member of the group has ended") from error
-        array[...] = result
+            raise self._failure(index) from error
+
+    def check(self, index: int) -> None:
+        """As :class:`Communicator` says, for member ``index``."""
+        if self._barrier.broken:
+            raise self._failure(index)
+
+    def _failure(self, index: int) -> CommunicationError:
+        return CommunicationError(f"member {index}: another member of the group has ended")
 
 
 class _Thread:
     def __init__(self, group: ThreadGroup, index: int) -> None:
         self._group, self._index = group, index
 
-    def all_reduce(self, array: Any) -> None:
+    def all_gather(self, parts: Any) -> None:
         """As :class:`Communicator` says."""
-        self._group.sum(self._index, array)
+        self._group.gather(self._index, parts)
+
+    def check(self) -> None:
+        """As :class:`Communicator` says."""
+        self._group.check(self._index)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,7 @@ class Engine:
             matrices = [w for block in weights.blocks for w in block.matrices]
             for rows in (self._prefill_rows, batch):
                 runtime.products.reserve(matrices, rows)
+        self._communicator = communicator
         self._step: Callable[[], None] | None = None
         self._operations: list[Operation] | None = None
         self._begun = False
@@ -110,7 +112,7 @@ class Engine:
                 if chunk.ends:
                     slots, ends = (runtime.xp.asarray(one) for one in zip(*chunk.ends, strict=True))
                     last.residual[slots] = a.residual[ends]
-                    last.y[slots] = a.y[ends]
+                    last.y[:, slots] = a.y[:, ends]
             self._forward.prepare_head(self.batch)
             run(self._forward.head(last, self.logits))
             sample(runtime.launch, logits=self.logits, state=state, advance_positions=False)
@@ -153,13 +155,13 @@ class Engine:
         return [one for one in self._operations if kinds is None or one.kind in kinds]
 
     def counts(self) -> tuple[NDArray[np.int32], bool]:
-        """How many tokens each sequence has so far, and whether all have ended."""
-        finished = self.runtime.fetch(self.state.finished)
-        return self.runtime.fetch(self.state.counts), bool(finished.all())
+        """How many tokens each sequence has so far, and whether all have ended. Raises ``CommunicationError``."""
+        finished, counts = self._fetch(self.state.finished), self._fetch(self.state.counts)
+        return counts, bool(finished.all())
 
     def tokens(self) -> list[list[int]]:
-        """The tokens of each sequence so far."""
-        counts, output = self.runtime.fetch(self.state.counts), self.runtime.fetch(self.state.output)
+        """The tokens of each sequence so far. Raises ``CommunicationError``."""
+        counts, output = self._fetch(self.state.counts), self._fetch(self.state.output)
         return [row[:count].tolist() for row, count in zip(output, counts, strict=True)]
 
     def generate(
@@ -169,7 +171,7 @@ class Engine:
         self.start(prompts, options)
         longest = max(one.max_new_tokens for one in options)
         for first in range(1, longest, look_every):
-            if self.runtime.fetch(self.state.finished).all():
+            if self._fetch(self.state.finished).all():
                 break
             for _ in range(first, min(first + look_every, longest)):
                 self.step()
@@ -184,7 +186,7 @@ class Engine:
         for place in count():  # of a step's tokens in the output: every sequence that goes on gets one
             with self.runtime.active():
                 found = self.runtime.xp.stack((self.state.output[:, place], self.state.finished))
-            tokens, finished = self.runtime.fetch(found)
+            tokens, finished = self._fetch(found)
             yield [(int(i), int(tokens[i])) for i in np.flatnonzero(~ended)]
             ended = finished != 0
             if ended.all():
@@ -236,11 +238,18 @@ class Engine:
         run(self._forward.blocks(Rows(tokens=tokens, positions=positions, slots=slots), a, attend))
         return a
 
+    def _fetch(self, array: Any) -> NDArray[Any]:
+        """A copy on the host of what steps have written, if the group has not failed: replays do not look at that."""
+        found = self.runtime.fetch(array)
+        if self._communicator is not None:
+            self._communicator.check()
+        return found
+
     def _slice(self, a: Activations, first: int, rows: int) -> Activations:
         """Copies of some rows, where each array is aligned: valid until the next ones."""
         part = self._last.first(rows)
         part.residual[...] = a.residual[first : first + rows]
-        part.y[...] = a.y[first : first + rows]
+        part.y[:, :rows] = a.y[:, first : first + rows]
         return part
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions] | None) -> None:

@@ -2,11 +2,13 @@
 """The launches of one forward pass: a list that is run as it is, captured as a graph, or run in part to be timed.
 
 The residual stream is fp32, everything that matrices multiply and give has the type of the weights. The bias of a
-product is added by the kernel behind it.
+product is added by the kernel behind it. Where GPUs share a model, a product gives a part of a sum, rounded once: each
+GPU gathers all parts, and adds them to the residual stream in fp32 and in the order of the ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +20,12 @@ from flashllm.decoder.activate import relu, silu_mul
 from flashllm.decoder.append import append
 from flashllm.decoder.embed import embed
 from flashllm.decoder.norm import add_norm
-from flashllm.engine.arrays import empty
+from flashllm.engine.arrays import ALIGNMENT, empty
 from flashllm.engine.communicator import Communicator
 from flashllm.engine.kv_cache import KvCache
 from flashllm.engine.runtime import Runtime
 from flashllm.engine.weights import Block, Weights
+from flashllm.errors import ArgumentError
 from flashllm.models.config import ModelConfig
 from flashllm.models.forward import rope_frequencies
 from flashllm.models.layout import OPT_POSITION_OFFSET
@@ -77,7 +80,8 @@ class Activations:
         self.mixed = make(heads * config.head_dim)
         self.up = make(shard.shape(config, "up")[0])
         self.active = make(shard.ffn(config))
-        self.y = make(config.hidden)
+        self.y = empty(xp, parts_shape(rows, config.hidden, shard.count), kind, "activations")
+        """The parts of a sum, of each rank one."""
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +91,10 @@ class Activations:
     def first(self, rows: int) -> Activations:
         """Views of their first rows."""
         views = object.__new__(Activations)
-        views.__dict__ = {name: array[:rows] for name, array in vars(self).items()}
+        views.__dict__ = {name: array[:rows] for name, array in vars(self).items() if name != "y"}
+        parts, _, hidden = self.y.shape
+        shape = parts_shape(rows, hidden, parts)
+        views.y = self.y.reshape(-1)[: math.prod(shape)].reshape(shape)  # parts are gathered without gaps
         return views
 
 
@@ -97,6 +104,9 @@ class Forward:
     def __init__(
         self, runtime: Runtime, weights: Weights, cache: KvCache, communicator: Communicator | None = None
     ) -> None:
+        """Raises ``ArgumentError`` for a shard without ``communicator``."""
+        if communicator is None and weights.shard.count > 1:
+            raise ArgumentError("communicator", expected="that of the group which shares the model", got="none")
         self._runtime, self._weights, self._cache, self._communicator = runtime, weights, cache, communicator
         self._config, self._dtype = weights.config, weights.dtype
         self._rotation = None if self._config.is_opt else rotation_table(runtime, self._config, cache.capacity)
@@ -181,8 +191,7 @@ class Forward:
             self._product(a.x, block.qkv, a.qkv),
             Operation(kind="other", run=added),
             Operation(kind="attention", run=partial(attend, q=a.q, keys=keys, values=values, out=a.mixed)),
-            self._product(a.mixed, block.out, a.y),
-            *self._sum(a.y),
+            *self._sum(a.mixed, block.out, a.y),
         ]
 
     def _feed_forward(self, block: Block, a: Activations) -> list[Operation]:
@@ -191,8 +200,7 @@ class Forward:
         return [
             self._product(a.x, block.up, a.up),
             Operation(kind="other", run=active),
-            self._product(a.active, block.down, a.y),
-            *self._sum(a.y),
+            *self._sum(a.active, block.down, a.y),
         ]
 
     def _norm(self, residual: Any, x: Any, norm: Sequence[Any], y: Any, y_bias: Any) -> Operation:
@@ -215,10 +223,18 @@ class Forward:
     def _product(self, x: Any, w: Any, y: Any) -> Operation:
         return Operation(kind="linear", run=partial(self._runtime.products.multiply, x, w, y))
 
-    def _sum(self, y: Any) -> list[Operation]:
-        if self._communicator is None:
-            return []
-        return [Operation(kind="communication", run=partial(self._communicator.all_reduce, y))]
+    def _sum(self, x: Any, w: Any, y: Any) -> list[Operation]:
+        """A product of which each rank has a part, to its place in ``y``, and then the others' parts."""
+        operations = [self._product(x, w, y[self._weights.shard.index, : x.shape[0]])]
+        if self._communicator is not None:
+            operations.append(Operation(kind="communication", run=partial(self._communicator.all_gather, y)))
+        return operations
+
+
+def parts_shape(rows: int, hidden: int, parts: int) -> tuple[int, int, int]:
+    """Of the parts of a sum of ``rows`` rows: with rows behind them where the next part would not be aligned."""
+    unit = 1 if parts == 1 else ALIGNMENT // math.gcd(ALIGNMENT, 2 * hidden)
+    return parts, -(-rows // unit) * unit, hidden
 
 
 def rotation_table(runtime: Runtime, config: ModelConfig, positions: int) -> Any:

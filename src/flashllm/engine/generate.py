@@ -22,6 +22,7 @@ from flashllm.errors import ArgumentError, FlashLLMError, FormatError, MissingDe
 from flashllm.formats.base import DType
 from flashllm.formats.check import is_int
 from flashllm.io.checkpoint import Checkpoint, open_checkpoint
+from flashllm.io.fingerprint import fingerprint
 from flashllm.io.hf_directory import MAX_CONFIG_BYTES
 from flashllm.io.safetensors_file import read_json
 from flashllm.io.sparse_model import SparseModel, is_sparse_model
@@ -103,6 +104,11 @@ class ModelFiles:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._checkpoint.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the model from others, as :func:`flashllm.io.fingerprint.fingerprint` does."""
+        return fingerprint(self._checkpoint)
 
     def load(self, runtime: Runtime, *, shard: Shard = WHOLE, advance: Advance = ignore) -> LoadedModel:
         """Read the weights, or those of ``shard``. Raises as :func:`flashllm.engine.weights.load`."""

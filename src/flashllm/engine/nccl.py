@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over GPUs by NCCL, one process a GPU."""
+"""Parts of sums gathered over GPUs by NCCL, one process a GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-import time
 from collections.abc import MutableMapping
 from typing import Any
 
-import numpy as np
-
+from flashllm.engine.communicator import CommunicationError, check_parts
 from flashllm.engine.rendezvous import Rendezvous
 from flashllm.errors import ArgumentError, MissingDependencyError
 
 MULTICAST = "NCCL_NVLS_ENABLE"
-_OLDEST = 21000  # 2.10: the first that adds bf16, and 2.9 the first that is captured in graphs
+_OLDEST = 20900  # 2.9: the first that is captured in graphs
 _POLL_SECONDS = 0.5
 _ABORT_SECONDS = 2.0
 
@@ -29,7 +28,7 @@ def without_multicast(environment: MutableMapping[str, str]) -> None:
 class NcclCommunicator:
     """One rank of a group, on the current GPU. What it queues may be captured in CUDA graphs.
 
-    As long as nobody calls :meth:`close`, the communicator lives until the process ends.
+    As long as nobody calls :meth:`close` or :meth:`abort`, NCCL's side of it lives until the process ends.
     """
 
     def __init__(self, rendezvous: Rendezvous) -> None:
@@ -41,70 +40,84 @@ class NcclCommunicator:
             raise MissingDependencyError("NCCL does not load: pip install nvidia-nccl-cu13 (or -cu12)")
         version = int(nccl.get_version())
         if version < _OLDEST:
-            raise MissingDependencyError(f"NCCL: expected 2.10 or newer, got version code {version}")
+            raise MissingDependencyError(f"NCCL: expected 2.9 or newer, got version code {version}")
         self._rendezvous = rendezvous
-        self._types = {np.dtype(np.float16): nccl.NCCL_FLOAT16, np.dtype(np.uint16): nccl.NCCL_BFLOAT16}
-        self._sum = nccl.NCCL_SUM
+        self._byte = nccl.NCCL_UINT8
         name = rendezvous.broadcast(None if rendezvous.rank else bytes(nccl.get_unique_id()))
         self._comm: Any = nccl.NcclCommunicator(rendezvous.count, name, rendezvous.rank)
-        self._closed = False
+        # CuPy destroys a communicator that nobody holds, and NCCL then waits until no graph is left that has captured
+        # it, which at the end of a process may be for ever. So this one is held for ever.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._comm))
+        self._given_up = False
+        self._aborting: threading.Thread | None = None
         self._lock = threading.Lock()
-        # The thread also holds the communicator: CuPy destroys one that nobody holds, and since NCCL 2.26 that waits
-        # until no graph is left that has captured it, which at the end of a process may be for ever.
-        threading.Thread(target=self._watch, name="NCCL", daemon=True).start()
+        self._left = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="NCCL", daemon=True)
+        self._watcher.start()
 
-    def all_reduce(self, array: Any) -> None:
-        """Replace ``array`` (fp16, or bf16 as uint16; C-contiguous) by the sum over all ranks; the same bits for all.
+    def all_gather(self, parts: Any) -> None:
+        """Fill ``parts`` [ranks, ...], C-contiguous: each rank has written its own part and gets the others'.
 
         On the current stream, which must not be the null stream: an engine's does not wait for that one. Raises
-        ``CommunicationError`` where the group has failed.
+        ``ArgumentError``, and ``CommunicationError`` where the group has failed or was left.
         """
         import cupy
 
-        self._rendezvous.check()
-        kind = self._types.get(array.dtype)
-        if kind is None or not array.flags.c_contiguous:
-            got = f"{array.dtype}{'' if array.flags.c_contiguous else ' with gaps'}"
-            raise ArgumentError("array", expected="contiguous fp16, or bf16 as uint16", got=got)
+        self.check()
+        if self._left.is_set():
+            raise CommunicationError("the group was left")
+        check_parts(parts, self._rendezvous.count)
         stream = cupy.cuda.get_current_stream().ptr
         if not stream:
             raise ArgumentError(
                 "stream", expected="the stream of a runtime: `with runtime.active()`", got="the null stream"
             )
-        self._comm.allReduce(array.data.ptr, array.data.ptr, array.size, kind, self._sum, stream)
+        size = parts.nbytes // self._rendezvous.count
+        own = parts.data.ptr + self._rendezvous.rank * size
+        self._comm.allGather(own, parts.data.ptr, size, self._byte, stream)
+
+    def check(self) -> None:
+        """Raise ``CommunicationError`` where the group has failed. Asks neither NCCL nor the GPU."""
+        self._rendezvous.check()
+
+    def leave(self) -> None:
+        """Call nothing of NCCL any more. Graphs that have captured it keep what they need."""
+        self._left.set()
+        self._watcher.join()
 
     def close(self) -> None:
-        """Give up NCCL's memory. All ranks do, and no graph is left that has captured a sum: NCCL waits for that."""
-        if self._leave():
+        """Give up NCCL's memory. All ranks do, and no graph is left that has captured it: NCCL waits for that."""
+        if self._give_up():
             self._comm.destroy()
 
     def abort(self) -> None:
         """Give up at once: kernels that wait for other ranks end, what they leave is of no use.
 
-        NCCL may wait for other ranks in this (its issue 1013): after 2 s that is left to a thread.
+        NCCL then waits for the end of graphs that have captured it, and may wait for other ranks (its issue 1013):
+        after 2 s that is left to a thread.
         """
-        if self._leave():
-            thread = threading.Thread(target=self._comm.abort, name="NCCL abort", daemon=True)
-            thread.start()
-            thread.join(_ABORT_SECONDS)
+        if self._give_up():
+            self._aborting = threading.Thread(target=self._comm.abort, name="NCCL abort", daemon=True)
+            self._aborting.start()
+            self._aborting.join(_ABORT_SECONDS)
 
-    def _leave(self) -> bool:
-        """From now on nobody looks for errors; whether this is the first call."""
+    @property
+    def is_aborting(self) -> bool:
+        """Whether NCCL is still busy with :meth:`abort`, beside which a process must not take its libraries down."""
+        return self._aborting is not None and self._aborting.is_alive()
+
+    def _give_up(self) -> bool:
+        """Leave; whether what NCCL holds is still to be given up, which is done once."""
+        self.leave()
         with self._lock:
-            first, self._closed = not self._closed, True
+            first, self._given_up = not self._given_up, True
         return first
 
     def _watch(self) -> None:
         """Tell all ranks of an error that NCCL meets after a call has returned."""
-        failed = False
-        while True:
-            time.sleep(_POLL_SECONDS)
-            with self._lock:  # nobody destroys what is asked
-                if self._closed:
-                    return
-                try:
-                    if not failed:
-                        self._comm.check_async_error()
-                except Exception as error:  # NcclError, or a KeyError for a status that CuPy has no name for
-                    failed = True
-                    self._rendezvous.fail(f"rank {self._rendezvous.rank}: NCCL has failed: {error}")
+        while not self._left.wait(_POLL_SECONDS):
+            try:
+                self._comm.check_async_error()
+            except Exception as error:  # NcclError, or a KeyError for a status that CuPy has no name for
+                self._rendezvous.fail(f"rank {self._rendezvous.rank}: NCCL has failed: {error}")
+                return

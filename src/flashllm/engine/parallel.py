@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
-from flashllm.engine.communicator import Communicator
+from flashllm.engine.communicator import CommunicationError, Communicator
 from flashllm.engine.rendezvous import SECONDS, Place, Rendezvous, meet
 from flashllm.engine.shard import Shard
 from flashllm.errors import ArgumentError, FlashLLMError
+from flashllm.statuses import INTERRUPTED, PEER_FAILED
 
-PEER_FAILED = 75
-"""Exit status of a rank that ends because another has failed."""
 GROUP_KEY, PARENT_PIPE = "FLASHLLM_GROUP", "FLASHLLM_PARENT"
 """Variables of the environment that ``launch_ranks`` sets beside those of torchrun."""
 
@@ -31,8 +32,15 @@ _KEYS = (GROUP_KEY, "TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE")
 class GroupCommunicator(Communicator, Protocol):
     """A communicator over processes."""
 
+    def leave(self) -> None:
+        """Call no library any more, not from other threads either."""
+
     def abort(self) -> None:
-        """End the waits for other ranks."""
+        """Leave, and end the waits for other ranks."""
+
+    @property
+    def is_aborting(self) -> bool:
+        """Whether a library is still busy with :meth:`abort`."""
 
 
 Connect = Callable[[Place, Rendezvous], GroupCommunicator | None]
@@ -52,6 +60,10 @@ class Group:
     def shard(self) -> Shard:
         """This rank's part of a model."""
         return Shard(index=self.rank, count=self.count)
+
+    def of_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What ``make``, which rank 0 alone calls, returns there (JSON values), on every rank."""
+        return self.rendezvous.broadcast(make() if self.rank == 0 else None, seconds=None)
 
 
 def alone() -> Group:
@@ -102,13 +114,21 @@ def check_gpus(count: int) -> None:
 
 
 def connect_nccl(place: Place, rendezvous: Rendezvous) -> GroupCommunicator:
-    """Make the GPU of this rank the current one and connect it with the others'."""
+    """Make the GPU of this rank the current one and connect it with the others', which must be equal.
+
+    All of a group compute all logits and must choose the same tokens: other GPUs, or another cuBLAS, may round
+    differently. Raises ``CommunicationError`` that names what differs, and as ``NcclCommunicator`` does.
+    """
     check_gpus(place.local_rank + 1)
     import cupy
 
+    from flashllm import __version__
+    from flashllm.baselines import cublas_api
+    from flashllm.device import device_facts
     from flashllm.engine.nccl import NcclCommunicator
 
     cupy.cuda.Device(place.local_rank).use()
+    rendezvous.agree({"flashllm": __version__, "GPU": device_facts().name, "cuBLAS": cublas_api.version()})
     return NcclCommunicator(rendezvous)
 
 
@@ -124,8 +144,10 @@ def open_group(
 
     At the end of the block each rank waits for the others. An exception in one ends the group: in the others what next
     needs their partners raises ``CommunicationError``, and a process that does not leave the block within a second,
-    because it waits for its GPU, ends with status ``PEER_FAILED``. Raises ``ArgumentError`` where ``count`` is not the
-    number of ranks or a rank has no GPU, ``CommunicationError`` where not all have come after ``seconds``.
+    because it waits for its GPU, ends with status ``PEER_FAILED``. Behind the block nothing is asked of the libraries
+    that connect the ranks; where one is still busy with the end of a failed group when Python ends, the process ends
+    without waiting for it. Raises ``ArgumentError`` where ``count`` is not the number of ranks or a rank has no GPU,
+    ``CommunicationError`` where not all have come after ``seconds`` or they are not equal.
     """
     place = place_of(environment) or Place()
     if place.count != count:
@@ -144,11 +166,17 @@ def open_group(
         communicator = connect(place, rendezvous)
         yield Group(rank=place.rank, count=count, communicator=communicator, rendezvous=rendezvous)
         rendezvous.close()
+        left.set()
+        if communicator is not None:
+            communicator.leave()
     except BaseException as error:
         left.set()
         rendezvous.fail(f"rank {place.rank} has failed: {_said(error)}")
         if communicator is not None:
             communicator.abort()
+            # A step that was captured lives on in the exception's frames, and NCCL waits for its end. By the time
+            # Python ends it mostly has come.
+            atexit.register(_end_beside, communicator, _status(error))
         raise
 
 
@@ -171,6 +199,15 @@ def _leave_soon(left: threading.Event, message: str) -> None:
         _end(message)
 
 
+def _end_beside(communicator: GroupCommunicator, status: int) -> None:
+    """When Python ends: libraries must not be taken down beside a thread that still runs in them."""
+    if communicator.is_aborting:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                stream.flush()
+        os._exit(status)
+
+
 def _end(message: str) -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())  # sys.stderr may be locked by a thread that waits
@@ -183,6 +220,15 @@ def _said(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return f"{type(error).__name__}: {error}"
+
+
+def _status(error: BaseException) -> int:
+    """What a process ends with after ``error``."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return PEER_FAILED if isinstance(error, CommunicationError) else 1
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -135,6 +135,13 @@ class Rendezvous:
         found: list[Any] = self.broadcast(self.gather(value, seconds=seconds), seconds=seconds)
         return found
 
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Have rank 0 raise :class:`CommunicationError` where another has other ``facts``: names, and JSON values."""
+        for rank, theirs in enumerate(self.gather(facts) or ()):
+            for name, value in facts.items():
+                if theirs[name] != value:
+                    raise CommunicationError(f"{name}: rank 0 has {value}, rank {rank} has {theirs[name]}")
+
     def barrier(self, *, seconds: float | None = SECONDS) -> None:
         """Wait until all have come here."""
         self.gather(None, seconds=seconds)

@@ -2,8 +2,8 @@
 """Which part of each matrix a GPU has under tensor parallelism.
 
 The split is Megatron-LM's (Shoeybi et al., 2019, arXiv 1909.08053, section 3): q, k, v and the first of the
-feed-forward layers by rows, so by heads and by units; the other two by columns, whose partial results are summed over
-the GPUs. A block needs two such sums. Embeddings, norms and the head are whole on each GPU.
+feed-forward layers by rows, so by heads and by units; the other two by columns, whose results are parts of sums that
+each GPU gathers from all. A block needs two such sums. Embeddings, norms and the head are whole on each GPU.
 """
 
 from __future__ import annotations

@@ -14,11 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flashllm.engine.parallel import GROUP_KEY, PARENT_PIPE, PEER_FAILED
+from flashllm.engine.parallel import GROUP_KEY, PARENT_PIPE
 from flashllm.engine.rendezvous import free_port
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell reports it."""
+from flashllm.statuses import INTERRUPTED, PEER_FAILED
 
 _POLL_SECONDS = 0.05
 _PEERS_SECONDS = 4.0  # for ranks that leave by themselves once another has failed: they take 1 s, and 2 s for NCCL

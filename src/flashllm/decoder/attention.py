@@ -108,8 +108,8 @@ def plan_attention(
     geometry = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
     plan = AttentionPlan(**geometry, splits=1, common_splits=1)
     blocks = math.prod(plan.grid)
-    least, per_sm = (_GROUPED_SPLITS, 1) if plan.is_grouped else (1, _BLOCKS_PER_SM)
-    wanted = max(least, per_sm * sm_count // blocks)
+    grouped, single = max(_GROUPED_SPLITS, sm_count // blocks), -(-_BLOCKS_PER_SM * sm_count // blocks)
+    wanted = grouped if plan.is_grouped else single
     common = max(1, min(wanted, capacity // _LEAST))
     return replace(plan, splits=max(common, capacity // _LONG), common_splits=common)
 

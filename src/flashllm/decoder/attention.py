@@ -29,10 +29,11 @@ _WARPS = 4
 _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
 _CHUNKS = (1, 2, 4)  # of such loads of a lane for one position
 _LEAST, _LONG = 64, 1024  # positions, as in cuda/flashllm/shares.cuh
-_BLOCKS_PER_SM = 2  # wanted: with more, one split was faster than any other number on an H200, from 8 rows on
-# Of the kernel of groups. Its blocks have tens of kilobytes under way each, and what a split leaves is up to a quarter
-# of what it reads: on an H200 two splits were the fastest of 2, 3, 5 and 9 at 320 and 600 positions, for 8 rows and 64.
-_GROUPED_SPLITS = 2
+# Blocks wanted of each multiprocessor. On an H200 one split was the fastest wherever there were as many, and of the
+# kernel of groups half a block is enough: its blocks have tens of kilobytes under way, and what a split leaves is up to
+# a quarter of what it reads.
+_BLOCKS_PER_SM = 2
+_SMS_PER_GROUPED_BLOCK = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,9 @@ def plan_attention(
     geometry = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
     plan = AttentionPlan(**geometry, splits=1, common_splits=1)
     blocks = math.prod(plan.grid)
-    grouped, single = max(_GROUPED_SPLITS, sm_count // blocks), -(-_BLOCKS_PER_SM * sm_count // blocks)
-    wanted = grouped if plan.is_grouped else single
+    wanted = -(-_BLOCKS_PER_SM * sm_count // blocks)
+    if plan.is_grouped:
+        wanted = sm_count // (_SMS_PER_GROUPED_BLOCK * blocks)
     common = max(1, min(wanted, capacity // _LEAST))
     return replace(plan, splits=max(common, capacity // _LONG), common_splits=common)
 

@@ -64,6 +64,8 @@ class Decoded:
     """Newest rows of each case, and published series."""
 
     rows: tuple[DecodeRow, ...]
+    dense: Mapping[tuple[Any, ...], float]
+    """Tokens per GPU-second of dense weights, by GPU, model, GPUs, batch and run."""
     published: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -83,14 +85,22 @@ class Decoded:
 def load(root: Path) -> Decoded:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     newest: dict[tuple[Any, ...], DecodeRow] = {}
+    dense: dict[tuple[Any, ...], float] = {}
     for file in sorted((root / "results" / "decode").glob("*.jsonl")):
         for row in decode_rows.read(file):
             clean = row.commit is not None and row.dirty is False
             whole = row.model in MODELS and row.dtype == "fp16" and row.layers == known_config(row.model).layers
             if clean and whole and (row.prompt, row.output) == (PROMPT, OUTPUT) and row.tokens_per_gpu_s is not None:
                 newest[row.gpu, row.model, row.system, row.sparsity, row.gpus, row.batch] = row
+                if row.system == "flashllm-dense":
+                    dense[_run_of(row)] = row.tokens_per_gpu_s
     published = json.loads((root / "reference" / "published_figures.json").read_text(encoding="utf-8"))
-    return Decoded(rows=tuple(newest.values()), published={name: published[name] for name in PUBLISHED})
+    chosen = {name: published[name] for name in PUBLISHED}
+    return Decoded(rows=tuple(newest.values()), dense=dense, published=chosen)
+
+
+def _run_of(row: DecodeRow) -> tuple[Any, ...]:
+    return (row.gpu, row.model, row.gpus, row.batch, row.run_id)
 
 
 def label_of(system: str, zeros: float, gpus: int) -> str:
@@ -114,15 +124,10 @@ def table(data: Decoded) -> str:
         "| model | weights | batch | tokens/GPU-s | of dense | TTFT, ms | TPOT, ms | of the bound | GB in all |",
         "|" + "---|" * 9,
     ]
-    dense = {
-        (row.gpu, row.model, row.gpus, row.batch, row.run_id): row.tokens_per_gpu_s
-        for row in data.rows
-        if row.system == "flashllm-dense"
-    }
     for model in MODELS:
         for (gpu, system, zeros, gpus), rows in data.of(model).items():
             for row in rows:
-                base = dense.get((row.gpu, row.model, row.gpus, row.batch, row.run_id))
+                base = data.dense.get(_run_of(row))
                 speed = f"{row.tokens_per_gpu_s / base:.2f}" if base and row.tokens_per_gpu_s else ""
                 bound = f"{row.bound_fraction:.0%}" if row.bound_fraction is not None else ""
                 cells = (

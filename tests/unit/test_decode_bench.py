@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 
 from experiments.figures import decode as figure
 from experiments.figures import fit
+from flashllm import graphs
 from flashllm.bench import decode, decode_rows
 from flashllm.bench.decode import Case
 from flashllm.bench.decode_memory import check_memory, plan_memory
@@ -179,6 +182,32 @@ def test_rows_are_read_back_and_checked(tmp_path: Path) -> None:
         decode_rows.read(tmp_path / "c.jsonl")
 
 
+def test_a_step_and_its_kinds_are_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replay begins in the middle of the output; the first round does not count, a kind without launches is 0."""
+    state = SimpleNamespace(**{name: np.zeros(3, np.int32) for name in ("positions", "counts", "finished")})
+    lists: dict[Any, list[str]] = {None: ["a", "b"], "linear": ["a"], "communication": []}
+    engine: Any = SimpleNamespace(
+        state=state,
+        runtime=SimpleNamespace(stream="stream", active=nullcontext),
+        decode_operations=lambda kinds: lists[kinds and kinds[0]],
+    )
+    replayed: list[str] = []
+
+    def replay_us(graph: str, stream: str, launches: int) -> float:
+        assert (stream, launches) == ("stream", 1)
+        assert [set(array) for array in vars(state).values()] == [{12 + 5}, {5}, {0}]
+        for array in vars(state).values():
+            array += 1
+        replayed.append(graph)
+        return 1e6 if len(replayed) < 3 else 1e3 * len(graph)
+
+    monkeypatch.setattr(graphs, "capture", lambda launches, stream: "".join(launches.args[0]))
+    monkeypatch.setattr(graphs, "replay_us", replay_us)
+    case = Case(batch=3, prompt=12, output=10)
+    assert decode._replayed_ms(engine, case, [None, ["linear"], ["communication"]]) == [2.0, 1.0, 0.0]
+    assert replayed[:6] == ["ab", "a"] * 3
+
+
 def test_committed_rows_say_what_the_design_asks_of_them() -> None:
     for file in (ROOT / "results" / "decode").glob("*.jsonl"):
         for row in decode_rows.read(file):
@@ -263,7 +292,7 @@ def test_systems_of_others_can_be_told_apart() -> None:
         for batch in (8, 64)
     )
     published = figure.load(ROOT).published
-    axes = figure.plot(figure.Decoded(rows=rows, published=published))["decode-throughput"].axes[1]
+    axes = figure.plot(figure.Decoded(rows=rows, dense={}, published=published))["decode-throughput"].axes[1]
     assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == len(systems)
     assert len({line.get_color() for line in axes.lines}) == len(systems)
     assert len({line.get_label() for line in axes.lines}) == len(systems)

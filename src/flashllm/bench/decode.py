@@ -20,7 +20,7 @@ from flashllm.bench.rows import rounded
 from flashllm.bench.telemetry import Reading
 from flashllm.engine.communicator import Communicator
 from flashllm.engine.engine import PREFILL_ROWS, Engine
-from flashllm.engine.forward import KINDS, Kind, Operation, run
+from flashllm.engine.forward import KINDS, Kind, run
 from flashllm.engine.runtime import Runtime
 from flashllm.engine.sampling import SamplingOptions
 from flashllm.engine.shard import Shard
@@ -28,7 +28,7 @@ from flashllm.engine.weights import Weights
 from flashllm.models.config import ModelConfig
 
 _WARM_STEPS = 3
-_REPLAYS = 5
+_REPLAYS = 15
 SYSTEMS = {
     "sparse": "flashllm",
     "dense": "flashllm-dense",
@@ -128,12 +128,12 @@ def measure(engine: Engine, case: Case) -> Times:
     reading = telemetry.read()  # while the last steps run
     runtime.wait()
     ended = time.perf_counter()
-    kinds = {kind: _replayed_ms(engine, case, engine.decode_operations([kind])) for kind in KINDS}
+    step, *kinds = _replayed_ms(engine, case, [None, *([kind] for kind in KINDS)])
     return Times(
         total=(ended - begun) * 1e3,
         first=(first - begun) * 1e3,
-        step=_replayed_ms(engine, case, engine.decode_operations()),
-        kinds=kinds,
+        step=step,
+        kinds=dict(zip(KINDS, kinds, strict=True)),
         reading=reading,
     )
 
@@ -280,24 +280,24 @@ def _options(case: Case) -> list[SamplingOptions]:
     return [SamplingOptions(max_new_tokens=case.output)] * case.batch
 
 
-def _replayed_ms(engine: Engine, case: Case, operations: Sequence[Operation]) -> float:
-    """Milliseconds of one replay of a graph of ``operations``, the sequences in the middle of their output."""
-    if not operations:
-        return 0.0
-    import cupy
+def _replayed_ms(engine: Engine, case: Case, parts: Sequence[Sequence[Kind] | None]) -> list[float]:
+    """Milliseconds of one replay of a step's launches of some kinds, ``None`` for all, for each of ``parts``; the
+    sequences are in the middle of their output.
 
+    Replays take turns: at the limit of its power a GPU changes its clock from one moment to the next.
+    """
     from flashllm import graphs
 
     runtime: Any = engine.runtime
-    stream = runtime.stream
-    times = []
+    times: list[list[float]] = [[] for _ in parts]
     with runtime.active():
-        graph = graphs.capture(partial(run, operations), stream)
+        lists = [engine.decode_operations(kinds) for kinds in parts]
+        captured = [graphs.capture(partial(run, one), runtime.stream) if one else None for one in lists]
         for _ in range(1 + _REPLAYS):
-            # A step moves on: each replay has to begin where the others did.
-            engine.state.positions.fill(case.prompt + case.output // 2)
-            engine.state.counts.fill(case.output // 2)
-            engine.state.finished.fill(0)
-            times.append(graphs.replay_us(graph, stream, 1))
-    cupy.cuda.get_current_stream().synchronize()
-    return statistics.median(times[1:]) / 1e3
+            for graph, found in zip(captured, times, strict=True):
+                # A step moves on: each replay has to begin where the others did.
+                engine.state.positions.fill(case.prompt + case.output // 2)
+                engine.state.counts.fill(case.output // 2)
+                engine.state.finished.fill(0)
+                found.append(graphs.replay_us(graph, runtime.stream, 1) if graph else 0.0)
+    return [statistics.median(found[1:]) / 1e3 for found in times]

@@ -56,7 +56,8 @@ class GpuRuntime:
 
     ``overlap``: a kernel may start while the one before it still runs, and waits for it before it touches activations
     (docs/kernels/pdl.md); by default where the GPU and the installed packages can do that. No launch of a pass writes
-    what the next reads before it waits: those are weights, which nothing writes.
+    what the next reads before it waits: those are weights, which nothing writes, and what attention finds in the cache
+    of earlier positions.
     """
 
     def __init__(self, *, overlap: bool | None = None) -> None:

@@ -158,11 +158,12 @@ FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& 
 // keys and values [slot_count, key heads, capacity, head_dim]. A row of a slot that there is not or of a negative
 // position is left out. kGroup query heads share a key head.
 //
-// Grid: key heads, rows, splits, of which `common` are for rows of any length (shares::Share). With more than one split, `counters` has a zero for each block of a split, and again
-// in the end; `softmaxes` and `partials` are for what splits leave to be put together (shares::Meeting). scale: log2(e)
-// / sqrt(head_dim), as a rule.
+// Grid: key heads, rows, splits, of which `common` are for rows of any length (shares::Share). With more than one split,
+// `counters` has a zero for each block of a split, and again in the end; `softmaxes` and `partials` are for what splits
+// leave to be put together (shares::Meeting). scale: log2(e) / sqrt(head_dim), as a rule.
 //
-// The launch before may write q, and keys and values of each row's own position: nothing else is waited for.
+// The launch before may write q, and keys and values of each row's own position, which no other row may read: nothing
+// else is waited for.
 template <typename T, int kChunks, int kGroup>
 __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks, kGroup>::kMinBlocks)
     decode_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,

@@ -13,10 +13,10 @@ namespace shares {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / rows::kLanes;
-constexpr int kQuad = 4;    // elements of a thread when sums are put together
+constexpr int kQuad = 4;     // elements of a thread when sums are put together
 constexpr int kLeast = 64;   // positions of a split, below which another one costs more than it saves
-constexpr int kLong = 1024;  // so many would keep others waiting, were they one block's
-constexpr int kAtOnce = 8;  // splits whose sums a thread asks for together: they do not wait for one another
+constexpr int kLong = 2048;  // so many would keep others waiting, were they one block's
+constexpr int kAtOnce = 8;   // splits whose sums a thread asks for together: they do not wait for one another
 
 // Which positions of a row a split has: as equal shares as whole steps allow. There are `common` shares, unless they
 // have less than kLeast positions each; more where they have kLong and there are splits for it: the row may be longer

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.figures import style
 from experiments.figures.entry import Entry
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PROMPT, OUTPUT = 64, 512
+FILLS: tuple[Literal["full", "none"], ...] = ("full", "none")
+"""Of markers, by GPU."""
 MODELS = ("opt-30b", "opt-66b", "opt-175b", "llama-3.1-70b")
 PARTS: Mapping[str, tuple[str, str]] = {
     "linear_ms": ("matrices", "#d55e00"),
@@ -152,24 +154,39 @@ def plot(data: Decoded) -> dict[str, Figure]:
 
 def _throughput(data: Decoded) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(11, 7.2))
     grid = figure.subplots(2, len(MODELS), squeeze=False)
+    kinds = {gpu: FILLS[i % 2] for i, gpu in enumerate(sorted({row.gpu or "" for row in data.rows}, reverse=True))}
     for axes, model in zip(grid[0], MODELS, strict=True):
-        for (gpu, system, zeros, gpus), rows in data.of(model).items():
+        lines = data.of(model)
+        for (gpu, system, zeros, gpus), rows in lines.items():
             color, marker = look_of(system, zeros)
-            name = f"{label_of(system, zeros, gpus)}, {gpu.removeprefix('NVIDIA ').split()[0]}"
-            values = [row.tokens_per_gpu_s for row in rows]
-            axes.plot([row.batch for row in rows], values, color=color, marker=marker, markersize=4, label=name)
+            axes.plot(
+                [row.batch for row in rows],
+                [row.tokens_per_gpu_s for row in rows],
+                color=color,
+                marker=marker,
+                markersize=4,
+                linestyle="--" if gpus > 1 else "-",
+                fillstyle=kinds[gpu],
+                label=label_of(system, zeros, gpus),
+            )
         axes.set_title(_title(model))
         axes.set_xscale("log", base=2)
         axes.set_xlim(7, 73)
         axes.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
-        most = max([row.tokens_per_gpu_s or 0 for row in data.rows if row.model == model], default=1)
-        axes.set_ylim(0, most * max(1.35, 1 / (0.95 - 0.068 * len(data.of(model)))))  # the legend stands above lines
+        entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # of all GPUs together
+        for gpu in dict.fromkeys(gpu for gpu, *_ in lines):
+            name = gpu.removeprefix("NVIDIA ").split()[0]
+            entries[name] = Line2D([], [], color="none", marker="o", markeredgecolor="k", markerfacecolor="k",
+                markersize=4, fillstyle=kinds[gpu])  # fmt: skip
+        most = max([row.tokens_per_gpu_s or 0 for rows in lines.values() for row in rows], default=1)
+        axes.set_ylim(0, most * max(1.35, 1 / (0.95 - 0.068 * len(entries))))  # the legend stands above lines
         axes.set_xlabel("batch")
         if axes.lines:
-            axes.legend(loc="upper left", fontsize=7)
+            axes.legend(entries.values(), entries.keys(), loc="upper left", fontsize=7)
     grid[0][0].set_ylabel("tokens per GPU-second")
     for axes, (name, (title, series)) in zip(grid[1], PUBLISHED.items(), strict=False):
         _published(axes, data.published[name], series)

@@ -107,8 +107,8 @@ def test_more_splits_than_a_thread_asks_for_at_once(case: Case) -> None:
 
 @every((PAIRED, GROUPED))
 def test_long_rows_have_more_splits_than_others(case: Case) -> None:
-    """Two of three blocks share 2050 positions, and leave their sums; 1023 are one block's."""
-    case = replace(case, heads=case.heads // case.kv_heads, kv_heads=1, capacity=2100, ends=(2050, 1023, 5))
+    """Two of three blocks share 4100 positions, and leave their sums; 2047 are one block's."""
+    case = replace(case, heads=case.heads // case.kv_heads, kv_heads=1, capacity=4200, ends=(4100, 2047, 5))
     given = operands(case)
     counts: list[Any] = []
 
@@ -210,9 +210,16 @@ def test_splits_follow_from_the_work() -> None:
         return plan.common_splits, plan.splits
 
     assert [splits(rows=rows, capacity=1000) for rows in (1, 2, 3, 4, 64)] == [(4, 4), (2, 2), (2, 2), (1, 1), (1, 1)]
-    assert [splits(rows=1, capacity=capacity) for capacity in (63, 192, 4096, 8192)] == [(1, 1), (3, 3), (4, 4), (4, 8)]
-    assert [splits(rows=8, capacity=capacity) for capacity in (2047, 2048, 8192)] == [(1, 1), (1, 2), (1, 8)]
-    sizes |= {"heads": 64, "kv_heads": 8}
+    assert [splits(rows=1, capacity=capacity) for capacity in (63, 192, 8192, 16384)] == [
+        (1, 1),
+        (3, 3),
+        (4, 4),
+        (4, 8),
+    ]
+    assert [splits(rows=8, capacity=capacity) for capacity in (4095, 4096, 8192)] == [(1, 1), (1, 2), (1, 4)]
+    sizes |= {"heads": 1, "kv_heads": 1, "head_dim": 8}
+    assert splits(rows=9, capacity=(1 << 28) - 1) == (30, 65535)
+    sizes |= {"heads": 64, "kv_heads": 8, "head_dim": 128}
     assert [splits(rows=rows, capacity=1000) for rows in (1, 64, 128)] == [(8, 8), (1, 1), (1, 1)]
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from flashllm.backends import emulator
 from flashllm.backends.emulator import BuildOptions, EmulationError
+from flashllm.errors import ArgumentError
 from flashllm.jit.spec import KernelSpec
 
 BUILD = BuildOptions(source_root=Path(__file__).parent)
@@ -261,3 +262,20 @@ def test_shared_memory_that_nobody_wrote_is_poisoned() -> None:
     emulator.launch(REACH[6], (2,), (x, y, np.int32(128)), workers=1, build=BUILD)
     assert (y[64:96] == 0x7FFF7FFF).all()
     assert (y[:64] == 0).all()
+
+
+def test_parts_that_the_launch_before_may_be_using() -> None:
+    """Element 100 is read, and nobody waits."""
+    x, y = np.zeros(128, np.int32), np.zeros(128, np.int32)
+
+    def reads(dependent: NDArray[Any]) -> None:
+        emulator.launch(REACH[3], (1,), (x, y, np.int32(100)), build=BUILD, dependent=[dependent])
+
+    for part in (x[:100], x[101:]):
+        reads(part)
+    for part in (x, x[100:101]):
+        with pytest.raises(EmulationError, match="read of argument 0, which the launch before may be using"):
+            reads(part)
+    for part in (x[::2], x.copy(), np.zeros(1, np.int32)):
+        with pytest.raises(ArgumentError, match=r"^dependent: expected"):
+            reads(part)

@@ -26,7 +26,7 @@ from flashllm.bench.decode_weights import DENSE, PARTS, random_weights, stored_s
 from flashllm.bench.models import MODELS
 from flashllm.bench.rows import Row
 from flashllm.cli.main import command
-from flashllm.engine.forward import Activations
+from flashllm.engine.forward import Activations, Residual
 from flashllm.engine.parallel import alone
 from flashllm.engine.shard import WHOLE, Shard
 from flashllm.errors import ArgumentError, DeviceMemoryError, FormatError
@@ -115,7 +115,8 @@ def test_random_weights_have_the_shapes_and_zeros_asked_for(name: str, shard: Sh
     assert abs(stored_share(weights) - 0.25) < 0.04
     plan = plan_memory(config, formats, sparsity=0.75, batch=2, prompt=3, output=1, shard=shard)
     keys_and_values = 2 * 6 * 2 * shard.kv_heads(config) * config.head_dim  # which are planned twice over
-    assert plan.activations == Activations(np, weights, 6).nbytes + keys_and_values + 4 * 2 * config.vocab
+    own = Activations(np, weights, 6).nbytes + Residual(np, weights, 2).nbytes
+    assert plan.activations == own + keys_and_values + 4 * 2 * config.vocab
     assert weights.nbytes > weights.matrix_bytes > 0
     again = random_weights(config, formats, sparsity=0.75, xp=np, dtype="bf16", shard=shard)
     assert np.array_equal(again.blocks[0].qkv.to_dense(), weights.blocks[0].qkv.to_dense())
@@ -282,20 +283,32 @@ def test_figure_takes_newest_clean_rows_and_their_dense_of_the_same_run(tmp_path
     }
 
 
-def test_systems_of_others_can_be_told_apart() -> None:
+@pytest.mark.parametrize("gpus", [("NVIDIA H200",), ("NVIDIA H200", "NVIDIA H100 80GB HBM3")], ids=["one", "two"])
+def test_systems_of_others_can_be_told_apart(gpus: tuple[str, ...]) -> None:
     """Each line of a panel has a look and a name of its own, and none runs through the legend's."""
     pytest.importorskip("matplotlib")
     systems = [(system, 0.8 if system == "flashllm" else 0.0) for system in decode.SYSTEMS.values()]
     rows = tuple(
-        a_row(model="opt-66b", layers=64, system=system, sparsity=zeros, batch=batch, tokens_per_gpu_s=9.0 * batch)
+        a_row(
+            model="opt-66b",
+            layers=64,
+            gpu=gpu,
+            system=system,
+            sparsity=zeros,
+            batch=batch,
+            tokens_per_gpu_s=9.0 * batch,
+        )
+        for gpu in gpus
         for system, zeros in systems
         for batch in (8, 64)
     )
     published = figure.load(ROOT).published
     axes = figure.plot(figure.Decoded(rows=rows, dense={}, published=published))["decode-throughput"].axes[1]
-    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == len(systems)
+    looks = {(line.get_color(), line.get_marker(), line.get_fillstyle()) for line in axes.lines}
+    assert len(looks) == len(axes.lines) == len(gpus) * len(systems)
     assert len({line.get_color() for line in axes.lines}) == len(systems)
-    assert len({line.get_label() for line in axes.lines}) == len(systems)
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(set(texts)) == len(texts) == len(systems) + len(gpus)
     axes.figure.draw_without_rendering()
     legend = axes.get_legend().get_window_extent()
     assert all(legend.y0 > axes.transData.transform(line.get_xydata())[:, 1].max() for line in axes.lines)

@@ -102,7 +102,7 @@ def test_tokens_of_a_failed_group_are_not_given(weights: Weights) -> None:
     engine = Engine(weights, HostRuntime("reference"), batch=1, capacity=9, communicator=group.members[0])
     assert engine.tokens() == [[]]
     group.fail()
-    for read in (engine.tokens, engine.counts):
+    for read in (engine.tokens, engine.counts, lambda: engine.score([[1]])):
         with pytest.raises(CommunicationError, match="another member of the group has ended"):
             read()
 
@@ -173,26 +173,25 @@ def test_host_products_round_once(kind: Any) -> None:
 
 
 class Full(HostRuntime):
-    """A device without memory for products of ``rows`` rows; notes what is asked for."""
+    """A device without memory for products of ``rows`` rows."""
 
     def __init__(self, rows: int) -> None:
         super().__init__("reference")
-        self.products, self.asked, self.rows = self, [], rows  # type: ignore[assignment]
+        self.products, self.rows = self, rows  # type: ignore[assignment]
 
-    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
-        self.asked.append((len(matrices), rows))
-        if rows == self.rows:
+    def reserve(self, matrices: Sequence[Any], rows: Sequence[int]) -> None:
+        assert len(matrices) == 8
+        if self.rows in rows:
             raise DeviceMemoryError("workspace of products", needed=2, free=1)
 
 
 @needs_emulator
-@pytest.mark.parametrize("rows", [2, 10])
+@pytest.mark.parametrize("rows", [2, 64, 80])
 def test_an_engine_says_at_once_that_products_lack_memory(weights: Weights, rows: int) -> None:
-    """Of a step, and of the widest pass of prompts: no prompt is needed to find out."""
-    runtime = Full(rows)
+    """Of a step, of the widest pass of prompts, and of a pass that kernels compute: no prompt is needed to find out."""
+    assert weights.config.layers == 2
     with pytest.raises(DeviceMemoryError, match="workspace of products"):
-        Engine(weights, runtime, batch=2, capacity=12, prefill_rows=10)
-    assert runtime.asked == [(4 * weights.config.layers, asked) for asked in (10, 2) if asked >= rows]
+        Engine(weights, Full(rows), batch=2, capacity=40, prefill_rows=100)
 
 
 class FakeCublas:
@@ -210,11 +209,14 @@ def test_products_on_a_gpu_are_prepared_first(monkeypatch: pytest.MonkeyPatch) -
     for w in (dense, packed):
         with pytest.raises(ArgumentError, match=r"^x: expected a number of rows that was prepared, got 3"):
             made.multiply(x, w, y)
-    plan = SimpleNamespace(expansion=None, workspace_bytes=64, scratch_bytes=32)
-    taken: dict[str, int] = {}
-    monkeypatch.setattr("flashllm.matmul.plan", lambda w, rows: plan)
-    monkeypatch.setattr(made, "_reserve", lambda name, size: taken.update({name: size}))
-    made.reserve([dense, packed], 3)
-    assert taken == {"kernels": 64, "scratch": 32}
-    assert (len(made._plans), made._dense) == (1, {})  # no algorithm is timed for rows that may not come
+
+    def plan(w: Any, rows: int) -> SimpleNamespace:
+        return SimpleNamespace(expansion=None, workspace_bytes=100 - rows, scratch_bytes=10 * rows)
+
+    taken: list[tuple[str, int]] = []
+    monkeypatch.setattr("flashllm.matmul.plan", plan)
+    monkeypatch.setattr(made, "_reserve", lambda name, size: taken.append((name, size)))
+    made.reserve([dense, packed], [3, 5, 4])
+    assert taken == [("kernels", 97), ("scratch", 50)]  # once: what graphs have captured cannot grow
+    assert (len(made._plans), made._dense) == (3, {})  # no algorithm is timed for rows that may not come
     made.close()

@@ -152,7 +152,7 @@ def launch(
         seed=seed,
         extents=(_Extent * max(len(extents), 1))(*extents),
         extent_count=len(extents),
-        dependents=(_Dependent * max(len(dependent), 1))(*(_part(array) for array in dependent)),
+        dependents=(_Dependent * max(len(dependent), 1))(*(_part(array, extents) for array in dependent)),
         dependent_count=len(dependent),
         counts=counts,
         message=ctypes.cast(message, ctypes.c_char_p),
@@ -258,7 +258,8 @@ def spmm(
     memory = _aligned(np.full(max(plan.scratch_bytes, 16) + _SCRATCH_GUARD, 0xFF, np.uint8))
     scratch = memory[:-_SCRATCH_GUARD]
     args = kernel(w.format).arguments(w, plan.split, inner, y, workspace, scratch)
-    counts = launch(plan.spec, plan.grid, args, seed=seed, build=build, dependent=(inner, y, workspace, scratch))
+    dependent = [array for array in (inner, y, workspace, scratch) if any(array is one for one in args)]
+    counts = launch(plan.spec, plan.grid, args, seed=seed, build=build, dependent=dependent)
     if needed and workspace.any():
         raise EmulationError(f"{plan.spec.label} (seed {seed}): the workspace is not zero after the launch")
     for name, guard in (("before", fenced[:_GUARD]), ("after", fenced[-after:])):
@@ -288,10 +289,13 @@ def _aligned(a: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _part(array: NDArray[Any]) -> _Dependent:
+def _part(array: NDArray[Any], extents: Sequence[_Extent]) -> _Dependent:
     if not array.flags.c_contiguous:
         raise ArgumentError("dependent", expected="C-contiguous arrays", got=f"strides {array.strides}")
-    return _Dependent(begin=array.ctypes.data, bytes=array.nbytes)
+    begin, end = array.ctypes.data, array.ctypes.data + array.nbytes
+    if not any((one.begin or 0) <= begin and end <= (one.begin or 0) + one.bytes for one in extents):
+        raise ArgumentError("dependent", expected="arrays among args, or parts of them", got=f"{list(array.shape)}")
+    return _Dependent(begin=begin, bytes=array.nbytes)
 
 
 def _argument(i: int, value: Any, size: int, extents: list[_Extent]) -> NDArray[Any]:

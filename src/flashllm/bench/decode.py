@@ -293,11 +293,17 @@ def _replayed_ms(engine: Engine, case: Case, parts: Sequence[Sequence[Kind] | No
     with runtime.active():
         lists = [engine.decode_operations(kinds) for kinds in parts]
         captured = [graphs.capture(partial(run, one), runtime.stream) if one else None for one in lists]
+        # Ranks of a group drift apart where nothing waits for others; what is timed begins where all have met.
+        meeting = next(
+            (graph for kinds, graph in zip(parts, captured, strict=True) if kinds == ["communication"]), None
+        )
         for _ in range(1 + _REPLAYS):
             for graph, found in zip(captured, times, strict=True):
                 # A step moves on: each replay has to begin where the others did.
                 engine.state.positions.fill(case.prompt + case.output // 2)
                 engine.state.counts.fill(case.output // 2)
                 engine.state.finished.fill(0)
+                if meeting:
+                    meeting.launch(runtime.stream)
                 found.append(graphs.replay_us(graph, runtime.stream, 1) if graph else 0.0)
     return [statistics.median(found[1:]) / 1e3 for found in times]

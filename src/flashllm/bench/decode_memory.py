@@ -86,7 +86,8 @@ def plan_memory(
     rows = max(batch, min(PREFILL_ROWS, batch * prompt))
     # x, the residual stream in fp32, q, k and v twice over, what heads give, up and active.
     per_row = 6 * config.hidden + 2 * (2 * sizes["qkv"][0] + sizes["out"][1] + sizes["up"][0] + sizes["down"][1])
-    y = 2 * math.prod(parts_shape(rows, config.hidden, shard.count))
+    last = 6 * config.hidden * batch  # the residual stream again, of the rows whose logits are wanted
+    y = 2 * sum(math.prod(parts_shape(count, config.hidden, shard.count)) for count in (rows, batch))
     expanded = max(packed) if packed and batch * prompt >= _LEAST_EXPANDED_ROWS else 0
     matrices = config.layers * sum(stored.values())
     return MemoryPlan(
@@ -94,7 +95,7 @@ def plan_memory(
         other_weights=2 * (tables * config.hidden + vectors),
         making=2 * largest if packed else 0,
         cache=cache_bytes(config, shard, slots=batch, capacity=prompt + output),
-        activations=rows * per_row + y + 4 * batch * config.vocab,
+        activations=rows * per_row + last + y + 4 * batch * config.vocab,
         workspace=_CUBLAS_BYTES + expanded,
         rests=_KERNEL_BYTES + (int(_RESTS * matrices) if packed else 0),
     )

@@ -22,13 +22,15 @@ from flashllm.matmul.tensor_cores import CXX_TYPE
 
 MAX_ROWS = 65535
 """Queries of a step: the second size of a grid."""
+MAX_SPLITS = 65535
+"""The third size of a grid."""
 MAX_HEADS = 1 << 15
 """Query heads: with as many rows as can be, blocks of a split are counted in 32 bits."""
 _THREADS = 128
 _WARPS = 4
 _CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
 _CHUNKS = (1, 2, 4)  # of such loads of a lane for one position
-_LEAST, _LONG = 64, 1024  # positions, as in cuda/flashllm/shares.cuh
+_LEAST, _LONG = 64, 2048  # positions, as in cuda/flashllm/shares.cuh
 # Blocks wanted of each multiprocessor. On an H200 one split was the fastest wherever there were as many, and of the
 # kernel of groups half a block is enough: its blocks have tens of kilobytes under way, and what a split leaves is up to
 # a quarter of what it reads.
@@ -113,7 +115,7 @@ def plan_attention(
     if plan.is_grouped:
         wanted = sm_count // (_SMS_PER_GROUPED_BLOCK * blocks)
     common = max(1, min(wanted, capacity // _LEAST))
-    return replace(plan, splits=max(common, capacity // _LONG), common_splits=common)
+    return replace(plan, splits=max(common, min(capacity // _LONG, MAX_SPLITS)), common_splits=common)
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
@@ -161,7 +163,8 @@ def attention(
     does not have, or of a negative position, is left out: nothing of out is written.
 
     A launch that overlaps the one before reads ``slots``, ``positions`` and what the cache has of earlier positions at
-    once: these must be older than that one.
+    once: these must be older than that one, which is so where it has appended a position to each slot, and no two rows
+    have the same slot.
 
     ``workspace`` is uint8 of at least ``plan.workspace_bytes``, zero before the first launch; launches that follow one
     another may share it. Scores and sums are fp32 and out is rounded once; ``plan.is_grouped`` says of weights, at most

@@ -16,7 +16,7 @@ from flashllm.decoder.prefill import prefill_attention
 from flashllm.decoder.sample import MOST_VOCAB, SampleState, sample
 from flashllm.engine.arrays import empty
 from flashllm.engine.communicator import Communicator
-from flashllm.engine.forward import Activations, Forward, Kind, Operation, Rows, numpy_type, run
+from flashllm.engine.forward import Activations, Forward, Kind, Operation, Residual, Rows, numpy_type, run
 from flashllm.engine.kv_cache import KvCache
 from flashllm.engine.prompts import Chunk, check_tokens, chunks_of, is_list, pad_rows
 from flashllm.engine.runtime import Runtime
@@ -27,13 +27,16 @@ from flashllm.models.config import ModelConfig
 
 PREFILL_ROWS = 2048
 """Most tokens of prompts in one pass."""
+_KERNEL_ROWS = 64
+"""As many as kernels compute at a time. They go over more of them again, in the same workspace, and expanding a matrix,
+for passes of hundreds of rows, takes another."""
 
 
 class Engine:
     """Decodes ``batch`` sequences of up to ``capacity`` tokens, prompt and output together.
 
-    The cache, activations, logits and what the products of a step and of the widest pass need beside their operands
-    are allocated here. Passes of other numbers of rows seldom need more. Not for several threads at a time.
+    The cache, activations, logits and what products need beside their operands are allocated here. Not for several
+    threads at a time.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Engine:
             self.cache = KvCache.create(xp, config, shard, slots=batch, capacity=capacity, dtype=kind)
             self.state = SampleState.create(xp, batch=batch, capacity=capacity, stop_tokens=stop_tokens)
             self._activations = Activations(xp, weights, max(batch, self._prefill_rows))
-            self._last = Activations(xp, weights, batch)  # of rows whose logits are wanted, from passes of many
+            self._last = Residual(xp, weights, batch)  # of rows whose logits are wanted, from passes of many
             self.logits = empty(xp, (batch, config.vocab), np.float32, "logits")
             """On the device: what the last token of each sequence was chosen from."""
             self._slots = empty(xp, (batch,), np.int32, "slots")
@@ -78,8 +81,7 @@ class Engine:
             self._partials.fill(0)
             self._forward = Forward(runtime, weights, self.cache, communicator)
             matrices = [w for block in weights.blocks for w in block.matrices]
-            for rows in (self._prefill_rows, batch):
-                runtime.products.reserve(matrices, rows)
+            runtime.products.reserve(matrices, (self._prefill_rows, min(self._prefill_rows, _KERNEL_ROWS), batch))
         self._communicator = communicator
         self._step: Callable[[], None] | None = None
         self._operations: list[Operation] | None = None
@@ -207,7 +209,7 @@ class Engine:
                     rows = part.x.shape[0]
                     self._forward.prepare_head(rows)
                     run(self._forward.head(part, self.logits[:rows]))
-                    logits = runtime.fetch(self.logits[:rows])
+                    logits = self._fetch(self.logits[:rows])
                     for i in range(rows):
                         slot, position = chunk.slots[first + i], chunk.positions[first + i]
                         found[slot][position] = logits[i]
@@ -245,7 +247,7 @@ class Engine:
             self._communicator.check()
         return found
 
-    def _slice(self, a: Activations, first: int, rows: int) -> Activations:
+    def _slice(self, a: Activations, first: int, rows: int) -> Residual:
         """Copies of some rows, where each array is aligned: valid until the next ones."""
         part = self._last.first(rows)
         part.residual[...] = a.residual[first : first + rows]

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from flashllm.errors import ArgumentError
 from flashllm.models.config import ModelConfig
 from flashllm.models.forward import rope_frequencies
 from flashllm.models.layout import OPT_POSITION_OFFSET
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Kind = Literal["linear", "attention", "communication", "other"]
 KINDS: tuple[Kind, ...] = ("linear", "attention", "communication", "other")
@@ -63,24 +66,14 @@ class Rows:
     slots: Any
 
 
-class Activations:
-    """The arrays that a pass of up to ``rows`` rows writes."""
+class Residual:
+    """Up to ``rows`` rows between two layers: the residual stream, what is still to be added, and their norm."""
 
     def __init__(self, xp: Any, weights: Weights, rows: int) -> None:
-        config, shard, kind = weights.config, weights.shard, numpy_type(weights.dtype)
-        heads = shard.heads(config)
-
-        def make(*shape: int, dtype: Any = kind) -> Any:
-            return empty(xp, (rows, *shape), dtype, "activations")
-
-        self.residual = make(config.hidden, dtype=np.float32)
-        self.x = make(config.hidden)
-        self.qkv = make(shard.shape(config, "qkv")[0])
-        self.q = make(heads, config.head_dim)
-        self.mixed = make(heads * config.head_dim)
-        self.up = make(shard.shape(config, "up")[0])
-        self.active = make(shard.ffn(config))
-        self.y = empty(xp, parts_shape(rows, config.hidden, shard.count), kind, "activations")
+        hidden, kind = weights.config.hidden, numpy_type(weights.dtype)
+        self.residual = empty(xp, (rows, hidden), np.float32, "activations")
+        self.x = empty(xp, (rows, hidden), kind, "activations")
+        self.y = empty(xp, parts_shape(rows, hidden, weights.shard.count), kind, "activations")
         """The parts of a sum, of each rank one."""
 
     @property
@@ -88,14 +81,31 @@ class Activations:
         """Of all."""
         return sum(int(array.nbytes) for array in vars(self).values())
 
-    def first(self, rows: int) -> Activations:
+    def first(self, rows: int) -> Self:
         """Views of their first rows."""
-        views = object.__new__(Activations)
+        views = object.__new__(type(self))
         views.__dict__ = {name: array[:rows] for name, array in vars(self).items() if name != "y"}
         parts, _, hidden = self.y.shape
         shape = parts_shape(rows, hidden, parts)
         views.y = self.y.reshape(-1)[: math.prod(shape)].reshape(shape)  # parts are gathered without gaps
         return views
+
+
+class Activations(Residual):
+    """The arrays that a pass of up to ``rows`` rows writes."""
+
+    def __init__(self, xp: Any, weights: Weights, rows: int) -> None:
+        super().__init__(xp, weights, rows)
+        config, shard, kind = weights.config, weights.shard, numpy_type(weights.dtype)
+
+        def make(*shape: int) -> Any:
+            return empty(xp, (rows, *shape), kind, "activations")
+
+        self.qkv = make(shard.shape(config, "qkv")[0])
+        self.q = make(shard.heads(config), config.head_dim)
+        self.mixed = make(shard.heads(config) * config.head_dim)
+        self.up = make(shard.shape(config, "up")[0])
+        self.active = make(shard.ffn(config))
 
 
 class Forward:
@@ -154,7 +164,7 @@ class Forward:
             y, y_bias = a.y, block.down_bias
         return operations
 
-    def head(self, a: Activations, logits: Any) -> list[Operation]:
+    def head(self, a: Residual, logits: Any) -> list[Operation]:
         """Behind :meth:`blocks`: ``logits`` [R, vocab], fp32, of the rows of ``a``."""
         weights = self._weights
         last = weights.blocks[-1].down_bias

@@ -26,8 +26,10 @@ _REPEATS = 3
 class Products(Protocol):
     """How an engine multiplies. A matrix W is a ``SparseWeight`` or a dense [M, K] array on the engine's device."""
 
-    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
-        """Take the memory that products of ``rows`` rows with these matrices need. Raises ``DeviceMemoryError``."""
+    def reserve(self, matrices: Sequence[Any], rows: Sequence[int]) -> None:
+        """Take the memory that products of each of these numbers of rows with these matrices need. Raises
+        ``DeviceMemoryError``.
+        """
 
     def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """Choose how products of ``rows`` rows with these matrices are computed, and reserve their memory.
@@ -59,7 +61,7 @@ class HostProducts:
     def __init__(self, backend: str) -> None:
         self._backend = backend
 
-    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
+    def reserve(self, matrices: Sequence[Any], rows: Sequence[int]) -> None:
         """Nothing to reserve."""
 
     def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
@@ -101,14 +103,15 @@ class GpuProducts:
         self._outgrown: list[Any] = []
         """Memory that graphs captured before still use."""
 
-    def reserve(self, matrices: Sequence[Any], rows: int) -> None:
+    def reserve(self, matrices: Sequence[Any], rows: Sequence[int]) -> None:
         """As :class:`Products` says."""
         from flashllm import matmul
 
         plans: dict[tuple[int, int], tuple[SparseWeight, Any]] = {}
-        for w in matrices:
-            if isinstance(w, SparseWeight) and (id(w), rows) not in self._plans:
-                plans[id(w), rows] = (w, matmul.plan(w, rows))
+        for count in rows:
+            for w in matrices:
+                if isinstance(w, SparseWeight) and (id(w), count) not in self._plans:
+                    plans[id(w), count] = (w, matmul.plan(w, count))
         needed: dict[str, int] = {}
         for _, plan in plans.values():
             for name, size in ((_workspace_of(plan), plan.workspace_bytes), ("scratch", plan.scratch_bytes)):
@@ -119,7 +122,7 @@ class GpuProducts:
 
     def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """As :class:`Products` says."""
-        self.reserve(matrices, rows)
+        self.reserve(matrices, [rows])
         dense: dict[tuple[Any, ...], list[Any]] = {}
         for w in matrices:
             if not isinstance(w, SparseWeight):

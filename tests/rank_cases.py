@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,19 +90,26 @@ def engine(group: Group, folder: str, kind: str, dtype: Any, format: str) -> Non
 
 def killed(group: Group) -> None:
     """The last rank is killed while all replay a graph of gathers as fast as they can. Rank 0 says when."""
-    for replay in _replays(group):
-        if replay == 0 and group.rank == group.count - 1:
-            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    gather, stream, _parts = _captured(group)
+    print("replaying", flush=True)
+    if group.rank == group.count - 1:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        gather.launch(stream)
+        stream.synchronize()
 
 
 def raised(group: Group) -> None:
-    """The last rank ends with an exception while its graph waits for the others, whose end Python does not survive."""
-    for replay in _replays(group):
-        if replay == 100 and group.rank == group.count - 1:
-            raise ValueError("rank of this test")
+    """The last rank ends with an exception while its graph, which this frame holds, waits for the others for ever."""
+    gather, stream, _parts = _captured(group)
+    if group.rank == group.count - 1:
+        gather.launch(stream)
+        raise ValueError("rank of this test")
+    group.rendezvous.barrier()
 
 
-def _replays(group: Group) -> Iterator[int]:
+def _captured(group: Group) -> tuple[Any, Any, Any]:
+    """A graph of one gather, which all ranks have, its stream and its memory."""
     import cupy
 
     assert group.communicator is not None
@@ -112,13 +117,10 @@ def _replays(group: Group) -> Iterator[int]:
     with stream:
         parts = cupy.zeros((group.count, 2**20), np.float16)
         group.communicator.all_gather(parts)
-        graph = graphs.capture(partial(group.communicator.all_gather, parts), stream)
-        group.rendezvous.barrier()
-        print("replaying", flush=True)
-        for replay in itertools.count():
-            yield replay
-            graph.launch(stream)
-            stream.synchronize()
+        gather = graphs.capture(partial(group.communicator.all_gather, parts), stream)
+    stream.synchronize()
+    group.rendezvous.barrier()
+    return gather, stream, parts
 
 
 CASES: dict[str, Any] = {"gathers": gathers, "engine": engine, "killed": killed, "raised": raised}

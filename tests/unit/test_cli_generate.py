@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from flashllm.convert.run import convert
 from flashllm.engine import generate
 from flashllm.engine.generate import Generation, LoadedModel, ModelFiles, ModelText, Report
 from flashllm.engine.parallel import Group
+from flashllm.engine.rendezvous import Place, Rendezvous
 from flashllm.engine.sampling import SamplingOptions
 from flashllm.errors import FormatError, MissingDependencyError
 from model_cases import VOCAB, write_checkpoint, write_tokenizer
@@ -182,12 +184,12 @@ class Second:
     def __init__(self, *told: Any) -> None:
         self.told, self.facts = list(told), dict[str, Any]()
 
-    def broadcast(self, value: Any, *, seconds: float | None) -> Any:
-        assert value is None
+    def broadcast(self, value: Any, *, seconds: float | None, name: str) -> Any:
+        assert (value, name) == (None, "--prompts")
         return self.told.pop(0)
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        self.facts = facts
+    def agree(self, facts: dict[str, Any], *, called: dict[str, str]) -> None:
+        self.facts, self.called = facts, called
 
 
 def test_all_ranks_compute_what_rank_0_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +213,20 @@ def test_all_ranks_compute_what_rank_0_was_asked(tmp_path: Path, monkeypatch: py
     assert asked == [[[6, 7]], [options], [9]]
     with ModelFiles(path) as files:
         assert rendezvous.facts == {"model": files.fingerprint, "--dtype": "fp16", "--dense": False}
+    assert rendezvous.called == {"model": f"another checkpoint at {path}"}
+
+
+def test_prompts_that_are_too_long_for_other_ranks(tokens_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashllm.engine.rendezvous._LARGEST", 300)
+    file = tokens_only / "prompts"
+    file.write_text("3 " * 100)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        group = Group(rank=0, count=2, communicator=None, rendezvous=Rendezvous(Place(count=2), {1: ours}))
+        monkeypatch.setattr("flashllm.cli.generate.tensor_parallel", lambda _: contextlib.nullcontext(group))
+        message = refused(tokens_only, "--prompts", file, "--raw-tokens")
+        assert message.startswith("Error: --prompts: expected at most 300 bytes, which ranks can send, got ")
+        group.rendezvous.fail("the end of this test")
 
 
 def test_heads_and_models_that_cannot_be(tmp_path: Path) -> None:

@@ -127,14 +127,12 @@ def test_calls_of_a_rank(nccl: Any) -> None:
     halves, brains = array(2, 3, 5), array(2, 7, dtype=np.uint16)
     communicator.all_gather(halves)
     communicator.all_gather(brains)
-    communicator.close()
-    communicator.close()
-    communicator.abort()
+    communicator.leave()
+    communicator.leave()
     assert nccl.calls == [
         ("connect", 2, NAME, 1, "0"),
         ("gather", halves.data.ptr + 30, halves.data.ptr, 30, UINT8, 4711),
         ("gather", brains.data.ptr + 14, brains.data.ptr, 14, UINT8, 4711),
-        "destroy",
     ]
 
 
@@ -142,9 +140,9 @@ def test_rank_0_names_the_group(nccl: Any) -> None:
     communicator = NcclCommunicator(meet(Place()))
     halves = array(1, 3)
     communicator.all_gather(halves)
-    communicator.close()
+    communicator.leave()
     at = halves.data.ptr
-    assert nccl.calls == ["name", ("connect", 1, NAME, 0, "0"), ("gather", at, at, 6, UINT8, 4711), "destroy"]
+    assert nccl.calls == ["name", ("connect", 1, NAME, 0, "0"), ("gather", at, at, 6, UINT8, 4711)]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +158,7 @@ def test_arrays_that_cannot_be_gathered(nccl: Any, wrong: Any, got: str) -> None
     communicator = NcclCommunicator(Second())  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=rf"^parts: expected contiguous \[2, \.\.\.\], {got}"):
         communicator.all_gather(wrong)
-    communicator.close()
+    communicator.leave()
     assert not [call for call in nccl.calls if call[0] == "gather"]
 
 
@@ -169,7 +167,7 @@ def test_the_null_stream_is_refused(nccl: Any) -> None:
     nccl.stream = 0
     with pytest.raises(ArgumentError, match="the null stream"):
         communicator.all_gather(array(1, 4))
-    communicator.close()
+    communicator.leave()
 
 
 def test_a_failed_group_gathers_no_more(nccl: Any) -> None:
@@ -180,7 +178,7 @@ def test_a_failed_group_gathers_no_more(nccl: Any) -> None:
     for use in (communicator.check, lambda: communicator.all_gather(array(1, 4))):
         with pytest.raises(CommunicationError, match="rank 1 has ended"):
             use()
-    communicator.close()
+    communicator.leave()
 
 
 def test_an_error_behind_a_call_fails_the_group(nccl: Any) -> None:
@@ -192,10 +190,10 @@ def test_an_error_behind_a_call_fails_the_group(nccl: Any) -> None:
     nccl.error = RuntimeError("NCCL_ERROR_UNHANDLED_CUDA_ERROR: unhandled cuda error")
     assert heard.wait(5)
     assert rendezvous.failure == f"rank 0: NCCL has failed: {nccl.error}"
-    communicator.close()
+    communicator.leave()
 
 
-@pytest.mark.parametrize("end", ["leave", "close", "abort"])
+@pytest.mark.parametrize("end", ["leave", "abort"])
 def test_nothing_is_asked_of_a_communicator_that_was_left(nccl: Any, end: str) -> None:
     """Whoever asks for errors has ended before NCCL gives anything up."""
     nccl.stuck.set()
@@ -207,7 +205,7 @@ def test_nothing_is_asked_of_a_communicator_that_was_left(nccl: Any, end: str) -
     with pytest.raises(CommunicationError, match="the group was left"):
         communicator.all_gather(array(1, 4))
     communicator.check()
-    assert nccl.calls[2:] == {"leave": [], "close": ["destroy"], "abort": ["abort"]}[end]
+    assert nccl.calls[2:] == {"leave": [], "abort": ["abort"]}[end]
 
 
 def test_nobody_destroys_a_communicator_that_graphs_have_captured(nccl: Any) -> None:
@@ -227,7 +225,7 @@ def test_an_abort_that_waits_for_others_is_left(nccl: Any, monkeypatch: pytest.M
     communicator.abort()
     assert 0.04 < time.monotonic() - start < 2
     assert communicator.is_aborting
-    communicator.close()
+    communicator.abort()
     assert nccl.calls[2:] == ["abort"]
     nccl.stuck.set()
     assert communicator._aborting is not None

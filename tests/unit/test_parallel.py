@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from flashllm.cli import _parallel
+from flashllm import errors
+from flashllm.cli import _parallel, main
+from flashllm.cli._cases import BadUsage, usage_errors
+from flashllm.engine import parallel
+from flashllm.engine.communicator import CommunicationError
 from flashllm.engine.parallel import Group, check_gpus, open_group, place_of
 from flashllm.engine.processes import launch_ranks
 from flashllm.engine.rendezvous import Place
@@ -152,6 +158,42 @@ def test_a_command_that_cannot_start(
     done = CliRunner().invoke(program, arguments)
     assert isinstance(done.exception, ArgumentError)
     assert message in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(), SystemExit(3), SystemExit("text"), click.exceptions.Exit(4), KeyboardInterrupt(),
+        CommunicationError("rank 1 has ended"), click.ClickException("failed"), BadUsage("--prompt"),
+        errors.ArgumentError("a", expected="b", got="c"), errors.FormatError(field="a", expected="b", got="c"),
+        errors.DeviceMemoryError("a", needed=2, free=1), errors.MissingDependencyError("none"),
+        errors.UnsupportedDeviceError("old"), FileNotFoundError("none"), errors.VerificationError("a"), ValueError(),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_status_kept_for_the_end_is_that_of_the_command(outside: pytest.MonkeyPatch, error: BaseException) -> None:
+    @click.command()
+    def failing() -> None:
+        with usage_errors(), _parallel.tensor_parallel(1):
+            raise error
+
+    outside.setattr(main.LazyGroup, "get_command", lambda *_: failing)
+    assert CliRunner().invoke(main.command, ["failing"]).exit_code == parallel._status(error)
+
+
+def test_ranks_of_decode_bench_compare_options_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def agree(facts: dict[str, Any]) -> None:
+        raise CommunicationError(str(facts))
+
+    rendezvous: Any = SimpleNamespace(agree=agree)
+    group = Group(rank=1, count=2, communicator=None, rendezvous=rendezvous)
+    monkeypatch.setattr("flashllm.cli.decode_bench.tensor_parallel", lambda _: contextlib.nullcontext(group))
+    done = CliRunner().invoke(main.command, ["decode-bench", "--sparsity", "0.6,0.7", "--layers", "2"])
+    wanted = {
+        "--model": "opt-30b", "--sparsity": "0.6,0.7", "--systems": "sparse,dense", "--format": "auto",
+        "--batch": "8,16,32,64", "--prompt": 64, "--output": 512, "--dtype": "fp16", "--layers": 2,
+    }  # fmt: skip
+    assert done.output == f"Error: {wanted}\n"
 
 
 COMMAND = """

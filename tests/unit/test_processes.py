@@ -104,9 +104,24 @@ def test_an_error_of_one_rank_is_shown_with_its_name(capfd: pytest.CaptureFixtur
     assert errors.endswith("\nError: rank 1 of 2 ended with status 1\n")
 
 
+CTRL_C_TWICE = (
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "Fake.abort = lambda self: (signal.raise_signal(signal.SIGINT), time.sleep(0.1)); "
+    "signal.raise_signal(signal.SIGINT)"
+)
+
+
 @pytest.mark.parametrize(
     ("busy", "ending", "status"),
-    [(False, "sys.exit(3)", 3), (True, "sys.exit(3)", 3), (True, "[][1]", 1), (True, "raise KeyboardInterrupt", 130)],
+    [
+        (False, "sys.exit(3)", 3),
+        (True, "sys.exit(3)", 3),
+        (True, "[][1]", 1),
+        (True, "raise FileNotFoundError", 2),
+        (True, "raise KeyboardInterrupt", 130),
+        (True, CTRL_C_TWICE, 130),
+    ],
+    ids=["left", "exit", "error", "bad usage", "Ctrl-C", "Ctrl-C twice"],
 )
 def test_libraries_are_not_taken_down_beside_one_that_is_busy(
     busy: bool, ending: str, status: int, capfd: pytest.CaptureFixture[str]
@@ -121,6 +136,13 @@ def test_an_error_of_all_ranks_is_shown_once(capfd: pytest.CaptureFixture[str]) 
     status, _ = run(3, "print('no such file', file=sys.stderr); sys.exit(2)")
     assert status == 2
     assert capfd.readouterr().err.splitlines().count("no such file") == 1
+
+
+def test_an_error_of_rank_0_alone_is_shown_once(capfd: pytest.CaptureFixture[str]) -> None:
+    work = "group.of_rank_0(lambda: print('no such file', file=sys.stderr, flush=True) or sys.exit(2))"
+    status, _ = run(3, work)
+    assert status == 2
+    assert capfd.readouterr().err == "no such file\naborted\n"
 
 
 def test_a_rank_that_never_comes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
+from flashllm.engine import rendezvous
 from flashllm.engine.communicator import CommunicationError
 from flashllm.engine.rendezvous import PORTS, Place, Rendezvous, free_port, meet
+from flashllm.errors import ArgumentError
 
 AT_ONCE = 2.0
 """Seconds: far below every limit that ranks wait by default."""
@@ -79,8 +81,9 @@ def test_values_come_as_they_were(count: int) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"GPU": "B"}, "GPU: rank 0 has A, rank 2 has B"),
-        ({"tokens": [1, 3]}, "tokens: rank 0 has [1, 2], rank 2 has [1, 3]"),
+        ({"GPU": "B"}, "GPU: rank 0 has A, rank 2 has B; it must be the same on all ranks"),
+        ({"--layers": 2}, "--layers: rank 0 has None, rank 2 has 2; it must be the same on all ranks"),
+        ({"model": "7d"}, "model: rank 2 has another one at /2; it must be the same on all ranks"),
         ({}, None),
     ],
 )
@@ -88,9 +91,9 @@ def test_ranks_that_must_be_equal(other: dict[str, Any], message: str | None) ->
     """Rank 0 hears the difference, the others hear of it from rank 0."""
 
     def work(here: Rendezvous) -> str | None:
-        facts: dict[str, Any] = {"GPU": "A", "tokens": [1, 2]}
+        facts: dict[str, Any] = {"GPU": "A", "--layers": None, "model": "a3"}
         try:
-            here.agree(facts | (other if here.rank == 2 else {}))
+            here.agree(facts | (other if here.rank == 2 else {}), called={"model": f"another one at /{here.rank}"})
         except CommunicationError as error:
             assert here.rank == 0
             here.fail(str(error))
@@ -101,6 +104,20 @@ def test_ranks_that_must_be_equal(other: dict[str, Any], message: str | None) ->
         return None
 
     assert together(3, work) == [message] * 3
+
+
+def test_a_value_that_is_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_LARGEST", 8)
+    alone = meet(Place())
+    assert alone.broadcast("seven..") == "seven.."
+
+    def work(here: Rendezvous) -> Any:
+        if here.rank == 0:
+            with pytest.raises(ArgumentError, match=r"^list: expected at most 8 bytes, which ranks can send, got 9$"):
+                here.broadcast("seven..", name="list")
+        return here.broadcast("six...")
+
+    assert together(2, work) == ["six..."] * 2
 
 
 @pytest.mark.parametrize("late", range(3))

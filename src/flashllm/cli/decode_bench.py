@@ -31,7 +31,7 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
 
 @click.command(
     epilog="Exit status: 0 fine, 2 bad usage, or all cases are left out, 130 interrupted. With --tp also that of"
-    " a rank that failed: 75 where another one had, 128 and a number where a signal ended it."
+    " a rank that failed: 75 where another one had or the ranks differ, 128 and a number where a signal ended it."
 )
 @click.option("--model", default="opt-30b", show_default=True, metavar="NAME", help="Whose sizes; --list-models.")
 @click.option(
@@ -116,8 +116,11 @@ def command(
             backend=backend,
             group=group,
         )
-        asked = [model, sparsity, systems, format_name, batch, prompt, output, dtype, layers]
-        group.rendezvous.agree({"arguments": asked})
+        facts: dict[str, object] = {
+            "--model": model, "--sparsity": sparsity, "--systems": systems, "--format": format_name, "--batch": batch,
+            "--prompt": prompt, "--output": output, "--dtype": dtype, "--layers": layers,
+        }  # fmt: skip
+        group.rendezvous.agree(facts)
         saved = out if group.rank == 0 else None
         if saved is not None:
             results.ensure_writable(saved)

@@ -23,7 +23,7 @@ _HEADING = 60  # characters of a prompt
 
 @click.command(
     epilog="Exit status: 0 fine, 1 a failure, 2 bad usage or an unreadable file, 130 interrupted. With --tp also that"
-    " of a rank that failed: 75 where another one had, 128 and a number where a signal ended it."
+    " of a rank that failed: 75 where another one had or the ranks differ, 128 and a number where a signal ended it."
 )
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option("--prompt", "given", multiple=True, metavar="TEXT", help="What to continue; may be given several times.")
@@ -85,7 +85,7 @@ def command(
 
         notes = Console(stderr=True, highlight=False)
 
-        def asked() -> tuple[list[str], list[dict[str, Any]]]:
+        def read_prompts() -> tuple[list[str], list[dict[str, Any]]]:
             found = _prompts(given, file)
             each = [
                 SamplingOptions(
@@ -96,24 +96,26 @@ def command(
             return found, [asdict(one) for one in each]
 
         # All ranks compute what rank 0 was asked: FILE need not be there for the others.
-        texts, chosen = group.of_rank_0(asked)
-        options = [SamplingOptions(**one) for one in chosen]
+        texts, sampling = group.of_rank_0(read_prompts, name="--prompts")
+        options = [SamplingOptions(**one) for one in sampling]
         with ModelFiles(model, dtype=cast("DType | None", dtype), dense=dense) as files:
 
-            def encoded() -> tuple[list[list[int]], tuple[int, ...]]:
+            def encode_prompts() -> tuple[list[list[int]], tuple[int, ...]]:
                 found = [_numbers(text) if raw_tokens else files.text.encode(text) for text in texts]
                 check_prompts(files.config, found, options)
                 return found, () if no_stop else files.text.stop_tokens
 
-            prompts, stops = group.of_rank_0(encoded)
+            prompts, stops = group.of_rank_0(encode_prompts, name="--prompts")
             group.shard.check(files.config)
+            selected = select(backend)
             if group.count > 1:
-                if select(backend).name != "cuda":
+                if selected.name != "cuda":
                     raise BadUsage(f"--backend {backend}: expected cuda for several ranks")
-                group.rendezvous.agree({"model": files.fingerprint, "--dtype": dtype, "--dense": dense})
+                facts = {"model": files.fingerprint, "--dtype": dtype, "--dense": dense}
+                group.rendezvous.agree(facts, called={"model": f"another checkpoint at {model}"})
             runtime = open_runtime(backend)
-            if (chosen := select(backend)).name != "cuda":
-                note = f"kernels emulated on this CPU ({chosen.reason}), which is slow: for tiny models"
+            if selected.name != "cuda":
+                note = f"kernels emulated on this CPU ({selected.reason}), which is slow: for tiny models"
                 notes.print(note, soft_wrap=True, markup=False)
             with usage_errors(MemoryError), progress(notes, files.config.layers) as advance:
                 loaded = files.load(runtime, shard=group.shard, advance=advance)

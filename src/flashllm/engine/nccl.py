@@ -28,7 +28,7 @@ def without_multicast(environment: MutableMapping[str, str]) -> None:
 class NcclCommunicator:
     """One rank of a group, on the current GPU. What it queues may be captured in CUDA graphs.
 
-    As long as nobody calls :meth:`close` or :meth:`abort`, NCCL's side of it lives until the process ends.
+    As long as nobody calls :meth:`abort`, NCCL's side of it lives until the process ends.
     """
 
     def __init__(self, rendezvous: Rendezvous) -> None:
@@ -48,9 +48,7 @@ class NcclCommunicator:
         # CuPy destroys a communicator that nobody holds, and NCCL then waits until no graph is left that has captured
         # it, which at the end of a process may be for ever. So this one is held for ever.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._comm))
-        self._given_up = False
         self._aborting: threading.Thread | None = None
-        self._lock = threading.Lock()
         self._left = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="NCCL", daemon=True)
         self._watcher.start()
@@ -85,18 +83,14 @@ class NcclCommunicator:
         self._left.set()
         self._watcher.join()
 
-    def close(self) -> None:
-        """Give up NCCL's memory. All ranks do, and no graph is left that has captured it: NCCL waits for that."""
-        if self._give_up():
-            self._comm.destroy()
-
     def abort(self) -> None:
-        """Give up at once: kernels that wait for other ranks end, what they leave is of no use.
+        """Leave, and give up what NCCL holds: kernels that wait for other ranks end, what they leave is of no use.
 
         NCCL then waits for the end of graphs that have captured it, and may wait for other ranks (its issue 1013):
         after 2 s that is left to a thread.
         """
-        if self._give_up():
+        self.leave()
+        if self._aborting is None:
             self._aborting = threading.Thread(target=self._comm.abort, name="NCCL abort", daemon=True)
             self._aborting.start()
             self._aborting.join(_ABORT_SECONDS)
@@ -105,13 +99,6 @@ class NcclCommunicator:
     def is_aborting(self) -> bool:
         """Whether NCCL is still busy with :meth:`abort`, beside which a process must not take its libraries down."""
         return self._aborting is not None and self._aborting.is_alive()
-
-    def _give_up(self) -> bool:
-        """Leave; whether what NCCL holds is still to be given up, which is done once."""
-        self.leave()
-        with self._lock:
-            first, self._given_up = not self._given_up, True
-        return first
 
     def _watch(self) -> None:
         """Tell all ranks of an error that NCCL meets after a call has returned."""

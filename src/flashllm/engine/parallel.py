@@ -15,7 +15,14 @@ from typing import Any, NoReturn, Protocol
 from flashllm.engine.communicator import CommunicationError, Communicator
 from flashllm.engine.rendezvous import SECONDS, Place, Rendezvous, meet
 from flashllm.engine.shard import Shard
-from flashllm.errors import ArgumentError, FlashLLMError
+from flashllm.errors import (
+    ArgumentError,
+    DeviceMemoryError,
+    FlashLLMError,
+    FormatError,
+    MissingDependencyError,
+    UnsupportedDeviceError,
+)
 from flashllm.statuses import INTERRUPTED, PEER_FAILED
 
 GROUP_KEY, PARENT_PIPE = "FLASHLLM_GROUP", "FLASHLLM_PARENT"
@@ -23,6 +30,12 @@ GROUP_KEY, PARENT_PIPE = "FLASHLLM_GROUP", "FLASHLLM_PARENT"
 
 _DEFAULT_PORT = 29611  # where mpirun has started the ranks, which names none
 _GRACE_SECONDS = 1.0
+
+_BAD_USAGE = 2
+_USAGE_ERRORS = (
+    ArgumentError, FormatError, DeviceMemoryError, MissingDependencyError, UnsupportedDeviceError, OSError,
+)  # fmt: skip
+"""What the command line ends with ``_BAD_USAGE`` for."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MPIRUN = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -61,9 +74,12 @@ class Group:
         """This rank's part of a model."""
         return Shard(index=self.rank, count=self.count)
 
-    def of_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What ``make``, which rank 0 alone calls, returns there (JSON values), on every rank."""
-        return self.rendezvous.broadcast(make() if self.rank == 0 else None, seconds=None)
+    def of_rank_0(self, make: Callable[[], Any], *, name: str = "value") -> Any:
+        """What ``make``, which rank 0 alone calls, returns there (JSON values), on every rank.
+
+        Raises ``ArgumentError``, about ``name``, on rank 0 where that is too long to send.
+        """
+        return self.rendezvous.broadcast(make() if self.rank == 0 else None, seconds=None, name=name)
 
 
 def alone() -> Group:
@@ -173,10 +189,11 @@ def open_group(
         left.set()
         rendezvous.fail(f"rank {place.rank} has failed: {_said(error)}")
         if communicator is not None:
-            communicator.abort()
             # A step that was captured lives on in the exception's frames, and NCCL waits for its end. By the time
             # Python ends it mostly has come.
             atexit.register(_end_beside, communicator, _status(error))
+            with contextlib.suppress(KeyboardInterrupt):  # a second one, of whoever finds that the first takes long
+                communicator.abort()
         raise
 
 
@@ -223,12 +240,17 @@ def _said(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int:
-    """What a process ends with after ``error``."""
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
+    """What a command ends with after ``error``."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return PEER_FAILED if isinstance(error, CommunicationError) else 1
+    if isinstance(error, CommunicationError):
+        return PEER_FAILED
+    own = getattr(error, "exit_code", None)  # of an error that is the command line's already
+    if isinstance(own, int):
+        return own
+    return _BAD_USAGE if isinstance(error, _USAGE_ERRORS) else 1
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

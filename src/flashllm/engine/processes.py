@@ -44,7 +44,7 @@ def launch_ranks(count: int, command: Sequence[str]) -> int:
 
     Rank 0's output is shown, of another rank what it wrote to its standard error if it was the first to fail. Where a
     rank ends with another status than 0 the others end within seconds; its status is returned, or 128 and the number of
-    its signal, and a line on the standard error says which it was. Ctrl-C ends all.
+    its signal, and a line on the standard error says which it was, unless it was rank 0 or all. Ctrl-C ends all.
     """
     theirs, ours = os.pipe()
     try:
@@ -115,8 +115,10 @@ def _wait(ranks: Sequence[_Rank]) -> _Rank | None:
 def _report(first: _Rank, ranks: Sequence[_Rank]) -> int:
     """Say which rank has failed and why; its exit status."""
     status = first.process.returncode
-    if status > 0 and all(rank.process.returncode == status for rank in ranks):
-        return status  # rank 0 has said why, and it holds for all
+    # Rank 0 has said why where it holds for all, or where the others have only followed it.
+    said_by_rank_0 = {status, PEER_FAILED} if first.index == 0 else {status}
+    if status > 0 and said_by_rank_0.issuperset(rank.process.returncode for rank in ranks):
+        return status
     if first.errors:
         text = first.errors.decode(errors="replace").rstrip()
         print("\n".join(f"rank {first.index}: {line}" for line in text.splitlines()), file=sys.stderr)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashllm.engine.communicator import CommunicationError
+from flashllm.errors import ArgumentError
 
 PORTS = 16
 """Rank 0 listens at the first free one of so many ports; the others look there for whoever knows their key."""
@@ -81,7 +82,8 @@ class _Link:
 class Rendezvous:
     """One rank's side. All ranks call ``broadcast``, ``gather`` and ``barrier`` in the same order.
 
-    These raise :class:`CommunicationError` where a rank has failed, has ended, or says nothing for ``seconds``.
+    These raise :class:`CommunicationError` where a rank has failed, has ended, or says nothing for ``seconds``, and
+    ``ArgumentError`` for a value that is too long to send.
     """
 
     def __init__(self, place: Place, connections: Mapping[int, socket.socket]) -> None:
@@ -113,13 +115,16 @@ class Rendezvous:
         if reason is not None:
             listener(reason)
 
-    def broadcast(self, value: Any = None, *, seconds: float | None = SECONDS) -> Any:
-        """Rank 0's ``value`` (bytes, or what JSON can hold) for all; the others' does not matter."""
+    def broadcast(self, value: Any = None, *, seconds: float | None = SECONDS, name: str = "value") -> Any:
+        """Rank 0's ``value`` (bytes, or what JSON can hold) for all; the others' does not matter.
+
+        ``name``: of the value, for messages.
+        """
         self.check()
         if self.rank:
             return self._take(self._links[0], seconds)
         for link in self._links:
-            self._give(link, value)
+            self._give(link, value, name)
         return value
 
     def gather(self, value: Any, *, seconds: float | None = SECONDS) -> list[Any] | None:
@@ -135,12 +140,18 @@ class Rendezvous:
         found: list[Any] = self.broadcast(self.gather(value, seconds=seconds), seconds=seconds)
         return found
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
-        """Have rank 0 raise :class:`CommunicationError` where another has other ``facts``: names, and JSON values."""
-        for rank, theirs in enumerate(self.gather(facts) or ()):
+    def agree(self, facts: Mapping[str, Any], *, called: Mapping[str, str] | None = None) -> None:
+        """Have rank 0 raise :class:`CommunicationError` where another has other ``facts``: names, and JSON values.
+
+        ``called``: by the name of a fact whose values say nothing to a reader, what a message calls this rank's where
+        it is not rank 0's.
+        """
+        for rank, (theirs, words) in enumerate(self.gather((facts, called or {})) or ()):
             for name, value in facts.items():
                 if theirs[name] != value:
-                    raise CommunicationError(f"{name}: rank 0 has {value}, rank {rank} has {theirs[name]}")
+                    ours = "" if name in words else f"rank 0 has {value}, "
+                    found = f"{ours}rank {rank} has {words.get(name, theirs[name])}"
+                    raise CommunicationError(f"{name}: {found}; it must be the same on all ranks")
 
     def barrier(self, *, seconds: float | None = SECONDS) -> None:
         """Wait until all have come here."""
@@ -194,11 +205,12 @@ class Rendezvous:
             if kind == _END:
                 return
 
-    def _give(self, link: _Link, value: Any) -> None:
+    def _give(self, link: _Link, value: Any, name: str = "value") -> None:
         raw = isinstance(value, bytes)
         body = value if raw else json.dumps(value).encode()
         if len(body) > _LARGEST:
-            raise CommunicationError(f"a message of {len(body):,} bytes: at most {_LARGEST:,} can be sent")
+            expected = f"at most {_LARGEST:,} bytes, which ranks can send"
+            raise ArgumentError(name, expected=expected, got=f"{len(body):,}")
         with self._sending():
             link.send(_BYTES if raw else _JSON, body)
 

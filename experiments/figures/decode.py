@@ -179,8 +179,7 @@ def _throughput(data: Decoded) -> Figure:
         axes.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
         entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # of all GPUs together
         for gpu in dict.fromkeys(gpu for gpu, *_ in lines):
-            name = gpu.removeprefix("NVIDIA ").split()[0]
-            entries[name] = Line2D([], [], color="none", marker="o", markeredgecolor="k", markerfacecolor="k",
+            entries[_short(gpu)] = Line2D([], [], color="none", marker="o", markeredgecolor="k", markerfacecolor="k",
                 markersize=4, fillstyle=kinds[gpu])  # fmt: skip
         most = max([row.tokens_per_gpu_s or 0 for rows in lines.values() for row in rows], default=1)
         axes.set_ylim(0, most * max(1.35, 1 / (0.95 - 0.068 * len(entries))))  # the legend stands above lines
@@ -221,7 +220,7 @@ def _steps(data: Decoded) -> Figure:
     most = max(map(len, stepped.values()), default=0)
     shown = [part for part in PARTS if any(getattr(row, part) for rows in stepped.values() for row in rows)]
     for axes, model in zip(grid, MODELS, strict=True):
-        rows = sorted(stepped[model], key=lambda row: (row.batch, -row.sparsity))
+        rows = sorted(stepped[model], key=lambda row: (row.gpu or "", row.batch, -row.sparsity))
         for place, row in enumerate(rows):
             left = 0.0
             for field in shown:
@@ -231,6 +230,8 @@ def _steps(data: Decoded) -> Figure:
             if row.bound_ms is not None:
                 axes.plot([row.bound_ms] * 2, [place - 0.42, place + 0.42], color=style.INK, linewidth=1.2)
         names = [f"{row.batch}: {label_of(row.system, row.sparsity, row.gpus)}" for row in rows]
+        if len({row.gpu for row in data.rows}) > 1:
+            names = [f"{_short(row.gpu or '')}, {name}" for row, name in zip(rows, names, strict=True)]
         axes.set_yticks(range(len(rows)), names, fontsize=6.5)
         axes.set_ylim(most - 0.4, -0.6)
         axes.grid(axis="x")
@@ -244,6 +245,11 @@ def _steps(data: Decoded) -> Figure:
     note = " A bar for each batch and system; its parts are graphs of some of the launches. Black: the time of reading."
     style.add_caption(figure, CAPTION + note, x=0.06, y=0.02, width=180)
     return figure
+
+
+def _short(gpu: str) -> str:
+    """``"H100"`` of ``"NVIDIA H100 80GB HBM3"``."""
+    return next(iter(gpu.removeprefix("NVIDIA ").split()), "")
 
 
 def _title(model: str) -> str:

@@ -26,7 +26,6 @@ from flashllm.jit.spec import KernelSpec, normalize_arch
 _SCHEMA = 1
 _FLAGS = (
     "-std=c++17",
-    "-O2",
     "-g1",  # file and line in reports of the sanitizers
     "-fPIC",
     "-pthread",
@@ -37,7 +36,9 @@ _FLAGS = (
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 )
-_SANITIZE_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+_SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+_RUNTIME_SPEED, _KERNEL_SPEED = "-O2", "-Og"
+"""Of the emulator, compiled once, and of kernels, which take longer to compile than they run."""
 _V3_FEATURES = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _PER_OBJECT = 12
 """Kernels compiled into one shared object: parsing is shared, memory and waiting stay small."""
@@ -156,10 +157,10 @@ def _flags(options: BuildOptions) -> tuple[str, ...]:
     defines = [f"-D__CUDA_ARCH__={digits}0", *(f"-D{define}" for define in options.defines)]
     if arch.endswith("a"):
         defines.append(f"-D__CUDA_ARCH_FEAT_SM{digits}_ALL")
-    return (*_runtime_flags(options.sanitize), *defines)
+    return (*_flags_of_both(options.sanitize), _KERNEL_SPEED, *defines)
 
 
-def _runtime_flags(sanitize: bool) -> tuple[str, ...]:
+def _flags_of_both(sanitize: bool) -> tuple[str, ...]:
     return (*_FLAGS, *_machine_flags(), *(_SANITIZE_FLAGS if sanitize else ()))
 
 
@@ -197,7 +198,7 @@ def _stub(specs: Sequence[KernelSpec], root: Path) -> str:
 
 def _runtime(options: BuildOptions) -> Path:
     """The emulator itself, compiled once per set of flags."""
-    flags = _runtime_flags(options.sanitize)
+    flags = (*_flags_of_both(options.sanitize), _RUNTIME_SPEED)
     parts = {"schema": _SCHEMA, "runtime": _emulator_digest(), "flags": list(flags), "compiler": _compiler_version()}
     key = disk.make_key(parts)
     found = disk.load(key, options.cache_dir)

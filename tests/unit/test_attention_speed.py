@@ -17,10 +17,10 @@ def script() -> ModuleType:
 
 
 def test_a_case_is_planned_with_its_splits_or_those_asked_for(script: ModuleType) -> None:
-    case = script.Case(heads=64, kv_heads=8, head_dim=128, batch=8, positions=320, capacity=640)
+    case = script.Case(heads=64, kv_heads=8, head_dim=128, batch=4, positions=320, capacity=640)
     planned, three = (case.plan(splits, sm_count=132) for splits in script.parse_splits("plan,3"))
-    assert (planned.splits, three.splits) == (2, 3)
-    assert three.grid == (8, 8, 3)
+    assert (planned.splits, three.splits, three.common_splits) == (2, 3, 3)
+    assert three.grid == (8, 4, 3)
 
 
 def test_keys_and_values_of_positions_count_as_read(script: ModuleType) -> None:

@@ -75,3 +75,14 @@ class DeviceMemoryError(FlashLLMError, MemoryError):
 
 class VerificationError(FlashLLMError, ArithmeticError):
     """A kernel's output lies outside the promised error bound."""
+
+
+USAGE_ERRORS = (
+    ArgumentError,
+    FormatError,
+    DeviceMemoryError,
+    MissingDependencyError,
+    UnsupportedDeviceError,
+    OSError,
+)
+"""What tells a user that something asked for cannot be: about arguments, files, memory, packages, GPU."""

@@ -186,11 +186,11 @@ def test_rows_are_read_back_and_checked(tmp_path: Path) -> None:
 def test_a_step_and_its_kinds_are_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replay begins in the middle of the output; the first round does not count, a kind without launches is 0."""
     state = SimpleNamespace(**{name: np.zeros(3, np.int32) for name in ("positions", "counts", "finished")})
-    lists: dict[Any, list[str]] = {None: ["a", "b"], "linear": ["a"], "communication": []}
+    lists: dict[Any, list[str]] = {None: ["a", "b"], "linear": ["a"]}
     engine: Any = SimpleNamespace(
         state=state,
         runtime=SimpleNamespace(stream="stream", active=nullcontext),
-        decode_operations=lambda kinds: lists[kinds and kinds[0]],
+        decode_operations=lambda kinds: lists.get(kinds and kinds[0], []),
     )
     replayed: list[str] = []
 
@@ -205,7 +205,8 @@ def test_a_step_and_its_kinds_are_timed_by_turns(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(graphs, "capture", lambda launches, stream: "".join(launches.args[0]))
     monkeypatch.setattr(graphs, "replay_us", replay_us)
     case = Case(batch=3, prompt=12, output=10)
-    assert decode._replayed_ms(engine, case, [None, ["linear"], ["communication"]]) == [2.0, 1.0, 0.0]
+    others = {"attention": 0.0, "communication": 0.0, "other": 0.0}
+    assert decode._replayed_ms(engine, case) == (2.0, {"linear": 1.0, **others})
     assert replayed[:6] == ["ab", "a"] * 3
 
 

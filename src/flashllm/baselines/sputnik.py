@@ -19,7 +19,7 @@ from flashllm.baselines.csr import check_dense
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import MAGNITUDE
 from flashllm.formats.sources import array_module
-from flashllm.jit.spec import KernelSpec
+from flashllm.jit.spec import MAX_GRID_YZ, KernelSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,7 +30,6 @@ MAX_COLUMNS = 65535
 MAX_STORED = 2**31 - 1
 _VECTOR = 8  # elements of the widest load of stored elements: the arrays end with a whole one
 _STRIP_ELEMENTS = 1 << 23  # of W encoded or decoded at once: temporaries take at most 50 bytes for each
-_MAX_GRID_Y = 65535
 _WARP = 32
 _ROW_STRIDE_BYTES = 272  # of shared memory per row: 64 values, 64 columns and 16 bytes against bank conflicts
 
@@ -107,8 +106,8 @@ def choices(n: int) -> tuple[Choice, ...]:
     if n % second.vector == 0:
         found.append(second)
     strips = -(-n // found[0].columns)
-    if strips > _MAX_GRID_Y:
-        raise ArgumentError("n", expected=f"columns of x in at most {_MAX_GRID_Y} strips", got=f"{n} in {strips}")
+    if strips > MAX_GRID_YZ:
+        raise ArgumentError("n", expected=f"columns of x in at most {MAX_GRID_YZ} strips", got=f"{n} in {strips}")
     return tuple(found)
 
 

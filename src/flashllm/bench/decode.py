@@ -128,12 +128,12 @@ def measure(engine: Engine, case: Case) -> Times:
     reading = telemetry.read()  # while the last steps run
     runtime.wait()
     ended = time.perf_counter()
-    step, *kinds = _replayed_ms(engine, case, [None, *([kind] for kind in KINDS)])
+    step, kinds = _replayed_ms(engine, case)
     return Times(
         total=(ended - begun) * 1e3,
         first=(first - begun) * 1e3,
         step=step,
-        kinds=dict(zip(KINDS, kinds, strict=True)),
+        kinds=kinds,
         reading=reading,
     )
 
@@ -280,30 +280,30 @@ def _options(case: Case) -> list[SamplingOptions]:
     return [SamplingOptions(max_new_tokens=case.output)] * case.batch
 
 
-def _replayed_ms(engine: Engine, case: Case, parts: Sequence[Sequence[Kind] | None]) -> list[float]:
-    """Milliseconds of one replay of a step's launches of some kinds, ``None`` for all, for each of ``parts``; the
-    sequences are in the middle of their output.
+def _replayed_ms(engine: Engine, case: Case) -> tuple[float, dict[Kind, float]]:
+    """Milliseconds of one replay of a step, and of its launches of each kind alone; the sequences are in the middle of
+    their output.
 
     Replays take turns: at the limit of its power a GPU changes its clock from one moment to the next.
     """
     from flashllm import graphs
 
     runtime: Any = engine.runtime
-    times: list[list[float]] = [[] for _ in parts]
     with runtime.active():
-        lists = [engine.decode_operations(kinds) for kinds in parts]
-        captured = [graphs.capture(partial(run, one), runtime.stream) if one else None for one in lists]
-        # Ranks of a group drift apart where nothing waits for others; what is timed begins where all have met.
-        meeting = next(
-            (graph for kinds, graph in zip(parts, captured, strict=True) if kinds == ["communication"]), None
-        )
+        captured: dict[Kind | None, Any] = {}
+        for kind in (None, *KINDS):
+            if operations := engine.decode_operations(kind and [kind]):
+                captured[kind] = graphs.capture(partial(run, operations), runtime.stream)
+        times: dict[Kind | None, list[float]] = {kind: [] for kind in captured}
         for _ in range(1 + _REPLAYS):
-            for graph, found in zip(captured, times, strict=True):
+            for kind, graph in captured.items():
                 # A step moves on: each replay has to begin where the others did.
                 engine.state.positions.fill(case.prompt + case.output // 2)
                 engine.state.counts.fill(case.output // 2)
                 engine.state.finished.fill(0)
-                if meeting:
-                    meeting.launch(runtime.stream)
-                found.append(graphs.replay_us(graph, runtime.stream, 1) if graph else 0.0)
-    return [statistics.median(found[1:]) / 1e3 for found in times]
+                # Ranks of a group drift apart where nothing waits for others; what is timed begins where all have met.
+                if "communication" in captured:
+                    captured["communication"].launch(runtime.stream)
+                times[kind].append(graphs.replay_us(graph, runtime.stream, 1))
+    found = {kind: statistics.median(each[1:]) / 1e3 for kind, each in times.items()}
+    return found[None], {kind: found.get(kind, 0.0) for kind in KINDS}

@@ -10,29 +10,21 @@ from typing import Any
 
 import click
 
+from flashllm.errors import USAGE_ERRORS
 from flashllm.registry import FORMATS
+from flashllm.statuses import BAD_USAGE
 
 
 class BadUsage(click.ClickException):
     """Something the user asked for cannot be: one line, exit status 2."""
 
-    exit_code = 2
+    exit_code = BAD_USAGE
 
 
 @contextmanager
 def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns errors of ``kinds`` (default: about arguments, files, memory, packages, GPU) into :class:`BadUsage`."""
-    from flashllm import errors
-
-    usual: tuple[type[Exception], ...] = (
-        errors.ArgumentError,
-        errors.FormatError,
-        errors.DeviceMemoryError,
-        errors.MissingDependencyError,
-        errors.UnsupportedDeviceError,
-        OSError,
-    )
-    caught = kinds or usual
+    """Turns errors of ``kinds`` (default: ``USAGE_ERRORS``) into :class:`BadUsage`."""
+    caught: tuple[type[Exception], ...] = kinds or USAGE_ERRORS
     try:
         yield
     except caught as error:

@@ -17,13 +17,11 @@ from flashllm.decoder.arrays import MAX_HEAD_DIM, VECTOR_BYTES, address_of, chec
 from flashllm.decoder.launcher import Launch
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import check_dtype
-from flashllm.jit.spec import KernelSpec
+from flashllm.jit.spec import MAX_GRID_YZ, KernelSpec
 from flashllm.matmul.tensor_cores import CXX_TYPE
 
-MAX_ROWS = 65535
+MAX_ROWS = MAX_GRID_YZ
 """Queries of a step: the second size of a grid."""
-MAX_SPLITS = 65535
-"""The third size of a grid."""
 MAX_HEADS = 1 << 15
 """Query heads: with as many rows as can be, blocks of a split are counted in 32 bits."""
 _THREADS = 128
@@ -115,7 +113,7 @@ def plan_attention(
     if plan.is_grouped:
         wanted = sm_count // (_SMS_PER_GROUPED_BLOCK * blocks)
     common = max(1, min(wanted, capacity // _LEAST))
-    return replace(plan, splits=max(common, min(capacity // _LONG, MAX_SPLITS)), common_splits=common)
+    return replace(plan, splits=max(common, min(capacity // _LONG, MAX_GRID_YZ)), common_splits=common)
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:

@@ -12,13 +12,12 @@ from flashllm.decoder.attention import check_heads, score_scale
 from flashllm.decoder.launcher import Launch
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import check_dtype
-from flashllm.jit.spec import KernelSpec
+from flashllm.jit.spec import MAX_GRID_YZ, KernelSpec
 from flashllm.matmul.tensor_cores import CXX_TYPE
 
 _THREADS = 128
 _ROWS = 64  # of a block
 _DIMS = (16, 32, 64, 80, 96, 128, 256)  # elements of a head that there are kernels for; others are padded with zeros
-_MOST_SEQUENCES = 65535  # the third size of a grid
 
 
 def prefill_attention(
@@ -54,8 +53,8 @@ def prefill_attention(
     check("positions", positions, (rows,), "int32")
     sequences = check("starts", starts, ("sequences + 1",), "int32")[0] - 1
     check("out", out, (rows, heads * head_dim), kind)
-    if not 1 <= sequences <= _MOST_SEQUENCES:
-        raise ArgumentError("starts", expected=f"2 to {_MOST_SEQUENCES + 1} of them", got=str(sequences + 1))
+    if not 1 <= sequences <= MAX_GRID_YZ:
+        raise ArgumentError("starts", expected=f"2 to {MAX_GRID_YZ + 1} of them", got=str(sequences + 1))
     if not 1 <= longest <= min(rows, capacity):
         raise ArgumentError("longest", expected=f"1 to {min(rows, capacity)} rows", got=str(longest))
     scalars = (*map(np.int32, (rows, kv_heads, head_dim, slot_count, capacity)), score_scale(head_dim))

@@ -15,27 +15,14 @@ from typing import Any, NoReturn, Protocol
 from flashllm.engine.communicator import CommunicationError, Communicator
 from flashllm.engine.rendezvous import SECONDS, Place, Rendezvous, meet
 from flashllm.engine.shard import Shard
-from flashllm.errors import (
-    ArgumentError,
-    DeviceMemoryError,
-    FlashLLMError,
-    FormatError,
-    MissingDependencyError,
-    UnsupportedDeviceError,
-)
-from flashllm.statuses import INTERRUPTED, PEER_FAILED
+from flashllm.errors import USAGE_ERRORS, ArgumentError, FlashLLMError
+from flashllm.statuses import BAD_USAGE, INTERRUPTED, PEER_FAILED
 
 GROUP_KEY, PARENT_PIPE = "FLASHLLM_GROUP", "FLASHLLM_PARENT"
 """Variables of the environment that ``launch_ranks`` sets beside those of torchrun."""
 
 _DEFAULT_PORT = 29611  # where mpirun has started the ranks, which names none
 _GRACE_SECONDS = 1.0
-
-_BAD_USAGE = 2
-_USAGE_ERRORS = (
-    ArgumentError, FormatError, DeviceMemoryError, MissingDependencyError, UnsupportedDeviceError, OSError,
-)  # fmt: skip
-"""What the command line ends with ``_BAD_USAGE`` for."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MPIRUN = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -250,7 +237,7 @@ def _status(error: BaseException) -> int:
     own = getattr(error, "exit_code", None)  # of an error that is the command line's already
     if isinstance(own, int):
         return own
-    return _BAD_USAGE if isinstance(error, _USAGE_ERRORS) else 1
+    return BAD_USAGE if isinstance(error, USAGE_ERRORS) else 1
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -36,6 +36,8 @@ _SHARED_LIMIT: dict[str, int] = {
     "121": 99 * 1024,
 }
 
+MAX_GRID_YZ = 65535
+"""Blocks of a grid in its second and in its third direction, on every GPU."""
 DEFAULT_SHARED_LIMIT = 48 * 1024
 """Dynamic shared memory (bytes) a launch may use without asking for more."""
 

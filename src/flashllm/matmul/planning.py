@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flashllm.errors import ArgumentError
 from flashllm.gpus import gpu_of
-from flashllm.jit.spec import KernelSpec
+from flashllm.jit.spec import MAX_GRID_YZ, KernelSpec
 from flashllm.matmul import expand as expanding
 from flashllm.matmul import model, tune_cache
 from flashllm.matmul.expand import Expansion
@@ -18,9 +18,6 @@ from flashllm.registry import kernel
 if TYPE_CHECKING:
     from flashllm.device import DeviceFacts
     from flashllm.formats.weight import SparseWeight
-
-MAX_COLUMN_BLOCKS = 65535
-"""A grid's limit; kernels lay the blocks along N in its second dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +112,8 @@ def plan(
     if not found.spec.supports(device.arch):
         raise ArgumentError("choice", expected=f"an instance for {device.arch}", got=found.spec.label)
     split = module.split_for(w, n, found, sm_count=device.sm_count)
-    if split.grid[1] > MAX_COLUMN_BLOCKS:
-        expected = f"columns for at most {MAX_COLUMN_BLOCKS} blocks of {found.n_block}"
+    if split.grid[1] > MAX_GRID_YZ:
+        expected = f"columns for at most {MAX_GRID_YZ} blocks of {found.n_block}"
         raise ArgumentError("n", expected=expected, got=str(n))
     why = module.reason(w, found, split, sm_count=device.sm_count)
     expansion = None

@@ -204,12 +204,8 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
 
   const int number = row * kv_heads + kv_head;  // of this block among those of a split
   const long long block_offset = static_cast<long long>(number) * kGroup * head_dim;  // of its queries and its results
-  for (int item = threadIdx.x; item < kGroup * S::kRowChunks; item += kThreads) {
-    const int head = item / S::kRowChunks, chunk = item % S::kRowChunks;
-    const T* const from = q + block_offset + head * head_dim + chunk * rows::kVector;
-    const bool there_is = chunk < chunks;
-    ptx::store_shared(queries + item * 16, there_is ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{});
-  }
+  const auto place = [](int head, int chunk) { return (head * S::kRowChunks + chunk) * 16; };
+  shares::copy_queries<kGroup, S::kRowChunks>(queries, q + block_offset, kGroup, head_dim, place);
   __syncthreads();
 
   Heads<S> own;

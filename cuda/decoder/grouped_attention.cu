@@ -196,13 +196,7 @@ __global__ void __launch_bounds__(shares::kThreads)
   }
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
-  for (int item = threadIdx.x; item < kGroup * S::kChunks; item += shares::kThreads) {
-    const int head = item / S::kChunks, element = item % S::kChunks * rows::kVector;
-    const bool there_is = head < heads && element < head_dim;
-    const T* const from = q + block_offset + head * head_dim + element;
-    const unsigned to = queries + S::place(head, item % S::kChunks);
-    ptx::store_shared(to, there_is ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{});
-  }
+  shares::copy_queries<kGroup, S::kChunks>(queries, q + block_offset, heads, head_dim, S::place);
   __syncthreads();
 
   Heads<T, S> state;

@@ -36,6 +36,18 @@ struct Share {
   FLASHLLM_DEVICE int count() const { return (length + size - 1) / size; }
 };
 
+// Copies the queries of `heads` heads, one behind the other at `from`, to `shared` + place(head, chunk), by all threads.
+// What there is more of kHeads x kChunks, 16 bytes each, becomes zeros.
+template <int kHeads, int kChunks, typename T, typename Place>
+FLASHLLM_DEVICE void copy_queries(unsigned shared, const T* from, int heads, int head_dim, const Place& place) {
+  for (int item = threadIdx.x; item < kHeads * kChunks; item += kThreads) {
+    const int head = item / kChunks, chunk = item % kChunks, element = chunk * rows::kVector;
+    const bool there_is = head < heads && element < head_dim;
+    const auto* const its = reinterpret_cast<const uint4*>(from + head * head_dim + element);
+    ptx::store_shared(shared + place(head, chunk), there_is ? __ldcg(its) : uint4{});
+  }
+}
+
 // Four elements of a head, not yet divided by the total.
 struct Part {
   float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};

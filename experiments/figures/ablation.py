@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from experiments.figures import measure, rows, style
 from experiments.figures.entry import Entry
-from experiments.figures.rows import GPUS, Case
+from experiments.figures.rows import Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ IDEAS: Mapping[str, tuple[str, str]] = {
 """What is left out, and its colour."""
 
 CAPTION = (
-    "Tiled-CSL kernel, fp16, random zeros, CUDA graphs, L2 cold; the newest committed rows of `flashllm bench"
+    "Tiled-CSL kernel, fp16, random zeros, CUDA graphs, L2 cold; the newest rows of `flashllm bench"
     " --ablation`. A bar is the time without the idea over the time with all, both of one run: above 1 the idea pays."
 )
 
@@ -40,13 +40,10 @@ class Panel:
 
 def load(root: Path) -> tuple[Panel, ...]:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
-    found = []
-    for gpu in GPUS:
-        times = rows.ablation(root, gpu)
-        if times:
-            without = {idea: times.get(idea, {}) for idea in IDEAS}
-            found.append(Panel(gpu=gpu, whole=times[""], without=without))
-    return tuple(found)
+    return tuple(
+        Panel(gpu=gpu, whole=times[""], without={idea: times.get(idea, {}) for idea in IDEAS})
+        for gpu, times in rows.ablation(root).items()
+    )
 
 
 def table(data: tuple[Panel, ...]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from experiments.figures import measure, rows, style
 from experiments.figures.entry import Entry
-from experiments.figures.rows import GPUS, Case, Final
+from experiments.figures.rows import Case, Final
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ FORMATS: Mapping[str, str] = {"tiled-csl": "s", "bitmap": "o", "slot24": "^"}
 """Marker of a format."""
 
 CAPTION = (
-    "fp16, random zeros, CUDA graphs, L2 cold; newest committed rows of every format and shape, cuBLAS and bandwidth of"
+    "fp16, random zeros, CUDA graphs, L2 cold; newest rows of every format and shape, cuBLAS and bandwidth of"
     " the same run. Diagonal: the time of the bytes. Grey: cuBLAS."
 )
 
@@ -45,7 +45,7 @@ def load(root: Path) -> tuple[Panel, ...]:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     panels = []
     newest = rows.newest_of_all(root)
-    for gpu in GPUS:
+    for gpu in rows.in_order(gpu for gpu, name in newest if name in FORMATS):
         drawn = {
             name: {
                 case: row
@@ -80,8 +80,9 @@ def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
     """One figure: a row for each GPU, a column for each N."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 6.6))
-    grid = figure.subplots(len(data), len(BATCHES), sharex=True, sharey=True)
+    height = 2.5 * len(data) + 1.6
+    figure = Figure(figsize=(9.5, height))
+    grid = figure.subplots(len(data), len(BATCHES), sharex=True, sharey=True, squeeze=False)
     top = 1.04 * max(
         row.us / row.cublas_us for panel in data for cases in panel.formats.values() for row in cases.values()
     )
@@ -93,10 +94,10 @@ def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
         axes.set_title(f"N = {n}")
     for axes in grid[-1]:
         axes.set_xlabel("time of the bytes / cuBLAS")
-    figure.subplots_adjust(left=0.09, right=0.985, top=0.85, bottom=0.12, wspace=0.06, hspace=0.08)
-    figure.suptitle("y = x Wᵀ, how far from what its bytes take", x=0.09, y=0.985, ha="left", fontsize=11)
-    _add_legend(figure)
-    style.add_caption(figure, CAPTION, x=0.09, y=0.015, width=160)
+    figure.subplots_adjust(left=0.09, right=0.985, top=1 - 1 / height, bottom=0.8 / height, wspace=0.06, hspace=0.08)
+    figure.suptitle("y = x Wᵀ, how far from what its bytes take", x=0.09, y=1 - 0.1 / height, ha="left", fontsize=11)
+    _add_legend(figure, 1 - 0.26 / height)
+    style.add_caption(figure, CAPTION, x=0.09, y=0.1 / height, width=160)
     return {"floor-formats": figure}
 
 
@@ -113,7 +114,7 @@ def _draw(axes: Axes, panel: Panel, n: int, top: float) -> None:
     axes.grid(visible=True, axis="both")
 
 
-def _add_legend(figure: Figure) -> None:
+def _add_legend(figure: Figure, y: float) -> None:
     from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -123,7 +124,7 @@ def _add_legend(figure: Figure) -> None:
         Line2D([], [], color=style.INK, marker=marker, mfc="none", linestyle="none", markersize=4.5, label=name)
         for name, marker in FORMATS.items()
     ]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.08, 0.96), ncols=8, fontsize=7.5)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.08, y), ncols=8, fontsize=7.5)
 
 
 ENTRY = Entry(name="floor", load=load, plot=plot, table=table, sweeps=measure.FORMATS)

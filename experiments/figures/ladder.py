@@ -178,7 +178,7 @@ def table(data: Ladder) -> str:
                     found = [times.get(case) for case in cases]
                     out.append(_line(column.title, label, [f"{t.us:.1f}" if t else "" for t in found]))
                 final = [column.final.get(case) for case in cases]
-                commits = sorted({row.commit[:10] for row in final if row})
+                commits = sorted({row.commit for row in final if row})
                 out.append(_line(column.title, f"rows, {', '.join(commits)}", [_beside_cublas(row) for row in final]))
                 floors = [f"{row.floor_us:.1f}" if row else "" for row in final]
                 out.append(_line(column.title, "DRAM floor", floors))

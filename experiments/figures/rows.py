@@ -8,7 +8,7 @@ raises :class:`flashllm.errors.FormatError` or ``OSError``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from flashllm.bench import results
 from flashllm.errors import FormatError
 
-H100, H200 = GPUS = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -48,6 +48,7 @@ class Final(Measured):
 
     format: str
     commit: str
+    """The first ten digits, and whether the tree had changes since; those of committed rows have none."""
     floor_us: float
     """What reading W and x and writing y take at the bandwidth that the same run measured."""
     bytes: int
@@ -74,7 +75,7 @@ class Logged:
 def newest(root: Path, format_name: str, *, gpu: str = H100, launch: str = "graph") -> dict[Case, Final]:
     """The last measurement of each case in ``results``: of our kernel for a format, fp16, uniform zeros, L2-cold.
 
-    Rows that name no commit, had local changes, failed their check or have no cuBLAS beside them do not count.
+    Rows that failed their check or have no cuBLAS beside them do not count.
     """
     return newest_of_all(root, launch=launch).get((gpu, format_name), {})
 
@@ -110,24 +111,29 @@ def compared(root: Path, what: str = "opt-systems") -> tuple[Compared, ...]:
     """
     cases = _last(root, (what,), lambda row: (str(row.gpu), row.system), launch="graph", **_ANY_SYSTEM)
     found = []
-    for gpu in GPUS:
+    for gpu in in_order(gpu for gpu, _ in cases):
         systems = {name: here for (where, name), here in cases.items() if where == gpu}
         if systems:
-            commits = {row.commit[:10] for here in systems.values() for row in here.values()}
+            commits = {row.commit for here in systems.values() for row in here.values()}
             found.append(Compared(gpu=gpu, commits=tuple(sorted(commits)), systems=systems))
     return tuple(found)
 
 
-def ablation(root: Path, gpu: str) -> dict[str, dict[Case, float]]:
-    """Microseconds of our kernel in files saved as ``ablation``, by the idea that is left out: ``""`` for none."""
-    found: dict[str, dict[Case, float]] = {}
+def ablation(root: Path) -> dict[str, dict[str, dict[Case, float]]]:
+    """By GPU and by the idea left out, ``""`` for none: microseconds of our kernel in files saved as ``ablation``."""
+    found: dict[str, dict[str, dict[Case, float]]] = {}
     for system in ("flashllm", "flashllm-ablation"):
         times = _last(root, ("ablation",), lambda row: (str(row.gpu), row.kernel), launch="graph", system=system)
         for (where, kernel), cases in times.items():
-            if where == gpu:
-                idea = kernel.partition(":")[0] if system == "flashllm-ablation" else ""
-                found.setdefault(idea, {}).update({case: row.us for case, row in cases.items()})
-    return found
+            idea = kernel.partition(":")[0] if system == "flashllm-ablation" else ""
+            of_gpu = found.setdefault(where, {})
+            of_gpu.setdefault(idea, {}).update({case: row.us for case, row in cases.items()})
+    return {gpu: found[gpu] for gpu in in_order(found)}
+
+
+def in_order(gpus: Iterable[str]) -> list[str]:
+    """Each once: those that all figures show first, then others by their names."""
+    return sorted(set(gpus), key=lambda gpu: (gpu not in (H100, H200), gpu))
 
 
 _ANY_SYSTEM: Mapping[str, Any] = {"system": None, "dtype": None, "pattern": None}
@@ -143,7 +149,6 @@ def _last(
         "pattern": "uniform",
         "l2": "cold",
         "check": "pass",
-        "dirty": False,
         **more,
     }
     wanted = {field: value for field, value in wanted.items() if value is not None}
@@ -151,7 +156,7 @@ def _last(
     files = {file for what in saved_as for file in (root / "results").glob(f"*-{what}.jsonl")}
     for file in sorted(files):  # names begin with the time
         for row in results.read(file):
-            if any(getattr(row, field) != value for field, value in wanted.items()) or row.commit is None:
+            if any(getattr(row, field) != value for field, value in wanted.items()):
                 continue
             if row.sparsity is None or row.median_us is None or row.cublas_us is None or row.read_gbps is None:
                 continue
@@ -159,12 +164,18 @@ def _last(
                 us=row.median_us,
                 cublas_us=row.cublas_us,
                 format=row.format,
-                commit=row.commit,
+                commit=_tree(row),
                 floor_us=row.bytes / (row.read_gbps * 1e3),
                 bytes=row.bytes,
                 stated=row.speedup,
             )
     return found
+
+
+def _tree(row: results.Row) -> str:
+    if row.commit is None:
+        return "unknown"
+    return row.commit[:10] + ("" if row.dirty is False else " and changes")
 
 
 def log(root: Path, name: str) -> list[Logged]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from experiments.figures import measure, rows, style
 from experiments.figures.entry import Entry
-from experiments.figures.rows import GPUS, Case, Final
+from experiments.figures.rows import Case, Final
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ BATCHES = (8, 16, 32, 64)
 ZEROS = tuple(style.ZEROS)
 
 CAPTION = (
-    "fp16, random zeros, CUDA graphs, L2 cold; the newest committed rows of the format that auto takes, each over the"
+    "fp16, random zeros, CUDA graphs, L2 cold; the newest rows of the format that auto takes, each over the"
     " best of cuBLAS in the same run. Large: geometric mean over the shapes; small: lowest and highest, and the formats"
     " taken."
 )
@@ -56,7 +56,7 @@ class Map:
 def load(root: Path) -> tuple[Map, ...]:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     found = rows.chosen(root)
-    return tuple(_map(gpu, found.get(gpu, {})) for gpu in GPUS)
+    return tuple(_map(gpu, found[gpu]) for gpu in rows.in_order(found))
 
 
 def _map(gpu: str, found: Mapping[Case, Final]) -> Map:
@@ -71,7 +71,7 @@ def _map(gpu: str, found: Mapping[Case, Final]) -> Map:
                     speedups=tuple(sorted(row.speedup for row in here)),
                     formats=tuple(sorted(taken, key=lambda name: (-taken[name], name))),
                 )
-                used |= {row.commit[:10] for row in here}
+                used |= {row.commit for row in here}
     return Map(gpu=gpu, commits=tuple(sorted(used)), cells=cells)
 
 
@@ -91,15 +91,16 @@ def plot(data: tuple[Map, ...]) -> dict[str, Figure]:
     """One figure, a panel for each GPU."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.6))
-    panels = figure.subplots(1, len(data), sharey=True)
-    highest = max(cell.mean for one in data for cell in one.cells.values())
+    width = 4.14 * len(data) + 0.72
+    figure = Figure(figsize=(width, 4.6))
+    panels = figure.subplots(1, len(data), sharey=True, squeeze=False)[0]
+    highest = max(1.5, *(cell.mean for one in data for cell in one.cells.values()))
     for axes, one in zip(panels, data, strict=True):
         _draw(axes, one, highest)
     panels[0].set_ylabel("zeros")
-    figure.subplots_adjust(left=0.07, right=0.99, top=0.84, bottom=0.2, wspace=0.06)
-    figure.suptitle("y = x Wᵀ, speed-up over cuBLAS, twelve shapes of OPT", x=0.07, y=0.97, ha="left", fontsize=11)
-    style.add_caption(figure, CAPTION, x=0.07, y=0.02, width=150)
+    figure.subplots_adjust(left=0.63 / width, right=0.99, top=0.84, bottom=0.2, wspace=0.06)
+    figure.suptitle("y = x Wᵀ, speed-up over cuBLAS, shapes of OPT", x=0.63 / width, y=0.97, ha="left", fontsize=11)
+    style.add_caption(figure, CAPTION, x=0.63 / width, y=0.02, width=75 * len(data))
     return {"speedup-auto": figure}
 
 

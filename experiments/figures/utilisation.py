@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from experiments.figures import measure, rows, style
 from experiments.figures.entry import Entry
-from experiments.figures.rows import GPUS, Case, Final
-from flashllm.gpus import find_gpu
+from experiments.figures.rows import Case, Final
+from flashllm.gpus import model_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 BATCHES = (8, 16, 32, 64)
 ZEROS = tuple(style.ZEROS)
-_NAMES = dict(zip(GPUS, ("H100 80GB", "H200"), strict=True))
 
 CAPTION = (
-    "fp16, random zeros, CUDA graphs, L2 cold; newest committed rows in the format that auto takes, geometric means"
+    "fp16, random zeros, CUDA graphs, L2 cold; newest rows in the format that auto takes, geometric means"
     " over the shapes of OPT. Bandwidth: bytes of the product over its time, over the read bandwidth of the run."
     " Tensor cores: as if W were dense, over the peak at the highest clock; 2:4 products (slot24) issue half of that."
     " Grey: cuBLAS."
@@ -35,7 +34,8 @@ class Use:
     """Fractions of what the GPU can do."""
 
     bandwidth: float
-    tensor_cores: float
+    tensor_cores: float | None
+    """None of a GPU whose peak is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,11 @@ class Panel:
 def load(root: Path) -> tuple[Panel, ...]:
     """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     chosen = rows.chosen(root)
-    return tuple(_panel(gpu, chosen[gpu]) for gpu in GPUS if gpu in chosen)
+    return tuple(_panel(gpu, chosen[gpu]) for gpu in rows.in_order(chosen))
 
 
 def _panel(gpu: str, found: Mapping[Case, Final]) -> Panel:
-    peak = find_gpu(_NAMES[gpu]).tensor_flops
+    model = model_of(gpu)
 
     def use(here: Mapping[Case, Final], *, dense: bool) -> Use:
         def bandwidth(case: Case, row: Final) -> float:
@@ -63,11 +63,11 @@ def _panel(gpu: str, found: Mapping[Case, Final]) -> Panel:
             n_bytes = 2 * (case.M * case.K + case.N * case.K + case.N * case.M)
             return row.floor_us * n_bytes / row.bytes / row.cublas_us
 
-        flops = [
-            2e-6 * case.M * case.K * case.N / (row.cublas_us if dense else row.us) / peak for case, row in here.items()
-        ]
-        read = [bandwidth(case, row) for case, row in here.items()]
-        return Use(bandwidth=geometric_mean(read), tensor_cores=geometric_mean(flops))
+        flops = geometric_mean(
+            2e-6 * case.M * case.K * case.N / (row.cublas_us if dense else row.us) for case, row in here.items()
+        )
+        read = geometric_mean(bandwidth(case, row) for case, row in here.items())
+        return Use(bandwidth=read, tensor_cores=None if model is None else flops / model.tensor_flops)
 
     ours, dense = {}, {}
     for n in BATCHES:
@@ -87,10 +87,14 @@ def table(data: tuple[Panel, ...]) -> str:
     for panel in data:
         out += ["", panel.gpu, "", "| system | zeros | N | bandwidth | tensor cores |", "|" + "---|" * 5]
         for n, use in panel.dense.items():
-            out.append(f"| cuBLAS | | {n} | {use.bandwidth:.0%} | {use.tensor_cores:.1%} |")
+            out.append(f"| cuBLAS | | {n} | {_cells(use)} |")
         for (zeros, n), use in panel.ours.items():
-            out.append(f"| flashllm | {zeros:.0%} | {n} | {use.bandwidth:.0%} | {use.tensor_cores:.1%} |")
+            out.append(f"| flashllm | {zeros:.0%} | {n} | {_cells(use)} |")
     return "\n".join(out)
+
+
+def _cells(use: Use) -> str:
+    return f"{use.bandwidth:.0%} | " + ("" if use.tensor_cores is None else f"{use.tensor_cores:.1%}")
 
 
 def plot(data: tuple[Panel, ...]) -> dict[str, Figure]:
@@ -122,8 +126,8 @@ def _draw(axes: Axes, panel: Panel, what: str) -> None:
         bars = [(style.QUIET, panel.dense.get(n))]
         bars += [(style.ZEROS[zeros], panel.ours.get((zeros, n))) for zeros in ZEROS]
         for i, (color, use) in enumerate(bars):
-            if use is not None:
-                axes.bar(j + (i - len(ZEROS) / 2) * width, 100 * getattr(use, what), width, color=color)
+            if use is not None and (used := getattr(use, what)) is not None:
+                axes.bar(j + (i - len(ZEROS) / 2) * width, 100 * used, width, color=color)
     axes.set_xticks(range(len(BATCHES)), [f"N = {n}" for n in BATCHES])
 
 

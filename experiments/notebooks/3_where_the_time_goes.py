@@ -21,7 +21,7 @@ import experiments.figures
 import flashllm
 from experiments.figures import rows, style
 from experiments.figures.ablation import IDEAS
-from experiments.figures.rows import GPUS, Case, Final
+from experiments.figures.rows import Case, Final
 from experiments.notebooks.shown import show, table
 from flashllm import backends
 from flashllm.backends import emulator
@@ -72,7 +72,8 @@ if LIVE:
             newest.setdefault((row.gpu, row.format), {})[case_of(row)] = final(row)
     gpus = (measured[0].gpu,)
 else:
-    newest, gpus = rows.newest_of_all(EXPERIMENTS), GPUS
+    newest = rows.newest_of_all(EXPERIMENTS)
+    gpus = rows.in_order(gpu for gpu, name in newest if name in MARKERS)
 for gpu in gpus:
     print(gpu, {name: len(newest.get((gpu, name), ())) for name in MARKERS}, "cases")
 
@@ -158,7 +159,7 @@ if LIVE:
             idea = row.kernel.partition(":")[0] if row.system == "flashllm-ablation" else ""
             ablation[gpus[0]].setdefault(idea, {})[case_of(row)] = row.median_us
 else:
-    ablation = {gpu: rows.ablation(EXPERIMENTS, gpu) for gpu in GPUS}
+    ablation = rows.ablation(EXPERIMENTS)
 
 with style.applied():
     figure = Figure(figsize=(9.5, 3.0), layout="constrained")

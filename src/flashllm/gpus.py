@@ -66,15 +66,20 @@ def find_gpu(name: str, *, argument: str = "gpu") -> Gpu:
     return gpu
 
 
+def model_of(device_name: str) -> Gpu | None:
+    """The model of :data:`GPUS` that a device of this name is, such as ``"NVIDIA H100 80GB HBM3"``; none if unknown."""
+    words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
+    return next((gpu for key, gpu in GPUS.items() if words.issuperset(key.split())), None)
+
+
 def gpu_of(facts: DeviceFacts) -> Gpu:
     """The model of the GPU that ``facts`` describe: its own multiprocessors and clock, and the known bandwidth.
 
     A GPU that is not in :data:`GPUS` is taken to read as much per multiprocessor as :data:`DEFAULT_GPU`; ``source``
     says so.
     """
-    words = set(re.findall(r"[a-z0-9]+", facts.name.lower()))
     default = GPUS[DEFAULT_GPU.lower()]
-    known = next((gpu for key, gpu in GPUS.items() if words.issuperset(key.split())), None)
+    known = model_of(facts.name)
     if known is not None:
         read_gbps, source = known.read_gbps, known.source
     else:

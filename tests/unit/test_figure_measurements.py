@@ -14,7 +14,7 @@ import bench_rows
 import pytest
 from click.testing import CliRunner
 
-from experiments.figures import ENTRIES, crossover, kernels, measure, rows, sparsity
+from experiments.figures import ENTRIES, crossover, kernels, measure, rows, sparsity, speedup
 from experiments.figures.rows import H100, H200, Case
 from flashllm.bench import environment, results
 from flashllm.cli import bench, figures
@@ -53,7 +53,6 @@ def test_systems_of_one_sweep(tmp_path: Path) -> None:
         replace(base, system="mma-2:4", format="2:4", sparsity=0.5, pattern="2:4", median_us=60.0),
         replace(base, system="torch-int4", format="int4", sparsity=0.0, dtype="bf16", median_us=30.0),
         replace(base, system="cusparse", format="csr", check="fail"),
-        replace(base, system="flashllm", pattern="block", median_us=1.0, dirty=True),
     ]
     for i, row in enumerate(found):  # a sweep that was resumed is several files
         assert row.cublas_us is not None
@@ -129,11 +128,18 @@ def test_a_sweep_goes_on_with_its_newest_file_of_this_machine_and_commit(
 def test_figures_are_measured_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     run: list[tuple[str, Path, bool]] = []
+    # Of a GPU that no figure knows, and of a tree that is being worked on.
+    base = a_row(gpu="NVIDIA GH 1", dirty=True, choice="auto-format", bytes=30_000_000, read_gbps=1000.0)
+    measured = [
+        replace(base, sparsity=zeros, sparsity_real=zeros, N=n, median_us=40.0, cublas_us=100.0, speedup=2.5)
+        for zeros in speedup.ZEROS
+        for n in (8, 64)
+    ]
 
     def pretend(sweep: measure.Sweep, folder: Path, *, quick: bool = False) -> Path:
         run.append((sweep.what, folder, quick))
-        for file in (ROOT / "results").glob("*h200-auto-sweep.jsonl"):
-            shutil.copy(file, folder)
+        for row in measured:
+            results.append(folder / f"20260101T000000-{sweep.what}.jsonl", row)
         return folder
 
     refused = CliRunner().invoke(figures.command, ["speedup", "--out", str(tmp_path)])
@@ -141,11 +147,30 @@ def test_figures_are_measured_where_there_is_a_gpu(tmp_path: Path, monkeypatch: 
     assert "measuring needs a GPU" in refused.output
     monkeypatch.setattr("flashllm.backends.select", lambda name: SimpleNamespace(name="cuda", reason=""))
     monkeypatch.setattr(measure, "measure", pretend)
-    names = ["speedup", "utilisation", "ladder"]
+    names = ["speedup", "utilisation", "floor", "ladder"]
     done = CliRunner().invoke(figures.command, [*names, "--quick", "--format", "png", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert run == [("auto-sweep", tmp_path / "quick" / "results", True)]
-    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["speedup-auto.png", "utilisation-auto.png"]
+    assert run == [(sweep.what, tmp_path / "quick" / "results", True) for sweep in (measure.AUTO, *measure.FORMATS)]
+    drawn = ["floor-formats.png", "speedup-auto.png", "utilisation-auto.png"]
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == drawn
+    assert f"NVIDIA GH 1, commit {base.commit[:10]} and changes\n" in done.output
+    assert done.output.count("NVIDIA GH 1") == 3
+    assert "H100" not in done.output
+    assert "| 80% | 8 | 2.50 | 2.50 | 2.50 | 1 |" in done.output
+    assert "| flashllm | 80% | 8 | 75% |  |\n" in done.output  # what its tensor cores can do is not known either
+
+
+@pytest.mark.parametrize("tree", [(None, None), ("c" * 40, True), ("c" * 40, None)])
+def test_committed_rows_are_of_committed_trees(
+    tree: tuple[str | None, bool | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("flashllm.backends.select", lambda name: SimpleNamespace(name="cuda", reason=""))
+    monkeypatch.setattr(environment, "commit_and_dirty", lambda: tree)
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: pytest.fail("measured"))
+    refused = CliRunner().invoke(figures.command, ["speedup", "--out", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "--quick" in refused.output
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +29,14 @@ FILES = (
 )  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = REPOSITORY / "experiments"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """Every figure reads all files of rows; here each is read once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "read", functools.cache(results.read))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +64,13 @@ def test_of_repeated_measurements_the_newest_counts(tmp_path: Path) -> None:
     files: dict[str, list[results.Row]] = {
         "20260102T000000-b.jsonl": [
             replace(base, median_us=8.0, speedup=2.51, commit="new"),
-            replace(base, N=16, commit="new"),
+            replace(base, N=16, commit="new", dirty=True),
         ],
         "20260101T000000-a.jsonl": [base, replace(base, N=32, commit="old")],
         "20260103T000000-c.jsonl": [
             replace(base, median_us=1.0, **other)  # type: ignore[arg-type]
             for other in (
-                {"check": "fail"}, {"dirty": True}, {"commit": None}, {"gpu": "NVIDIA H200"}, {"l2": "warm"},
+                {"check": "fail"}, {"gpu": "NVIDIA H200"}, {"l2": "warm"},
                 {"launch": "stream"}, {"system": "flashllm-ablation"}, {"pattern": "block"}, {"dtype": "bf16"},
                 {"format": "slot24"}, {"sparsity": None}, {"cublas_us": None}, {"read_gbps": None},
             )
@@ -72,7 +82,7 @@ def test_of_repeated_measurements_the_newest_counts(tmp_path: Path) -> None:
     newest = rows.newest(tmp_path, "bitmap")
     assert {case: (row.us, row.commit) for case, row in newest.items()} == {
         Case(128, 64, 8, 0.5): (8.0, "new"),
-        Case(128, 64, 16, 0.5): (10.0, "new"),
+        Case(128, 64, 16, 0.5): (10.0, "new and changes"),
         Case(128, 64, 32, 0.5): (10.0, "old"),
     }
     assert newest[Case(128, 64, 8, 0.5)].floor_us == 5.0
@@ -144,12 +154,18 @@ def test_the_map_takes_rows_that_were_chosen_in_a_sweep(tmp_path: Path) -> None:
         ("3-h100-pdl", replace(base, M=128, K=64, speedup=20.0)),
     ):
         results.append(tmp_path / "results" / f"{name}.jsonl", row)
-    first, second = speedup.load(tmp_path)
-    assert second.cells == {}
-    (cell,) = first.cells.values()
+    (found,) = speedup.load(tmp_path)
+    (cell,) = found.cells.values()
     assert cell.speedups == (2.0, 4.0)
     assert cell.formats == ("bitmap", "slot24")
     assert cell.mean == pytest.approx(8**0.5)
+
+
+def test_committed_rows_are_of_committed_trees() -> None:
+    for file in sorted((ROOT / "results").glob("*.jsonl")):
+        for row in results.read(file):
+            assert row.commit, file.name
+            assert row.dirty is False, file.name
 
 
 def test_no_kernel_is_faster_than_its_bytes() -> None:

@@ -97,11 +97,16 @@ def command(
 
 def _measure(chosen: list[Any], root: Path, *, quick: bool) -> None:
     from flashllm import backends
+    from flashllm.bench import environment
 
     with usage_errors():
         selected = backends.select(None)
+        commit, dirty = environment.commit_and_dirty()
     if selected.name != "cuda":
         raise BadUsage(f"measuring needs a GPU ({selected.reason}); --from-results draws what is committed")
+    if not quick and (commit is None or dirty is not False):
+        tree = "an unknown commit" if commit is None else "one with changes, or that git knows nothing of"
+        raise BadUsage(f"experiments/results has rows of committed trees, and this is {tree}; --quick measures it")
     measure: Any = import_module("experiments.figures.measure")
     for sweep in dict.fromkeys(sweep for figure in chosen for sweep in figure.sweeps):
         click.echo(measure.measure(sweep, root / "results", quick=quick), err=True)

@@ -182,8 +182,8 @@ def test_compile_without_gpu_asks_for_an_arch(compile_with: Any) -> None:
 
 def test_compile_refuses_what_matches_nothing(compile_with: Any) -> None:
     result = compile_with([HOPPER], "--arch", "80")
-    assert result.exit_code == 1
-    assert "no kernel matches" in result.output
+    assert result.exit_code == 2
+    assert "--kernel: no kernel matches '' on sm_80" in result.output
 
 
 def test_dump_sass(compile_with: Any, tmp_path: Path) -> None:

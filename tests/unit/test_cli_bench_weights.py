@@ -57,7 +57,8 @@ def test_every_kind_of_file(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_absent_and_truncated_files(folder: Path, name: str) -> None:
-    assert name in _fault(_run(folder / "nowhere" / name, FILES[name]))
+    absent = folder / "nowhere" / name
+    assert _fault(_run(absent, FILES[name])) == f"Error: --weights: expected a file, found none at '{absent}'"
     raw = (folder / name).read_bytes()
     for length in (0, 5, len(raw) // 2, len(raw) - 1):
         (folder / name).write_bytes(raw[:length])

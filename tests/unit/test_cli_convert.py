@@ -107,6 +107,15 @@ def test_options_reach_the_conversion(tmp_path: Path, model: Path) -> None:
     assert {w.dtype for w in SparseModel(out).manifest.weights.values()} == {"bf16"}
 
 
+def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashllm.convert.run.convert", interrupt)
+    result = _run("convert", model, "-o", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (130, "interrupted; the same command with --resume goes on\n")
+
+
 def test_bad_usage(tmp_path: Path, model: Path) -> None:
     out = tmp_path / "out"
     assert "0" in _bad("convert", model, "-o", out, "--n", "0")
@@ -123,7 +132,7 @@ def test_bad_usage(tmp_path: Path, model: Path) -> None:
     assert "of another: format 'bitmap', now 'slot24'" in _bad(
         "convert", model, "-o", out, "--format", "slot24", "--resume"
     )
-    assert "--to hf turns them back" in _bad("convert", out, "-o", tmp_path / "more")
+    assert "--to hf` turns them back" in _bad("convert", out, "-o", tmp_path / "more")
     assert "--no-fuse: expected nothing with --to hf" in _bad(
         "convert", out, "--to", "hf", "-o", tmp_path / "b", "--no-fuse"
     )

@@ -76,6 +76,64 @@ def test_rows_never_go_on_a_line_that_a_crash_left_unfinished(tmp_path: Path, op
     assert [row.seed for row in results.read(path)] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("bench", "--weights"), "--weights"),
+        (("compare",), "BEFORE"),
+        (("eval", ".", "--text"), "--text"),
+        (("finetune", ".", "-o", "out", "--text"), "--text"),
+        (("generate", ".", "--prompts"), "--prompts"),
+        (("inspect",), "FILE"),
+        (("prune", ".", "-o", "out", "--sparsity", "0.5", "--calib"), "--calib"),
+        (("report",), "RESULTS"),
+        (("table",), "RESULTS"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named_by_its_argument(
+    tmp_path: Path, arguments: tuple[str, ...], name: str
+) -> None:
+    absent = tmp_path / "absent"
+    result = _run(*arguments, str(absent))
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: {name}: expected a file, found none at '{absent}'\n"
+
+
+@pytest.mark.parametrize("command", ["prune", "finetune", "convert"])
+def test_packed_weights_are_told_from_a_checkpoint(tmp_path: Path, command: str) -> None:
+    (tmp_path / "flashllm.json").write_text("{}")
+    more = {"prune": ("--sparsity", "0.5", "--method", "magnitude"), "finetune": ("--text", __file__), "convert": ()}
+    result = _run(command, str(tmp_path), "-o", str(tmp_path / "out"), *more[command])
+    assert result.exit_code == 2
+    assert f"MODEL: expected a checkpoint, got sparse weights in {tmp_path}" in _one_error(result)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf"])
+def test_a_time_cap_is_a_number_of_seconds(seconds: str) -> None:
+    result = _run(*SMALL, "--time-cap", seconds)
+    assert result.exit_code == 2
+    assert _one_error(result) == f"Error: --time-cap: expected seconds from 0.01 on, got {seconds}"
+
+
+def test_options_of_timing_are_said_to_have_no_effect_without_a_gpu() -> None:
+    result = _run(*SMALL, "--l2", "warm", "--pdl")
+    assert result.exit_code == 0
+    assert "\n--l2, --pdl: without effect" in result.stderr
+    assert "without effect" not in _run(*SMALL).stderr
+
+
+def test_a_matrix_too_large_for_the_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 1.73 EiB")
+
+    monkeypatch.setattr("flashllm.bench.runner_host.run_host", refuse)
+    result = _run(*SMALL)
+    assert (result.exit_code, _one_error(result)) == (2, "Error: Unable to allocate 1.73 EiB")
+    monkeypatch.setattr("flashllm.jit.cache.info", refuse)
+    result = _run("cache", "info")
+    assert (result.exit_code, _one_error(result)) == (1, "Error: Unable to allocate 1.73 EiB")
+
+
 def test_system_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: Any) -> int:
         raise PermissionError(13, "Permission denied", "/cache")

@@ -200,7 +200,7 @@ def test_bad_usage(tmp_path: Path, text: Path) -> None:
     assert "length: expected at most 320 positions, got 321" in refused(*good[:-1], 321)
     assert "length: expected at least 2 tokens" in refused(*good[:-1], 2)
     assert "text: expected a text of at least 3190 tokens" in refused(*good[:-3], 10, "--length", 320)
-    assert "No such file" in refused(folder, "--text", tmp_path / "none", *good[3:])
+    assert "--text: expected a file, found none at" in refused(folder, "--text", tmp_path / "none", *good[3:])
     assert "found nothing" in refused(tmp_path / "none", "--text", text)
     assert "config.json" in refused(text, "--text", text)
     assert run(*good, "--out", tmp_path).exit_code == 2

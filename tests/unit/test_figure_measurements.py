@@ -188,7 +188,10 @@ def test_bad_usage(arguments: list[str], message: str) -> None:
 
 def test_every_figure_is_listed() -> None:
     done = CliRunner().invoke(figures.command, ["--list"])
-    assert [line.split()[0] for line in done.output.splitlines()] == list(ENTRIES)
+    named = [line.split()[0] for line in done.output.splitlines() if not line.startswith(" ")]
+    assert named == list(ENTRIES)
+    assert "``" not in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
 
 
 def test_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

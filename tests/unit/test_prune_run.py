@@ -229,7 +229,7 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "weights are zeros, 50.0" in result.output
     assert run(prune_command.command, [*options, "--method", "magnitude", "--ratios", "owl"]).exit_code == 2
-    for option in (("--calib", "text"), ("--part", "0:1"), ("--samples", "3"), ("--length", "9")):
+    for option in (("--calib", __file__), ("--part", "0:1"), ("--samples", "3"), ("--length", "9")):
         result = run(prune_command.command, [*options, "--method", "magnitude", *option])
         assert result.exit_code == 2
         assert f"{option[0]}: expected nothing with --method magnitude" in result.output

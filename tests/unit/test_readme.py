@@ -38,14 +38,26 @@ def test_every_committed_row_is_valid_and_passed() -> None:
         assert all(row.check == "pass" and row.commit and row.dirty is False for row in rows), file.name
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p}" for p in (
-    "auto.md", "measurement.md", "reliability.md", "formats/tiled_csl.md", "kernels/tiled_csl.md", "formats/bitmap.md",
-    "kernels/bitmap.md", "formats/slot24.md", "kernels/slot24.md", "kernels/ladder.md"))])  # fmt: skip
-def test_links_lead_somewhere(document: str) -> None:
-    path = REPOSITORY / document
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        if not target.startswith(("http://", "https://")):
-            assert (path.parent / target).exists(), f"{document}: {target}"
+def _anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them: ``"## Rows of decoding"`` -> ``"rows-of-decoding"``."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    folders = ("docs", "experiments", "cuda")
+    documents = [*REPOSITORY.glob("*.md"), *(file for name in folders for file in (REPOSITORY / name).rglob("*.md"))]
+    assert len(documents) > 20
+    wrong = []
+    for path in documents:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+            if target.startswith(("http://", "https://")):
+                continue
+            file = path.parent / target if target else path
+            if not file.exists() or (anchor and file.suffix == ".md" and anchor not in _anchors(file)):
+                wrong.append(f"{path.relative_to(REPOSITORY)}: {target}#{anchor}")
+    assert not wrong
 
 
 def test_commands_exist() -> None:

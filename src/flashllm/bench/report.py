@@ -64,6 +64,11 @@ def title_of(row: Row) -> str:
     return " ".join(part for part in (row.model, row.layer) if part)
 
 
+def weight_of(row: Row) -> str:
+    """Model, layer and shape, of what is there."""
+    return f"{title_of(row)} {row.M}x{row.K}".lstrip()
+
+
 def label_of(row: Row) -> str:
     """What a mean over rows like this is called: their format, or ``"auto"`` where that was chosen for each."""
     return "auto" if row.choice.endswith("-format") else row.format
@@ -82,10 +87,10 @@ def several_means(rows: Iterable[Row]) -> bool:
 def _system(row: Row, *, several: bool) -> str:
     """``several``: there are several formats, so ours say which is theirs."""
     name = f"{row.system} {row.format}" if several and row.system.startswith(OURS) else row.system
-    if row.system == OURS:
+    if row.system in (OURS, f"{OURS}-pdl"):  # the kernel instance is in the rows, and the same in both
         return name
     # An ablation is known by the idea that was left out, which its kernel's name begins with.
-    return f"{name} " + (row.kernel.partition(":")[0] if row.system == "flashllm-ablation" else row.kernel)
+    return f"{name} " + (row.kernel.partition(":")[0] if row.system == f"{OURS}-ablation" else row.kernel)
 
 
 def _fixed(value: float | None, digits: int) -> str:
@@ -103,20 +108,18 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
     from rich.table import Table
 
     table = Table(title="x[N,K] @ W[M,K]^T", title_justify="left")
-    named, several = any(title_of(row) for row in rows), several_formats(rows)
-    if named:
-        table.add_column("weights", no_wrap=True)
-    table.add_column("system", no_wrap=True)
+    several = several_formats(rows)
+    for heading in ("weights", "system"):
+        table.add_column(heading, overflow="fold")
     for heading in (
-        "MxK",
         "N",
-        "sparsity",
+        "zeros",
         "us",
-        "TFLOP/s*",
+        "TFLOP\n/s*",
         "GB/s",
-        "% of roofline",
-        "speed-up",
-        "error/bound",
+        "% of\nroof-\nline",
+        "speed-\nup",
+        "error/\nbound",
         "",
     ):
         table.add_column(heading, justify="right")
@@ -126,11 +129,9 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
         if previous and case != previous:
             table.add_section()
         percent = None if row.roofline_fraction is None else 100 * row.roofline_fraction
-        title = [escape(title_of(row)) if case != previous else ""] if named else []
         table.add_row(
-            *title,
+            escape(weight_of(row)) if case != previous else "",
             escape(_system(row, several=several)),
-            f"{row.M}x{row.K}",
             str(row.N),
             "dense" if row.format == "dense" else sparsity_of(row),
             _fixed(row.median_us, 2),
@@ -149,7 +150,7 @@ def timing_table(rows: Sequence[Row]) -> list[RenderableType]:
         separate = several_means(rows)
         if separate:
             summary.add_column("format")
-        for heading in ("sparsity", "N", "geometric mean", "lowest", "highest", "cases"):
+        for heading in ("zeros", "N", "geometric mean", "lowest", "highest", "cases"):
             summary.add_column(heading, justify="right")
         for index, mean in enumerate(means):
             before = means[index - 1]
@@ -176,19 +177,16 @@ def model_table(rows: Sequence[Row], gpu: roofline.Gpu) -> list[RenderableType]:
     emulated = any(row.backend == "emulator" for row in rows)
     title = "emulated, not GPU times: numerics and bytes" if emulated else "no GPU: numerics and bytes only"
     table = Table(title=title, title_justify="left")
-    named = any(title_of(row) for row in rows)
-    if named:
-        table.add_column("weights", no_wrap=True)
+    table.add_column("weights", overflow="fold")
     for heading in (
-        "MxK",
         "N",
-        "sparsity",
+        "zeros",
         "format",
         "MB",
-        "% of dense",
-        "floor us",
-        "dense floor us",
-        "error/bound",
+        "% of\ndense",
+        "floor\nus",
+        "dense\nfloor us",
+        "error/\nbound",
         "",
     ):
         table.add_column(heading, justify="right")
@@ -197,10 +195,8 @@ def model_table(rows: Sequence[Row], gpu: roofline.Gpu) -> list[RenderableType]:
         dense_bytes = 2 * row.M * row.K
         floor = roofline.floor_us(row.bytes, gpu.read_gbps)
         dense_floor = roofline.floor_us(roofline.product_bytes(row.M, row.K, row.N, dense_bytes), gpu.read_gbps)
-        weights = [escape(title_of(row))] if named else []
         table.add_row(
-            *weights,
-            f"{row.M}x{row.K}",
+            escape(weight_of(row)),
             str(row.N),
             sparsity_of(row),
             row.format,

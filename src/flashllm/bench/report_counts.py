@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flashllm.backends.emulator_counts import Counts
-from flashllm.bench.report import several_formats, sparsity_of, title_of
+from flashllm.bench.report import several_formats, sparsity_of, weight_of
 from flashllm.bench.results import Row
 
 if TYPE_CHECKING:
@@ -20,21 +20,17 @@ def counts_table(counted: Sequence[tuple[Row, Counts]]) -> list[RenderableType]:
     from rich.table import Table
 
     table = Table(title="counted in the emulated kernels", title_justify="left")
-    named = any(title_of(row) for row, _ in counted)
-    if named:
-        table.add_column("weights", no_wrap=True)
+    table.add_column("weights", overflow="fold")
     several = several_formats(row for row, _ in counted)
-    if several:
-        table.add_column("format")
-    headings = ("MxK", "N", "sparsity", "tensor-core instructions", "MB read", "MB written*", "barriers")
-    for heading in (*headings, "shared wavefronts", "lost to conflicts"):
+    for heading in ("N", "zeros"):
+        table.add_column(heading, justify="right")
+    table.add_column("tensor-core\ninstructions", justify="right", overflow="fold")
+    for heading in ("MB\nread", "MB\nwritten*", "barriers", "shared\nwavefronts", "lost to\nconflicts"):
         table.add_column(heading, justify="right")
     for row, counts in counted:
         shared = (counts.scatter, counts.store4, counts.store16, counts.ldmatrix)
         table.add_row(
-            *([escape(title_of(row))] if named else []),
-            *([row.format] if several else []),
-            f"{row.M}x{row.K}",
+            escape(f"{weight_of(row)} {row.format}" if several else weight_of(row)),
             str(row.N),
             sparsity_of(row),
             _tensor_core(counts),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,23 @@ format_option = click.option(
     "[default: auto, or that of a packed FILE]",
 )
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
+
+class ToRead(click.Path):
+    """A path at which something must be; what is not there is said in one line."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Raises :class:`BadUsage` where nothing is there."""
+        path = super().convert(value, param, ctx)
+        if param is not None and not Path(os.fsdecode(path)).exists():
+            name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.strip("[].")
+            raise BadUsage(f"{name}: expected a file, found none at '{os.fsdecode(path)}'")
+        return path
+
+
+READ_FILE = ToRead(path_type=Path, dir_okay=False)
+"""Of options and arguments that name a file to read."""
 
 _CASE_OPTIONS = (
     click.option(
@@ -78,7 +95,7 @@ _CASE_OPTIONS = (
         metavar="MxK",
         help="Weight shapes, e.g. 28672x8192; repeatable or comma-separated.",
     ),
-    click.option("--weights", type=_FILE, metavar="FILE", help="A matrix from .npz (SciPy), .npy or .safetensors."),
+    click.option("--weights", type=READ_FILE, metavar="FILE", help="A matrix from .npz (SciPy), .npy or .safetensors."),
     click.option("--tensor", metavar="NAME", help="Which tensor of FILE."),
     click.option(
         "--sparsity", metavar="FRACTIONS", help="Fractions of zeros, comma-separated.  [default: 0.7,0.8,0.9]"

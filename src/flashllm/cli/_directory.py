@@ -32,17 +32,14 @@ def show_directory(directory: Path, *, as_json: bool) -> None:
         click.echo(json.dumps(manifest.as_json(), allow_nan=False))
         return
     from rich.console import Console
+    from rich.text import Text
 
+    from flashllm.bench.tables import show
     from flashllm.inspection import layer_kinds
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
-    console.print(_heading(manifest), markup=False)
     kinds = layer_kinds(manifest)
-    console.print(_table(kinds))
-    for line in (*_reasons(kinds), *_totals(manifest)):
-        console.print(line, markup=False)
+    lines = (Text(line) for line in (*_reasons(kinds), *_totals(manifest)))
+    show(Console(highlight=False), [Text(_heading(manifest)), _table(kinds), *lines], file_width=_WIDTH)
 
 
 def _heading(manifest: Manifest) -> str:
@@ -60,8 +57,8 @@ def _table(kinds: list[LayerKind]) -> Table:
 
     table = Table(title="layers", title_justify="left")
     table.add_column("layer", overflow="fold")
-    for heading in ("count", "shape", "type", "format", "% zeros", "MB", "% of dense"):
-        table.add_column(heading, justify="right" if heading not in ("type", "format") else "left", no_wrap=True)
+    for heading in ("count", "shape", "type", "format", "% zeros", "MB", "% of\ndense"):
+        table.add_column(heading, justify="right" if heading not in ("type", "format") else "left")
     for kind in kinds:
         least, most = (f"{100 * share:.2f}" for share in (kind.least_sparsity, kind.most_sparsity))
         table.add_row(

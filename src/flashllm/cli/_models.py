@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -42,13 +43,27 @@ def array_module(device: str) -> Any:
     return numpy
 
 
+def given_options(names: Iterable[str]) -> list[str]:
+    """Which of these parameters the command line gave, as it spells them: ``["--to"]``."""
+    context = click.get_current_context()
+    found = [name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    return [next(one.opts[0] for one in context.command.params if one.name == name) for name in found]
+
+
 def refuse_options(names: Iterable[str], beside: str) -> None:
     """Raise :class:`BadUsage` where one of these parameters was given: it has no effect ``beside`` ("with --to hf")."""
-    context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = next(one for one in context.command.params if one.name == name)
-            raise BadUsage(f"{option.opts[0]}: expected nothing {beside}")
+    for option in given_options(names):
+        raise BadUsage(f"{option}: expected nothing {beside}")
+
+
+def refuse_packed(model: Path) -> None:
+    """Raise :class:`BadUsage` for a directory of sparse weights, where a checkpoint is asked for."""
+    from flashllm.io.sparse_model import is_sparse_model
+
+    if is_sparse_model(model):
+        raise BadUsage(
+            f"MODEL: expected a checkpoint, got sparse weights in {model}; `flashllm convert --to hf` turns them back"
+        )
 
 
 def parse_part(text: str) -> tuple[float, float]:

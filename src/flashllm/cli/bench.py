@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 
 from flashllm.baselines import SYSTEMS, parse_systems
 from flashllm.cli._cases import BadUsage, backend_option, case_options, usage_errors, use_device
+from flashllm.cli._models import given_options
 from flashllm.cli._progress import progress
 from flashllm.statuses import INTERRUPTED
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from flashllm.bench.session import Session
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_OF_A_GPU = ("l2", "launch", "cublas_layouts", "time_cap", "ablation", "pdl", "systems")
+"""Parameters that say what to time, and how."""
 
 
 def _list_models(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -188,6 +192,8 @@ def command(
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
+        if not math.isfinite(time_cap):
+            raise BadUsage(f"--time-cap: expected seconds from 0.01 on, got {time_cap}")
         if pdl and launch != "graph":
             raise BadUsage(f"--pdl: expected --launch graph beside it, got {launch}")
         compared = () if systems is None else parse_systems(systems)
@@ -224,7 +230,9 @@ def command(
         first = f"no timing: NumPy reference backend ({chosen.reason}); numerics and bytes only"
     else:
         first = f"{facts.gpu}, driver {facts.driver}, CUDA {facts.cuda}, cuBLAS {facts.cublas}"
-    for note in (first, *work.notes):
+    idle = given_options(_OF_A_GPU) if chosen.name != "cuda" else []
+    without = (f"{', '.join(idle)}: without effect, as nothing is measured without a GPU",) if idle else ()
+    for note in (first, *work.notes, *without):
         notes.print(note, soft_wrap=True, markup=False)
 
     def emit(row: Any) -> None:
@@ -341,7 +349,7 @@ def _run_host(
         return session.is_wanted(group, sparsity, n, name, l2=None, launch=None)
 
     left = _remaining(work, session, notes, wanted)
-    with progress(notes, left) as advance:
+    with progress(notes, left) as advance, usage_errors(MemoryError):
         run_host(
             work.groups,
             facts,
@@ -358,7 +366,7 @@ def _finish(
     session: Session, console: Console, gpu: Any, csv_file: Path | None, counted: list[tuple[Row, Counts]]
 ) -> None:
     """Write the CSV file and show the rows, earlier ones of a resumed file included if the method is the same."""
-    from flashllm.bench import report, results
+    from flashllm.bench import report, results, tables
     from flashllm.bench.report_counts import counts_table
 
     rows = results.latest([*session.earlier, *session.rows])
@@ -369,13 +377,10 @@ def _finish(
         return
     last = next((row for row in reversed(rows) if row.system not in SYSTEMS), rows[-1])
     rows = [row for row in rows if _method(row, last) == _method(last, last)]
-    if not console.is_terminal:
-        console.width = 160
     parts = report.timing_table(rows) if rows[-1].gpu is not None else report.model_table(rows, gpu)
     if counted:
         parts += counts_table(counted)
-    for part in parts:
-        console.print(part)
+    tables.show(console, parts, file_width=160)
     if session.out is not None and session.rows:
         console.print(f"rows appended to {session.out}: {len(session.rows)}", soft_wrap=True)
 

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import usage_errors
-
-_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+from flashllm.cli._cases import READ_FILE, usage_errors
 
 
 @click.command()
-@click.argument("before", type=_FILE)
-@click.argument("after", type=_FILE)
+@click.argument("before", type=READ_FILE)
+@click.argument("after", type=READ_FILE)
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, max_open=True),

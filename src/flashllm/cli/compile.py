@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flashllm.cli._cases import BadUsage
+
 if TYPE_CHECKING:
     from flashllm.jit.compile import CompileResult
 
@@ -53,7 +55,7 @@ def command(
     specs = [spec for spec in registry.all_specs() if pattern in spec.label]
     jobs = [(spec, arch) for spec in specs for arch in wanted if spec.supports(arch)]
     if not jobs:
-        raise click.ClickException(f"no kernel matches {pattern!r} on sm_{', sm_'.join(wanted)}")
+        raise BadUsage(f"--kernel: no kernel matches {pattern!r} on sm_{', sm_'.join(wanted)}")
     results = compile_many(jobs, workers=workers, allow_spills=True)
     problems = {id(result): problem for result in results if (problem := _problem(result)) is not None}
     if as_json:
@@ -117,12 +119,12 @@ def _print_table(results: list[CompileResult], problems: dict[int, str]) -> None
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    from flashllm.bench.tables import show
+
+    console = Console(highlight=False)
     table = Table(title=f"{len(results)} compiled kernels", title_justify="left")
     table.add_column("kernel", overflow="fold")
-    for heading in ("arch", "threads", "registers", "shared (static + dynamic)", "spills", "local", ""):
+    for heading in ("arch", "threads", "registers", "shared\n(static +\ndynamic)", "spills", "local", ""):
         table.add_column(heading, justify="right")
     previous = ""
     for result in results:
@@ -141,14 +143,11 @@ def _print_table(results: list[CompileResult], problems: dict[int, str]) -> None
             _text(row["local_bytes"]),
             "[red]failed[/]" if row["problem"] else "ok",
         )
-    console.print(table)
+    show(console, [table], file_width=120)
     for problem in problems.values():
-        console.print(f"[red]failed[/] {escape(problem)}", soft_wrap=True, highlight=False)
+        console.print(f"[red]failed[/] {escape(problem)}", soft_wrap=True)
     built = sum(1 for result in results if result.cubin and not result.cubin.cached)
-    console.print(
-        f"{len(results) - len(problems)} of {len(results)} are fine; {built} built now, the rest cached",
-        highlight=False,
-    )
+    console.print(f"{len(results) - len(problems)} of {len(results)} are fine; {built} built now, the rest cached")
 
 
 def _text(value: int | None) -> str:

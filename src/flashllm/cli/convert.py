@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flashllm.cli._cases import BadUsage, usage_errors
-from flashllm.cli._models import refuse_options
+from flashllm.cli._cases import usage_errors
+from flashllm.cli._models import refuse_options, refuse_packed
 from flashllm.registry import FORMATS
+from flashllm.statuses import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,9 @@ _OPTIONS = ("format", "n", "dtype", "no_fuse", "gpu", "device", "resume")
 """Of a conversion to sparse weights, which --to hf has no use for."""
 
 
-@click.command(epilog="Exit status: 0 done, 2 bad usage, or a checkpoint or directory that cannot be converted.")
+@click.command(
+    epilog="Exit status: 0 done, 2 bad usage, or a checkpoint or directory that cannot be converted, 130 interrupted."
+)
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option(
     "-o",
@@ -80,16 +83,13 @@ def command(
 
     notes = Console(stderr=True, highlight=False)
     with usage_errors():
-        from flashllm.io.sparse_model import is_sparse_model
-
         if to == "hf":
             refuse_options(_OPTIONS, "with --to hf")
             _to_hugging_face(model, out, notes)
             return
         if format != "auto":
             refuse_options(("n", "gpu"), f"with --format {format}: auto chooses by it")
-        if is_sparse_model(model):
-            raise BadUsage(f"MODEL: expected a checkpoint, got sparse weights in {model}; --to hf turns them back")
+        refuse_packed(model)
         from flashllm.bench.cases import parse_batches
         from flashllm.cli._progress import progress
         from flashllm.convert.run import convert
@@ -101,19 +101,23 @@ def command(
         with open_checkpoint(model) as checkpoint:
             layers = checkpoint.config.get("num_hidden_layers")
             total = (layers if isinstance(layers, int) else 0) + 1
-            with usage_errors(MemoryError), progress(notes, total) as advance:
-                made = convert(
-                    checkpoint,
-                    out,
-                    format=format,
-                    n=batches,
-                    dtype=dtype,
-                    fuse=not no_fuse,
-                    gpu=target,
-                    device=device,
-                    resume=resume,
-                    progress=advance,
-                )
+            try:
+                with usage_errors(MemoryError), progress(notes, total) as advance:
+                    made = convert(
+                        checkpoint,
+                        out,
+                        format=format,
+                        n=batches,
+                        dtype=dtype,
+                        fuse=not no_fuse,
+                        gpu=target,
+                        device=device,
+                        resume=resume,
+                        progress=advance,
+                    )
+            except KeyboardInterrupt:
+                click.echo("interrupted; the same command with --resume goes on", err=True)
+                raise SystemExit(INTERRUPTED) from None
     for line in _summary(made, out):
         click.echo(line)
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import BadUsage, usage_errors
+from flashllm.cli._cases import READ_FILE, BadUsage, usage_errors
 from flashllm.cli._models import array_module, device_option, parse_part, part_option
 
 
-@click.command(epilog="Exit status: 0 fine, 1 sparse and dense logits disagree, 2 bad usage or an unreadable file.")
-@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
-@click.option(
-    "--text", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="UTF-8 text."
+@click.command(
+    epilog="Exit status: 0 fine, 1 sparse and dense logits disagree, 2 bad usage or an unreadable file,"
+    " 130 interrupted."
 )
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
+@click.option("--text", required=True, type=READ_FILE, metavar="FILE", help="UTF-8 text.")
 @part_option
 @click.option("--windows", "count", type=click.IntRange(1), default=8, show_default=True, help="Windows of text.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")

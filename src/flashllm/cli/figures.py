@@ -76,8 +76,9 @@ def command(
         raise BadUsage("--quick: expected nothing beside --from-results, which measures nothing")
     chosen = [entry.entry(name) for name in names or figures.ENTRIES]
     if list_names:
-        for figure in chosen:
-            click.echo(f"{figure.name:<12} {_summary(figure.name)}")
+        formatter = click.get_current_context().make_formatter()
+        formatter.write_dl([(figure.name, _summary(figure.name)) for figure in chosen])
+        click.echo(formatter.getvalue(), nl=False)
         return
     if find_spec("matplotlib") is None:
         raise BadUsage('drawing needs matplotlib: pip install -e ".[plot]"')
@@ -126,4 +127,4 @@ def _quick_root(experiments: Path, out: Path) -> Path:
 def _summary(name: str) -> str:
     """The first sentence of what its module says of a figure."""
     text = import_module(f"experiments.figures.{name}").__doc__ or ""
-    return text.split("\n\n")[0].replace("\n", " ")
+    return text.split("\n\n")[0].replace("\n", " ").replace("``", "`")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import BadUsage, usage_errors
-from flashllm.cli._models import parse_part, part_option
+from flashllm.cli._cases import READ_FILE, BadUsage, usage_errors
+from flashllm.cli._models import parse_part, part_option, refuse_packed
 from flashllm.statuses import INTERRUPTED
 
 
@@ -21,7 +21,7 @@ from flashllm.statuses import INTERRUPTED
     "texts",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=READ_FILE,
     metavar="FILE",
     help="UTF-8 text to train on; may be given several times.",
 )
@@ -75,6 +75,7 @@ def command(
 
         settings = Settings(steps=steps, batch=batch, length=length, learning_rate=learning_rate, seed=seed)
         settings.check()
+        refuse_packed(model)
         with open_checkpoint(model) as checkpoint:
             tokenizer = load_tokenizer(checkpoint)
         chosen = parse_part(part)

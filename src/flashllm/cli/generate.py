@@ -137,7 +137,10 @@ def _prompts(given: tuple[str, ...], file: Path | None) -> list[str]:
     """Those of the options, then the lines of the file that are not empty."""
     from flashllm.io.files import read_utf8
 
-    lines = "" if file is None else read_utf8(file, most_bytes=_MOST_BYTES).replace("\r\n", "\n")
+    try:
+        lines = "" if file is None else read_utf8(file, most_bytes=_MOST_BYTES).replace("\r\n", "\n")
+    except FileNotFoundError:  # said here and not by click: on other machines of a group there need be no such file
+        raise BadUsage(f"--prompts: expected a file, found none at '{file}'") from None
     found = [*given, *filter(None, lines.split("\n"))]
     if not found:
         raise BadUsage("--prompt: expected at least one, or some in the file of --prompts, got none")

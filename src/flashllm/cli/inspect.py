@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flashllm.cli._cases import BadUsage, usage_errors
+from flashllm.cli._cases import BadUsage, ToRead, usage_errors
 from flashllm.cli._models import refuse_options
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from flashllm.inspection import Inspection, Planned, Target
     from flashllm.matmul.auto import Ranking
@@ -23,7 +23,7 @@ _MARK = {"measured": "*", "model and measured": "(*)", "model": ""}
 
 
 @click.command(epilog="Exit status: 0 fine, 2 bad usage or an unreadable file.")
-@click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
+@click.argument("file", required=False, type=ToRead(path_type=Path), metavar="[FILE]")
 @click.option("--tensor", metavar="NAME", help="Only this tensor of FILE; needed for one of several dense ones.")
 @click.option("--shape", "shapes", multiple=True, metavar="MxK", help="Instead of FILE: shapes, comma-separated.")
 @click.option("--sparsity", metavar="FRACTIONS", help="With --shape: fractions of zeros.  [default: 0.8]")
@@ -109,39 +109,35 @@ def _target(name: str | None) -> Target:
 
 def _print(found: list[Inspection], target: Target) -> None:
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    from flashllm.bench.tables import show
+
     gpu = target.gpu
-    console.print(
-        f"for {gpu.name}: {gpu.sm_count} multiprocessors, {gpu.clock_mhz:.0f} MHz, {gpu.read_gbps:.0f} GB/s "
-        f"({gpu.source})",
-        markup=False,
-    )
+    parts: list[RenderableType] = [
+        Text(
+            f"for {gpu.name}: {gpu.sm_count} multiprocessors, {gpu.clock_mhz:.0f} MHz, {gpu.read_gbps:.0f} GB/s "
+            f"({gpu.source})"
+        )
+    ]
     for one in found:
-        console.print()
-        _print_one(one, console)
+        parts += ["", *map(Text, _facts(one))]
+        parts.append(_ranking_table(one.ranking, None if one.weight is None else one.weight.format))
+        if one.plans:
+            parts.append(_plan_table(one.plans))
+        parts += map(Text, _advice(one))
     marks = {candidate.source for one in found for candidate in one.ranking.candidates}
     if marks - {"model"}:
-        console.print("* measured by `flashllm tune` on this GPU, (*) for some N", markup=False)
-
-
-def _print_one(found: Inspection, console: Console) -> None:
-    for line in _facts(found):
-        console.print(line, markup=False)
-    console.print(_ranking_table(found.ranking, None if found.weight is None else found.weight.format))
-    if found.plans:
-        console.print(_plan_table(found.plans))
-    for line in _advice(found):
-        console.print(line, markup=False)
+        parts.append(Text("* measured by `flashllm tune` on this GPU, (*) for some N"))
+    show(Console(highlight=False), parts, file_width=_WIDTH)
 
 
 def _facts(found: Inspection) -> list[str]:
     contents, w = found.contents, found.weight
     m, k = contents.shape
     density = contents.density if w is None else w.density
-    lines = [f"{found.name}: {m}x{k} {contents.dtype}, {100 * (1 - density):.2f} % zeros"]
+    name = "" if found.name == f"{m}x{k}" else f"{found.name}: "
+    lines = [f"{name}{m}x{k} {contents.dtype}, {100 * (1 - density):.2f} % zeros"]
     if w is not None:
         verb = "packed here as" if found.packed_here else "packed as"
         lines.append(
@@ -158,9 +154,9 @@ def _ranking_table(ranking: Ranking, current: str | None) -> RenderableType:
     from rich.table import Table
 
     table = Table(title="formats, fastest first", title_justify="left")
-    table.add_column("format", no_wrap=True)
-    for heading in ("MB", "% of dense", *(f"us at\nN = {n}" for n in ranking.dense.us)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("format")
+    for heading in ("MB", "% of\ndense", *(f"us at\nN = {n}" for n in ranking.dense.us)):
+        table.add_column(heading, justify="right")
     table.add_column("why", overflow="fold")
     for candidate in (*ranking.candidates, ranking.dense):
         mark = _MARK[candidate.source]
@@ -180,7 +176,7 @@ def _plan_table(plans: dict[int, Planned]) -> RenderableType:
 
     table = Table(title="plans", title_justify="left")
     for heading in ("N", "us", "reading", "decoding", "blocks", "workspace"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     table.add_column("kernel, and why", overflow="fold")
     for n, planned in plans.items():
         made, likely = planned.plan, planned.expected

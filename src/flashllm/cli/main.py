@@ -47,6 +47,10 @@ class LazyGroup(click.Group):
             if ctx.params.get("traceback"):
                 raise
             raise BadUsage(str(error)) from error
+        except MemoryError as error:  # NumPy's says how much was asked for
+            if ctx.params.get("traceback"):
+                raise
+            raise click.ClickException(str(error) or "out of memory") from error
         except (FlashLLMError, OSError) as error:
             if ctx.params.get("traceback") or isinstance(error, BrokenPipeError):
                 raise

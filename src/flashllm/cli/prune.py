@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import BadUsage, usage_errors
-from flashllm.cli._models import array_module, device_option, parse_part, part_option, refuse_options
+from flashllm.cli._cases import READ_FILE, BadUsage, usage_errors
+from flashllm.cli._models import array_module, device_option, parse_part, part_option, refuse_options, refuse_packed
 from flashllm.statuses import INTERRUPTED
 
 
@@ -30,9 +30,7 @@ from flashllm.statuses import INTERRUPTED
     show_default=True,
     help="Zeros of a block: as many in each, fewer where it has outliers, or by one threshold (magnitude only).",
 )
-@click.option(
-    "--calib", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Text to calibrate with."
-)
+@click.option("--calib", type=READ_FILE, metavar="FILE", help="Text to calibrate with.")
 @part_option
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Windows of text.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
@@ -69,6 +67,7 @@ def command(
 
         settings = Settings(method=method, sparsity=sparsity, ratios=ratios)  # type: ignore[arg-type]
         settings.check()
+        refuse_packed(model)
         if not METHODS[method].calibrates:
             refuse_options(("calib", "part", "samples", "length"), f"with --method {method}, which needs no text")
         elif calib is None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import usage_errors
+from flashllm.cli._cases import READ_FILE, usage_errors
 from flashllm.io.files import write_whole
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="RESULTS...")
+@click.argument("files", nargs=-1, required=True, type=READ_FILE, metavar="RESULTS...")
 @click.option(
     "--out",
     "-o",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import usage_errors
+from flashllm.cli._cases import READ_FILE, usage_errors
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="RESULTS...")
+@click.argument("files", nargs=-1, required=True, type=READ_FILE, metavar="RESULTS...")
 @click.option("--full", is_flag=True, help="Add a row for every case.")
 @click.option("--allow-dirty", is_flag=True, help="Take rows measured with local changes, for drafts.")
 def command(files: tuple[Path, ...], full: bool, allow_dirty: bool) -> None:

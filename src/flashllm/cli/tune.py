@@ -87,10 +87,13 @@ def _print(found: list[tuple[str, TuneResult]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from flashllm.bench.tables import show
+
     if not found:
         return
-    table = Table("weights", title="fastest kernels, L2-cold", title_justify="left")
-    for heading in ("N", "us", "untuned us", "tried", "blocks"):
+    table = Table(title="fastest kernels, L2-cold", title_justify="left")
+    table.add_column("weights", overflow="fold")
+    for heading in ("N", "us", "untuned\nus", "tried", "blocks"):
         table.add_column(heading, justify="right")
     table.add_column("kernel", overflow="fold")
     for title, result in found:
@@ -104,7 +107,5 @@ def _print(found: list[tuple[str, TuneResult]]) -> None:
             escape(result.plan.label),
         )
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    show(console, [table], file_width=160)
     console.print(f"remembered in {found[-1][1].path}", soft_wrap=True)

@@ -167,6 +167,7 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
     """One line per kernel and dtype."""
     from rich.table import Table
 
+    from flashllm.bench.tables import show
     from flashllm.verify.cases import short_label
 
     if not outcomes:
@@ -176,11 +177,9 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
         case = outcome.case
         label = short_label(case.choice.spec) if case.choice else f"{case.kernel} {case.data.format}"
         groups.setdefault((f"sm_{case.arch}" if case.arch else "-", label, case.data.dtype), []).append(outcome)
-    if not console.is_terminal:
-        console.width = 200
     table = Table(title="y[N,M] = x[N,K] @ W[M,K]^T", title_justify="left")
     for heading in ("arch", "kernel", "shape", "N", "dtype", "pattern", "error/bound", "result"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold" if heading in ("kernel", "shape", "N", "pattern") else "ellipsis")
     everywhere = [_distinct(f"{o.case.data.m}x{o.case.data.k}" for o in found) for found in groups.values()]
     patterns = [_distinct(o.case.data.pattern_text for o in found) for found in groups.values()]
     previous_shapes = previous_patterns = ""
@@ -198,7 +197,7 @@ def _print(outcomes: list[Outcome], console: Console) -> None:
             "[red]WRONG[/]" if failed else f"{len(found)} ok",
         )
         previous_shapes, previous_patterns = shapes, pattern
-    console.print(table)
+    show(console, [table], file_width=200)
     passed = sum(outcome.passed for outcome in outcomes)
     console.print(f"{passed:,} of {len(outcomes):,} cases right, {len(groups)} kernels")
 

@@ -184,14 +184,17 @@ def test_rows_are_read_back_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_step_and_its_kinds_are_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every replay begins in the middle of the output; the first round does not count, a kind without launches is 0."""
+    """Every replay begins in the middle of the output, and the first round does not count. A part is the mean of what
+    its launches take alone and of what the step takes more with them; of a kind without launches it is 0.
+    """
     state = SimpleNamespace(**{name: np.zeros(3, np.int32) for name in ("positions", "counts", "finished")})
-    lists: dict[Any, list[str]] = {None: ["a", "b"], "linear": ["a"]}
+    step = {"p": "linear", "n": "other", "q": "linear"}
     engine: Any = SimpleNamespace(
         state=state,
         runtime=SimpleNamespace(stream="stream", active=nullcontext),
-        decode_operations=lambda kinds: lists.get(kinds and kinds[0], []),
+        decode_operations=lambda kinds: [launch for launch, kind in step.items() if kind in kinds],
     )
+    taken = {"pnq": 10e3, "pq": 6e3, "n": 2e3}
     replayed: list[str] = []
 
     def replay_us(graph: str, stream: str, launches: int) -> float:
@@ -200,14 +203,14 @@ def test_a_step_and_its_kinds_are_timed_by_turns(monkeypatch: pytest.MonkeyPatch
         for array in vars(state).values():
             array += 1
         replayed.append(graph)
-        return 1e6 if len(replayed) < 3 else 1e3 * len(graph)
+        return 1e6 if len(replayed) <= len(taken) else taken[graph]
 
     monkeypatch.setattr(graphs, "capture", lambda launches, stream: "".join(launches.args[0]))
     monkeypatch.setattr(graphs, "replay_us", replay_us)
     case = Case(batch=3, prompt=12, output=10)
-    others = {"attention": 0.0, "communication": 0.0, "other": 0.0}
-    assert decode._replayed_ms(engine, case) == (2.0, {"linear": 1.0, **others})
-    assert replayed[:6] == ["ab", "a"] * 3
+    parts = {"linear": 7.0, "attention": 0.0, "communication": 0.0, "other": 3.0}
+    assert decode._replayed_ms(engine, case) == (10.0, parts)
+    assert replayed[:6] == ["pnq", "pq", "n"] * 2
 
 
 def test_committed_rows_say_what_the_design_asks_of_them() -> None:

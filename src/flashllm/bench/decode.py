@@ -281,29 +281,35 @@ def _options(case: Case) -> list[SamplingOptions]:
 
 
 def _replayed_ms(engine: Engine, case: Case) -> tuple[float, dict[Kind, float]]:
-    """Milliseconds of one replay of a step, and of its launches of each kind alone; the sequences are in the middle of
-    their output.
+    """Milliseconds of one replay of a step, and what of it its launches of each kind take, in the middle of the output.
 
-    Replays take turns: at the limit of its power a GPU changes its clock from one moment to the next.
+    Alone, launches of one kind overlap more with one another than in a step; what a step takes less without them has in
+    it what others wait for them. A kind's part is the mean of both. Replays take turns: at the limit of its power a GPU
+    changes its clock from one moment to the next.
     """
     from flashllm import graphs
 
     runtime: Any = engine.runtime
+    launched = [kind for kind in KINDS if engine.decode_operations([kind])]
+    step = frozenset(launched)
+    alone: dict[Kind, frozenset[Kind]] = {kind: frozenset([kind]) for kind in launched}
     with runtime.active():
-        captured: dict[Kind | None, Any] = {}
-        for kind in (None, *KINDS):
-            if operations := engine.decode_operations(kind and [kind]):
-                captured[kind] = graphs.capture(partial(run, operations), runtime.stream)
-        times: dict[Kind | None, list[float]] = {kind: [] for kind in captured}
+        captured = {
+            kinds: graphs.capture(partial(run, engine.decode_operations(list(kinds))), runtime.stream)
+            for kinds in dict.fromkeys([step, *alone.values(), *(step - one for one in alone.values())])
+        }
+        meeting = captured[alone["communication"]] if "communication" in alone else None
+        times: dict[frozenset[Kind], list[float]] = {kinds: [] for kinds in captured}
         for _ in range(1 + _REPLAYS):
-            for kind, graph in captured.items():
+            for kinds, graph in captured.items():
                 # A step moves on: each replay has to begin where the others did.
                 engine.state.positions.fill(case.prompt + case.output // 2)
                 engine.state.counts.fill(case.output // 2)
                 engine.state.finished.fill(0)
                 # Ranks of a group drift apart where nothing waits for others; what is timed begins where all have met.
-                if "communication" in captured:
-                    captured["communication"].launch(runtime.stream)
-                times[kind].append(graphs.replay_us(graph, runtime.stream, 1))
-    found = {kind: statistics.median(each[1:]) / 1e3 for kind, each in times.items()}
-    return found[None], {kind: found.get(kind, 0.0) for kind in KINDS}
+                if meeting is not None:
+                    meeting.launch(runtime.stream)
+                times[kinds].append(graphs.replay_us(graph, runtime.stream, 1))
+    found = {kinds: statistics.median(each[1:]) / 1e3 for kinds, each in times.items()}
+    parts = {kind: (found[one] + found[step] - found[step - one]) / 2 for kind, one in alone.items()}
+    return found[step], {kind: parts.get(kind, 0.0) for kind in KINDS}

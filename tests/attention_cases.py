@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from flashllm.decoder.attention import AttentionPlan, attention, plan_attention
 from flashllm.decoder.launcher import Launch
 from flashllm.decoder.prefill import prefill_attention
+from flashllm.jit.spec import KernelSpec
 
 DTYPES = ("fp16", "bf16")
 NUMPY: dict[str, Any] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -184,6 +186,20 @@ def decode(
     first, second = (out.read() for out in outputs)
     np.testing.assert_array_equal(first.view(np.uint16), second.view(np.uint16))
     return first
+
+
+def dependent(spec: KernelSpec, args: Sequence[Any]) -> list[NDArray[Any]]:
+    """What the launch before may have written of a kernel's arrays: all, but for where rows of a decoding step are, and
+    what the cache has of positions before theirs.
+    """
+    if "prefill" in spec.name:
+        return [arg for arg in args if isinstance(arg, np.ndarray)]
+    q, keys, values, slots, positions, *others = args
+    ends = np.minimum(positions, keys.shape[2] - 1)
+    places = [place for place in zip(slots, ends, strict=True) if min(place) >= 0 and place[0] < len(keys)]
+    last = [array[slot, head, position] for array in (keys, values) for slot, position in places
+            for head in range(keys.shape[1])]  # fmt: skip
+    return [q, *(arg for arg in others if isinstance(arg, np.ndarray)), *last]
 
 
 def prefill(launch: Launch, xp: Any, case: Case, given: Operands) -> NDArray[Any]:

@@ -125,6 +125,35 @@ __global__ void count(const int* x, int* y, unsigned* counted) {
     y[last + 1] = sum;
 }
 
+// y = x, by four warps of which one thread waits for the launch before. It takes the others with it: its warp by a
+// barrier of the warp, the second by an mbarrier, the third by a barrier of two warps, the last by that of the block.
+// Mistake 1: a shuffle instead, which orders no memory, 2: an arrival before the wait, 3: an arrival after copies,
+// which takes nobody along, 4: the third warp does not meet the second, 5: nor the last one the others.
+template <int kMistake>
+__global__ void follow(const int* x, int* y) {
+    FLASHLLM_DYNAMIC_SHARED(shared);
+    const unsigned bar = ptx::shared_address(shared);
+    const int i = threadIdx.x, warp = i / 32;
+    if (i == 0) {
+        ptx::mbarrier_init(bar, 1);
+        ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (warp == 0) {
+        if (i == 5) ptx::grid_dependency_wait();
+        if (kMistake == 2 && i == 9) ptx::mbarrier_arrive(bar);
+        if (kMistake == 1) __shfl_sync(0xffffffffu, i, 5);
+        else __syncwarp();
+        if (kMistake == 3 && i == 9) ptx::mbarrier_arrive_after_copies(bar);
+        if (kMistake != 2 && kMistake != 3 && i == 9) ptx::mbarrier_arrive(bar);
+    }
+    if (warp == 1) ptx::mbarrier_wait(bar, 0);
+    if ((warp == 1 || warp == 2) && kMistake != 4) ptx::meet<64>(1);
+    if (warp < 3) y[i] = __ldg(x + i);
+    if (kMistake != 5) __syncthreads();
+    if (warp == 3) y[i] = __ldg(x + i);
+}
+
 // y = x. Mistake 1: one element too many, through plain pointers, 2: a signed sum overflows.
 template <int kMistake>
 __global__ void plain(const int* x, int* y, int count) {

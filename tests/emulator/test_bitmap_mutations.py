@@ -214,6 +214,8 @@ MUTATIONS = (
     Mutation("both halves read one stream", DECODE, "(a[0][2], a[0][3], high", "(a[0][2], a[0][3], low"),
     Mutation("both halves read one stream, lower rows", DECODE, "(a[1][2], a[1][3], high", "(a[1][2], a[1][3], low"),
     Mutation("steps are of one half of the mask", DECODE, "group<kStep * 4 + 3, k", "group<3, k"),
+    *both("one warp does not wait for the launch before", KERNEL, "ptx::grid_dependency_wait();  // the feeder",
+          "if (warp != 0) ptx::grid_dependency_wait();  // the feeder"),
 )  # fmt: skip
 
 UNALIGNED = (

@@ -37,18 +37,8 @@ _seeds = count()
 
 
 def launch(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> None:
-    """Each time in another order. Whatever it touches, it must have waited for; but for where rows are, and what the
-    cache has of positions before theirs.
-    """
-    dependent = [arg for arg in args if isinstance(arg, np.ndarray)]
-    if "prefill" not in spec.name:
-        q, keys, values, slots, positions, *others = args
-        ends = np.minimum(positions, keys.shape[2] - 1)
-        places = [place for place in zip(slots, ends, strict=True) if min(place) >= 0 and place[0] < len(keys)]
-        last = [array[slot, head, position] for array in (keys, values) for slot, position in places
-                for head in range(keys.shape[1])]  # fmt: skip
-        dependent = [q, *(arg for arg in others if isinstance(arg, np.ndarray)), *last]
-    emulator.launch(spec, grid, args, seed=next(_seeds), dependent=dependent)
+    """Each time in another order. Whatever the launch before may have written, it must have waited for."""
+    emulator.launch(spec, grid, args, seed=next(_seeds), dependent=cases.dependent(spec, args))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -42,12 +42,13 @@ RELAY = [spec("relay", mistake, 128 + 2 * 512) for mistake in range(7)]
 REGISTERS = [spec("multiply_registers", mistake, 8 * 128) for mistake in range(8)]
 CHAIN = [spec("chain", mistake, 0) for mistake in range(4)]
 COUNT = [spec("count", mistake, 0) for mistake in range(5)]
+FOLLOW = [spec("follow", mistake, 8) for mistake in range(6)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     copies = [*COPY, *RING, *SHARE, *RELAY]
-    emulator.preload([*ROTATE, *MEET, *REACH, *CHAIN, *COUNT, *copies, *MULTIPLY, *REGISTERS], build=BUILD)
+    emulator.preload([*ROTATE, *MEET, *REACH, *CHAIN, *COUNT, *FOLLOW, *copies, *MULTIPLY, *REGISTERS], build=BUILD)
 
 
 def rotate(kernel: KernelSpec, seed: int) -> bool:
@@ -117,6 +118,12 @@ def count(kernel: KernelSpec, seed: int) -> bool:
     return bool((y == [*x, x.sum()]).all())
 
 
+def follow(kernel: KernelSpec, seed: int) -> bool:
+    x, y = np.arange(128, dtype=np.int32), np.zeros(128, np.int32)
+    emulator.launch(kernel, (1,), (x, y), seed=seed, build=BUILD, dependent=[x])
+    return bool((y == x).all())
+
+
 def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelSpec) -> bool:
     return all(run(kernel, seed) for seed in SEEDS)
 
@@ -133,6 +140,7 @@ def right_in_every_order(run: Callable[[KernelSpec, int], bool], kernel: KernelS
         (multiply, MULTIPLY),
         (chain, CHAIN),
         (count, COUNT),
+        (follow, FOLLOW),
         (share, RELAY),
         (multiply, REGISTERS),
     ],
@@ -279,3 +287,13 @@ def test_parts_that_the_launch_before_may_be_using() -> None:
     for part in (x[::2], x.copy(), np.zeros(1, np.int32)):
         with pytest.raises(ArgumentError, match=r"^dependent: expected"):
             reads(part)
+
+
+@pytest.mark.parametrize(("mistake", "warps"), [(1, "012"), (2, "12"), (3, "12"), (4, "2"), (5, "3")])
+def test_threads_not_ordered_behind_the_launch_before(mistake: int, warps: str) -> None:
+    """Reported in every order, of a warp that has neither waited nor met one that had."""
+    for seed in SEEDS:
+        with pytest.raises(
+            EmulationError, match=rf"warp [{warps}], .*read of argument 0, which the launch before may be"
+        ):
+            follow(FOLLOW[mistake], seed)

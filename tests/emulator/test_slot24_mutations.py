@@ -4,10 +4,11 @@
 Not here, because nothing depends on them: copies of windows as soon as they are asked for, which come later all the
 same; that the last step of a run has one tile, for fronts behind the run are those at its end. The emulator does not
 model the fence behind the making of barriers, nor that barriers lie in memory, where sums might be stored over them,
-and a block has waited for the launch before when one of its warps has: the feeder's last wait shows nowhere. Rows of x
-are bounded for the sake of memory alone, which AddressSanitizer watches (test_sanitizers.py). How long a chain may be
-shows in random values alone. Value rings, chains and decoding are mutated with the bitmap kernel, and how x is laid out
-for a launch in test_x_images_mutations.py.
+and does not see plain loads: that one warp does not wait for the launch before shows nowhere, since it meets the others
+before all else. Nor does the feeder's last wait, ahead of which a release has put it behind warps that had waited. Rows
+of x are bounded for the sake of memory alone, which AddressSanitizer watches (test_sanitizers.py). How long a chain may
+be shows in random values alone. Value rings, chains and decoding are mutated with the bitmap kernel, and how x is laid
+out for a launch in test_x_images_mutations.py.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ AddressSanitizer watches (test_sanitizers.py). Pieces of the first images are as
 that the bound of the last round is for other shapes. All lanes of a warp have met where it counts its share. Counts
 that lie on pieces of sums change their last bits, which rounding hides. Column blocks' images come about at one time,
 so that it hardly shows whose are looked at. Not modelled are fences between blocks, before
-bulk copies, and behind plain stores to shared memory; and a block has waited for the launch before when one of its
-warps has, so that the feeder's waits show nowhere.
+bulk copies, and behind plain stores to shared memory. The feeder's waits for the launch before show nowhere: ahead of
+each, a release has put it behind warps that had waited. x is read by plain loads, which the emulator does not see.
 """
 
 from __future__ import annotations

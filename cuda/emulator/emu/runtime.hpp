@@ -61,7 +61,7 @@ float4 load_relaxed(const float4* pointer);  // 16 bytes at one time
 unsigned read_word(const unsigned* pointer);  // one that other blocks change
 void store_relaxed(float4* pointer, const float4& value);
 
-// From here on this block may touch arrays that are not constant, see Extent.
+// From here on this thread may touch what is Dependent, and so may those that a barrier orders behind it.
 void grid_dependency_wait();
 
 unsigned shared_address(const void* pointer);

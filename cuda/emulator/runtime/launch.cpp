@@ -132,7 +132,6 @@ void start_block(Worker& worker, Block& block, unsigned long long number) {
     const Request& request = *worker.launch->request;
     const dim3& grid = worker.launch->grid;
     block.number = number;
-    block.waited = false;
     block.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                    static_cast<unsigned>(number / grid.x / grid.y)};
     FLASHLLM_UNPOISON(block.shared, kSharedLimit + kCanaryBytes);
@@ -211,8 +210,8 @@ const char* position(const Launch& launch, const void* pointer, unsigned bytes, 
 }
 
 void check_global(const char* what, const void* pointer, unsigned bytes, bool write) {
-    const Block& block = *current().owner;
-    Worker& worker = *block.worker;
+    const Thread& thread = current();
+    Worker& worker = *thread.owner->worker;
     const Request& request = *worker.launch->request;
     if (const char* where = position(*worker.launch, pointer, bytes, write, worker.last_extent)) {
         // The nearest array is meant, if any: small ones may lie side by side.
@@ -235,13 +234,13 @@ void check_global(const char* what, const void* pointer, unsigned bytes, bool wr
         fail("%s of %u bytes at %p: %s", what, bytes, pointer, where);
     }
     const std::size_t found = worker.last_extent;
-    if (!block.waited && found < request.extent_count) {
+    if (!is_behind(thread) && found < request.extent_count) {
         const char* at = static_cast<const char*>(pointer);
         for (std::size_t i = 0; i < request.dependent_count; ++i) {
             const Dependent& part = request.dependents[i];
             if (at + bytes <= part.begin || at >= part.begin + part.bytes) continue;
-            fail("%s of argument %u, which the launch before may be using: nobody has waited for it", what,
-                 request.extents[found].argument);
+            fail("%s of argument %u, which the launch before may be using: this thread has neither waited for it nor "
+                 "met one that had at a barrier", what, request.extents[found].argument);
         }
     }
     if (bytes <= 16 && reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) {
@@ -266,7 +265,7 @@ void fail(const char* format, ...) {
     __builtin_unreachable();
 }
 
-void grid_dependency_wait() { current().owner->waited = true; }
+void grid_dependency_wait() { put_behind(current()); }
 
 void read_global(const void* pointer, unsigned bytes) {
     check_global("read", pointer, bytes, false);

@@ -32,7 +32,8 @@ void complete_if_done(Block& block, TransactionBarrier& barrier) {
     if (barrier.arrivals_left != 0 || barrier.bytes_left != 0) return;
     barrier.parity ^= 1;
     barrier.arrivals_left = barrier.arrivals;
-    wake(block, barrier.waiting);
+    barrier.behind = barrier.arrived_behind;
+    wake(block, barrier.waiting, barrier.behind);
 }
 
 void arrive(Block& block, TransactionBarrier& barrier, unsigned address) {
@@ -42,6 +43,14 @@ void arrive(Block& block, TransactionBarrier& barrier, unsigned address) {
     }
     --barrier.arrivals_left;
     complete_if_done(block, barrier);
+}
+
+// By a thread itself, unlike an arrival after copies: what it has done is done for whoever waits for the phase.
+void arrive_and_release(TransactionBarrier& barrier, unsigned address) {
+    Thread& thread = current();
+    thread.stores.release();
+    barrier.arrived_behind |= is_behind(thread);
+    arrive(*thread.owner, barrier, address);
 }
 
 void perform(Block& block, TransactionBarrier& barrier, const BulkCopy& copy) {
@@ -82,9 +91,7 @@ void mbarrier_init(unsigned address, unsigned arrivals) {
 }
 
 void mbarrier_arrive(unsigned address) {
-    Thread& thread = current();
-    thread.stores.release();
-    arrive(*thread.owner, find("mbarrier.arrive", address), address);
+    arrive_and_release(find("mbarrier.arrive", address), address);
 }
 
 // The copies since the thread's last group become the barrier's: it has their bytes to wait for. Those of earlier
@@ -109,9 +116,7 @@ void mbarrier_arrive_after_copies(unsigned address) {
 void mbarrier_expect(unsigned address, unsigned bytes) {
     TransactionBarrier& barrier = find("mbarrier.arrive.expect_tx", address);
     barrier.bytes_left += bytes;
-    Thread& thread = current();
-    thread.stores.release();
-    arrive(*thread.owner, barrier, address);
+    arrive_and_release(barrier, address);
 }
 
 void mbarrier_wait(unsigned address, unsigned parity) {
@@ -119,7 +124,10 @@ void mbarrier_wait(unsigned address, unsigned parity) {
     TransactionBarrier& barrier = find("mbarrier.try_wait", address);
     if (parity > 1) fail("mbarrier.try_wait: parity %u, expected 0 or 1", parity);
     if (barrier.parity == parity) perform_all(*thread.owner, barrier);
-    if (barrier.parity != parity) return;
+    if (barrier.parity != parity) {
+        if (barrier.behind) put_behind(thread);
+        return;
+    }
     barrier.waiting[thread.warp->index] |= 1u << thread.lane;
     wait_for_wake(thread);
 }

@@ -140,6 +140,8 @@ void complete(Block& block, Barrier& barrier) {
         case Reduce::all: barrier.result = barrier.all; break;
         case Reduce::count: barrier.result = barrier.count; break;
     }
+    unsigned behind = 0;
+    for (unsigned w = 0; w < block.warp_count; ++w) behind |= barrier.waiting[w] & block.warps[w].behind;
     for (unsigned w = 0; w < block.warp_count; ++w) {
         const unsigned lanes = barrier.waiting[w];
         if (lanes == 0) continue;
@@ -149,6 +151,7 @@ void complete(Block& block, Barrier& barrier) {
             Thread& thread = block.thread(w * 32 + static_cast<unsigned>(__builtin_ctz(rest)));
             thread.stores.published = thread.stores.epoch;
         }
+        if (behind != 0) warp.behind |= lanes;
         barrier.waiting[w] = 0;
         set_ready(warp, lanes);
     }
@@ -218,7 +221,7 @@ void prepare_block(Block& block) {
     block.transactions.clear();
     for (unsigned w = 0; w < block.warp_count; ++w) {
         Warp& warp = block.warps[w];
-        warp.block = &block, warp.index = w, warp.meeting_count = 0, warp.rank = block.worker->draw();
+        warp.block = &block, warp.index = w, warp.meeting_count = 0, warp.behind = 0, warp.rank = block.worker->draw();
         warp.live = w * 32 + 32 <= threads ? ~0u : ~0u >> (32 - threads % 32);
         warp.ready = 0;
         set_ready(warp, warp.live);
@@ -284,9 +287,10 @@ void wait_for_wake(Thread& thread) {
     give_way(thread);
 }
 
-void wake(Block& block, unsigned (&waiting)[kMaxWarps]) {
+void wake(Block& block, unsigned (&waiting)[kMaxWarps], bool behind) {
     for (unsigned w = 0; w < block.warp_count; ++w) {
         if (waiting[w] == 0) continue;
+        if (behind) block.warps[w].behind |= waiting[w];
         set_ready(block.warps[w], waiting[w]);
         waiting[w] = 0;
     }

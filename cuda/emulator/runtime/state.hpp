@@ -90,6 +90,7 @@ struct Warp {
     Block* block = nullptr;
     unsigned index = 0;
     unsigned live = 0, ready = 0;      // lanes that have not ended; of those, lanes that wait for nothing
+    unsigned behind = 0;               // lanes that are ordered behind the launch before, see is_behind
     unsigned rank = 0;                 // who goes first, where the worker ranks its warps
     unsigned meeting_count = 0;
     Meeting meetings[32];
@@ -118,13 +119,14 @@ struct TransactionBarrier {
     long long bytes_left = 0;            // announced and not copied; negative when a copy was faster
     std::vector<BulkCopy> copies;        // not performed yet
     unsigned waiting[kMaxWarps] = {};    // lanes of each warp
+    // Whether somebody who was behind the launch before has arrived: so far, and up to the phase that ended last.
+    bool arrived_behind = false, behind = false;
 };
 
 struct Block : BlockView {
     Worker* worker = nullptr;
     unsigned long long number = 0;
     bool running = false;
-    bool waited = false;  // a thread has waited for the launch before; what orders the others is checked elsewhere
     unsigned live_threads = 0;
     unsigned ready_warps = 0;
     unsigned warp_count = 0;
@@ -169,6 +171,10 @@ struct Worker {
 
 inline Thread& current() { return *reinterpret_cast<Thread*>(fiber_base()); }
 
+// Whether a thread is ordered behind the launch before: it has waited for it, or has met one that was so at a barrier.
+inline bool is_behind(const Thread& thread) { return (thread.warp->behind >> thread.lane & 1) != 0; }
+inline void put_behind(Thread& thread) { thread.warp->behind |= 1u << thread.lane; }
+
 // Ends the launch with a message that says where; runs on a fiber and does not come back.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -182,7 +188,8 @@ void meet(Operation operation, unsigned mask, void* argument, void (*perform)(Wa
 
 // Lets others run until wake() of the lanes that this thread has put itself among.
 void wait_for_wake(Thread& thread);
-void wake(Block& block, unsigned (&waiting)[kMaxWarps]);
+// `behind`: what they waited for orders them behind the launch before.
+void wake(Block& block, unsigned (&waiting)[kMaxWarps], bool behind);
 
 // ---- shared.cpp
 

@@ -162,7 +162,9 @@ void check_ordered(const Thread& thread, unsigned metadata) {
 void warp_barrier(unsigned mask) {
     Thread& thread = current();
     thread.looks = 0, thread.last_look = false;  // it went on, even if it gave up looking
-    meet(Operation::syncwarp, mask, nullptr, [](Warp&, unsigned) {});
+    meet(Operation::syncwarp, mask, nullptr, [](Warp& warp, unsigned lanes) {
+        if ((warp.behind & lanes) != 0) warp.behind |= lanes;
+    });
 }
 
 std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t value, unsigned parameter, unsigned width) {

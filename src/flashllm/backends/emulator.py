@@ -125,8 +125,8 @@ def launch(
     end early; equal seeds and ``workers`` (threads of the host, default: all cores) repeat a schedule. With
     ``sanitize`` the kernel runs under AddressSanitizer, which must be in the process
     (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more. ``dependent`` are the
-    arrays among ``args``, or contiguous parts of them, that a block may touch only once it has waited for the launch
-    before.
+    arrays among ``args``, or contiguous parts of them, that a thread may touch only once it has waited for the launch
+    before, or has met one that had at a barrier.
 
     Raises :class:`EmulationError` when the kernel misbehaves, :class:`ArgumentError` for arguments that do not fit
     it, :class:`MissingDependencyError` without a compiler, ``CompileError`` when it does not compile.

@@ -242,7 +242,7 @@ def _steps(data: Decoded) -> Figure:
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.06, 0.94), ncols=4, fontsize=7.5)
     figure.subplots_adjust(left=0.09, right=0.99, top=0.83, bottom=0.2, wspace=0.45)
     figure.suptitle("Where the time of a decoding step goes", x=0.06, y=0.98, ha="left", fontsize=11)
-    note = " A bar for each batch and system; its parts are from graphs of some of the launches. Black: the time of reading."
+    note = " A bar for each batch and system; parts: from graphs of some of the launches. Black: the time of reading."
     style.add_caption(figure, CAPTION + note, x=0.06, y=0.02, width=180)
     return figure
 

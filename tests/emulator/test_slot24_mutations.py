@@ -3,12 +3,11 @@
 
 Not here, because nothing depends on them: copies of windows as soon as they are asked for, which come later all the
 same; that the last step of a run has one tile, for fronts behind the run are those at its end. The emulator does not
-model the fence behind the making of barriers, nor that barriers lie in memory, where sums might be stored over them,
-and does not see plain loads: that one warp does not wait for the launch before shows nowhere, since it meets the others
-before all else. Nor does the feeder's last wait, ahead of which a release has put it behind warps that had waited. Rows
-of x are bounded for the sake of memory alone, which AddressSanitizer watches (test_sanitizers.py). How long a chain may
-be shows in random values alone. Value rings, chains and decoding are mutated with the bitmap kernel, and how x is laid
-out for a launch in test_x_images_mutations.py.
+model the fence behind the making of barriers, nor that barriers lie in memory, where sums might be stored over them.
+The feeder's last wait for the launch before shows nowhere: ahead of it a release has put it behind warps that had
+waited. Rows of x are bounded for the sake of memory alone, which AddressSanitizer watches (test_sanitizers.py). How
+long a chain may be shows in random values alone. Value rings, chains and decoding are mutated with the bitmap kernel,
+and how x is laid out for a launch in test_x_images_mutations.py.
 """
 
 from __future__ import annotations
@@ -208,6 +207,8 @@ MUTATIONS = (
     Mutation("a pick of a half is lost", SLOTS, "0x55555555u", "0x55455555u"),
     Mutation("a pick of the second slots is lost", SLOTS, "0x55555555u", "0x51555555u"),
     Mutation("second slots stand before first ones", SLOTS, "| 0x88888888u"),
+    *both("one warp does not wait for the launch before", KERNEL, "ptx::grid_dependency_wait();  // the feeder",
+          "if (warp != 0) ptx::grid_dependency_wait();  // the feeder"),
 )  # fmt: skip
 
 FULL_GROUPS = "full-groups"

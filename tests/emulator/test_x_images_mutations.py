@@ -12,7 +12,7 @@ that the bound of the last round is for other shapes. All lanes of a warp have m
 that lie on pieces of sums change their last bits, which rounding hides. Column blocks' images come about at one time,
 so that it hardly shows whose are looked at. Not modelled are fences between blocks, before
 bulk copies, and behind plain stores to shared memory. The feeder's waits for the launch before show nowhere: ahead of
-each, a release has put it behind warps that had waited. x is read by plain loads, which the emulator does not see.
+each, a release has put it behind warps that had waited.
 """
 
 from __future__ import annotations
@@ -132,13 +132,15 @@ MUTATIONS = (
     tiles("columns of a tile are its rows", TILES, "column = (lane & 7) * 8;", "column = (lane >> 2) * 8;"),
     tiles("tiles are not swizzled", TILES, "((lane & 7) ^ (row & 7)) * 16", "(lane & 7) * 16"),
     tiles("chunks behind K are x", TILES, "left > 0 ?", "true ?"),
+    tiles("one warp does not wait for the launch before", KERNEL, "ptx::grid_dependency_wait();  // the feeder",
+          "if (warp != 0) ptx::grid_dependency_wait();  // the feeder"),
 )  # fmt: skip
 
 UNALIGNED = (
     tiles("odd columns are even ones", TILES, "low | high << 16", "low | low << 16"),
     tiles("even columns are not bounded", TILES, "2 * j < left ?", "true ?"),
     tiles("odd columns are not bounded", TILES, "2 * j + 1 < left ?", "true ?"),
-    tiles("pairs are the first", TILES, "from[2 * j] :", "from[0] :"),
+    tiles("pairs are the first", TILES, "(from + 2 * j) :", "(from) :"),
     tiles("later pieces of the first images are not stored", IMAGES,
           "store_own(to, distance, piece, load_own(first_image, piece));", ";"),
     tiles("later pieces of the first images are the first", IMAGES,

@@ -177,6 +177,17 @@ def test_ctrl_c_keeps_the_rows_and_shows_them(monkeypatch: pytest.MonkeyPatch, t
     assert len(results.read(path)) == 1
 
 
+def test_ctrl_c_before_the_first_row_leaves_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*a: Any, **k: Any) -> Row:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner_host, "make_row", interrupted)
+    folder = tmp_path / "new"
+    result = _run(*SMALL, "--out", str(folder / "rows.jsonl"), "--csv", str(folder / "rows.csv"))
+    assert result.exit_code == 130
+    assert not list(folder.iterdir())
+
+
 def test_gpu_run(gpu: None, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     case = ("--shape", "96x72", "--sparsity", "0.7,0.9", "--n", "8", "--time-cap", "0.01", "--check-rows", "16")

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -164,9 +165,10 @@ def from_dict(row: dict[str, Any], *, where: str | None = None) -> Row:
 
 
 def ensure_writable(path: Path) -> None:
-    """Make the file and its folder where absent; ``OSError`` now, not after the first measurement, if it cannot be."""
+    """``OSError`` now, not after the first measurement, if the file cannot be written; makes its folder if absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab"):
+    # Nothing by that name is made: a run that ends before its first row leaves no empty file.
+    with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
         pass
 
 

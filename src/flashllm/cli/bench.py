@@ -370,11 +370,11 @@ def _finish(
     from flashllm.bench.report_counts import counts_table
 
     rows = results.latest([*session.earlier, *session.rows])
+    if not rows:
+        return
     if csv_file is not None:
         with usage_errors():
             results.write_csv(csv_file, rows)
-    if not rows:
-        return
     last = next((row for row in reversed(rows) if row.system not in SYSTEMS), rows[-1])
     rows = [row for row in rows if _method(row, last) == _method(last, last)]
     parts = report.timing_table(rows) if rows[-1].gpu is not None else report.model_table(rows, gpu)

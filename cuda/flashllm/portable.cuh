@@ -9,3 +9,13 @@
 #endif
 
 #define FLASHLLM_DEVICE __device__ __forceinline__
+
+namespace flashllm {
+
+// Of what the launch before may have written: not __ldg, whose cache is for what nobody writes.
+template <typename T>
+FLASHLLM_DEVICE const T& load_coherent(const T* pointer) {
+    return *pointer;
+}
+
+}  // namespace flashllm

@@ -160,10 +160,6 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
                  :: "l"(pointer), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
 }
 
-// What the launch before may have written: not __ldg, whose cache is for what nobody writes. The emulator's twin checks it.
-template <typename T>
-FLASHLLM_DEVICE const T& load_coherent(const T* pointer) { return *pointer; }
-
 // Between two looks at what another block will write: a look takes long enough.
 FLASHLLM_DEVICE void look_again() {}
 

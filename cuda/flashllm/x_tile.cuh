@@ -29,13 +29,13 @@ struct XTile {
         const unsigned short* const from = part.x + static_cast<long long>(row) * part.K + column;
         const int left = row < part.rows ? part.width - column : 0;
         if constexpr (kAligned) {
-            return {left > 0 ? ptx::load_coherent(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0)};
+            return {left > 0 ? load_coherent(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0)};
         } else {
             unsigned pairs[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const unsigned low = 2 * j < left ? ptx::load_coherent(from + 2 * j) : 0u;
-                const unsigned high = 2 * j + 1 < left ? ptx::load_coherent(from + 2 * j + 1) : 0u;
+                const unsigned low = 2 * j < left ? load_coherent(from + 2 * j) : 0u;
+                const unsigned high = 2 * j + 1 < left ? load_coherent(from + 2 * j + 1) : 0u;
                 pairs[j] = low | high << 16;
             }
             return {make_uint4(pairs[0], pairs[1], pairs[2], pairs[3])};

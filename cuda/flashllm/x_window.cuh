@@ -49,9 +49,9 @@ struct XWindow {
         Piece out;
 #pragma unroll
         for (int n = 0; n < kN; n += 2) {
-            const unsigned low = n < rows ? ptx::load_coherent(from) : 0u;
+            const unsigned low = n < rows ? load_coherent(from) : 0u;
             from += part.K;
-            const unsigned high = n + 1 < rows ? ptx::load_coherent(from) : 0u;
+            const unsigned high = n + 1 < rows ? load_coherent(from) : 0u;
             from += part.K;
             out.values[n / 2] = low | high << 16;
         }

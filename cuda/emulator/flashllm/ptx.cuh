@@ -61,12 +61,6 @@ FLASHLLM_DEVICE unsigned long long evict_first() { return 0; }
 
 FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) { return __ldg(pointer); }
 
-template <typename T>
-FLASHLLM_DEVICE const T& load_coherent(const T* pointer) {
-    emu::read_global(pointer, sizeof(T));
-    return *pointer;
-}
-
 FLASHLLM_DEVICE void prefetch_to_l2([[maybe_unused]] bool active, [[maybe_unused]] const void* pointer,
                                     [[maybe_unused]] unsigned bytes) {
 #if __CUDA_ARCH__ >= 900

@@ -108,8 +108,8 @@ def test_file_source_dense(tmp_path: Path) -> None:
 def test_file_source_sparse(tmp_path: Path) -> None:
     import scipy.sparse
 
-    matrix = scipy.sparse.random_array((300, 40), density=0.2, rng=np.random.default_rng(0), dtype=np.float32)
-    scipy.sparse.save_npz(tmp_path / "w.npz", matrix.tocsr())
+    matrix = scipy.sparse.csr_array(data.random_matrix(300, 40, density=0.2, dtype="fp16").astype(np.float32))
+    scipy.sparse.save_npz(tmp_path / "w.npz", matrix)
     source = FileSource(tmp_path / "w.npz", None, "bf16")
     dense = source.dense(GROUP, None, device=False)
     assert dense.dtype.name == "bfloat16"

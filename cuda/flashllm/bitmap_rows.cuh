@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the streams of a bitmap stand at any tile, and value rows in shared memory: for encoders and decoders, which
-// take tiles in any order, and not one after the other as the product does.
+// Positions of the streams of a bitmap at any tile, and value rows in shared memory: for encoders and decoders, which
+// process tiles in any order instead of one after the other as the product does.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -12,30 +12,30 @@ namespace flashllm {
 namespace bitmap {
 
 constexpr int kStreams = 2 * kLanes;
-constexpr int kReadAhead = 2;  // rows from the next value of a stream on that decode_group reads, values or not
+constexpr int kReadAhead = 2;  // rows that decode_group reads from a stream's next value on, needed or not
 
-// Value rows that the streams of a part can read in kTiles tiles one after the other.
+// Value rows that the streams of a part can read in kTiles consecutive tiles.
 template <int kTiles>
 inline constexpr int kRowsOf = kSlack + kTiles * kStreamElements + kReadAhead;
 
-// Index of a value, in halves: row `row` of the part's stream.
+// Index of a 16-bit value: value row `row` of a part, in the column of this lane and stream.
 FLASHLLM_DEVICE long long value_index(int row, int part, int lane, int stream) {
     const long long chunk = row / kChunkRows, in_chunk = row % kChunkRows;
     return ((chunk * kParts + part) * kChunkRows + in_chunk) * kStreams + lane * 2 + stream;
 }
 
-// Runs of a matrix of M rows and tiles_k tiles in each row of them.
+// The runs of a matrix of M rows with tiles_k tiles in each row of tiles.
 FLASHLLM_DEVICE Runs runs_of(int M, int tiles_k, int runs, int row_cost) {
     return {(M + kTileM - 1) / kTileM, tiles_k, row_cost, static_cast<unsigned>(runs)};
 }
 
-// The first tile of the run that a tile is in.
+// The first tile of the run that contains `tile`.
 FLASHLLM_DEVICE int begin_of_run(const Runs& runs, int tile) {
     return static_cast<int>(runs.first_tile(runs.run_of(static_cast<unsigned>(tile))));
 }
 
-// Where the streams of a lane went on last, in the run that begins at tile `restart`, before or at a tile. `thread`: of
-// [part][lane].
+// Where the streams of a lane last continued, at or before `tile`, in the run that begins at tile `restart`. `thread`
+// is the index in [part][lane].
 FLASHLLM_DEVICE Places places_before(const Places* places, int tile, int restart, int thread) {
     if (restart >= tile / kPlaceTiles * kPlaceTiles) return Places::own();
     return places[static_cast<long long>(tile / kPlaceTiles) * kTileThreads + thread];
@@ -46,19 +46,19 @@ struct Position {
     int row[2];
     Places places;
 
-    // Shared address of the next value, with value row `begin` at `rows`.
+    // Shared address of the next value, if value row `begin` lies at shared address `rows`.
     FLASHLLM_DEVICE unsigned address(int stream, unsigned rows, int begin) const {
         return rows + static_cast<unsigned>(row[stream] - begin) * kRowBytes + places.column_byte(stream);
     }
 };
 
-// When `tile` begins, in the run that begins at tile `restart`.
+// The position at the start of `tile`, in the run that begins at tile `restart`.
 FLASHLLM_DEVICE Position position_at(const uint2* masks, const int* fronts, const Places* stored, int tile, int restart,
                                      int thread) {
     const int first = max(tile / kPlaceTiles * kPlaceTiles, restart);
     Position position{{fronts[first], fronts[first]}, places_before(stored, tile, restart, thread)};
     const uint2* const own = masks + static_cast<long long>(tile) * kTileThreads + thread;
-    uint2 before[kPlaceTiles - 1];  // loaded at one time, at constant distances
+    uint2 before[kPlaceTiles - 1];  // loaded together, at constant offsets
 #pragma unroll
     for (int i = 0; i < kPlaceTiles - 1; ++i) {
         before[i] = make_uint2(0, 0);
@@ -73,8 +73,8 @@ FLASHLLM_DEVICE Position position_at(const uint2* masks, const int* fronts, cons
     return position;
 }
 
-// Begins to copy value rows [begin, end) of kCount parts to shared memory, with all kThreads threads; commits nothing.
-// kBytes: of shared memory from part to part.
+// Starts copying value rows [begin, end) of kCount parts, the first of which is `part`, to shared memory, with all
+// kThreads threads; does not commit. kBytes: distance between parts in shared memory.
 template <int kThreads, int kCount, int kBytes>
 FLASHLLM_DEVICE void copy_rows(unsigned address, const unsigned short* values, int part, int begin, int end) {
     constexpr int kPieces = kRowBytes / 16, kStep = kThreads / kPieces;

@@ -17,7 +17,7 @@ namespace flashllm {
 template <typename S>
 using Accumulators = float[S::kRowFragments][S::kColumnFragments][4];
 
-// body(four accumulators, the number of their fragment)
+// Calls body(four accumulators, number of their fragment) for every fragment.
 template <typename S, typename Body>
 FLASHLLM_DEVICE void for_each(Accumulators<S>& sum, Body&& body) {
 #pragma unroll
@@ -30,7 +30,7 @@ FLASHLLM_DEVICE void accumulate(float (&part)[4], const float4& more) {
     part[0] += more.x, part[1] += more.y, part[2] += more.z, part[3] += more.w;
 }
 
-// Adds the second K slice's accumulators to the first's and leaves them zero. scratch: kM x kN floats, in the end zero.
+// Adds the second K slice's accumulators to the first's and zeroes the second's. scratch: kM x kN floats, left zero.
 template <typename S>
 FLASHLLM_DEVICE void combine_slices(Accumulators<S>& sum, float* scratch) {
     static_assert(S::kSlices <= 2, "two slices are combined in one step");
@@ -55,8 +55,8 @@ FLASHLLM_DEVICE void combine_slices(Accumulators<S>& sum, float* scratch) {
     }
 }
 
-// The same for kernels with warps that cannot come: pairs of warps meet by themselves, barriers 1 on, and hand over a
-// fragment at a time through one place, for which kSumBytes are enough.
+// The same for kernels in which some warps cannot take part: each pair of warps synchronizes by itself, at named
+// barriers from 1 on, and passes one fragment at a time through one place, so kSumBytes are enough.
 template <typename S>
 inline constexpr int kSumBytes = S::kSlices == 2 ? S::kBlockWarps / 2 * 32 * 16 : 0;
 
@@ -78,8 +78,8 @@ FLASHLLM_DEVICE void add_slices(Accumulators<S>& sum, float4* scratch) {
     }
 }
 
-// Where slices have as many warps as these have fragments of 16 rows, each can have one fragment in the end, and all go on
-// together: the shape of that.
+// The shape after deal_slices: where a warp has as many row fragments as there are slices, each slice can end up with
+// one summed fragment, and all slices continue together.
 template <typename S>
 struct DealtShape : S {
     static_assert(S::kRowFragments == S::kSlices, "a fragment for each slice");
@@ -91,8 +91,9 @@ struct DealtShape : S {
 template <typename S>
 inline constexpr int kDealBytes = S::kBlockWarps / S::kSlices * (S::kSlices - 1) * S::kColumnFragments * 32 * 16;
 
-// Adds the accumulators of all slices, a row fragment in each, and leaves them zero. Warps with slices of the same rows, one
-// after the other, meet by themselves, barriers 1 on; they need kDealBytes.
+// Adds up the accumulators of all slices, so that each ends up with one row fragment in `own`, and leaves `sum` zero.
+// Consecutive warps hold the slices of the same rows; they synchronize by themselves, at named barriers from 1 on.
+// scratch: kDealBytes.
 template <typename S>
 FLASHLLM_DEVICE void deal_slices(Accumulators<S>& sum, Accumulators<DealtShape<S>>& own, float4* scratch) {
     constexpr int kThreads = S::kSlices * 32, kOthers = S::kSlices - 1;
@@ -126,9 +127,9 @@ FLASHLLM_DEVICE void deal_slices(Accumulators<S>& sum, Accumulators<DealtShape<S
     }
 }
 
-// Turns the accumulators of the first K slice in shared memory, 32 columns of y at a time (scratch: kM x 32 floats),
-// and hands each thread groups of 4 neighbouring rows m of one column n: consume(n, m, float4). Leaves the accumulators
-// zero.
+// Transposes the accumulators of the first K slice through shared memory, 32 columns of y at a time (scratch: kM x 32
+// floats), and hands each thread groups of 4 neighbouring rows m of one column n: consume(n, m, float4). Leaves the
+// accumulators zero.
 template <typename S, typename Consume>
 FLASHLLM_DEVICE void drain(Accumulators<S>& sum, float* scratch, Consume&& consume) {
     constexpr int kColumns = S::kN < 32 ? S::kN : 32;
@@ -171,12 +172,12 @@ FLASHLLM_DEVICE __nv_bfloat16 round_to<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// y[n, m] of every accumulator of the first K slice, in 2-byte stores: for kernels that write rarely and have no shared
-// memory to turn the fragments in. Columns from N on and rows from M on do not exist. Leaves the accumulators zero.
+// Writes y[n, m] for every accumulator of the first K slice in 2-byte stores: for kernels that write rarely and have no
+// shared memory in which to transpose fragments. Skips columns >= N and rows >= M. Leaves the accumulators zero.
 template <typename S, typename T>
 FLASHLLM_DEVICE void store_fragments(Accumulators<S>& sum, T* y, int n0, int m0, int N, int M) {
     if (S::slice() != 0) return;
-    const int lane = ptx::opaque(threadIdx.x & 31);  // or addresses would be kept in registers for all of the run
+    const int lane = ptx::opaque(threadIdx.x & 31);  // or addresses would stay in registers for the whole run
 #pragma unroll
     for (int i = 0; i < S::kRowFragments; ++i)
 #pragma unroll
@@ -190,7 +191,7 @@ FLASHLLM_DEVICE void store_fragments(Accumulators<S>& sum, T* y, int n0, int m0,
             }
 }
 
-// y[n, m..m+3]; rows beyond M do not exist. 8-byte stores where M keeps them aligned.
+// Writes y[n, m..m+3], but no rows from M on, in 8-byte stores where M keeps them aligned.
 template <typename T>
 FLASHLLM_DEVICE void store_y(T* y, int n, int m, int M, const float4& value) {
     T* target = y + static_cast<long long>(n) * M + m;

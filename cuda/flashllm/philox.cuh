@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random numbers by counting: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
-// 1, 2, 3" (SC 2011). A number is a function of a key and of where it is used, so there is no state to keep and no
-// order to draw in. Host side: src/flashllm/engine/sampling.py.
+// Counter-based random numbers: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
+// 2, 3" (SC 2011). A number depends only on a key and on where it is used, so there is no state to keep and no order in
+// which to draw. Host side: src/flashllm/engine/sampling.py.
 #pragma once
 
 #include "flashllm/portable.cuh"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // All inline PTX of the project: one small named wrapper per instruction, with the reason it is used.
 //
-// Shared-memory pointers travel as 32-bit addresses ("shared addresses"): the instructions want them so, and one register
-// instead of two per pointer matters in the inner loops.
+// Shared-memory pointers are passed as 32-bit addresses ("shared addresses"): the instructions take them in this form,
+// and one register instead of two per pointer matters in the inner loops.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +17,8 @@ FLASHLLM_DEVICE unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// The same value, but one the compiler knows nothing about: what is computed from it stays where it is written,
-// instead of being hoisted out of a loop into registers that the loop needs.
+// Returns the same value, but hides it from the compiler: computations on it stay where they are written instead of
+// being hoisted out of a loop into registers that the loop needs.
 FLASHLLM_DEVICE int opaque(int value) {
     asm volatile("" : "+r"(value));
     return value;
@@ -26,11 +26,11 @@ FLASHLLM_DEVICE int opaque(int value) {
 
 // ---- bytes in registers ----------------------------------------------------------------------------------
 
-// A value that is the same in all lanes of the warp, such that the compiler knows: it can then compute with it, and branch
-// on it, once for the warp, and bulk copies need no loop over the lanes that might have differed.
+// Tells the compiler that a value is the same in all lanes of the warp: it can then compute with it and branch on it
+// once for the warp, and bulk copies need no loop over lanes that might differ.
 FLASHLLM_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-// True in one lane of a warp that is all there, and the compiler knows it is one: see uniform().
+// True in exactly one lane of a warp whose lanes are all active, and the compiler knows that it is one: see uniform().
 FLASHLLM_DEVICE bool elect() {
 #if __CUDA_ARCH__ >= 900
     int elected;
@@ -41,22 +41,22 @@ FLASHLLM_DEVICE bool elect() {
 #endif
 }
 
-// sum + the products of the four bytes of a and b: one IDP.4A on the FMA pipe, so the integer ALU is not touched.
+// sum + the dot product of the bytes of a and b: one IDP.4A on the FMA pipe, so the integer ALU is not used.
 FLASHLLM_DEVICE unsigned dot4(unsigned a, unsigned b, unsigned sum) {
     unsigned result;
     asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
     return result;
 }
 
-// Byte i of the result is byte (selector nibble i) of {low, high}, or with bit 3 of the nibble eight copies of its sign. The
-// upper half of the selector is ignored, which __byte_perm would mask out with one more instruction.
+// Byte i of the result is the byte of {low, high} that selector nibble i names, or eight copies of its sign if bit 3 of
+// the nibble is set. The upper half of the selector is ignored; __byte_perm would spend an instruction on masking it.
 FLASHLLM_DEVICE unsigned permute(unsigned low, unsigned high, unsigned selector) {
     unsigned result;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
     return result;
 }
 
-// The value, but -0 for +0: no bit pattern of zeros. (Written in C++, the compiler takes registers that accumulators need.)
+// The value with +0 replaced by -0: never all zero bits. (In C++ it would take registers that the accumulators need.)
 FLASHLLM_DEVICE float not_plus_zero(float value) {
     asm("{ .reg .pred p; setp.eq.b32 p, %0, 0; @p mov.b32 %0, 0x80000000; }" : "+f"(value));
     return value;
@@ -64,8 +64,8 @@ FLASHLLM_DEVICE float not_plus_zero(float value) {
 
 // ---- shared memory ---------------------------------------------------------------------------------------
 
-// Stores the low 16 bits of `word` at base + kOffset + 2 * (its high 16 bits), or a zero there. The address is one
-// IDP.2A on the FMA pipe plus an immediate: the integer ALU is not touched.
+// Stores the low 16 bits of `word`, or zero if kZero, at base + kOffset + 2 * (the high 16 bits of `word`). The address
+// is one IDP.2A on the FMA pipe plus an immediate: the integer ALU is not used.
 template <bool kZero, int kOffset>
 FLASHLLM_DEVICE void scatter_low_half(unsigned word, unsigned base) {
     unsigned address;
@@ -116,15 +116,15 @@ FLASHLLM_DEVICE void store_shared(unsigned address, unsigned value) {
 
 // ---- global memory ---------------------------------------------------------------------------------------
 
-// Data that is read once should be the first to leave the L2: x, and the activations of the layers around, stay.
+// A policy for data that is read once: it leaves the L2 first, so x and the activations of neighbouring layers stay.
 FLASHLLM_DEVICE unsigned long long evict_first() {
     unsigned long long policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
-// Weights are read once per launch: no L1 allocation either. Unconditional on purpose: a predicated load has to merge
-// with the register's old value, and the copies that makes would wait for the data.
+// Weights are read once per launch, so they are not allocated in the L1 either. Unconditional on purpose: a predicated
+// load must merge with the register's old value, and the copies that this needs would wait for the data.
 FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) {
     uint4 value;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
@@ -132,8 +132,8 @@ FLASHLLM_DEVICE uint4 load_streaming(const uint4* pointer) {
     return value;
 }
 
-// Brings `bytes` (a multiple of 16, not 0) starting at a 16-byte aligned address into the L2, to be read once, with one
-// instruction of one thread: the DRAM latency is then paid outside the register file. No-op before sm_90.
+// Prefetches `bytes` (a multiple of 16, not 0) from a 16-byte aligned address into the L2, to be read once, with one
+// instruction of one thread: no registers are held for the DRAM latency. No-op before sm_90.
 FLASHLLM_DEVICE void prefetch_to_l2(bool active, const void* pointer, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0;\n"
@@ -142,8 +142,8 @@ FLASHLLM_DEVICE void prefetch_to_l2(bool active, const void* pointer, unsigned b
 #endif
 }
 
-// 16 bytes that another block writes, or reads, as the launch goes on: one access each, never half of it (PTX memory
-// model, .b128), so a word of the 16 bytes can say that all have come. No fence, and nothing else is ordered.
+// Load and store of 16 bytes that blocks exchange during a launch: single accesses that never tear (PTX memory model,
+// .b128), so one word can signal that all 16 bytes have arrived. No fence; nothing else is ordered.
 FLASHLLM_DEVICE float4 load_relaxed(const float4* pointer) {
     float4 value;
     asm volatile("{ .reg .b128 whole; .reg .b64 low, high;\n"
@@ -160,17 +160,17 @@ FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
                  :: "l"(pointer), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
 }
 
-// Between two looks at what another block will write: a look takes long enough.
+// Called between two polls of what another block will write. Does nothing: a poll itself takes long enough.
 FLASHLLM_DEVICE void look_again() {}
 
-// Whether a word that other blocks count up has reached `value`. What they wrote before is there then.
+// Whether a counter that other blocks increment has reached `value`. If so, what they wrote before is visible.
 FLASHLLM_DEVICE bool has_reached(const unsigned* pointer, unsigned value) {
     unsigned now;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(pointer) : "memory");
     return now == value;
 }
 
-// What other threads wrote to device memory, and this one knows of, is there for bulk copies too.
+// Makes what this thread can see in device memory, including other threads' writes, visible to bulk copies too.
 FLASHLLM_DEVICE void fence_async_proxy_global() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -178,12 +178,12 @@ FLASHLLM_DEVICE void fence_async_proxy_global() {
 }
 
 // ---- the launch before and the one after (sm_90) ------------------------------------------------------------------
-// docs/kernels/pdl.md. Both do nothing in a launch that overlaps no other, nor before sm_90.
+// See docs/kernels/pdl.md. Both do nothing in a launch that overlaps no other, and before sm_90.
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// Returns when the launch before is through and all it wrote is there. Reads by __ldg or const __restrict__ may move past.
+// Returns once the previous launch is complete, its writes visible. __ldg and const __restrict__ reads may move above.
 FLASHLLM_DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Lets the launch after this one start once a thread of every block has come here.
+// Lets the next launch start once a thread of every block has executed this.
 FLASHLLM_DEVICE void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 #else
 FLASHLLM_DEVICE void grid_dependency_wait() {}
@@ -206,13 +206,13 @@ FLASHLLM_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
 }
 
-// Waits until kThreads threads of the block, whole warps, have come to barrier 1..15; 0 is that of __syncthreads.
+// Waits until kThreads threads of the block (whole warps) have reached barrier 1..15; 0 is the one of __syncthreads.
 template <int kThreads>
 FLASHLLM_DEVICE void meet(int barrier) {
     asm volatile("barrier.sync %0, %1;" :: "r"(barrier), "n"(kThreads) : "memory");
 }
 
-// Registers of a thread from here on, for all four warps of a warpgroup: fewer, or more once others have given theirs.
+// Sets the registers per thread of all four warps of a warpgroup: fewer, or more once others have given theirs.
 template <int kRegisters>
 FLASHLLM_DEVICE void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kRegisters));
@@ -224,12 +224,12 @@ FLASHLLM_DEVICE void take_registers() {
 
 // ---- barriers in shared memory (sm_80), bulk copies (sm_90) -----------------------------------------------------
 
-// A barrier (8 bytes of shared memory) whose phase ends with its `arrivals` and when all announced bytes have come.
+// A barrier (8 bytes of shared memory). A phase ends when all `arrivals` and all announced bytes have arrived.
 FLASHLLM_DEVICE void mbarrier_init(unsigned address, unsigned arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
 }
 
-// After the last init, in the thread that did it, before the barrier that tells the others: bulk copies see it too.
+// By the thread of the inits, after the last and before the block's barrier: makes them visible to bulk copies too.
 FLASHLLM_DEVICE void mbarrier_init_fence() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -250,24 +250,24 @@ FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) {
 #endif
 }
 
-// Arrives once this thread's asynchronous copies so far have landed. Ordinary stores need the next.
+// Arrives once this thread's asynchronous copies so far have landed. Ordinary stores need mbarrier_arrive instead.
 FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(address) : "memory");
 }
 
-// Arrives: what this thread has read and written is done for whoever waits for the phase.
+// Arrives: this thread's reads and writes so far are complete for every thread that waits for the phase.
 FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" :: "r"(address) : "memory");
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// Announces `bytes` to come in this phase, and arrives.
+// Announces that `bytes` will land in this phase, and arrives.
 FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address), "r"(bytes) : "memory");
 }
 
-// Global to shared memory, `bytes` (a multiple of 16) at 16-byte aligned addresses, by one instruction of one thread.
-// The bytes count for the phase under way of the barrier at `mbarrier`. Data that is read once: see evict_first.
+// Copies `bytes` (a multiple of 16) from global to shared memory, 16-byte aligned, by one instruction of one thread.
+// They count towards the current phase of the barrier at `mbarrier`. For data read once: see evict_first.
 FLASHLLM_DEVICE void bulk_copy(unsigned address, const void* pointer, unsigned bytes, unsigned mbarrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1], %2, [%3], %4;"
@@ -312,11 +312,11 @@ FLASHLLM_DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigne
 #undef FLASHLLM_MMA
 }
 
-// c[16x8] += a[16x32] b[32x8] with two elements of a in every group of four along K: the "slots" of the group. a holds
-// the slots alone, as m16n8k16's fragment of 16 columns; b[j] rows 8 j + 2 t and the next of column g (lane 4 g + t).
-// Where the slots stand: lane 4 g + 2 kSelector + h gives groups 4 h to 4 h + 3 of row g in the low half of `metadata`,
-// of row g + 8 in the high half, 4 bits a group: the place of slot 0, and above it that of slot 1, which must be the
-// larger. The other lanes' metadata are ignored. "Ordered" is the variant that is fast on every architecture.
+// c[16x8] += a[16x32] b[32x8], where a has two elements, the "slots", in every group of four along K. `a` holds the
+// slots alone, as the fragment of 16 columns of m16n8k16; b[j] holds rows 8 j + 2 t and the next of column g (lane 4 g
+// + t). Positions of the slots: lane 4 g + 2 kSelector + h gives groups 4 h to 4 h + 3, of row g in the low half of
+// `metadata` and of row g + 8 in the high half, 4 bits per group: the position of slot 0 and above it that of slot 1,
+// which must be larger. Other lanes' metadata are ignored. "Ordered" is the variant fast on every architecture.
 template <typename T, int kSelector>
 FLASHLLM_DEVICE void mma_sp_m16n8k32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned metadata) {
     static_assert(kSelector == 0 || kSelector == 1);
@@ -333,15 +333,15 @@ FLASHLLM_DEVICE void mma_sp_m16n8k32(float (&c)[4], const unsigned (&a)[4], cons
 
 // ---- warpgroup-level tensor cores (sm_90a) ---------------------------------------------------------------------
 
-// An operand in shared memory, K-major with the 128-byte swizzle: rows of 64 16-bit elements, groups of 8 rows 1024
-// bytes apart, which is the layout of a Tiled-CSL image and of an x stage. This is the low half of its descriptor;
-// the high half is the constant kOperandHigh. `address`: 1024-byte aligned, plus a multiple of 32 bytes along K.
-// Adding bytes / 16 moves the operand.
+// The low half of the descriptor of an operand in shared memory; the high half is FLASHLLM_OPERAND_HIGH. The operand is
+// K-major with the 128-byte swizzle: rows of 64 16-bit elements, groups of 8 rows 1024 bytes apart, which is the layout
+// of a Tiled-CSL image and of an x stage. `address` is 1024-byte aligned, plus a multiple of 32 bytes along K. Adding
+// bytes / 16 to the result moves the operand.
 FLASHLLM_DEVICE unsigned operand(unsigned address) { return address >> 4 | 1u << 16; }
 #define FLASHLLM_OPERAND_HIGH "0x40000040"  // 128-byte swizzle, 1024 bytes between groups of rows
 
-// Orders this thread's ordinary shared-memory accesses before later ones of the tensor cores (another "proxy"):
-// needed in each writing thread before the barrier that announces the data, or in each reading thread behind it.
+// Orders this thread's ordinary shared-memory accesses before later ones of the tensor cores (another "proxy"). Needed
+// in each writing thread before the barrier that announces the data, or in each reading thread after it.
 FLASHLLM_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // All four warps of a warpgroup call these. The accumulators belong to the hardware from `begin` to `wait`.
@@ -353,9 +353,9 @@ FLASHLLM_DEVICE void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kPending) : "memory");
 }
 
-// c[64 x kN] += a[64x16] b[16xkN]; c[j] is the fragment of columns 8j..8j+7, as of m16n8k16, per warp. a is an operand in
-// shared memory, or the fragment of m16n8k16 in registers: warp w has rows 16w..16w+15. Those registers, too, belong to
-// the hardware until the wait.
+// c[64 x kN] += a[64x16] b[16xkN]; c[j] is each warp's fragment of columns 8j..8j+7, as in m16n8k16. `a` is an operand
+// in shared memory, or the fragment of m16n8k16 in registers, where warp w has rows 16w..16w+15. Those registers, too,
+// belong to the hardware until the wait.
 #define FLASHLLM_C4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define FLASHLLM_WGMMA(kN, type, registers, a_low, b_low, ...)                                          \
     asm volatile("{ .reg .b64 a, b;\n"                                                                 \

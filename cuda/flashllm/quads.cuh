@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels share whose scores, accumulators of one mma, are as they are the operands of the next.
+// Shared by kernels whose scores, the accumulators of one mma, become operands of the next without leaving their lanes.
 #pragma once
 
 #include "flashllm/rows.cuh"
@@ -7,7 +7,7 @@
 namespace flashllm {
 namespace quads {
 
-constexpr int kQuadLanes = 4;  // lanes with one row of a fragment
+constexpr int kQuadLanes = 4;  // lanes that share a row of a fragment
 
 // Two neighbouring elements of an operand, each rounded once.
 template <typename T>

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels on rows of a decoder share: 16-bit elements in whole loads and stores, and sums over a block.
+// Shared by the decoder's kernels on rows: vectorized loads and stores of 16-bit elements, and sums over a block.
 //
-// A thread computes in fp32 with kWidth neighbouring elements: 8 fill a load of 16 bytes, 4 one of 8 bytes, and 1 is
-// for rows of odd lengths, where no row but the first need be aligned. Weights and biases come ahead of the wait for
-// the launch before (ptx::grid_dependency_wait), everything else behind it. Host side: src/flashllm/decoder/rows.py.
+// A thread computes in fp32 on kWidth neighbouring elements: 8 fill a 16-byte load, 4 an 8-byte load, and 1 is for rows
+// of odd length, where only the first row is sure to be aligned. Weights and biases are loaded before the wait for the
+// previous launch (ptx::grid_dependency_wait), everything else after it. Host side: src/flashllm/decoder/rows.py.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,8 +15,8 @@
 namespace flashllm {
 namespace rows {
 
-constexpr int kVector = 8;     // elements of a load of 16 bytes
-constexpr int kThreads = 128;  // of a block that needs no sum over a row
+constexpr int kVector = 8;     // elements of a 16-byte load
+constexpr int kThreads = 128;  // threads of a block that computes no sum over a row
 constexpr int kLanes = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
@@ -33,7 +33,7 @@ FLASHLLM_DEVICE unsigned narrow(float value) {
     else return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
-// kWidth elements as they lie in memory, in registers.
+// kWidth elements in registers, packed as they are in memory.
 template <int kWidth>
 struct Packed {
     static_assert(kWidth == 4 || kWidth == kVector, "loads have 2, 8 or 16 bytes");
@@ -44,7 +44,7 @@ struct Packed<1> {
     unsigned words[1] = {};
 };
 
-// Past the L1: what the launch before wrote, or what a block reads once.
+// Bypasses the L1: for what the previous launch wrote, or what a block reads only once.
 template <int kWidth, typename T>
 FLASHLLM_DEVICE Packed<kWidth> load(const T* from) {
     Packed<kWidth> packed;
@@ -60,7 +60,7 @@ FLASHLLM_DEVICE Packed<kWidth> load(const T* from) {
     return packed;
 }
 
-// The same, but zeros where there is no array.
+// The same, but returns zeros if `array` is null.
 template <int kWidth, typename T>
 FLASHLLM_DEVICE Packed<kWidth> load_or_zeros(const T* array, long long offset) {
     return array == nullptr ? Packed<kWidth>{} : load<kWidth>(array + offset);
@@ -93,7 +93,7 @@ FLASHLLM_DEVICE void store(T* to, const float (&values)[kWidth]) {
     }
 }
 
-// fp32 in 16-byte loads, through the L1: a sector of 32 bytes comes in two of them.
+// Loads fp32 values 16 bytes at a time, through the L1 because a 32-byte sector takes two such loads.
 template <int kWidth>
 FLASHLLM_DEVICE void load_floats(const float* from, float (&values)[kWidth]) {
     if constexpr (kWidth % 4 == 0) {
@@ -122,14 +122,14 @@ FLASHLLM_DEVICE void store_floats(float* to, const float (&values)[kWidth]) {
     }
 }
 
-// The sum over groups of `lanes` lanes, a power of two, in each of them; all lanes of the warp take part.
+// Returns to each lane the sum over its group of `lanes` lanes, a power of two; all lanes of the warp take part.
 FLASHLLM_DEVICE float lane_sum(float value, int lanes = kLanes) {
     for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
     return value;
 }
 
-// The sum over the block in each thread, in an order that is always the same. `scratch` has a float for each warp, and
-// is another one than that of the sum before, which some threads may still read.
+// Returns to each thread the sum over the block, always added in the same order. `scratch` has a float for each warp
+// and must not be that of the previous sum, which some threads may still be reading.
 template <int kThreads>
 FLASHLLM_DEVICE float block_sum(float value, float* scratch) {
     constexpr int kWarps = kThreads / kLanes;

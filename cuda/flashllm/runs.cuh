@@ -7,13 +7,13 @@
 namespace flashllm {
 
 struct Runs {
-    int tiles_m, tiles_k, row_cost;  // the end of a row of tiles costs like row_cost tiles
+    int tiles_m, tiles_k, row_cost;  // the end of a row of tiles costs as much as row_cost tiles
     unsigned count;
 
     // 32-bit arithmetic throughout: 64-bit division is slow and needs registers. The host keeps cost * count below 2^32.
     FLASHLLM_DEVICE unsigned cost() const { return static_cast<unsigned>(tiles_m) * (tiles_k + row_cost); }
 
-    // First tile of `run`; of `run + 1`, one past its last.
+    // First tile of `run`; for `run + 1`, one past the last tile of `run`.
     FLASHLLM_DEVICE unsigned first_tile(unsigned run) const {
         const unsigned begin = cost() * run / count, row = begin / (tiles_k + row_cost);
         return row * tiles_k + min(begin - row * (tiles_k + row_cost), static_cast<unsigned>(tiles_k));

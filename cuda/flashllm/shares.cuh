@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one query, or of some with the same keys, whose positions are shared: by the warps of a block and by
-// several blocks, the splits (Flash-Decoding: Dao, Haziza, Massa and Sizov, 2023). Each has a softmax of its own
-// positions, with which their sums are put together in the end; always in the same order, so results are the same bits
-// on every run.
+// Attention of one query, or of several with the same keys, whose positions are divided among the warps of a block and
+// among several blocks, the splits (Flash-Decoding: Dao, Haziza, Massa and Sizov, 2023). Each has a softmax over its
+// own positions, by which their sums are combined at the end, always in the same order, so results are bit-identical on
+// every run.
 #pragma once
 
 #include "flashllm/rows.cuh"
@@ -13,14 +13,14 @@ namespace shares {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / rows::kLanes;
-constexpr int kQuad = 4;     // elements of a thread when sums are put together
-constexpr int kLeast = 64;   // positions of a split, below which another one costs more than it saves
-constexpr int kLong = 2048;  // so many would keep others waiting, were they one block's
-constexpr int kAtOnce = 8;   // splits whose sums a thread asks for together: they do not wait for one another
+constexpr int kQuad = 4;     // elements per thread when sums are combined
+constexpr int kLeast = 64;   // positions of a split; with fewer, another split costs more than it saves
+constexpr int kLong = 2048;  // positions that would keep the other blocks waiting if one block had them all
+constexpr int kAtOnce = 8;   // splits whose sums a thread loads together, so that they do not wait for one another
 
-// Which positions of a row a split has: as equal shares as whole steps allow. There are `common` shares, unless they
-// have less than kLeast positions each; more where they have kLong and there are splits for it: the row may be longer
-// than others, whose blocks end sooner. The other splits have none.
+// The positions of a row that a split has, in shares as equal as whole steps allow. There are `common` shares, or fewer
+// if each would have less than kLeast positions, or, as far as there are splits, more if each would have more than
+// kLong: the row may be longer than others, whose blocks finish sooner. The remaining splits have none.
 struct Share {
   int begin, end, split, size, length;
 
@@ -32,12 +32,12 @@ struct Share {
   }
   FLASHLLM_DEVICE bool is_empty() const { return begin >= length; }
   FLASHLLM_DEVICE bool is_all() const { return size >= length; }
-  // How many there are. A division that no load waits for, unless this were asked at the beginning.
+  // The number of shares. Computed late: at the start, loads would have to wait for the division.
   FLASHLLM_DEVICE int count() const { return (length + size - 1) / size; }
 };
 
-// Copies the queries of `heads` heads, one behind the other at `from`, to `shared` + place(head, chunk), by all threads.
-// What there is more of kHeads x kChunks, 16 bytes each, becomes zeros.
+// Copies the queries of `heads` heads, which are contiguous at `from`, to `shared` + place(head, chunk), with all
+// threads. The rest of the kHeads x kChunks chunks of 16 bytes is filled with zeros.
 template <int kHeads, int kChunks, typename T, typename Place>
 FLASHLLM_DEVICE void copy_queries(unsigned shared, const T* from, int heads, int head_dim, const Place& place) {
   for (int item = threadIdx.x; item < kHeads * kChunks; item += kThreads) {
@@ -58,7 +58,7 @@ struct Part {
     sums.x *= factor, sums.y *= factor, sums.z *= factor, sums.w *= factor;
   }
 
-  // Adds those of other positions, of which `other` has the maximum and the total; no maximum may be above this one's.
+  // Adds the sums `more` of other positions, with maximum and total `other`; their maximum must not exceed this one's.
   FLASHLLM_DEVICE void add(const float2& other, const float4& more) {
     const float weight = running.weight(other.x);
     running.total += weight * other.y;
@@ -74,7 +74,7 @@ struct Part {
 };
 
 // What the warps of a block leave in shared memory: for each of kGroup heads the maximum and the total [warp][head],
-// and sums of up to kDims weighted values, kPitch floats from head to head and kWarpPitch from warp to warp.
+// and sums of weighted values, up to kDims floats, kPitch floats from head to head and kWarpPitch from warp to warp.
 template <int kGroup, int kDims, int kPitch, int kWarpPitch>
 struct WarpSums {
   static constexpr int kQuads = kDims / kQuad;
@@ -96,13 +96,13 @@ struct WarpSums {
   }
 };
 
-// Device memory in which the splits of one row and one block of heads meet: a counter that is zero before and after,
-// maxima and totals [split][head], and sums [split][head][quad].
+// Device memory through which the splits of one row and one block of heads are combined: a counter that is zero before
+// and after, maxima and totals [split][head], and sums [split][head][quad].
 struct Meeting {
   unsigned* counters;
   float2* softmaxes;
   float4* partials;
-  int number;  // of these among those of the launch
+  int number;  // index of this meeting in the launch
   int splits, block_heads, quads;
 
   FLASHLLM_DEVICE long long place(int split, int head) const {
@@ -115,7 +115,7 @@ struct Meeting {
     __stcg(partials + at * quads + quad, part.sums);
   }
 
-  // True in all threads of the block that comes last, once the block has left its own: all others' are there then.
+  // Called after leave(). True in all threads of the block that comes last: the sums of all others are then visible.
   FLASHLLM_DEVICE bool is_last(int shares) const {
     __syncthreads();
     bool last = false;
@@ -125,11 +125,11 @@ struct Meeting {
       __threadfence();
     }
     last = __syncthreads_or(last);
-    if (last && threadIdx.x == 0) counters[number] = 0;  // not ahead of the fence, which would wait for it
+    if (last && threadIdx.x == 0) counters[number] = 0;  // not before the fence, which would wait for it
     return last;
   }
 
-  // Of all shares. One pass: were maxima read ahead of sums, these would come a way to the L2 later.
+  // Combines all shares in one pass: if maxima were read before sums, the sums would arrive one L2 latency later.
   FLASHLLM_DEVICE Part whole(int shares, int head, int quad) const {
     Part part;
 #pragma unroll 1
@@ -155,7 +155,8 @@ struct Meeting {
   }
 };
 
-// Calls use(head, quad) for each quad of `heads` heads that are rounded up to kQuads, by all threads.
+// Calls use(head, quad) for `quads` quads of each of `heads` heads, by all threads. Items are numbered kQuads to a
+// head.
 template <int kQuads, typename Use>
 FLASHLLM_DEVICE void for_each_quad(int heads, int quads, const Use& use) {
   for (int item = threadIdx.x; item < heads * kQuads; item += kThreads) {
@@ -164,7 +165,7 @@ FLASHLLM_DEVICE void for_each_quad(int heads, int quads, const Use& use) {
   }
 }
 
-// Writes `heads` neighbouring heads of out: at once where the block has all positions, else in the block that is last.
+// Writes `heads` neighbouring heads of out: directly if the block has all positions, else in the block that comes last.
 template <typename T, typename Sums>
 FLASHLLM_DEVICE void put_together(T* out, const Sums& sums, const Meeting& meeting, const Share& share, int heads) {
   const int quads = meeting.quads;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs of columns whose slots have at most two values in a group of four, by one warp. The same pairs in the same order
-// as from src/flashllm/formats/slot24_groups.py; the rules are in docs/formats/slot24.md.
+// Pairs columns so that their slots have at most two values in a group of four, by one warp. Gives the same pairs in
+// the same order as src/flashllm/formats/slot24_groups.py; the rules are in docs/formats/slot24.md.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -12,22 +12,22 @@ namespace flashllm {
 namespace slot24 {
 
 constexpr int kAttempts = 8;         // pairings that are tried
-constexpr int kCarefulAttempts = 6;  // of them, that keep equal residues apart
+constexpr int kCarefulAttempts = 6;  // the first of them, which keep equal residues apart
 constexpr int kQuads = kPairs / 2;   // two neighbouring slots each
 
 template <int kPartRows>
 struct GroupProblem : Problem<kPartRows> {
-    Matching<Rows<kPartRows>, kQuads> slots;  // those of even residues of lefts, and of odd ones
+    Matching<Rows<kPartRows>, kQuads> slots;  // those whose left has an even residue, and an odd one
     unsigned char have[kQuads];               // residues of a quad, a bit for each of four lefts and four rights
-    unsigned char sets[kQuads];               // quads in their order
+    unsigned char sets[kQuads];               // quads in their final order
 };
 
-// What a warp needs for groups of up to kValues.
+// The data that a warp needs for groups of up to kValues values.
 template <int kPartRows, int kValues> struct ProblemFor { using Type = Problem<kPartRows>; };
 template <int kPartRows> struct ProblemFor<kPartRows, 2> { using Type = GroupProblem<kPartRows>; };
 
-// Two words for the rows of a slot: the first of one and the second of another slot have a bit in common where the two
-// have more than two values in a group, of rows eight apart.
+// Two words for the rows of a slot. The first word of one slot and the second of another have a bit in common where the
+// two slots have more than two values in a group, whose rows are eight apart.
 template <typename Rows>
 FLASHLLM_DEVICE void group_words(Rows rows, Rows& first, Rows& second) {
     const Rows low = static_cast<Rows>(0x00ff00ff00ff00ffull);
@@ -35,19 +35,20 @@ FLASHLLM_DEVICE void group_words(Rows rows, Rows& first, Rows& second) {
     first = one | two << 8, second = two | one << 8;
 }
 
-// Place of the left of the number-th slot of even (parity 0) or odd residue: copies of dummies run to and fro.
+// Place of the left of slot `number` among those of even (parity 0) or odd residue. Every other copy of the dummies is
+// in reverse order.
 FLASHLLM_DEVICE int place_of(int number, int parity, int window) {
     const int four = number / 2 * 4, dummy = four - window / 2;
     const int swapped = dummy >= 0 && (dummy & 4) != 0 ? 1 : 0;
     return four + number % 2 * 2 + (parity ^ swapped);
 }
 
-// Quads in sets of two, residues of which are different where there are such; the others come last.
+// Orders the quads in sets of two with all different residues, as far as there are any; the other quads come last.
 template <int kPartRows>
 FLASHLLM_DEVICE void order_quads(GroupProblem<kPartRows>& p, int lane) {
     const unsigned low = p.have[lane], high = p.have[lane + 32];
     unsigned low_waiting = kWarp, high_waiting = kWarp;  // a bit for each quad
-    int rest[2] = {-1, -1};  // quads without another: number `lane`, and 32 after it
+    int rest[2] = {-1, -1};  // quads that found no other: numbers `lane` and `lane` + 32 of them
     int ordered = 0, left = 0;
 #pragma unroll 1
     for (int quad = 0; quad < kQuads; ++quad) {
@@ -55,7 +56,7 @@ FLASHLLM_DEVICE void order_quads(GroupProblem<kPartRows>& p, int lane) {
         if (((quad < 32 ? low_waiting : high_waiting) & own) == 0) continue;
         if (quad < 32) low_waiting ^= own;
         else high_waiting ^= own;
-        const unsigned wanted = 0xffu ^ p.have[quad];  // not its own residues
+        const unsigned wanted = 0xffu ^ p.have[quad];  // the residues that it lacks
         const unsigned low_others = __ballot_sync(kWarp, low == wanted) & low_waiting;
         const unsigned high_others = __ballot_sync(kWarp, high == wanted) & high_waiting;
         if ((low_others | high_others) == 0) {
@@ -85,7 +86,7 @@ FLASHLLM_DEVICE void order_quads(GroupProblem<kPartRows>& p, int lane) {
     __syncwarp();
 }
 
-// Pairs columns and orders their slots, for loaded columns; fills `listed`. False when no attempt succeeds.
+// Pairs the loaded columns and orders their slots; fills `listed`. False when no attempt succeeds.
 template <int kPartRows>
 FLASHLLM_DEVICE bool pair_in_groups(GroupProblem<kPartRows>& p, int window, int lane) {
     using M = Matching<Rows<kPartRows>, kQuads>;

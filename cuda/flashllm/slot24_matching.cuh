@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matchings of lefts and rights by one warp: what pairs columns of slot24, and finds neighbours for its slots. The
-// rules are in docs/formats/slot24.md; src/flashllm/formats/slot24_groups.py and slot24_pairs.py have the same.
+// Matches lefts and rights with one warp, to pair columns of slot24 and to find neighbours for its slots. The rules are
+// in docs/formats/slot24.md; src/flashllm/formats/slot24_groups.py and slot24_pairs.py follow the same ones.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -17,8 +17,8 @@ FLASHLLM_DEVICE int weight_of(unsigned long long rows) {
     return __popc(static_cast<unsigned>(rows)) + __popc(static_cast<unsigned>(rows >> 32));
 }
 
-// kSize lefts and as many rights, by their places in two lists. Two of different kinds fit where their rows have no bit
-// in common.
+// kSize lefts and as many rights, known by their places in two lists. Two members of different kinds fit if their rows
+// have no bit in common.
 template <typename Rows_, int kSize_>
 struct alignas(16) Matching {
     using Rows = Rows_;
@@ -29,14 +29,14 @@ struct alignas(16) Matching {
     unsigned keys[2 * kSize];
     unsigned char kind[2][kSize];
     unsigned char order[2][kSize];      // places of both lists as the matching ranks them
-    unsigned char heaviest[2 * kSize];  // both lists' places, rights from kSize on, the heaviest first
+    unsigned char heaviest[2 * kSize];  // places of both lists, heaviest first; rights count from kSize
     unsigned char partner[kSize];       // right of each left
     unsigned char owner[kSize];         // left of each right
     unsigned char parent[kSize];        // left from which the search saw each right
     unsigned char queue[kSize];         // lefts of the search
 };
 
-// The places 32 j + lane by rising key[j]; keys are all different, and below 2^31.
+// Sorts the places 32 j + lane by rising key[j]; keys are all different, and below 2^31.
 template <int kCount>
 FLASHLLM_DEVICE void sort_places(unsigned* keys, const unsigned (&key)[kCount], unsigned char* sorted, int lane) {
     unsigned rank[kCount] = {};
@@ -48,7 +48,7 @@ FLASHLLM_DEVICE void sort_places(unsigned* keys, const unsigned (&key)[kCount], 
         const uint4 other = *reinterpret_cast<const uint4*>(keys + i);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-            // The sign of a difference is whether it is lower: two instructions each.
+            // The sign of a difference says whether the other key is lower: two instructions each.
             rank[j] += (other.x - key[j]) >> 31;
             rank[j] += (other.y - key[j]) >> 31;
             rank[j] += (other.z - key[j]) >> 31;
@@ -60,20 +60,20 @@ FLASHLLM_DEVICE void sort_places(unsigned* keys, const unsigned (&key)[kCount], 
     __syncwarp();
 }
 
-// Some of a list, as a lane has them.
+// The members of a list that a lane has.
 template <typename M>
 struct Some {
     typename M::Rows rows[M::kOwn];
     unsigned kind[M::kOwn];
 
-    // place_of(j): the place of the lane's j-th.
+    // place_of(j): the place of the lane's j-th member.
     template <typename PlaceOf>
     FLASHLLM_DEVICE Some(const M& p, int side, PlaceOf&& place_of) {
 #pragma unroll
         for (int j = 0; j < M::kOwn; ++j) rows[j] = p.rows[side][place_of(j)], kind[j] = p.kind[side][place_of(j)];
     }
 
-    // A bit for each that fits one of the other list.
+    // A bit for each member that fits one given member of the other list.
     FLASHLLM_DEVICE unsigned fit(typename M::Rows other, unsigned other_kind) const {
         unsigned fits = 0;
 #pragma unroll
@@ -84,8 +84,8 @@ struct Some {
     }
 };
 
-// Gives the left `start` a partner by the shortest alternating path, rights by place: 32 j + lane here. `open`: bits of
-// the lane's rights without an owner.
+// Gives the left `start` a partner along the shortest alternating path, taking rights in the order of their places: a
+// lane has the places 32 j + lane. `open`: bits of the lane's rights without an owner.
 template <typename M>
 FLASHLLM_DEVICE bool search(M& p, int start, const Some<M>& rights, unsigned& open, int lane) {
     unsigned unseen = (1u << M::kOwn) - 1;
@@ -105,7 +105,7 @@ FLASHLLM_DEVICE bool search(M& p, int start, const Some<M>& rights, unsigned& op
             }
             if (lane == (right & 31)) open ^= 1u << (right >> 5);
             if (lane == 0) {
-                while (right != kNone) {  // a left on the path gives its right to the one before it
+                while (right != kNone) {  // each left on the path gives its right to the left before it
                     const int given = p.partner[left];
                     p.partner[left] = static_cast<unsigned char>(right);
                     p.owner[right] = static_cast<unsigned char>(left);
@@ -130,8 +130,8 @@ FLASHLLM_DEVICE bool search(M& p, int start, const Some<M>& rights, unsigned& op
     return false;
 }
 
-// Gives every left a partner that has none yet, as far as one matching allows; false when that is not all. Of the
-// places in `order`, lefts below kSize are tried, one after the other.
+// Gives a partner to every left that has none; false when no matching covers all lefts. Tries the first `count` places
+// in `order` one after the other, where lefts are those below kSize.
 template <typename M>
 FLASHLLM_DEVICE bool complete(M& p, const unsigned char* order, int count, int lane) {
     unsigned open = 0;
@@ -152,8 +152,8 @@ FLASHLLM_DEVICE void forget_partners(M& p, int lane) {
     for (int j = 0; j < M::kOwn; ++j) p.partner[j * 32 + lane] = p.owner[j * 32 + lane] = kNone;
 }
 
-// A left for a right, or a right for a left: of those without, the first in its list's order. `open`: bits of those of
-// both lists that the lane has in that order.
+// Gives the member at `place` of list kSide a partner: of the fitting members of the other list that have none, the
+// first in that list's order. `open`: bits, for both lists, of the lane's members without a partner, in that order.
 template <int kSide, typename M>
 FLASHLLM_DEVICE void take_first(M& p, int place, const Some<M>& others, unsigned (&open)[2], int lane) {
     const unsigned fits = others.fit(p.rows[kSide][place], p.kind[kSide][place]) & open[1 - kSide];
@@ -174,8 +174,8 @@ FLASHLLM_DEVICE void take_first(M& p, int place, const Some<M>& others, unsigned
     __syncwarp();
 }
 
-// Matches heavy ones with light ones, for rows and kinds that are there: fills partner and owner; false when a left has
-// no partner in any matching. Later attempts rank some up to three elements heavier.
+// Matches heavy members with light ones, given their rows and kinds: fills partner and owner; false when no matching
+// covers all lefts. Later attempts rank some members up to three elements heavier.
 template <typename M>
 FLASHLLM_DEVICE bool match_evenly(M& p, int attempt, int lane) {
     unsigned heavy[2 * M::kOwn];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which columns of a window share a slot: the pairing of slot24 by one warp, for one band of one window; a lane has
-// four lefts and four rights. The same pairs in the same order as from src/flashllm/formats/slot24_pairs.py; the rules
-// are in docs/formats/slot24.md.
+// Which columns of a window share a slot: one warp computes the pairing of slot24 for one band of one window, with four
+// lefts and four rights per lane. The same pairs in the same order as from src/flashllm/formats/slot24_pairs.py; the
+// rules are in docs/formats/slot24.md.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -20,23 +20,23 @@ template <int kPartRows> struct RowsOf { using Type = unsigned; };
 template <> struct RowsOf<64> { using Type = unsigned long long; };
 template <int kPartRows> using Rows = typename RowsOf<kPartRows>::Type;
 
-// Column in the window of a place in the list of lefts (side 0) or rights (1): the real ones; then the copies of the
-// dummies, to and fro.
+// Column in the window of a place in the list of lefts (side 0) or rights (side 1): first the real columns, then the
+// copies of the dummies, every other copy in reverse order.
 FLASHLLM_DEVICE int column_at(int place, int side, int window) {
     const int dummy = place - window / 2, residue = place & 3;  // window / 2 is a multiple of 4
     if (dummy < 0) return (place >> 2) * 8 + side * 4 + residue;
     return window + side * 4 + ((dummy & 4) == 0 ? residue : 3 - residue);
 }
 
-// What a warp knows of its band of a window. Places are those in the lists of lefts and rights.
+// A warp's data for its band of a window. Places are those in the lists of lefts and rights.
 template <int kPartRows>
 struct Problem {
     using Shape = Bands<kPartRows>;
     Matching<Rows<kPartRows>, kPairs> columns;
-    unsigned counts[kClasses];  // pairs of each class of lefts, a byte for each class of rights
+    unsigned counts[kClasses];  // number of pairs of each class of lefts, a byte for each class of rights
     unsigned char listed[kWindowTiles * Shape::kBandColumnBytes];  // columns of both tiles
 
-    // Gives a slot to a left and its partner.
+    // Assigns a slot to a left and its partner.
     FLASHLLM_DEVICE void list(int slot, int left, int window) {
         unsigned char* const tile = listed + slot / bitmap::kTileK * Shape::kBandColumnBytes;
         tile[Shape::column_byte(slot, 0)] = static_cast<unsigned char>(column_at(left, 0, window));
@@ -44,7 +44,7 @@ struct Problem {
     }
 };
 
-// Loads the columns of both sides. rows_of(column): of the `columns` in the matrix.
+// Loads the columns of both sides. rows_of(column): the rows of one of the `columns` that the matrix has.
 template <int kPartRows, typename RowsOfColumn>
 FLASHLLM_DEVICE void load_problem(Problem<kPartRows>& p, RowsOfColumn&& rows_of, int columns, int window, int lane) {
 #pragma unroll 1
@@ -59,8 +59,8 @@ FLASHLLM_DEVICE void load_problem(Problem<kPartRows>& p, RowsOfColumn&& rows_of,
     __syncwarp();
 }
 
-// Matches heavy lefts with heavy rights, so that dense columns find the room there is. Fills partner and owner; false
-// when a left has no partner in any matching.
+// Matches heavy lefts with heavy rights, so that dense columns get what room there is. Fills partner and owner; false
+// when no matching covers all lefts.
 template <typename M>
 FLASHLLM_DEVICE bool match(M& p, int lane) {
 #pragma unroll 1
@@ -74,7 +74,7 @@ FLASHLLM_DEVICE bool match(M& p, int lane) {
         sort_places(p.keys, key, p.order[side], lane);
     }
     forget_partners(p, lane);
-    // Ranks 4 lane + j here, so that the first lane that has one has the heaviest.
+    // A lane has ranks 4 lane + j, so the first lane with a fitting right has the heaviest one.
     const Some<M> rights(p, 1, [&](int j) { return p.order[1][lane * M::kOwn + j]; });
     unsigned open = (1u << M::kOwn) - 1;
     bool all = true;
@@ -109,8 +109,8 @@ FLASHLLM_DEVICE unsigned permutation(int number) {
     return packed;
 }
 
-// Orders the pairs: 32 rounds, of which lane n in the end holds the n-th, make 32 sets of columns with 8 different
-// residues, which are placed by their weight. Fills `listed`.
+// Orders the pairs: 32 rounds, the n-th of which lane n finally holds, form 32 sets of columns with 8 different
+// residues, and the sets are placed by their weight. Fills `listed`.
 template <int kPartRows>
 FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
     auto& columns = p.columns;
@@ -130,7 +130,7 @@ FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
     for (int j = 0; j < kOwn; ++j) atomicAdd(&p.counts[class_at[j] / kClasses], 1u << class_at[j] % kClasses * 8);
     __syncwarp();
 
-    // Pairs of each class that wait for their round, now and when the round of this lane came.
+    // Pairs of each class that still wait for a round: now, and at the time of this lane's round.
     unsigned waiting[kClasses], found[kClasses] = {};
 #pragma unroll
     for (int a = 0; a < kClasses; ++a) waiting[a] = p.counts[a];
@@ -151,7 +151,7 @@ FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
             waiting[a] -= 1u << (best >> 8 * a & 0xff);
         }
     }
-    int place[kClasses], weight = 0;  // lefts of the four pairs of this lane's round, and the values of all
+    int place[kClasses], weight = 0;  // lefts of the four pairs of this lane's round, and their number of values
 #pragma unroll
     for (int a = 0; a < kClasses; ++a) {
         // Each class of lefts has 32 pairs, in the order of the classes of rights.
@@ -161,14 +161,14 @@ FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
         place[a] = by_class[a * 32 + first + used];
         weight += weight_of(columns.rows[0][place[a]] | columns.rows[1][columns.partner[place[a]]]);
     }
-    int rank = 0;  // rounds that are heavier
+    int rank = 0;  // rounds that come before this lane's
 #pragma unroll 4
     for (int round = 0; round < kPairs / kClasses; ++round) {
         const int other = __shfl_sync(kWarp, weight, round);
         rank += other > weight || (other == weight && round < lane);
     }
     const int row = rank / kClasses, turn = rank % kClasses, set = row % 2 == 0 ? turn : kClasses - 1 - turn;
-    // Of the four steps of a tile, from heavy to light, one of two parts has the first and the last.
+    // If a band has two parts, one of them gets the heaviest and the lightest of a tile's four steps.
     const int step = Bands<kPartRows>::kHalves == 1 ? row : (row & 4) | (0x1320 >> (row & 3) * 4 & 3);
 #pragma unroll
     for (int a = 0; a < kClasses; ++a) p.list((step * kClasses + set) * kClasses + a, place[a], window);

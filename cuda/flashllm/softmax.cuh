@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax over scores that come bit by bit (Milakov and Gimelshein, 2018), in base 2: whoever makes the scores
-// multiplies them by log2(e), so that a weight is one exp2.
+// Online softmax over scores that come a few at a time (Milakov and Gimelshein, 2018), in base 2: the code that
+// computes the scores multiplies them by log2(e), so that a weight is one exp2.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -8,16 +8,16 @@
 namespace flashllm {
 namespace softmax {
 
-// The score of a position that does not count, and the maximum of no scores. Finite, so that differences are no NaN: as
-// long as nothing counts, such positions have weight 1, and the first score that does makes all of that 0.
+// The score of a masked position, and the maximum of no scores. Finite, so that differences are never NaN: until a real
+// score comes, masked positions have weight 1, and the first real score scales all of that to 0.
 constexpr float kNothing = -1e30f;
 
-// Of the scores so far: the largest, and the sum of the weights, which are relative to it.
+// The largest of the scores so far, and the sum of their weights relative to it.
 struct Running {
   float maximum = kNothing;
   float total = 0.0f;
 
-  // Lets `score` be among those that the maximum is of; returns by what sums of weighted values are to be multiplied.
+  // Includes `score` in the maximum; returns the factor by which to multiply sums of weighted values.
   FLASHLLM_DEVICE float raise(float score) {
     const float larger = fmaxf(maximum, score);
     const float factor = exp2f(maximum - larger);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What encoders read: elements of a dense matrix as 16-bit patterns, and a count of what rounding to them did.
+// What encoders read: elements of a dense matrix as 16-bit patterns, and counts of what rounding changed.
 // Host side: src/flashllm/encode/source.py.
 #pragma once
 
@@ -33,8 +33,8 @@ struct Rounding {
     }
 };
 
-// A source says how an element is read and how it becomes a 16-bit pattern. 16-bit sources pass every bit; float32 is
-// rounded to nearest, ties to even, and a NaN becomes the quiet NaN of the same sign.
+// A source defines how an element is read and how it becomes a 16-bit pattern. 16-bit sources keep every bit; float32
+// is rounded to nearest, ties to even, and a NaN becomes the quiet NaN of the same sign.
 struct Bits16 {
     using Element = unsigned short;
     using Pair = unsigned;

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stream-K split of a grid of weight tiles over the blocks of a launch, and the ordered reduction of the pieces.
 //
-// The tiles of an [M, K] weight, numbered row by row, are dealt to the G = gridDim.x blocks in contiguous runs of
-// equal cost. A row of tiles that one block covers alone is final; otherwise each block leaves its piece of it in the
-// workspace, and the row's last block adds the pieces in a fixed order. (Stream-K: Osama et al., PPoPP'23.) A piece is the
-// accumulators as the threads of the first K slice hold them, one 16-byte vector per thread after another.
+// The tiles of an [M, K] weight, numbered row by row, are dealt to the G = gridDim.x blocks in contiguous runs of equal
+// cost. A row of tiles that a single block covers is final; otherwise each block leaves its piece of the row in the
+// workspace, and the row's last block adds the pieces in a fixed order. (Stream-K: Osama et al., PPoPP'23.) A piece is
+// the accumulators of the threads of the first K slice, vector by vector, with 16 bytes from each thread.
 //
-// Nobody counts arrivals. A slot is zero until its piece comes, and a piece has no zero in the first word of a vector:
-// +0 is stored as -0, which adds up to the same. So the last block just looks at what it is going to add, and puts zeros
-// back. A fence and a counter would cost each row two trips to the L2 more, about a microsecond at the end of every
-// launch. A block waits only for blocks before it, and those have started before it: GPUs start blocks in order of their
-// numbers. (No specification says so, but CUB's decoupled look-back counts on it too.)
+// Arrivals are not counted. A slot is zero until its piece arrives, and a piece never has a zero in the first word of a
+// vector: +0 is stored as -0, which gives the same sum. So the last block polls the very data that it is going to add,
+// and writes zeros back. A fence and a counter would cost each row two more trips to the L2, about a microsecond at the
+// end of every launch. A block waits only for blocks before it, which have started earlier, since GPUs start blocks in
+// order of their numbers. (No specification guarantees this, but CUB's decoupled look-back relies on it too.)
 //
-// Where pieces are large and many, the one in the middle of the row adds up those before it, and what it stores is their
-// sum: the last block adds half of them meanwhile.
+// Where a row has many large pieces, the block in the middle of the row adds the pieces before it to its own and stores
+// the sum; meanwhile the last block adds the other half.
 //
-// Cost counts the end of a row like `row_cost` more tiles, since there a block stops to write its accumulators: a run
-// that reaches into another row gets so many tiles fewer, and does not keep the others waiting at the end.
+// The end of a row costs as much as `row_cost` more tiles, since a block stops there to write its accumulators: a run
+// that reaches into another row gets that many fewer tiles and does not keep the others waiting at the end.
 //
 // Workspace, all of it zero before and after every launch, for C = gridDim.y column blocks, in pieces of kN * 128 * 4 bytes:
-//   C * G * 2   slots: a block has at most two unfinished rows, one that others begin and one that it begins
-//   C * G       where a row of tiles is longer than a chain: what a block's earlier chains of a row have added up to
+//   C * G * 2   slots: a block has at most two unfinished rows, one that another block begins and one that it begins
+//   C * G       where a row of tiles is longer than a chain: the sum of a block's earlier chains of a row
 // src/flashllm/matmul/stream_k.py mirrors these formulas.
 #pragma once
 
@@ -35,7 +35,7 @@ template <typename S>
 struct StreamK {
     static constexpr int kThreads = S::kBlockWarps * 32 / S::kSlices;  // those of the first K slice
     static constexpr int kPieceVectors = S::kRowFragments * S::kColumnFragments * kThreads;
-    static constexpr int kSlotVectors = 2 * kPieceVectors;  // from a slot of one block to that of the next
+    static constexpr int kSlotVectors = 2 * kPieceVectors;  // from a slot of one block to that of the next block
     static_assert(kPieceVectors * 4 == S::kN * S::kM, "the host sizes the workspace by this");
 
     int tiles_m, tiles_k, row_cost;
@@ -48,28 +48,28 @@ struct StreamK {
     FLASHLLM_DEVICE unsigned first_tile(unsigned block) const { return runs().first_tile(block); }
     FLASHLLM_DEVICE unsigned block_of(unsigned tile) const { return runs().run_of(tile); }
 
-    // Length of the first of the chains that `length` tiles of a row are cut into, `longest` at most and no more of
-    // them than needed. Blocks take different lengths, so that they do not all write their accumulators, and leave
-    // DRAM idle, at one time.
+    // Length of the first of the chains into which `length` tiles of a row are cut: as few chains as possible, of at
+    // most `longest` tiles each. Blocks take different lengths, so that they do not all write their accumulators, and
+    // leave DRAM idle, at the same time.
     FLASHLLM_DEVICE static int first_chain(int length, int longest, unsigned block) {
         if (length <= longest) return length;
         const int least = (length - 1) % longest + 1;
         return least + (longest - least) * static_cast<int>(block % 8) / 7;
     }
 
-    // Where vector v of this thread lies in a piece. (Unsigned: a sign would take a register for all of the run.)
+    // Where vector v of this thread lies in a piece. (Unsigned: a sign would take a register for the whole run.)
     FLASHLLM_DEVICE static unsigned place(int v) {
         return v * kThreads + (threadIdx.x >> 5) / S::kSlices * 32 + (threadIdx.x & 31);
     }
 
-    // What the chains of `block` in one row have added up to, but for its last one.
+    // Where `block` keeps the sum of its chains in one row, except the last one.
     FLASHLLM_DEVICE float4* chains(int block, int column_block) const {
         const long long blocks = gridDim.x;
         return reinterpret_cast<float4*>(workspace) + gridDim.y * blocks * kSlotVectors +
                (column_block * blocks + block) * kPieceVectors;
     }
 
-    // Puts the accumulators of the first K slice aside, for one of its later chains, and leaves them zero.
+    // Puts the accumulators of the first K slice aside for a later chain of the row, and leaves them zero.
     FLASHLLM_DEVICE static void put_aside(Accumulators<S>& sum, float4* chains) {
         if (S::slice() != 0) return;
         for_each<S>(sum, [&](float (&part)[4], int v) {
@@ -78,11 +78,11 @@ struct StreamK {
         });
     }
 
-    // Adds what this block has put aside, and leaves zeros there. Some vectors at a time: one after the other, each would
-    // wait for the L2, 2 us where that is busy.
+    // Adds what this block has put aside, and leaves zeros there. Loads several vectors at a time: one after the other,
+    // each would wait for the L2, 2 us where that is busy.
     FLASHLLM_DEVICE static void take_back(Accumulators<S>& sum, float4* chains) {
         if (S::slice() != 0) return;
-        constexpr int kTaken = kVectors > 8 ? 6 : kVectors;  // there are registers for so many
+        constexpr int kTaken = kVectors > 8 ? 6 : kVectors;  // as many as there are registers for
 #pragma unroll
         for (int begin = 0; begin < kVectors; begin += kTaken) {
             float4 vectors[kTaken];
@@ -98,7 +98,7 @@ struct StreamK {
         }
     }
 
-    // A slot of a block: 1 is for the row of which it has the begin, 0 for the one that others begin.
+    // A slot of a block: slot 1 is for the row that it begins, slot 0 for the row that others begin.
     FLASHLLM_DEVICE float4* slot(int block, bool begins_row) const {
         return reinterpret_cast<float4*>(workspace) + static_cast<long long>(blockIdx.y) * gridDim.x * kSlotVectors +
                static_cast<long long>(block) * kSlotVectors + (begins_row ? kPieceVectors : 0);
@@ -114,15 +114,15 @@ struct StreamK {
         });
     }
 
-    // The block between those that have the begin and the end of a row, which adds up the pieces before its own; the
-    // first where there is none.
+    // The block in the middle of those that share a row, which adds up the pieces before its own; the first block if
+    // there is no such middle block.
     FLASHLLM_DEVICE static int middle(int first_block, int last_block) {
         return kHalfway && last_block - first_block >= 3 ? (first_block + last_block) / 2 : first_block;
     }
 
-    // Adds `count` pieces of a row to the accumulators of the first K slice, one after the other, and leaves their slots
-    // zero. One is in slot `first` of block `from`, the others are in slots 0 of the blocks after it. Two groups of
-    // vectors take turns: one is under way while the other is added.
+    // Adds `count` pieces of a row to the accumulators of the first K slice, one after the other, and leaves their
+    // slots zero. One is in slot `first` of block `from`, the others are in slot 0 of the blocks after it. Two groups
+    // of vectors alternate: one is being loaded while the other is added.
     FLASHLLM_DEVICE void add(Accumulators<S>& sum, int from, bool first, int count) const {
         if (S::slice() != 0) return;
         Group<0> a{slot(from, first) + place(0), slot(from + kHalfway, false) + place(0), count};
@@ -141,7 +141,7 @@ struct StreamK {
 
 private:
     static constexpr int kVectors = S::kRowFragments * S::kColumnFragments;
-    static constexpr bool kHalfway = kVectors >= 8;  // small pieces come many at a time: no gain
+    static constexpr bool kHalfway = kVectors >= 8;  // small pieces are loaded many at a time: no gain
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     static constexpr int kGroup = 8;  // vectors
 #else
@@ -151,7 +151,7 @@ private:
     static constexpr int kParts = 2 * kGroup < kVectors ? kVectors / (2 * kGroup) : 1;
     static_assert(kTurnPieces * kVectors == kParts * 2 * kGroup, "two groups are whole pieces, or whole parts of one");
 
-    // What both groups add once: some pieces, from `piece` on, or a part of that one.
+    // What the two groups add in one turn: some pieces, from `piece` on, or a part of that one.
     struct Turn {
         int piece, part;
         FLASHLLM_DEVICE Turn next() const {
@@ -162,8 +162,8 @@ private:
     // Half kHalf of the vectors of a turn.
     template <int kHalf>
     struct Group {
-        float4* from;    // the piece of the first block: added last where it may be a sum, and come last
-        float4* others;  // piece 0, were it like the others
+        float4* from;    // the piece of block `from`: added last where it may be a sum, which arrives last
+        float4* others;  // where piece 0 would be if it were like the others
         int count;
         float4 vectors[kGroup] = {};
 
@@ -180,7 +180,7 @@ private:
             return (special ? from : piece) + vector_of(turn, i) * kThreads;
         }
 
-        // Loads what has not come yet; whether all has come now.
+        // Loads the vectors that have not arrived yet; returns whether all have arrived now.
         FLASHLLM_DEVICE bool look(Turn turn) {
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) {
@@ -192,8 +192,8 @@ private:
             return all;
         }
 
-        // Adds the vectors, asks for those of the next turn, and leaves zeros in the slots. While it waits it looks at the
-        // other group too, which then need not wait.
+        // Adds the vectors, issues the loads of the next turn, and leaves zeros in the slots. While it waits, it also
+        // polls for the other group, which then need not wait.
         template <typename Other>
         FLASHLLM_DEVICE void add(Accumulators<S>& sum, Turn turn, Other& other, Turn others) {
             while (!look(turn)) {

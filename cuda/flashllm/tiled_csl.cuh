@@ -6,8 +6,9 @@
 // 32-bit words, its length padded to a multiple of 4 (one 16-byte load). A word holds one element:
 //   bits  0..15  the fp16 or bf16 bit pattern of the value
 //   bits 16..31  location = r * 64 + (c ^ ((r & 7) * 8)),  r = row in the tile, c = column in the tile
-// The location is the index of the element in a 128 x 64 array of 2-byte values whose 16-byte chunks are swizzled by the
-// row, so a scatter to shared memory is conflict-free for ldmatrix without any address arithmetic.
+// The location is the index of the element in a 128 x 64 array of 2-byte values whose 16-byte chunks are swizzled by
+// the row, so a scatter to shared memory needs no address arithmetic and ldmatrix reads the tile without bank
+// conflicts.
 #pragma once
 
 #include "flashllm/portable.cuh"

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Value rows of a bitmap on their way from device memory to the warps that decode them (docs/formats/bitmap.md).
 //
-// Shared memory of a block has a ring of value rows for each of the four parts of a tile, and stages of what else a
-// tile needs. One warp, the feeder, brings both, announced on one barrier per tile, as far ahead as there is room. The
-// four other warps decode; each releases a tile when it has read all that the tile needs, and with it the rows that no
-// stream needs any more. The warps of a block meet nowhere else while they walk their run of tiles.
+// The shared memory of a block has a ring of value rows for each of the four parts of a tile, and stages for what else
+// a tile needs. One warp, the feeder, loads both, as far ahead as there is room, and announces them on one barrier per
+// tile. The four other warps decode; each releases a tile when it has read all that the tile needs, and with it the
+// rows that no stream needs any more. The warps of a block synchronize nowhere else while they walk their run of tiles.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -14,13 +14,13 @@
 
 namespace flashllm {
 
-constexpr int kMirrorRows = 16;  // a pointer wraps once per mask word, and before a load moves by less than its elements
+constexpr int kMirrorRows = 16;  // a pointer wraps once per mask word; loads are fewer rows on than a word has elements
 static_assert(bitmap::kStreamElements == 2 * kMirrorRows, "a mask word is half of a stream's elements");
 
 constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds
 constexpr int kMaxChainSteps = 384;  // see tiled_csl.cu: tensor cores truncate
 
-// A block that computes kN columns of x: four warps with a part of 2 x 16 rows each. A step takes 16 columns of a tile.
+// A block computes kN columns of x by four warps, each with a part of 2 x 16 rows. A step is 16 columns of a tile.
 template <int kN_>
 struct PartShape {
     static constexpr int kN = kN_;
@@ -35,7 +35,7 @@ struct PartShape {
     FLASHLLM_DEVICE static int slice() { return 0; }
 };
 
-// A place in the cycle of kStages stages, and the parity of the phase of its barriers.
+// A place in the cycle of kStages stages, and the parity of the current phase of its barriers.
 template <int kStages>
 struct Cycle {
     int stage = 0;
@@ -45,13 +45,14 @@ struct Cycle {
     }
 };
 
-// For each stage two barriers: `full`, all that a tile needs has come; `empty`, the other warps have released the tile.
+// Two barriers per stage. `full`: all that a tile needs has arrived; `empty`: the other warps have released the tile.
 struct StageBarriers {
     unsigned base;  // shared address
     FLASHLLM_DEVICE unsigned full(int stage) const { return base + stage * 16; }
     FLASHLLM_DEVICE unsigned empty(int stage) const { return full(stage) + 8; }
 
-    // By one thread; then a barrier of the block. The feeder arrives `arrivals` times for each tile, and `warps` multiply.
+    // By one thread, before a barrier of the block. The feeder arrives `arrivals` times per tile; `warps` warps
+    // multiply.
     FLASHLLM_DEVICE void init(int stages, unsigned arrivals, int warps = bitmap::kParts) const {
         for (int i = 0; i < stages; ++i) {
             ptx::mbarrier_init(full(i), arrivals);
@@ -60,17 +61,18 @@ struct StageBarriers {
         ptx::mbarrier_init_fence();
     }
 
-    // By a multiplying warp: all its lanes have read the stage, and the value rows that only its tile and those before
-    // needed.
+    // Called by a multiplying warp when all its lanes have read the stage, and the value rows that only this tile and
+    // those before it needed.
     FLASHLLM_DEVICE void release(int stage) const { warp_arrive(empty(stage)); }
 };
 
-// Rows are numbered as in the matrix. Row r of a part lies at place (r - origin) % kRing, and rows at the first places
-// once more behind the last, so that a pointer may run kMirrorRows over the end before it wraps.
+// Rows are numbered as in the matrix. Row r of a part lies at place (r - origin) % kRing, and the rows at the first
+// kMirrorRows places lie once more after the last place, so that a pointer may run that far past the end before it
+// wraps.
 //
-// No weight stops the ring. When all tiles before one are released and the front is at row f, streams need rows from
-// f - kSlack on. Tiles that are brought together move the front by kMoves at most, read one row behind it, and rows come in
-// whole chunks: at most kSlack + kMoves + 1 + kChunkRows rows have to be there at one time.
+// No weight can deadlock the ring. When all tiles before one are released and the front is at row f, streams need rows
+// from f - kSlack on. Tiles that are loaded together move the front by at most kMoves and read one row past it, and
+// rows are loaded in whole chunks. So at most kSlack + kMoves + 1 + kChunkRows rows have to be present at one time.
 template <int kRing, int kMoves = bitmap::kStreamElements>
 struct ValueRing {
     static constexpr int kRows = kRing;
@@ -84,25 +86,26 @@ struct ValueRing {
     unsigned base;  // shared address
     int origin;     // the first row copied: a chunk begins there
 
-    // For tiles from one on before which the front is `first_front`, and up to `lag` rows behind it are needed.
+    // For tiles that start with the front at `first_front`, where up to `lag` rows behind the front are needed.
     FLASHLLM_DEVICE ValueRing(unsigned base, int first_front, int lag)
         : base(base), origin(max(first_front - lag, 0) / bitmap::kChunkRows * bitmap::kChunkRows) {}
 
     FLASHLLM_DEVICE unsigned part(int part) const { return base + part * kPartBytes; }
 };
 
-// What a lane needs to know before its first tile, `first`: asked for before anything is waited for, and no branches, for
-// which loads would wait: one latency. In the format's run that begins at tile `restart` streams stand at the front, every
-// kPlaceTiles tiles where the places say; from the last such tile on masks are counted.
+// What a lane needs to know before its first tile, `first`. All loads are issued before anything is waited for, and
+// without branches, which would make loads wait, so this costs one latency. Streams stand at the front at tile
+// `restart`, where the format's run begins, and at every kPlaceTiles-th tile where the places say; from the last such
+// tile on, masks are counted.
 struct StreamsBegin {
     static constexpr int kCounted = bitmap::kPlaceTiles - 1;
-    int tiles;         // to be counted
-    int front;         // before them
-    int first_front;   // behind them, where the block begins
+    int tiles;         // whose masks are counted
+    int front;         // before these tiles
+    int first_front;   // after them, where the block begins
     bitmap::Places at, coming;
     uint2 masks[kCounted];
 
-    // Of lane `thread` of a tile. end: of the block's tiles.
+    // For lane `thread` of a tile. end: one past the block's last tile.
     FLASHLLM_DEVICE StreamsBegin(const unsigned char* masks_, const int* fronts, const unsigned* places, int first, int end,
                                  int restart, int thread) {
         const int stored = first / bitmap::kPlaceTiles * bitmap::kPlaceTiles, known = max(stored, restart);
@@ -118,12 +121,12 @@ struct StreamsBegin {
     }
 };
 
-// The next values of the two streams of one lane, as shared addresses. Each is in some lane's column, so that the 32 of
-// either half lie in different banks.
+// Shared addresses of the next values of a lane's two streams. Each stream has the column of some lane, so the 32
+// streams of either half lie in different banks.
 template <typename Ring>
 struct Streams {
-    unsigned low, high, begin;  // begin: of the part's ring
-    bitmap::Places coming;      // at the next tile where streams trade columns: nothing waits for it then
+    unsigned low, high, begin;  // begin: start of the part's ring
+    bitmap::Places coming;      // at the next tile where streams trade columns; loaded early, so nothing waits for it
 
     FLASHLLM_DEVICE Streams(const Ring& ring, const StreamsBegin& from, int part)
         : begin(ring.part(part)), coming(from.coming) {
@@ -139,43 +142,44 @@ struct Streams {
         high = begin + high_row * bitmap::kRowBytes + from.at.column_byte(1);
     }
 
-    // At the begin of a run both go on at the front, each in its own column.
+    // At the start of a run both streams continue at the front, each in its own column.
     FLASHLLM_DEVICE void restart(const Ring& ring, int front) {
         const unsigned row = begin + (front - ring.origin) % Ring::kRows * bitmap::kRowBytes;
         low = row + bitmap::Places::own().column_byte(0);
         high = row + bitmap::Places::own().column_byte(1);
     }
 
-    // Before tile `next` of the matrix, a multiple of kPlaceTiles: streams trade columns, each goes on where another was.
+    // Called before tile `next` of the matrix, a multiple of kPlaceTiles: streams trade columns, and each continues
+    // where another one stood.
     FLASHLLM_DEVICE void trade(const unsigned* places, int next, int end, int thread) {
         low = __shfl_sync(0xffffffffu, low, coming.giver(0));
         high = __shfl_sync(0xffffffffu, high, coming.giver(1));
         coming = bitmap::Places::behind(places, next, end, thread);
     }
 
-    // Moves on behind the elements of a tile that another warp decodes.
+    // Advances past the elements of a tile that another warp decodes.
     FLASHLLM_DEVICE void skip(uint2 mask) {
         low += (__popc(mask.x & bitmap::kLowBits) + __popc(mask.y & bitmap::kLowBits)) * bitmap::kRowBytes;
         high += (__popc(mask.x & bitmap::kHighBits) + __popc(mask.y & bitmap::kHighBits)) * bitmap::kRowBytes;
     }
 
-    // Before each mask word.
+    // Called before each mask word.
     FLASHLLM_DEVICE void wrap() {
         if (low >= begin + Ring::kWrapBytes) low -= Ring::kWrapBytes;
         if (high >= begin + Ring::kWrapBytes) high -= Ring::kWrapBytes;
     }
 };
 
-// The front behind tile `lane` of those from `tile` on, of a run of `count` tiles whose fronts begin at `fronts`.
+// In lane l, the front after tile `tile` + l of a run of `count` tiles whose fronts start at `fronts`.
 FLASHLLM_DEVICE int front_behind(const int* fronts, int count, int tile) {
     return __ldg(fronts + min(tile + static_cast<int>(threadIdx.x & 31) + 1, count));
 }
 
-// Fronts that the feeder needs before anything else, asked for at one time: one latency, not two. (Opaque: or the compiler
-// might ask where it needs them.)
+// Fronts that the feeder needs before anything else, loaded together: one latency instead of two. (Opaque, or the
+// compiler might move the loads to where the values are used.)
 struct FirstFronts {
-    int begin;      // where the run begins
-    int set, next;  // of the run's first 32 tiles and of the 32 after them, as the feeder keeps them
+    int begin;      // front where the run begins
+    int set, next;  // fronts of the run's first 32 tiles and of the 32 after them, as the feeder keeps them
 
     FLASHLLM_DEVICE FirstFronts(const int* fronts, int count) {
         const int at_begin = ptx::opaque(__ldg(fronts));
@@ -192,11 +196,11 @@ struct Piece {
     int bytes;  // a multiple of 16
 };
 
-// The feeder's side: its place in the run, and the copies. All lanes of one warp. It brings steps of kStepTiles tiles, a
-// stage each; a run may begin amid the tiles of its first step.
+// The feeder's side: its place in the run, and the copies. All lanes of one warp execute it. It loads steps of
+// kStepTiles tiles, one stage per step; a run may begin in the middle of its first step.
 //
-// One warp does this for four, beside them, so each instruction counts: addresses move on by additions, and value rows
-// come in whole chunks, since a copy of few rows takes as long as one of many.
+// One warp does this for four and runs beside them, so each instruction counts: addresses advance by additions, and
+// value rows are copied in whole chunks, since copying few rows takes as long as copying many.
 template <typename Ring, int kStages, int kStepTiles = 1>
 struct Feeder {
 #if __CUDA_ARCH__ >= 900
@@ -207,19 +211,19 @@ struct Feeder {
 
     Ring ring;
     StageBarriers barriers;
-    const unsigned char* chunk;  // the next to be copied
-    unsigned place = 0;          // where it goes, in bytes from the begin of a part's ring
+    const unsigned char* chunk;  // the next one to copy
+    unsigned place = 0;          // where it goes, in bytes from the start of a part's ring
     const int* fronts;           // of the run's first tile
     int count;                   // tiles of the run
     int phase;                   // tiles of the first step that lie before the run
 
-    int step = 0;  // to be brought
+    int step = 0;  // the next one to load
     int last;      // its last tile, counted from the run's first
     int done = 0;  // steps that all warps have released
     int done_front;
-    int rows;  // asked for, up to this one
+    int rows;  // copies are issued for the rows below this one
     Cycle<kStages> filled, emptied;
-    // Lane l: the front behind tile 32 i + l, of the 32 tiles before those of `last`, of these, and of the next.
+    // In lane l, the front after tile 32 i + l: of the 32 tiles before those of `last`, of these, and of the next 32.
     int before_set = 0, front_set, next_set;
 
     FLASHLLM_DEVICE Feeder(const Ring& ring, const StageBarriers& barriers, const unsigned char* values,
@@ -234,20 +238,20 @@ struct Feeder {
     }
     FLASHLLM_DEVICE bool more() const { return (kStepTiles == 1 ? step : step * kStepTiles - phase) < count; }
 
-    // The row up to which the next step needs value rows, in whole chunks. A stream that is through reads two more
-    // values, unused.
+    // The row below which the next step needs value rows, rounded up to whole chunks. A stream that has no values left
+    // still reads two more, which it does not use.
     FLASHLLM_DEVICE int needed() const {
         const int end = __shfl_sync(0xffffffffu, front_set, last & 31) + 1;
         return end < rows ? rows : (end | (bitmap::kChunkRows - 1)) + 1;
     }
 
-    // Whether there is room for the next step, which needs the rows below `need`: a stage, and places of rows that are
-    // behind every stream of the first tile not released.
+    // Whether there is room for the next step, which needs the rows below `need`: a free stage, and places of rows that
+    // are behind every stream of the first unreleased tile.
     FLASHLLM_DEVICE bool has_room(int need) const {
         return step - done < kStages && need - Ring::kRows <= done_front - bitmap::kSlack;
     }
 
-    // Waits until one more step is released. All lanes wait, for each of them writes where the step was read.
+    // Waits until one more step is released. All lanes wait, since each of them writes where the step has been read.
     FLASHLLM_DEVICE void wait_release() {
         ptx::mbarrier_wait(barriers.empty(emptied.stage), emptied.parity);
         emptied.advance();
@@ -258,8 +262,8 @@ struct Feeder {
 
     FLASHLLM_DEVICE unsigned barrier() const { return barriers.full(filled.stage); }
 
-    // Copies the pieces and the value rows below `need`, and arrives at the step's barrier for them, and for `more` bytes
-    // (sm_90) that it leaves to others.
+    // Copies the pieces and the value rows below `need`, and arrives at the step's barrier for them and (sm_90) for
+    // `more` bytes, which the caller copies.
     template <int kPieces>
     FLASHLLM_DEVICE void bring(const Piece (&pieces)[kPieces], int need, [[maybe_unused]] unsigned more = 0) {
 #if __CUDA_ARCH__ >= 900
@@ -274,8 +278,8 @@ struct Feeder {
 #pragma unroll
             for (int i = 0; i < kPieces; ++i) ptx::bulk_copy(pieces[i].target, pieces[i].source, pieces[i].bytes, full);
         }
-        // Rows at the first places twice, by the same code: what the feeder executes has to be fetched, beside what the
-        // other warps execute, and unrolled copies cost more than they save (8 %).
+        // Rows at the first places are copied twice, by the same code: the feeder's instructions have to be fetched
+        // beside those of the other warps, and unrolled copies cost more than they save (8 %).
         unsigned mirror = 0;
 #pragma unroll 1
         while (rows < need) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp's arrival at a barrier in shared memory: what all its lanes have read and written is done for whoever waits.
+// A warp's arrival at a barrier in shared memory: what its lanes have read and written is complete for all that wait.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -7,9 +7,9 @@
 
 namespace flashllm {
 
-// One lane arrives for all, after a barrier of the warp: arrivals of 32 lanes would be 32 turns of shared memory. But
-// compute-sanitizer's racecheck takes an arrival for that of its own lane, and what the other 31 did for races; for it,
-// all arrive.
+// One lane arrives for all, after a __syncwarp: 32 arrivals would take 32 turns of shared memory. But
+// compute-sanitizer's racecheck attributes an arrival to its own lane only and reports what the other 31 lanes did as
+// races, so for it all lanes arrive.
 #if defined(FLASHLLM_RACECHECK)
 constexpr unsigned kWarpArrivals = 32;
 #else

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// x on its way to shared memory, as images: parts of it, some columns wide, that lie in device memory as they will in shared
-// memory.
+// x on its way to shared memory, as images: parts of x, some columns wide, that lie in device memory as they will lie
+// in shared memory.
 //
-// In device memory x has rows. Blocks need its columns again and again, each a part of its own, so a launch lays out each
-// image just once, in a scratch buffer: every multiplying warp its share, when it begins. Feeding warps copy images from
-// there, whole. The first images of a block do not wait for that, its warps lay them out for themselves; and where blocks do
-// not begin, since others run that wait for them, a feeding warp lays out what it needs.
+// In device memory x is stored by rows. Blocks need its columns again and again, each block a different part, so a
+// launch lays out each image only once, in a scratch buffer: every multiplying warp does a share when it begins.
+// Feeding warps copy whole images from there. The first images of a block do not wait for that: its warps lay them out
+// themselves. And where some blocks do not begin, because others that wait for them are running, a feeding warp lays
+// out what it needs.
 //
-// Image: how one lies, and its pieces, each the work of one warp: kN rows of x, kBytes, kPieces; Piece, load, store.
+// Image: its layout, and its pieces, each the work of one warp: kN rows of x, kBytes, kPieces; Piece, load, store.
 #pragma once
 
 #include "flashllm/bitmap.cuh"
@@ -16,15 +17,15 @@
 
 namespace flashllm {
 
-// What the blocks of a launch know of each other, zero before and after it: how many need no more, and of each group of
-// images how many pieces are there. In sectors of their own, as many look.
+// Counters that the blocks of a launch share, zero before and after it: one counts the blocks that need no more of x,
+// and one for each group of images the pieces that are laid out. Each has its own sector, since many warps poll them.
 constexpr int kCounterWords = 8;
 constexpr int kImagesBarrier = 5;  // a named barrier: those before it are for slices (epilogue.cuh)
 
-// x, as an image takes it: columns from `column` on, as many as `width`, rows from n0 on. Others are zeros.
+// The part of x for one image: `width` columns from `column` on, rows from n0 on. What x does not have is zero.
 struct XPart {
     const unsigned short* x;
-    int K, width, rows;  // rows: from n0 on, that there are
+    int K, width, rows;  // rows: those that x has from n0 on
 
     FLASHLLM_DEVICE XPart(const unsigned short* x_, int n0, int N, int K_, int column_, int width_)
         : x(x_ + static_cast<long long>(n0) * K_ + column_), K(K_), width(min(width_, K_ - column_)),
@@ -35,16 +36,16 @@ template <typename Image, int kFirst_, int kGroup, int kWarps = bitmap::kParts>
 struct XImages {
     static constexpr int kFirst = kFirst_;  // images that a block lays out for itself
     static constexpr int kPieces = Image::kPieces;
-    static constexpr int kOwn = (kFirst * kPieces + kWarps - 1) / kWarps;  // pieces of a warp
+    static constexpr int kOwn = (kFirst * kPieces + kWarps - 1) / kWarps;  // of these, pieces per warp
     static constexpr int kTogether = kOwn < Image::kTogether ? kOwn : Image::kTogether;  // loaded before the first is stored
 
     const unsigned short* x;
     int N, K;
-    int images, width;    // of a column block; columns of one
+    int images, width;    // images per column block; columns per image
     unsigned* counters;
     unsigned char* scratch;
 
-    // Of workspace, for the counters: whole 128 bytes.
+    // Bytes of workspace for the counters, a multiple of 128.
     FLASHLLM_DEVICE static unsigned counter_bytes(int images) {
         return (groups(images) * gridDim.y + 1 + 3) / 4 * 4 * kCounterWords * 4;
     }
@@ -57,7 +58,8 @@ struct XImages {
         typename Image::Piece own[kTogether], share;
     };
 
-    // By the kWarps multiplying warps, when they begin. Then they have time for what else they need to begin.
+    // Called by the kWarps multiplying warps when they begin. While these loads are in flight, the warps do whatever
+    // else they need to begin.
     FLASHLLM_DEVICE Begun begin(int first_image, int warp) const {
         Begun begun = {};
 #pragma unroll
@@ -66,8 +68,8 @@ struct XImages {
         return begun;
     }
 
-    // Then: lays out the first images in shared memory, one after the other from `to` on, `distance` bytes apart, which they
-    // may read when this returns, and their shares.
+    // Called next: lays out the first images in shared memory, from `to` on and `distance` bytes apart, where the warps
+    // may read them when this returns, and the warps' shares in the scratch buffer.
     FLASHLLM_DEVICE void finish(const Begun& begun, unsigned char* to, unsigned distance, int first_image, int warp) const {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) store_own(to, distance, warp + i * kWarps, begun.own[i]);
@@ -87,7 +89,7 @@ struct XImages {
         if (has_share) tell(warp);
     }
 
-    // By a feeding warp: whether an image is there, after so many looks at the most. Then copies may read it.
+    // Called by a feeding warp: whether an image is laid out, polling at most `looks` times. If so, copies may read it.
     FLASHLLM_DEVICE bool is_there(int number, int looks) const {
         const int group = number / kGroup;
         while (!__all_sync(0xffffffffu, ptx::has_reached(counter(blockIdx.y, group), pieces_of(group)))) {
@@ -98,7 +100,7 @@ struct XImages {
         return true;
     }
 
-    // By a feeding warp: whether all images of its column block are.
+    // Called by a feeding warp: whether all images of its column block are laid out.
     FLASHLLM_DEVICE bool are_there() const {
         bool all = true;
         for (int i = threadIdx.x & 31; i < groups(images); i += 32) {
@@ -108,7 +110,7 @@ struct XImages {
         return __all_sync(0xffffffffu, all);
     }
 
-    // By a feeding warp: lays out an image, no matter who else may.
+    // Called by a feeding warp: lays out an image, even if others lay it out too.
     FLASHLLM_DEVICE void lay_out(int number) const {
 #pragma unroll 1
         for (int i = 0; i < kPieces; ++i) Image::store(image(number), i, Image::load(part(blockIdx.y, number), i));
@@ -116,7 +118,8 @@ struct XImages {
         __syncwarp();
     }
 
-    // By a feeding warp that needs no more of x, and whose block has laid out its share: the last one leaves zeros.
+    // Called by a feeding warp that needs no more of x and whose block has laid out its share: the last one zeroes the
+    // counters.
     FLASHLLM_DEVICE void leave() const {
         __threadfence();
         __syncwarp();
@@ -137,7 +140,7 @@ private:
     }
 
     FLASHLLM_DEVICE int pieces() const { return images * kPieces * static_cast<int>(gridDim.y); }
-    // The first piece of a warp's share, and how far it is to the next.
+    // The first piece of a warp's share, and the distance to the next one.
     FLASHLLM_DEVICE int first_share(int warp) const {
         return static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x) * kWarps + warp;
     }
@@ -151,7 +154,7 @@ private:
         Image::store(scratch + static_cast<long long>(share / kPieces) * Image::kBytes, share % kPieces, values);
     }
 
-    // Counts the pieces of a warp's share.
+    // Counts the pieces of a warp's share as laid out.
     FLASHLLM_DEVICE void tell(int warp) const {
         __threadfence();
         __syncwarp();
@@ -162,7 +165,7 @@ private:
         }
     }
 
-    // A piece of the first images, which go on with the next row of tiles.
+    // Loads a piece of the first images, which wrap around at the end of a row of tiles.
     FLASHLLM_DEVICE typename Image::Piece load_own(int first_image, int piece) const {
         const int number = (first_image + min(piece / kPieces, kFirst - 1)) % images;
         return Image::load(part(blockIdx.y, number), piece % kPieces);

@@ -10,7 +10,7 @@
 namespace flashllm {
 
 constexpr int kStageK = 64;
-constexpr int kStageRowBytes = kStageK * 2;  // 128: one row of a stage is all 32 banks
+constexpr int kStageRowBytes = kStageK * 2;  // 128: one row of a stage spans all 32 banks
 
 // Walks x along K, one [kN][64] stage per tile, swizzled like an image; wraps to column 0 where a row of tiles
 // ends. Rows beyond N and columns beyond K become zeros.
@@ -28,7 +28,7 @@ struct XLoader {
     FLASHLLM_DEVICE XLoader(const unsigned short* x_, int n0, int N, int K_, int tile_k, unsigned stages)
         : XLoader(x_, n0, N, K_, tile_k, stages, threadIdx.x) {}
 
-    // For threads whose numbers do not begin at 0.
+    // For threads whose numbers in the block do not start at 0.
     FLASHLLM_DEVICE XLoader(const unsigned short* x_, int n0, int N, int K_, int tile_k, unsigned stages, int thread)
         : x(x_), K(K_) {
         const int n = thread >> 3, chunk = thread & 7;
@@ -43,7 +43,7 @@ struct XLoader {
         load(kStage * S::kStageBytes);
     }
 
-    // Loads the next stage to `offset` bytes from the first.
+    // Loads the next stage, to `offset` bytes after stage 0.
     FLASHLLM_DEVICE void load(unsigned offset) {
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
@@ -51,12 +51,12 @@ struct XLoader {
             const bool active = kChunks >= kThreads || threadIdx.x < kChunks;
             const bool inside = turn * kRows < n_left && column < K;
             const unsigned short* from = source + static_cast<long long>(turn * kRows) * K;
-            constexpr int kOtherSwizzle = kRows % 8;  // fewer rows than the swizzle has: every other turn changes it
+            constexpr int kOtherSwizzle = kRows % 8;  // below 8 rows, every other turn changes the swizzle
             const unsigned to = (target ^ (turn * kOtherSwizzle % 8 << 4)) + offset + turn * kRows * kStageRowBytes;
             if constexpr (kAligned) {
                 ptx::copy_async16(active, to, inside ? from : x, inside ? 16u : 0u);
             } else if (active) {
-                // K is no multiple of 8: rows start at any 2-byte address, so 16-byte copies are out.
+                // K is not a multiple of 8: rows start at any 2-byte address, so 16-byte copies are impossible.
                 unsigned pair[4];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {

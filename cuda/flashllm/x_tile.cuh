@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// An image of x (x_images.cuh) for tensor cores that read the columns of a tile in order: [kN][64], each row all 32 banks,
-// 16-byte chunks swizzled as ldmatrix and wgmma like them.
+// An image of x (x_images.cuh) for tensor cores that read the columns of a tile in order: [kN][64], each row across all
+// 32 banks, with 16-byte chunks swizzled as ldmatrix and wgmma need them.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -18,7 +18,7 @@ struct XTile {
     static constexpr unsigned kBytes = kN * kRowBytes;
     static constexpr int kPieceRows = 4;  // a lane has 16 bytes
     static constexpr int kPieces = kN / kPieceRows;
-    static constexpr int kTogether = !kAligned ? 1 : 12;  // there are registers for so many pieces
+    static constexpr int kTogether = !kAligned ? 1 : 12;  // as many pieces as there are registers for
 
     struct Piece {
         uint4 values;
@@ -47,7 +47,7 @@ struct XTile {
         *reinterpret_cast<uint4*>(tile + row * kRowBytes + ((lane & 7) ^ (row & 7)) * 16) = chunk.values;
     }
 
-    // Stores to shared memory are there for wgmma too.
+    // Makes stores to shared memory visible to wgmma too.
     FLASHLLM_DEVICE static void publish() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
         ptx::fence_async_proxy();

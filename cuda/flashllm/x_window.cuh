@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// An image of x (x_images.cuh) for tensor cores that gather its columns: 256 columns, one after another.
+// An image of x (x_images.cuh) for kernels that gather its columns: 256 columns, one after another.
 //
-// A column is its kN values, which ldmatrix (transposed) takes as rows of 8, so that a lane may name any column as the k it
-// wants. Eight columns of eight residues mod 8 lie in different banks.
+// A column is its kN values, which ldmatrix (transposed) reads as rows of 8, so that a lane may address any column as
+// the k that it wants. Eight columns with different residues mod 8 lie in different banks.
 #pragma once
 
 #include "flashllm/portable.cuh"
@@ -14,9 +14,9 @@ template <int kN_>
 struct XWindow {
     static constexpr int kN = kN_;
     static constexpr int kColumns = 256;
-    static constexpr int kUnits = kN / 8;  // 16 bytes: a column's values of 8 rows
-    // Columns are an odd number of units apart; two at N = 16, and those of rights swapped: as good, and smaller. At N = 64
-    // four such planes of 16 rows lie one behind the other.
+    static constexpr int kUnits = kN / 8;  // of 16 bytes: a column's values in 8 rows
+    // Columns are an odd number of units apart. At N = 16 they are two apart, with the units of rights swapped: as
+    // good, and smaller. At N = 64 four such planes of 16 rows lie one after another.
     static constexpr bool kSwaps = kN == 16 || kN == 64;
     static constexpr int kColumnBytes = kSwaps ? 32 : (kUnits | 1) * 16;
     static constexpr unsigned kPlaneBytes = kColumns * kColumnBytes;
@@ -26,14 +26,14 @@ struct XWindow {
     static constexpr int kPieceColumns = 32;  // a lane has one
     static constexpr int kPieces = kColumns / kPieceColumns;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    static constexpr int kTogether = kN <= 32 ? 2 : 1;  // there are registers for so many pieces
+    static constexpr int kTogether = kN <= 32 ? 2 : 1;  // as many pieces as there are registers for
 #else
     static constexpr int kTogether = kN <= 16 ? 2 : 1;  // sm_100a would spill
 #endif
 
-    // Where unit 0 of a column lies, from the begin of the column.
+    // Offset of unit 0 from the start of its column.
     FLASHLLM_DEVICE static unsigned first_unit(int column) { return kSwaps ? column << 2 & 16 : 0; }
-    // Unit j, from unit 0.
+    // Unit j, given where unit 0 is.
     FLASHLLM_DEVICE static unsigned unit(unsigned first, int j) {
         return kSwaps ? (first ^ (j & 1) * 16u) + (j >> 1) * kPlaneBytes : first + j * 16;
     }

@@ -8,8 +8,8 @@
 //   decodes    its masks, 16 groups of four elements per lane, into A fragments (bitmap.cuh),
 //   multiplies them by x on tensor cores, and
 //   releases   the tile, and with it the value rows that no stream needs any more.
-// The warps of a block meet nowhere else until its run ends. No element of W is written to shared memory once decoded,
-// and nothing is counted, scanned or scattered.
+// The warps of a block synchronize nowhere else until its run ends. No element of W is written to shared memory once it
+// is decoded, and nothing is counted, scanned or scattered.
 #include "flashllm/bitmap.cuh"
 #include "flashllm/chains.cuh"
 #include "flashllm/epilogue.cuh"
@@ -42,7 +42,7 @@ struct Layout {
 
 constexpr int kXRowBytes = bitmap::kTileK * 2;  // of x in a stage
 
-// Fragments of two k16 steps of 8 columns of x, from column 32 kWord of a stage on.
+// Fragments of two k16 steps for 8 columns of x, from k = 32 kWord of a stage on.
 template <int kWord>
 FLASHLLM_DEVICE void load_narrow_x(unsigned (&b)[2][1][2], unsigned stage) {
     const int lane = threadIdx.x & 31;
@@ -51,7 +51,7 @@ FLASHLLM_DEVICE void load_narrow_x(unsigned (&b)[2][1][2], unsigned stage) {
     b[0][0][0] = quad[0], b[0][0][1] = quad[1], b[1][0][0] = quad[2], b[1][0][1] = quad[3];
 }
 
-// Fragments of step kStep (0..3) of more columns of x.
+// Fragments of k16 step kStep (0..3) for 16 or more columns of x.
 template <typename S, int kStep>
 FLASHLLM_DEVICE void load_x(unsigned (&b)[S::kColumnFragments][2], unsigned stage) {
     const int lane = threadIdx.x & 31;
@@ -66,7 +66,7 @@ FLASHLLM_DEVICE void load_x(unsigned (&b)[S::kColumnFragments][2], unsigned stag
     }
 }
 
-// One k16 step of a mask word: decodes the A fragments of both rows of fragments and multiplies.
+// One k16 step of a mask word: decodes the A fragments of both groups of 16 rows and multiplies them.
 template <typename T, typename S, int kStep, typename Values>
 FLASHLLM_DEVICE void multiply_step(Accumulators<S>& sum, Values& streams, unsigned mask,
                                    const unsigned (&b)[S::kColumnFragments][2]) {
@@ -97,8 +97,8 @@ FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsign
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// A k16 step of a tile on the warpgroup's tensor cores, which read x from shared memory: the four warps at one time.
-// Starts its products and returns when those of the step before are done: two steps' fragments are alive.
+// A k16 step of a tile on the warpgroup's tensor cores, which read x from shared memory; all four warps take part.
+// Starts its products and returns when those of the previous step are done: the fragments of two steps are live.
 template <typename T, typename S, int kStep, typename Values>
 FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned stage_operand) {
     unsigned a[2][4];
@@ -111,9 +111,9 @@ FLASHLLM_DEVICE void start_step(Accumulators<S>& sum, Values& streams, unsigned 
 }
 #endif
 
-// x of the tiles of a run, for few columns: lanes copy its rows. The first tiles, one for each stage, get theirs from the
-// multiplying warps: x may be what the launch before still writes, and the feeder, which need not wait for that, fills the
-// ring meanwhile. Once a tile is released, they have waited for it.
+// x of the tiles of a run, for few columns: lanes copy its rows. x of the first tiles, one for each stage, is copied by
+// the multiplying warps, since the previous launch may still be writing x; the feeder need not wait for that and fills
+// the ring meanwhile. Once a tile is released, the multiplying warps have waited, and the feeder may copy x.
 template <typename S, typename L, bool kAligned>
 struct XByRows {
     struct OneWarp : S {
@@ -126,7 +126,7 @@ struct XByRows {
     static_assert(L::kStages <= bitmap::kParts, "each multiplying warp brings x of at most one of the first tiles");
 
     const unsigned short* x;
-    int n0, N, K, tiles_k, tile_k;  // tile_k: the run's first tile
+    int n0, N, K, tiles_k, tile_k;  // tile_k: the run's first tile in its row
 
     FLASHLLM_DEVICE Loader loader(const L& layout, int tile) const {
         return Loader(x, n0, N, K, (tile_k + tile) % tiles_k, layout.x(0), static_cast<int>(threadIdx.x & 31));
@@ -144,7 +144,7 @@ struct XByRows {
         }
     }
 
-    // By the multiplying warps.
+    // Called by the multiplying warps.
     FLASHLLM_DEVICE int begin(const L& layout, int count, int warp) const {
         if (warp < min(L::kStages, count)) {
             Loader from = loader(layout, warp);
@@ -164,7 +164,7 @@ struct XByRows {
     };
 };
 
-// The same for many columns, where that would keep the feeder from its other work: it copies images (sm_90a).
+// The same for many columns, where copying rows would keep the feeder from its other work: it copies images (sm_90a).
 template <typename L>
 struct XByImages {
     static constexpr unsigned kArrivals = 0;
@@ -182,15 +182,15 @@ struct XByImages {
     struct Feed {
         const typename L::Images& images;
         int tile_k;
-        bool all = false;  // are laid out
+        bool all = false;  // all images are laid out
 
         FLASHLLM_DEVICE Feed(const L&, const XByImages& x)
             : images(x.images), tile_k((x.tile_k + L::kStages) % x.images.images) {}
 
         FLASHLLM_DEVICE void before(const L&, const typename L::Feed&, int) {}
-        // Bulk copies follow what their barrier expects.
+        // Bulk copies are issued after bring() has announced their bytes.
         FLASHLLM_DEVICE void after(const L& layout, const typename L::Feed& feed, int stage) {
-            constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
+            constexpr int kLooks = 64;  // tens of microseconds: if that is not enough, some blocks have not begun
             if (feed.step == L::kStages) ptx::grid_dependency_wait();
             if (!all) all = images.are_there();
             if (!all && !images.is_there(tile_k, kLooks)) images.lay_out(tile_k);
@@ -206,7 +206,7 @@ struct XByImages {
     };
 };
 
-// Which of them a kernel has: measured.
+// Which of the two a kernel uses; decided by measurement.
 template <typename S, typename L, bool kAligned, bool kImages>
 struct XFor {
     using Type = XByRows<S, L, kAligned>;
@@ -224,7 +224,7 @@ struct XFor<S, L, kAligned, true> {
     }
 };
 
-// The feeding warp's loop: masks and value rows, and x from the first tile on that finds its stage used before.
+// The feeding warp's loop: masks and value rows, and x from the first tile on whose stage has been used before.
 template <typename X, typename L>
 FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, typename X::Feed x, const unsigned char* masks) {
     for (; feed.more(); feed.advance(), masks += bitmap::kMaskBytes) {
@@ -240,10 +240,10 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, typename
     x.leave(feed);
 }
 
-// Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh where it is used, then see stream_k.cuh. scratch: see
-// x_images.cuh. masks, values, fronts, places: see docs/formats/bitmap.md. kRing: value rows that the ring of a part holds.
-// kStages: tiles for which x and masks have room. kWarpgroup: wgmma instead of mma.sync. kAligned: K is a multiple of 8
-// and x 16-byte aligned.
+// Grid (G, ceil(N / kN)). workspace: the counters of x_images.cuh where it is used, then what stream_k.cuh needs.
+// scratch: see x_images.cuh. masks, values, fronts, places: see docs/formats/bitmap.md. kRing: value rows that the ring
+// of a part holds. kStages: tiles for which there is room for x and masks. kWarpgroup: wgmma instead of mma.sync.
+// kAligned: K is a multiple of 8 and x is 16-byte aligned.
 template <typename T, int kN, int kRing, int kStages, int kMinBlocks, bool kWarpgroup, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
 spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
@@ -260,7 +260,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const bool feeds = warp == bitmap::kParts;
 
     const int tiles_k = (K + bitmap::kTileK - 1) / bitmap::kTileK;
-    constexpr bool kImages = kWarpgroup && kN >= 32;  // matmul/bitmap.py knows it too
+    constexpr bool kImages = kWarpgroup && kN >= 32;  // matmul/bitmap.py must agree
     using MakeX = XFor<S, L, kAligned, kImages>;
     using X = typename MakeX::Type;
     const StreamK<S> split((M + bitmap::kTileM - 1) / bitmap::kTileM, tiles_k, row_cost,
@@ -269,11 +269,11 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const int count = static_cast<int>(split.first_tile(blockIdx.x + 1)) - first;
     const int n0 = blockIdx.y * kN;
     const int row = first / split.tiles_k, tile_k = first - row * split.tiles_k;
-    // From the begin of a run of the format on, no row is needed from before it.
+    // From the start of a run of the format on, no earlier row is needed.
     const Runs format_runs{split.tiles_m, split.tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
 
-    // By all warps: asked for by the feeder alone, it has fewer uniform registers, and N = 16 takes 2 % longer.
+    // Loaded by all warps: if the feeder alone loads them, it has fewer uniform registers, and N = 16 takes 2 % longer.
     const FirstFronts first_fronts(fronts + first, count);
     if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals + X::kArrivals);
     __syncthreads();
@@ -296,7 +296,7 @@ spmm_bitmap(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             store_fragments<S>(sum, y, n0, row * S::kM, N, M);
         };
         Streams<typename L::Ring> streams(ring, streams_begin, warp);
-        // The next begin of a run of the format, counted from the first tile, and the front there.
+        // The next start of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));

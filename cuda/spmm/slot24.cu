@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[N, M] = x[N, K] @ W[M, K]^T with W in slots of the 2:4 sparse tensor cores: two columns of W share one.
 //
-// Which two is a choice of the format, made for bands of 32 or 64 rows, so x is gathered: from windows that have it
-// column by column (x_window.cuh, x_images.cuh), of which a lane loads the columns that its band has paired. All else is
-// as in bitmap.cu: slots are a bitmap and value streams, fed by a fifth warp (value_ring.cuh), windows too, and walked
-// tile by tile, a tile being 128 rows x 64 slots of 128 columns. Per tile, a multiplying warp
+// The format chooses which two, for each band of 32 or 64 rows, so x is gathered: it lies column by column in windows
+// (x_window.cuh, x_images.cuh), from which a lane loads the columns that its band has paired. All else is as in
+// bitmap.cu: slots are a bitmap and value streams, walked tile by tile, a tile being 128 rows x 64 slots of 128
+// columns, and a fifth warp feeds these, and the windows, to the others (value_ring.cuh). Per tile, a multiplying warp
 //   waits      for the tile's barrier: masks, picks, columns, value rows and the window of x are there,
 //   gathers    the columns of x that each step's slots belong to,
 //   decodes    its masks, 16 groups of four slots per lane, into A fragments (bitmap.cuh),
-//   multiplies them on sparse tensor cores, which take of each pair the column that the picks name, and
-//   releases   the tile, and what only it and those before needed.
-// Dense tensor cores take as many fragment registers for half as many columns: decoding costs half per element.
-// A warp has one part: a band of 32 rows, or half of the slots of one of 64, for which it gathers half as much. Then the
-// halves' sums have to be added, once a chain.
-// For 64 columns of x windows are so large that an SM has room for one block only. It has two teams of four warps: one for
-// the first tile of each window, one for the second. Each moves its streams on over the other's tiles.
+//   multiplies them on sparse tensor cores, which take from each pair the column that the picks name, and
+//   releases   the tile, and what only this tile and those before it needed.
+// Dense tensor cores take as many fragment registers for half as many columns: here decoding costs half per element.
+// A warp has one part: a band of 32 rows, or half of the slots of a band of 64, for which it gathers half as much. In a
+// band of 64 the sums of the two halves then have to be added, once per chain.
+// For 64 columns of x the windows are so large that an SM has room for one block only. This block has two teams of four
+// warps: one for the first tile of each window, one for the second. Each team advances its streams past the other's
+// tiles.
 #include "flashllm/chains.cuh"
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
@@ -36,8 +37,8 @@ constexpr int kFeedRegisters = 72, kMultiplyRegisters = 216;
 static_assert(kFeedRegisters + 2 * kMultiplyRegisters <= 3 * 168,
               "or warps wait for ever: 384 threads start with 168 registers each, the most that an SM has for them");
 
-// PartShape, but that in bands of 64 rows a warp has four fragments of 16 rows. Halves of a band and teams have slices of
-// K; warps with the same rows come one after the other, and with the same part too.
+// PartShape, except that in bands of 64 rows a warp has four fragments of 16 rows. The halves of a band, and the teams,
+// are slices of K. Warps with the same rows are consecutive, and among them those with the same part.
 template <int kN, int kPartRows, int kGroupValues_>
 struct SlotShape : PartShape<kN> {
     static constexpr int kGroupValues = kGroupValues_;
@@ -48,7 +49,7 @@ struct SlotShape : PartShape<kN> {
     static constexpr int kRowFragments = kPartRows / 16;
 
     FLASHLLM_DEVICE static int part() { return static_cast<int>(threadIdx.x >> 5) / kTeams; }
-    // Lane of a tile.
+    // Number of this thread among the lanes of a tile.
     FLASHLLM_DEVICE static int thread() {
         return kTeams == 1 ? threadIdx.x : part() * bitmap::kLanes + static_cast<int>(threadIdx.x & 31);
     }
@@ -58,7 +59,7 @@ struct SlotShape : PartShape<kN> {
     FLASHLLM_DEVICE static int slice() { return static_cast<int>(threadIdx.x >> 5) % kSlices; }
 };
 
-// The sums of all slices at the end of a chain, and whose they are: of the first slice, or a part of each warp.
+// Adds up the slices at the end of a chain. The first slice then has the sums or, with two teams, each warp a part.
 template <typename S, int kTeams = S::kTeams>
 struct Sums {
     using Shape = S;
@@ -73,8 +74,8 @@ struct Sums<S, 2> {
     FLASHLLM_DEVICE Accumulators<Shape>& of(Accumulators<S>&) { return own; }
 };
 
-// Loads the columns of x that step kStep of the part names: one of four bytes, times the distance of columns. A lane has
-// lefts, or rights, and `window` is that of their first unit.
+// Loads the columns of x that step kStep of the part names: one of the four bytes of `columns` times the distance
+// between columns. A lane has lefts, or rights, and `window` is the address of their first unit.
 template <typename S, int kStep>
 FLASHLLM_DEVICE void gather(unsigned (&b)[S::kColumnFragments][4], unsigned columns, unsigned window) {
     using Window = XWindow<S::kN>;
@@ -83,7 +84,7 @@ FLASHLLM_DEVICE void gather(unsigned (&b)[S::kColumnFragments][4], unsigned colu
     for (int j = 0; j < S::kColumnFragments; ++j) ptx::load_matrix_x4_transposed(b[j], Window::unit(column, j));
 }
 
-// Decodes half kHalf of a mask word, 32 rows of one step, and multiplies it: the rows from fragment kFirst on.
+// Decodes half kHalf of a mask word, 32 rows of one step, and adds its products to the row fragments from kFirst on.
 template <typename T, typename S, int kHalf, int kFirst, typename Values>
 FLASHLLM_DEVICE void multiply_rows(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned picks,
                                    const unsigned (&b)[S::kColumnFragments][4]) {
@@ -99,7 +100,7 @@ FLASHLLM_DEVICE void multiply_rows(Accumulators<S>& sum, Values& streams, unsign
     }
 }
 
-// Multiplies what word kWord of masks and picks is about: two steps, or one of twice as many rows.
+// Multiplies what word kWord of masks and picks covers: two steps, or one step of twice as many rows.
 template <typename T, typename S, int kWord, typename Values>
 FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsigned mask, unsigned picks, unsigned columns,
                                    unsigned window) {
@@ -111,9 +112,9 @@ FLASHLLM_DEVICE void multiply_word(Accumulators<S>& sum, Values& streams, unsign
     multiply_rows<T, S, 1, kTwoSteps ? 0 : 2>(sum, streams, mask, picks, b);
 }
 
-// Shared memory of a block: rings of value rows, windows of x, stages of masks, picks and columns, sums on their way from
-// one slice to the other, barriers. Where groups have two values, or there are two teams, the tiles of a window are brought
-// together: the feeder has half as much to do, and their value rows have room.
+// Shared memory of a block: rings of value rows, windows of x, stages of masks, picks and columns, sums that pass from
+// one slice to the other, barriers. Where groups have two values, or there are two teams, both tiles of a window are
+// loaded together: the feeder has half as much to do, and there is room for their value rows.
 template <typename S, int kRing, int kStages_, int kWindows_>
 struct Layout {
     static constexpr int kStepTiles = S::kGroupValues == bitmap::kGroup && S::kTeams == 1 ? 1 : slot24::kWindowTiles;
@@ -121,7 +122,7 @@ struct Layout {
     using Ring = ValueRing<kRing, kStepTiles * bitmap::kStreamElements * S::kGroupValues / bitmap::kGroup>;
     using Feed = Feeder<Ring, kStages, kStepTiles>;
     using Window = XWindow<S::kN>;
-    using Images = XImages<Window, 1, 1, S::kBlockWarps>;  // two first windows take .5 us longer than the second is waited for
+    using Images = XImages<Window, 1, 1, S::kBlockWarps>;  // two first windows cost .5 us more than waiting for the second
     static constexpr int kColumnBytes = S::Bands::kColumnBytes;
     static constexpr unsigned kPicksAt = kStepTiles * bitmap::kMaskBytes;
     static constexpr unsigned kColumnsAt = kPicksAt + kStepTiles * slot24::kPickBytes;
@@ -138,21 +139,21 @@ struct Layout {
     FLASHLLM_DEVICE StageBarriers barriers() const { return {base + kBarriersAt}; }
 };
 
-// The feeding warp's windows of x, behind the first ones of the run, which are there.
+// The feeding warp's windows of x, after the first ones of the run, which the multiplying warps lay out.
 //
-// A window comes with the first step that needs it, on the same barrier. But it may not be laid out yet when the first steps
-// could be brought: then their barriers wait for the windows, and all else is asked for first.
+// A window is loaded with the first step that needs it, on the same barrier. But it may not be laid out yet when the
+// first steps could be loaded: then everything else is issued first, and their barriers wait for the windows.
 template <typename L>
 struct WindowFeed {
     using Window = typename L::Window;
     const L& layout;
     const typename L::Images& images;
-    int next;        // the window to be copied, in its row of tiles
+    int next;        // the window to copy, in its row of tiles
     int phase;       // 1 where the run begins with a window's second tile
     int asked = L::Images::kFirst;  // windows that steps wait for
-    int copied = asked;             // of these
+    int copied = asked;             // how many of these are copied
     int place = copied % L::kWindows;  // where the next one goes
-    bool all = false;  // are laid out
+    bool all = false;  // all windows are laid out
 
     // The first step of the run's window `number`.
     FLASHLLM_DEVICE int step_of(int number) const {
@@ -160,12 +161,12 @@ struct WindowFeed {
     }
     FLASHLLM_DEVICE bool begins(int step) const { return step == step_of(asked); }
 
-    // Steps that have to be released before the next window finds a place.
+    // Number of steps that have to be released before the next window has a place.
     FLASHLLM_DEVICE int needed() const { return step_of(asked + 1 - L::kWindows); }
 
     // Copies all windows that steps wait for.
     FLASHLLM_DEVICE void copy() {
-        constexpr int kLooks = 64;  // tens of microseconds: some blocks have not begun
+        constexpr int kLooks = 64;  // tens of microseconds: if that is not enough, some blocks have not begun
         if (copied == asked) return;
         if (copied == L::Images::kFirst) ptx::grid_dependency_wait();
         if (!all) all = images.are_there();
@@ -191,7 +192,7 @@ private:
     }
 };
 
-// The feeding warp's loop. masks ... columns: of the first tile of the first step.
+// The feeding warp's loop. masks ... columns: those of the first tile of the first step.
 template <typename L>
 FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFeed<L> x, const unsigned char* masks,
                                 const unsigned char* picks, const unsigned char* columns) {
@@ -212,7 +213,7 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
         feed.bring(pieces, need, begins ? L::Window::kBytes : 0);
         if (x.copied != L::Images::kFirst) x.copy();
 #else
-        x.copy();  // before the arrival for all that was asked for
+        x.copy();  // before the arrival that covers all copies
         feed.bring(pieces, need);
 #endif
         masks += L::kStepTiles * bitmap::kMaskBytes, picks += L::kStepTiles * slot24::kPickBytes;
@@ -224,9 +225,10 @@ FLASHLLM_DEVICE void feed_tiles(const L& layout, typename L::Feed feed, WindowFe
     x.images.leave();
 }
 
-// Grid (G, ceil(N / kN)). workspace: counters of x_images.cuh, then see stream_k.cuh. scratch: see x_images.cuh.
-// masks ... columns: see docs/formats/slot24.md. window_columns: of x in a window. kRing: value rows that the ring of a part
-// holds. kStages: tiles for which masks, picks and columns have room. kWindows: of x.
+// Grid (G, ceil(N / kN)). workspace: the counters of x_images.cuh, then what stream_k.cuh needs. scratch: see
+// x_images.cuh. masks ... columns: see docs/formats/slot24.md. window_columns: columns of x in a window. kRing: value
+// rows that the ring of a part holds. kStages: steps for which there is room for masks, picks and columns. kWindows:
+// windows of x that fit.
 template <typename T, int kN, int kPartRows, int kGroupValues, int kRing, int kStages, int kWindows, int kMinBlocks>
 __global__ void __launch_bounds__(kSlotThreads<kN>, kMinBlocks)
 spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned char* __restrict__ values,
@@ -248,7 +250,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
 
     const int windows = (K + window_columns - 1) / window_columns;
     const int tiles_m = (M + bitmap::kTileM - 1) / bitmap::kTileM, tiles_k = windows * slot24::kWindowTiles;
-    // Two teams take whole windows: those are what is dealt then, and what `begin`, `split_count` and `tile` count.
+    // Two teams take whole windows: these are dealt to blocks then, and `begin`, `split_count` and `tile` count them.
     const StreamK<Out> split(tiles_m, tiles_k / kTeams, row_cost, workspace + L::Images::counter_bytes(windows));
     const typename L::Images images{reinterpret_cast<const unsigned short*>(x), N, K, windows, window_columns,
                                     reinterpret_cast<unsigned*>(workspace), scratch};
@@ -259,7 +261,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const int row = first / tiles_k, tile_k = first - row * tiles_k;
     const int phase = tile_k % slot24::kWindowTiles, first_window = tile_k / slot24::kWindowTiles;
 
-    // From the begin of a run of the format on, no row is needed from before it.
+    // From the start of a run of the format on, no earlier row is needed.
     const Runs format_runs{tiles_m, tiles_k, runs_row_cost, static_cast<unsigned>(runs)};
     int run = static_cast<int>(format_runs.run_of(first)), restart = static_cast<int>(format_runs.first_tile(run));
     if (threadIdx.x == 0) barriers.init(kStages, L::Feed::kArrivals, S::kBlockWarps);
@@ -268,7 +270,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
     const int lag = first == restart ? 0 : bitmap::kSlack;
     if (feeds) {
         if constexpr (kTeams == 2) {
-            // Registers are given out to warps of four at a time: three of these leave theirs to the others.
+            // Registers are reallocated for four warps at a time: three of these four only leave theirs to the others.
             ptx::give_registers<kFeedRegisters>();
             if (warp != S::kBlockWarps) return;
         }
@@ -292,7 +294,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         const auto write = [&](Accumulators<Out>& sum, int row) { store_fragments<Out>(sum, y, n0, row * S::kM, N, M); };
         const typename L::Ring ring(layout.base, ptx::uniform(streams_begin.first_front), lag);
         Streams<typename L::Ring> streams(ring, streams_begin, part);
-        // The next begin of a run of the format, counted from the first tile, and the front there.
+        // The next start of a run of the format, counted from the first tile, and the front there.
         const auto next_restart = [&] { return static_cast<int>(format_runs.first_tile(++run)) - first; };
         restart = next_restart();
         int restart_front = __ldg(fronts + first + min(restart, count));
@@ -304,7 +306,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             restart_front = __ldg(fronts + first + min(restart, count));
         };
         Chains<Out> chains(split, begin, row, split_count);
-        // Streams trade columns before tiles that are multiples of kPlaceTiles. (Opaque: see bitmap.cu.)
+        // Streams trade columns before tiles whose numbers are multiples of kPlaceTiles. (Opaque: see bitmap.cu.)
         const auto trade_at = [&](int tile) {
             const int next = first + tile;
             if (next % bitmap::kPlaceTiles == 0) streams.trade(places, next, first + count, thread);
@@ -320,7 +322,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
         Cycle<kStages> cycle;
         int tile = 0, in_window = phase;
         const unsigned windows_begin = layout.window(0) + L::Window::first_unit((threadIdx.x & 1) * 4);
-        unsigned window = windows_begin;  // of x, the one in use
+        unsigned window = windows_begin;  // the window of x in use
         while (true) {
             const int in_step = kTeams == 2 ? team : L::kStepTiles == 1 ? 0 : in_window;
             if (kTeams == 2 || in_step == 0 || tile == 0) ptx::mbarrier_wait(barriers.full(cycle.stage), cycle.parity);
@@ -330,7 +332,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
             const uint2 mask = ptx::load_shared8(words), pick = ptx::load_shared8(words + L::kPicksAt);
             const unsigned place = stage + L::kColumnsAt + in_step * L::kColumnBytes + thread * S::Bands::kPartSteps;
             const unsigned column = S::Bands::kHalves == 1 ? ptx::load_shared4(place) : ptx::load_shared_half(place);
-            // Over the other team's tile of the window.
+            // Skips the other team's tile of the window.
             const auto skip = [&](int other) {
                 streams.skip(ptx::load_shared8(stage + other * bitmap::kMaskBytes + thread * 8));
             };
@@ -368,7 +370,7 @@ spmm_slot24(const T* x, const unsigned char* __restrict__ masks, const unsigned 
                 all.add(sum, reinterpret_cast<float4*>(shared + L::kSumsAt));
                 chains.end(split, tile, all.of(sum), write);
                 if (tile == split_count) {
-                    // The feeder waits for the first step, which may have no more than this tile.
+                    // The feeder waits for the first step, which may consist of this tile alone.
                     if (kTeams == 1 && L::kStepTiles != 1 && in_window == 1) barriers.release(cycle.stage);
                     break;
                 }

@@ -7,10 +7,10 @@
 //   scatters the words of the next tile into a zeroed 16 KB shared-memory image of it,
 //   computes the present tile's image times x on tensor cores, and
 //   clears   the previous image by storing zeros exactly where values were.
-// Three images take turns, so the four activities touch different memory and one barrier per tile orders all
-// of them. Where a row of tiles ends, the accumulators are written: to y if the block saw the whole row, else to the
-// workspace. When its run is through, a block that has the end of a row adds the pieces of the row in block order (a fixed
-// order: results are bit-reproducible).
+// Three images take turns, so the four activities touch different memory and one barrier per tile orders all of them.
+// Where a row of tiles ends, the accumulators are written: to y if the block saw the whole row, else to the workspace.
+// At the end of its run, a block that has the end of a row adds the pieces of the row, in a fixed order, so results are
+// bit-reproducible.
 #include "flashllm/chains.cuh"
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
@@ -20,13 +20,13 @@
 
 namespace flashllm {
 
-constexpr int kThreads = 128;  // one warpgroup: what a block does once per tile costs four warps, not more
+constexpr int kThreads = 128;  // one warpgroup: what a block does once per tile is done by four warps, not more
 constexpr int kWarps = kThreads / 32;
 constexpr int kImages = 3;
-constexpr int kFirstVectors = 1024;  // 16 KiB of words that a launch asks for before it may read x
+constexpr int kFirstVectors = 1024;  // 16 KiB of words that a block prefetches before it may read x
 constexpr int kTileBytes = csl::kTileElements * 2;
 constexpr int kMaxChainSteps = 384;
-constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image is all 32 banks
+constexpr int kRowBytes = csl::kTileK * 2;  // 128: one row of an image spans all 32 banks
 static_assert(kRowBytes == kStageRowBytes, "a row of an image and one of an x stage meet in the tensor cores");
 
 // Compile-time shape of one kernel. Warps split the tile into kSlices along K times kWarps / kSlices along M.
@@ -40,8 +40,8 @@ struct Shape {
     static constexpr int kRowFragments = csl::kTileM / 16 / (kWarps / kSlices);  // m16 fragments of one warp
     static constexpr int kColumnFragments = kN / 8;
     static constexpr int kSteps = csl::kTileK / 16 / kSlices;            // k16 steps of one warp
-    // Tiles that one chain of accumulations spans at most. Tensor cores truncate each fp32 sum towards zero; from about
-    // 400 steps on the drift shows beside the rounding of the result to fp16.
+    // Longest chain of accumulations, in tiles. Tensor cores truncate each fp32 sum towards zero; from about 400 steps
+    // on the drift becomes visible beside the rounding of the result to fp16.
     static constexpr int kMaxChain = kMaxChainSteps / kSteps;
     static constexpr int kStageBytes = kN * kRowBytes;
     static_assert(kN % 8 == 0 && kN <= 64, "one block computes 8..64 columns of x");
@@ -60,10 +60,10 @@ struct Shape {
 // What an empty tile reads: value 0 at location 0.
 __device__ const uint4 kNoWords = {0, 0, 0, 0};
 
-// The words of one tile that this thread holds. Threads past the last vector hold a copy of it: storing the same
-// value to the same place again costs no bank conflict, and saves branches. Only with 4 vectors, whose weights (75 to
-// 87 % sparse) leave the last one empty in most warps, do those warps skip it (measured; with 5 it costs more than
-// it saves).
+// The words of one tile that this thread holds. Threads past the last vector hold a copy of it: storing the same value
+// to the same place again causes no bank conflict, and saves branches. Only with 4 vectors, where the weights (sparsity
+// 75 to 87 %) leave the last one empty in most warps, do those warps skip it (measured; with 5 it costs more than it
+// saves).
 template <int kVectors>
 struct Words {
     static constexpr bool kSkipLast = kVectors == 4;
@@ -102,8 +102,8 @@ FLASHLLM_DEVICE void store_words(const Words<kVectors>& words, unsigned images) 
     }
 }
 
-// The words of a tile (from offset[0] to offset[1]) that are more than the registers hold, read from memory again:
-// slower, and right for any density.
+// Stores the words of a tile (from offset[0] to offset[1]) that do not fit in the registers, reading them from memory
+// again: slower, but right for any density.
 template <bool kZero, int kImage, int kVectors>
 FLASHLLM_DEVICE void store_excess(unsigned images, const uint4* all_words, const int* offset) {
     const int begin = __ldg(offset), count = __ldg(offset + 1) - begin;
@@ -171,9 +171,9 @@ FLASHLLM_DEVICE void multiply(Accumulators<S>& sum, unsigned image, unsigned sta
 
 // ---- kernel ------------------------------------------------------------------------------------------------
 
-// One block's walk over its tiles. The image, x stage, register set and offset of a tile are number (tile % 3), a
-// compile-time constant in each of the three unrolled phases: every shared address is a register plus an
-// immediate, and nothing moves between registers.
+// One block's walk over its tiles. The image, x stage, register set and offset of a tile have number tile % 3, a
+// compile-time constant in each of the three unrolled phases: every shared address is a register plus an immediate, and
+// nothing moves between registers.
 template <typename T, typename S, int kVectors, int kPrefetch, bool kAligned, bool kOverlap, bool kUndo>
 struct Walk {
     const uint4* words;
@@ -181,8 +181,8 @@ struct Walk {
     int run_end;                 // where the words of the block's last tile end
     unsigned images, stages, image_operand, stage_operand;
     int tile = 0, count;
-    int edge[kImages];           // where the words of the tiles under way begin
-    unsigned excess = 0;         // bit i: the last but i tile loaded has more words than the registers hold
+    int edge[kImages];           // where the words of the tiles in flight begin
+    unsigned excess = 0;         // bit i: the tile loaded i tiles before the last has more words than registers hold
     XLoader<S, kAligned> x;
     Words<kVectors> sets[kImages];
 
@@ -192,8 +192,8 @@ struct Walk {
           stages(shared + kImages * kTileBytes), image_operand(ptx::operand(images)),
           stage_operand(ptx::operand(stages)), count(count), x(x) {}
 
-    // Loads the words of set kSet's next tile, number `ahead` from the present one. Past the block's last tile the
-    // edges stand still: no words.
+    // Loads the words of the next tile of set kSet, `ahead` tiles after the current one. Past the block's last tile the
+    // edges no longer move, so there are no words.
     template <int kSet>
     FLASHLLM_DEVICE void load_next(int ahead) {
         constexpr int kAfter = (kSet + 1) % kImages;
@@ -211,7 +211,7 @@ struct Walk {
 
     FLASHLLM_DEVICE void fill() {
         edge[0] = __ldg(offset), edge[1] = __ldg(offset + 1);
-        // Words are constant, x is not: the first of them come to the L2 while the launch before still runs.
+        // Words are constant, x is not: the first words are prefetched to the L2 while the previous launch still runs.
         const int first_vectors = min(run_end - edge[0], kFirstVectors);
         ptx::prefetch_to_l2(threadIdx.x == 0 && first_vectors > 0, words + edge[0], first_vectors * 16);
         ptx::grid_dependency_wait();
@@ -254,8 +254,8 @@ struct Walk {
         }
         if (tile + (kOverlap ? 2 : 1) < count) x.template load<kOverlap ? kLast : kNext>();
         ptx::copy_async_commit();  // committed even when empty: the wait counts groups
-        // Rare: the previous or the next tile is denser than the registers hold. With overlap, tile + 1 has been
-        // loaded, so these are bits 2 and 0; without, the present tile was the last, and the next comes below.
+        // Rare: the previous or the next tile has more words than the registers hold. With overlap, tile + 1 was loaded
+        // last, so these are bits 2 and 0; without, the current tile was, and the next is handled below.
         constexpr unsigned kLastBit = kOverlap ? 4 : 2, kNextBit = kOverlap ? 1 : 0;
         if (excess & (kLastBit | kNextBit)) {
             if (kUndo && (excess & kLastBit)) store_excess<true, kLast, kVectors>(images, words, offset + tile - 1);
@@ -278,7 +278,7 @@ struct Walk {
 
 // Grid (G, ceil(N / kN)). workspace: see stream_k.cuh.
 // kSlices 0: warpgroup tensor cores. kVectors: words per thread and tile held in registers, in vectors of 4.
-// kPrefetch: KiB of words brought to the L2 ahead of their loads, 0 = off. kAligned: K is a multiple of 8 and x
+// kPrefetch: KiB of words prefetched to the L2 ahead of their loads, 0 = off. kAligned: K is a multiple of 8 and x is
 // 16-byte aligned. For the ablation: kOverlap false = one activity at a time; kUndo false = clear whole images.
 template <typename T, int kN, int kSlices, int kVectors, int kPrefetch, int kMinBlocks, bool kAligned, bool kOverlap,
           bool kUndo>
@@ -309,7 +309,7 @@ spmm_tiled_csl(const T* x, const uint4* __restrict__ words, const int* __restric
         });
     };
     Chains<S> chains(split, static_cast<int>(first), row, count);
-    int skip = 0;  // phases of the next round that the last one has run already
+    int skip = 0;  // phases of the next round that have been run already
     while (true) {
         int ended = -1;  // the phase whose tile ended a chain
         if (skip < 1) {
@@ -327,9 +327,9 @@ spmm_tiled_csl(const T* x, const uint4* __restrict__ words, const int* __restric
         skip = 0;
         if (ended < 0) continue;
 
-        // A chain ends: rare, so there is one copy of this code, and its fetch from memory is paid once. The present
-        // image has been read and not yet cleared: it serves as scratch. What is left there are zeros and values that
-        // the coming undo will clear.
+        // A chain ends: this is rare, so there is one copy of this code, and it is fetched from memory only once. The
+        // current image has been read and not yet cleared, so it serves as scratch. It is left with zeros and with
+        // values that the coming undo will clear.
         float* const scratch = reinterpret_cast<float*>(shared + ended * kTileBytes);
         combine_slices<S>(sum, scratch);
         chains.end(split, walk.tile, sum, [&](Accumulators<S>& sum, int row) {

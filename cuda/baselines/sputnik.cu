@@ -3,22 +3,22 @@
 // Zaharia, Young, Elsen: "Sparse GPU Kernels for Deep Learning", SC'20) for fp16 values and 16-bit columns, written
 // anew.
 //
-// A block is one warp. kWidth of its threads, a subwarp, compute one row of y, kColumns columns of it, kVector
-// neighbouring ones each. Step by step of kStep stored elements of the row they
+// A block is one warp. kWidth of its threads, a subwarp, compute kColumns columns of one row of y, kVector neighbouring
+// ones each. In steps of kStep stored elements of the row they
 //   copy     the values and columns to shared memory, a vector of each per thread,
 //   gather   their part of the row of x that each column names, a vector per thread, into registers, and
 //   multiply it by the value, in fp32.
 // Rows start at multiples of kPad elements, not of the vectors that load them. So the first step starts with the
 // vector that the row starts in ("reverse-offset memory alignment"), and the elements before the row become zeros.
-// Stored values are never zero: a zero stands for no element. Where there may be any, among the first kPad elements
-// of a row and in its last step, the row of x is read only for a value that is not zero, since zero times an infinity
-// is not zero.
+// Stored values are never zero: a zero stands for no element. Where zeros may occur, which is among the first kPad
+// elements of a row and in its last step, the row of x is read only for a value that is not zero, since zero times an
+// infinity is not zero.
 #include "flashllm/ptx.cuh"
 
 namespace flashllm {
 
-constexpr int kStep = 64;    // stored elements that a row takes at a time
-constexpr int kPad = 4;      // rows are padded with zeros to a multiple of these
+constexpr int kStep = 64;    // stored elements of a row per step
+constexpr int kPad = 4;      // rows are padded with zeros to a multiple of this
 constexpr int kBankPad = 8;  // the subwarps of a warp read at once: each row's step starts 4 banks further on
 constexpr int kRowStride = 2 * kStep + kBankPad;
 
@@ -52,7 +52,7 @@ FLASHLLM_DEVICE void pack(uint4& vector, const float* sum) {
     pack(vector.x, sum), pack(vector.y, sum + 2), pack(vector.z, sum + 4), pack(vector.w, sum + 6);
 }
 
-// Stored elements are read once, rows of x again and again: the L1 cache is for those.
+// Stored elements are read once, rows of x again and again, so the L1 cache is left to the rows of x.
 FLASHLLM_DEVICE uint4 load_stored(const uint4* pointer) { return ptx::load_streaming(pointer); }
 template <typename T>
 FLASHLLM_DEVICE T load_stored(const T* pointer) { return __ldcs(pointer); }
@@ -68,9 +68,9 @@ struct Shape {
     static constexpr int kStored = kStep / kWidth < 8 ? kStep / kWidth : 8;  // stored elements a thread loads at once
     static constexpr int kLoads = kStep / kWidth / kStored;
     static constexpr bool kMayStartEarly = kStored > kPad;  // rows may start inside a vector
-    static constexpr int kBatch = kVector == 8 ? 8 : 16;    // stored elements gathered for before one is multiplied
-    // Resident on an SM. 24 leave a thread 80 registers, and about a dozen vectors of x on their way to it. Of
-    // vectors of one element the compiler has more on their way, and on sm_80 then spills.
+    static constexpr int kBatch = kVector == 8 ? 8 : 16;    // stored elements gathered for before any is multiplied
+    // Blocks resident on an SM. 24 leave a thread 80 registers, enough for about a dozen vectors of x in flight. With
+    // vectors of one element the compiler keeps more in flight, and then spills on sm_80.
     static constexpr int kBlocks = kVector == 1 ? 16 : 24;
     static_assert(kRows * kWidth == 32, "a block is one warp");
     static_assert(kVector * kWidth == kColumns, "a block's columns are whole vectors");
@@ -95,11 +95,11 @@ struct Row {
     FLASHLLM_DEVICE void copy(const unsigned short* all_values, const unsigned short* all_columns, int first, int left,
                               int before) {
         using Stored = Vector<S::kStored>;
-        __syncwarp(mask);  // the last step has been read
+        __syncwarp(mask);  // all have read the previous step
 #pragma unroll
         for (int i = 0; i < S::kLoads; ++i) {
             const int place = (i * S::kWidth + lane) * S::kStored;
-            // Past the row's end its last vector again, which nobody reads there: cheaper than a branch.
+            // Past the row's end its last vector is copied again. Nobody reads it there: cheaper than a branch.
             const int from = first + min(place, (left - 1) & ~(S::kStored - 1));
             Stored value = load_stored(reinterpret_cast<const Stored*>(all_values + from));
             const Stored column = load_stored(reinterpret_cast<const Stored*>(all_columns + from));
@@ -120,8 +120,8 @@ struct Row {
         return part;
     }
 
-    // The pitch as a value of this step. Widened to 64 bits once for all, it is no longer known to fit 32, and an
-    // address takes two instructions instead of one.
+    // The pitch as a value of this step. If it were widened to 64 bits once for all steps, the compiler would no longer
+    // know that it fits in 32, and an address would take two instructions instead of one.
     FLASHLLM_DEVICE unsigned pitch_of_step() const {
         return static_cast<unsigned>(ptx::opaque(static_cast<int>(pitch)));
     }
@@ -132,7 +132,7 @@ struct Row {
         for (int j = 0; j < S::kVector; ++j) sum[j] += factor * to_float(half_at(part, j));
     }
 
-    // A step that elements of the row fill. kGuarded: but for its first kPad, which may be zeros.
+    // Multiplies a step that elements of the row fill; with kGuarded its first kPad may be zeros instead.
     template <bool kGuarded>
     FLASHLLM_DEVICE void multiply_step() {
         const unsigned step_pitch = pitch_of_step();
@@ -157,7 +157,7 @@ struct Row {
         }
     }
 
-    // The row's last `left` elements, a multiple of kPad; any may be zeros.
+    // Multiplies the row's last `left` elements, a multiple of kPad; any of them may be zero.
     FLASHLLM_DEVICE void multiply_rest(int left) {
 #pragma unroll 1
         for (int first = 0; first < left; first += kPad) {
@@ -196,13 +196,14 @@ spmm_sputnik(const unsigned short* __restrict__ x, const unsigned short* __restr
     row.mask = 0xffffffffu >> (32 - kWidth) << subwarp * kWidth;
     row.values = reinterpret_cast<unsigned short*>(shared) + subwarp * kRowStride;
     row.columns = row.values + kStep;
-    // Threads to the right of y compute its last columns once more and do not store them: no load depends on N.
+    // Threads past the right edge of y compute its last columns once more and do not store them, so that no load
+    // depends on N.
     const int n = blockIdx.y * kColumns + row.lane * S::kVector;
     row.x = reinterpret_cast<const char*>(x + min(n, N - S::kVector));
     row.pitch = static_cast<unsigned>(N) * 2;
 
     int before = begin & (S::kStored - 1), first = begin - before, left = end - first;
-    if (left > kStep) {  // if it is a step exactly, its end may be padding: that is the rest
+    if (left > kStep) {  // if exactly one step is left, it may end in padding: multiply_rest takes it
         row.copy(values, columns, first, left, before);
         row.template multiply_step<S::kMayStartEarly>();
         first += kStep, left -= kStep, before = 0;

@@ -3,18 +3,18 @@
 // ("tensor-core-aware bitmap encoding"), its decoding ("SMBD", shared memory bitmap decoding) and the structure of the
 // kernel are those of SpInfer (Fan et al., EuroSys'25).
 //
-// W lies in GroupTiles of 64 x 64, row by row. Each is four median tiles of 16 x 64, one per warp; a median tile is
-// four TCTiles of 16 x 16; a TCTile four BitmapTiles of 8 x 8 in the order of the registers of an mma fragment: top
+// W is stored in GroupTiles of 64 x 64, row by row. Each is four median tiles of 16 x 64, one per warp; a median tile
+// is four TCTiles of 16 x 16; a TCTile four BitmapTiles of 8 x 8 in the order of the registers of an mma fragment: top
 // left, bottom left, top right, bottom right. A BitmapTile is 64 bits, one per element, row by row. The values of a
-// GroupTile follow each other without gaps in that order; 16 bytes are the unit of its beginning and end.
+// GroupTile follow each other in that order without gaps; they begin and end at multiples of 16 bytes.
 //
 // A block computes 64 rows of W times kN columns of x over a range of GroupTiles along K, its split. Per GroupTile it
-//   asks for the next bitmaps and values (one buffer: the present ones are in registers), then for the next x (two),
-//   multiplies the present fragments,
+//   issues loads of the next bitmaps and values (one buffer: current ones are in registers), then of the next x (two),
+//   multiplies the current fragments,
 //   waits for the bitmaps and values and decodes them into the same registers, and
 //   waits for x.
-// With more than one split, sums go to the workspace as fp32 and a second kernel adds them; the published one keeps
-// fp16 sums there, and each rounding to fp16 costs as much as the result is allowed to lose in all.
+// With more than one split, sums go to the workspace as fp32 and a second kernel adds them; the published kernel keeps
+// fp16 sums there, but each rounding to fp16 loses as much accuracy as the result is allowed to lose in all.
 #include "flashllm/epilogue.cuh"
 #include "flashllm/ptx.cuh"
 #include "flashllm/x_stage.cuh"
@@ -30,8 +30,8 @@ constexpr int kMedianBitmapBytes = kSteps * 4 * 8;
 constexpr int kBitmapBytes = kWarps * kMedianBitmapBytes;
 constexpr int kVectorValues = 8;                 // values of a 16-byte vector, the unit of copies
 constexpr int kHelperThreads = 256;
-// Of an SM: five, as the registers of the published kernel allow. With 64 columns the compiler comes to that by itself
-// (0: not said), and spills when it is told.
+// Per SM: five, as the registers of the published kernel allow. With 64 columns the compiler arrives at that by itself
+// (0: unspecified), but spills when told to.
 template <int kN>
 constexpr int kResidentBlocks = kN == 64 ? 0 : 5;
 static_assert(kTileM == kWarps * 16, "a warp has the 16 rows of one mma fragment");
@@ -54,7 +54,7 @@ using Fragments = unsigned[kSteps][4];
 
 // ---- from memory to fragments ------------------------------------------------------------------------------
 
-// Starts the copies of one GroupTile's bitmaps and values; these are `vectors` times 16 bytes, any number from 0 on.
+// Starts the copies of one GroupTile's bitmaps and values. The values are `vectors` times 16 bytes, possibly none.
 FLASHLLM_DEVICE void load_tile(unsigned bitmap_buffer, unsigned value_buffer, const uint4* bitmaps, const uint4* values,
                                int vectors) {
     const int thread = threadIdx.x;
@@ -63,9 +63,9 @@ FLASHLLM_DEVICE void load_tile(unsigned bitmap_buffer, unsigned value_buffer, co
     for (int i = thread; i < vectors; i += kThreads) ptx::copy_async16(true, value_buffer + i * 16, values + i, 16);
 }
 
-// Decodes a median tile. Lane l has bits 2 l and 2 l + 1 of every BitmapTile, row l / 4, columns 2 (l % 4) and the
-// next: what its register of the fragment holds. As many values as there are bits set before these precede its own.
-// Neighbouring lanes read neighbouring values, so no banks conflict.
+// Decodes a median tile. Lane l has bits 2 l and 2 l + 1 of every BitmapTile, which are row l / 4, column 2 (l % 4) and
+// the next: what its register of the fragment holds. Its values are preceded by as many as there are bits set before
+// these. Neighbouring lanes read neighbouring values, so there are no bank conflicts.
 FLASHLLM_DEVICE void decode(Fragments& a, unsigned bitmaps, unsigned values) {
     const int first_bit = (threadIdx.x & 31) * 2;
     const unsigned long long before = (1ull << first_bit) - 1;
@@ -111,8 +111,8 @@ FLASHLLM_DEVICE void multiply(Sums<S>& sums, const Fragments& a, unsigned stage)
     }
 }
 
-// Turns the sums in shared memory, [kN][64] floats, and hands each thread groups of 4 neighbouring rows m of W in one
-// column n of x: consume(n, m, float4).
+// Transposes the sums in shared memory, [kN][64] floats, and hands each thread groups of 4 neighbouring rows m of W in
+// one column n of x: consume(n, m, float4).
 template <typename S, typename Consume>
 FLASHLLM_DEVICE void turn(const Sums<S>& sums, float* scratch, Consume&& consume) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -135,11 +135,11 @@ FLASHLLM_DEVICE void turn(const Sums<S>& sums, float* scratch, Consume&& consume
 
 // ---- kernels ---------------------------------------------------------------------------------------------------
 
-// Blocks: column blocks of x, then tiles along M, then splits, the first fastest, so that blocks which read the same W
-// run at the same time. K, the row length of x, is a multiple of 8. `tile_offsets`: where the values of each GroupTile
-// begin, and the last one's end; `median_offsets`: where those of its four median tiles begin, from there. Both count
-// values. `partial`: [splits][N][tiles along M * 64], not touched if there is one split; else y is not. Every split has
-// a tile.
+// Blocks: column blocks of x, then tiles along M, then splits, the first varying fastest, so that blocks which read the
+// same W run at the same time. K, the row length of x, is a multiple of 8. `tile_offsets`: where the values of each
+// GroupTile begin, and where the last one ends; `median_offsets`: where those of its four median tiles begin, relative
+// to that. Both count values. `partial`: [splits][N][tiles along M * 64], not touched if there is one split; otherwise
+// y is not touched. Every split has at least one tile.
 template <int kN>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<kN>)
 spmm_tca_bme(const unsigned short* __restrict__ x, const uint4* __restrict__ values, const uint4* __restrict__ bitmaps,
@@ -167,8 +167,8 @@ spmm_tca_bme(const unsigned short* __restrict__ x, const uint4* __restrict__ val
     const unsigned warp_bitmaps = bitmap_buffer + warp * kMedianBitmapBytes;
     XLoader<S, true> x_loader(x, n0, N, K, begin, stages);
 
-    // Of the tile under way: where its values begin and end, and this warp's median tile. Read a tile ahead, and never
-    // past the split.
+    // Of the tile being loaded: where its values begin and end, and where this warp's median tile begins. They are read
+    // a tile ahead, and never past the split.
     int start = __ldg(offset), stop = __ldg(offset + 1), median = __ldg(median_offset);
     load_tile(bitmap_buffer, value_buffer, bitmap, values + start / kVectorValues, (stop - start) / kVectorValues);
     x_loader.load(0);
@@ -195,10 +195,10 @@ spmm_tca_bme(const unsigned short* __restrict__ x, const uint4* __restrict__ val
         __syncthreads();
         decode(a, warp_bitmaps, value_buffer + 2 * median);
         ptx::copy_async_wait<0>();
-        __syncthreads();  // the stage is there for all, and all are through with bitmaps and values
+        __syncthreads();  // all have the stage, and all have finished with bitmaps and values
     }
     multiply<S>(sums, a, stages + (~count & 1) * S::kStageBytes);
-    __syncthreads();  // all are through with x: sums go to its place
+    __syncthreads();  // all have finished with x: sums replace it
 
     const int m0 = tile_m * kTileM;
     turn<S>(sums, reinterpret_cast<float*>(shared), [&](int n, int m, const float4& value) {
@@ -212,7 +212,7 @@ spmm_tca_bme(const unsigned short* __restrict__ x, const uint4* __restrict__ val
     });
 }
 
-// y = the sums of all splits, added in their order; 4 elements a thread.
+// y = the sums of all splits, added in their order; 4 elements per thread.
 __global__ void __launch_bounds__(kHelperThreads)
 sum_tca_bme(const float4* __restrict__ partial, __half* __restrict__ y, int M, int N, int splits) {
     const int groups = (M + kTileM - 1) / kTileM * (kTileM / 4);  // of 4 elements in a row
@@ -228,7 +228,7 @@ sum_tca_bme(const float4* __restrict__ partial, __half* __restrict__ y, int M, i
     store_y(y, static_cast<int>(i / groups), static_cast<int>(i % groups) * 4, M, sum);
 }
 
-// Rows of x with zeros up to `padded` columns, a multiple of 8: 16-byte copies then find every row aligned.
+// Copies the rows of x with zeros up to `padded` columns, a multiple of 8: 16-byte copies then find every row aligned.
 __global__ void __launch_bounds__(kHelperThreads)
 pad_tca_bme(const unsigned short* __restrict__ x, unsigned short* __restrict__ out, int N, int K, int padded) {
     const long long i = static_cast<long long>(blockIdx.x) * kHelperThreads + threadIdx.x;

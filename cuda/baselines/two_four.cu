@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[N, M] = x[N, K] @ W[M, K]^T with W in 2:4 form (two stored elements in every four along K) on sparse tensor cores.
 //
-// Stands for what cuSPARSELt computes in SparTA (Zheng et al., OSDI'22) as the Flash-LLM paper composes it, so there is
-// also y += x @ W^T, and the layout of SparTA's other half: x [K, N], y [M, N]. With few columns of x the product is
-// bound by reading W once. Its tiles, 128 rows x 64 columns, lie one after the other along K, each in the order in
-// which lanes want it (src/flashllm/baselines/two_four.py), so a tile is one contiguous copy and its fragments are
-// 16-byte reads. A block has one or two tiles of rows (two: half the reads of x from the L2 per byte of W) and one
+// This kernel stands for what cuSPARSELt computes in SparTA (Zheng et al., OSDI'22) as the Flash-LLM paper composes it,
+// so there is also y += x @ W^T, and the layout of SparTA's other half: x [K, N], y [M, N]. With few columns of x the
+// product is bound by reading W once. Its tiles, 128 rows x 64 columns, lie one after the other along K, each in the
+// order in which lanes need it (src/flashllm/baselines/two_four.py), so a tile is one contiguous copy and its fragments
+// are 16-byte reads. A block has one or two tiles of rows (two: half the reads of x from the L2 per byte of W) and one
 // split of K, through which it walks with a ring of stages filled by cp.async. Blocks that share rows by split-K leave
 // fp32 partial sums, which a second kernel adds up in the order of the splits: results are bit-reproducible.
 #include <cuda_fp16.h>
@@ -32,7 +32,7 @@ static_assert(kFragments == 2, "one metadata word of a lane serves two fragments
 static_assert(kMetadataBytes == kThreads * kSteps * 4, "a lane has one metadata word for each step");
 
 // Tiles of x in shared memory. Row layout: [kN][kTileK], a row for each column of the product; column layout:
-// [kTileK][kN]. The 16-byte chunks of a row trade places such that eight rows of ldmatrix fall on all 32 banks.
+// [kTileK][kN]. The 16-byte chunks of a row are swizzled such that eight rows of ldmatrix fall on all 32 banks.
 template <int kN, bool kColumn>
 struct XTile {
     static constexpr int kRowChunks = (kColumn ? kN : kTileK) / 8;
@@ -45,9 +45,9 @@ struct XTile {
         return (row * kRowChunks + (chunk ^ ((row * kRowChunks >> 3) & (kRowChunks - 1)))) * 16;
     }
 
-    // Copies the tile whose first element is (row0, column0) of x, a matrix rows x columns. What lies outside becomes
-    // zero: the zeros that pad W must not meet a NaN. aligned: columns is a multiple of 8, and so chunks are whole and
-    // at addresses that cp.async takes.
+    // Copies the tile whose first element is (row0, column0) of x, a rows x columns matrix. What lies outside becomes
+    // zero, since the zeros that pad W must not meet a NaN. aligned: columns is a multiple of 8, so that chunks are
+    // whole and at addresses that cp.async accepts.
     FLASHLLM_DEVICE static void load(unsigned tile, const __half* x, int row0, int column0, int rows, int columns,
                                      bool aligned) {
 #pragma unroll
@@ -88,7 +88,7 @@ struct XTile {
 template <int kN, int kTiles>
 using Sums = float[kTiles][kFragments][kN / 8][4];
 
-// Adds the products of one stage: kTiles tiles of W, then a tile of x.
+// Adds the products of one stage, which holds kTiles tiles of W and then a tile of x.
 template <int kN, int kTiles, bool kColumn>
 FLASHLLM_DEVICE void multiply(Sums<kN, kTiles>& sum, unsigned stage) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -122,8 +122,8 @@ FLASHLLM_DEVICE void multiply(Sums<kN, kTiles>& sum, unsigned stage) {
     }
 }
 
-// What is done with the sums of a block at their places in y, or in a plane of partial sums that lies alike: for one of
-// them, and for two in neighbouring columns where N is even, so that a pair is aligned.
+// What is done with the sums of a block at their places in y, or in a plane of partial sums with the same layout: `one`
+// takes a single sum; `two` takes a pair in neighbouring columns where N is even, so that the pair is aligned.
 struct LoadHalf {
     const __half* y;
     FLASHLLM_DEVICE void one(long long at, float& sum) const {
@@ -156,9 +156,9 @@ template <bool kColumn, int kN, int kTiles>
 struct Places {
     int row_block, n0, M, N;
 
-    // Does `work` for every sum. Those outside y are left out, or, with kClamp, pairs are taken for others at its edge:
-    // loads without a branch in between can all be under way at once. (For single ones there are too few registers to
-    // hold the addresses.)
+    // Does `work` for every sum. Sums outside y are left out or, with kClamp, pairs outside are replaced by others at
+    // its edge: loads without a branch in between can all be in flight at once. (For single sums there are too few
+    // registers to hold the addresses.)
     template <bool kClamp, typename Work>
     FLASHLLM_DEVICE void each(Sums<kN, kTiles>& sum, const Work& work) const {
         if (kColumn && N % 2 == 0) each_as<kClamp, kColumn>(sum, work);
@@ -168,7 +168,7 @@ struct Places {
 private:
     template <bool kClamp, bool kPairs, typename Work>
     FLASHLLM_DEVICE void each_as(Sums<kN, kTiles>& sum, const Work& work) const {
-        // Opaque, or what is computed here before the loop over tiles would be kept through it for use after it.
+        // Opaque, or what is computed here before the loop over tiles would be kept in registers for use after it.
         const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
         const int first_m = row_block * kTiles * kTileM + (thread >> 5) * kFragments * 16 + (lane >> 2);
         const int first_n = n0 + (lane & 3) * 2;
@@ -200,10 +200,10 @@ private:
 
 }  // namespace two_four
 
-// Grid: ceil(N / kN) * ceil(M / (kTiles * 128)) * splits, column blocks fastest: those that read the same tiles of W
-// run at the same time. With more than one split nothing is written to y, and `partials` are as many planes of M * N
-// floats, rounded up to a multiple of four. kTiles: tiles of rows of a block. kAdd: y += instead of y =. kColumn: x is
-// [K, N] and y [M, N].
+// Grid: ceil(N / kN) * ceil(M / (kTiles * 128)) * splits, column blocks varying fastest, so that those that read
+// the same tiles of W run at the same time. With more than one split nothing is written to y, and `partials` is one
+// plane per split, each of M * N floats rounded up to a multiple of four. kTiles: tiles of rows per block. kAdd: y +=
+// instead of y =. kColumn: x is [K, N] and y [M, N].
 template <int kN, int kTiles, int kStages, int kMinBlocks, bool kColumn, bool kAdd>
 __global__ void __launch_bounds__(two_four::kThreads, kMinBlocks)
 spmm_two_four(const __half* x, const uint4* __restrict__ tiles, __half* y, float* partials, int M, int N, int K,
@@ -258,7 +258,7 @@ spmm_two_four(const __half* x, const uint4* __restrict__ tiles, __half* y, float
     }
     Sums<kN, kTiles> sum = {};
     const Places<kColumn, kN, kTiles> places{row_block, n0, M, N};
-    // Sums begin with y, which comes while the first tiles do, and needs no other registers.
+    // Sums start from y, which is loaded while the first tiles are and needs no other registers.
     if (kAdd && splits == 1) places.template each<true>(sum, LoadHalf{y});
     unsigned stage = stages, free_stage = stages + (kStages - 1) * kStageBytes;
     const auto next = [&](unsigned at) {
@@ -267,7 +267,7 @@ spmm_two_four(const __half* x, const uint4* __restrict__ tiles, __half* y, float
 #pragma unroll 1
     for (int tile = 0; tile < count; ++tile) {
         ptx::copy_async_wait<kStages - 2>();
-        __syncthreads();  // this tile is there for all, and all have multiplied the one before, whose stage is free now
+        __syncthreads();  // all have this tile, and all have multiplied the one before, whose stage is free now
         if (tile + kStages - 1 < count) load(free_stage);
         ptx::copy_async_commit();
         multiply<kN, kTiles, kColumn>(sum, stage);
@@ -280,8 +280,8 @@ spmm_two_four(const __half* x, const uint4* __restrict__ tiles, __half* y, float
     else places.template each<false>(sum, StoreHalf{y});
 }
 
-// y = the sum of the partial sums, or with kAdd y += it, rounded once. Four elements a thread: grid ceil(elements /
-// 1024). One kernel for both layouts, because partial sums lie as y does.
+// y = the sum of the partial sums, or with kAdd y += it, rounded once. Four elements per thread: the grid is
+// ceil(elements / 1024). One kernel serves both layouts, because partial sums have the layout of y.
 template <bool kAdd>
 __global__ void __launch_bounds__(two_four::kReduceThreads)
 reduce_two_four(const float4* partials, __half* y, long long elements, int splits) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations of the feed-forward layer, with the biases of the matrix before.
+// Activations of the feed-forward layer, after adding the biases of the preceding product.
 // Host side: src/flashllm/decoder/activate.py.
 //
 // Grids: rows, and blocks of kThreads x kWidth columns of x.
@@ -8,7 +8,8 @@
 namespace flashllm {
 namespace activation {
 
-// value / (1 + exp(-value)): exp of nothing positive, so it cannot overflow, and small results keep their digits.
+// value / (1 + exp(-value)): exp is never taken of a positive number, so it cannot overflow and small
+// results keep their digits.
 FLASHLLM_DEVICE float silu(float value) {
   const float small = expf(-fabsf(value));
   return value * (value < 0.0f ? small : 1.0f) / (1.0f + small);
@@ -16,7 +17,7 @@ FLASHLLM_DEVICE float silu(float value) {
 
 }  // namespace activation
 
-// x = max(y + bias, 0), [rows, columns] each; x may be y. A NaN stays one.
+// x = max(y + bias, 0), [rows, columns] each; x may be y. A NaN stays a NaN.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(rows::kThreads)
     relu(const T* y, const T* __restrict__ bias, int columns, T* x) {
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(rows::kThreads)
   rows::store(x + at, values);
 }
 
-// x [rows, columns] = silu(gate) * up, of y + bias [rows, 2 columns], whose rows are gate and then up.
+// x [rows, columns] = silu(gate) * up. A row of y + bias [rows, 2 columns] is gate and then up.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(rows::kThreads)
     silu_mul(const T* y, const T* __restrict__ bias, int columns, T* x) {

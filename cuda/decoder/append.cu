@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the product with the matrices of q, k and v to attention: biases, norms and rotations of the heads; keys and
-// values take their place in the cache. Host side: src/flashllm/decoder/append.py.
+// From the q, k and v product to attention: adds biases, normalises and rotates the heads, and writes keys and values
+// to their places in the cache. Host side: src/flashllm/decoder/append.py.
 #include "flashllm/rows.cuh"
 
 namespace flashllm {
 
-// A row of qkv has q of `heads` heads, then k and v of `kv_heads`. A head has 2^lane_bits lanes of a warp, the first of
-// which compute with kWidth elements of either half of it: element i of one half and of the other are a pair that is
-// turned. bias, rotation (cos and sin of each pair, by position), and q_norm with k_norm may be absent. keys and values
-// are [slot_count, kv_heads, capacity, head_dim]; a row whose slot or position they do not have is left alone. Grid:
-// rows, and blocks of as many heads as kThreads are for.
+// A row of qkv has q of `heads` heads, then k and v of `kv_heads` heads each. Each head gets 2^lane_bits lanes of a
+// warp. A lane computes kWidth elements of each half of its head, as far as the head reaches: element i of one half and
+// element i of the other are a pair that is rotated. bias, rotation (cos and sin of each pair, by position), and q_norm
+// together with k_norm may be absent. keys and values are [slot_count, kv_heads, capacity, head_dim]; a row whose slot
+// or position they do not have is skipped. Grid: rows, and blocks of as many heads as kThreads threads serve.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(rows::kThreads)
     append(const T* qkv, const T* __restrict__ bias, const int* slots, const int* positions,
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(rows::kThreads)
   }
   if (slot < 0 || slot >= slot_count || position < 0 || position >= capacity) return;  // the whole block
 
-  if (q_norm != nullptr) {  // and with it k_norm: all lanes add, those of v and those without elements too
+  if (q_norm != nullptr) {  // then k_norm is given too. All lanes add, even those of v and those without elements
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) squares += a[i] * a[i] + b[i] * b[i];

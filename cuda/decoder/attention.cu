@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of a decoding step: each row is one query for every head. Host side: src/flashllm/decoder/attention.py.
 //
-// What it costs is reading keys and values, so each is read once, for both query heads where two share them. (For more
-// of them fp32 takes longer than the reading: grouped_attention.cu.) Eight lanes have one position, a whole line of 128
-// bytes in each load. Loads do not wait for one another: values are asked for ahead of the scores of their keys, and
-// the next keys ahead of the use of the values. Teams of eight lanes, warps and splits share the positions of a row:
-// see shares.cuh.
+// The cost is reading keys and values, so each is read once, for both query heads where two share them. (With more of
+// them, fp32 arithmetic takes longer than the reading: see grouped_attention.cu.) Eight lanes take one position and
+// read a whole line of 128 bytes in each load. Loads do not wait for one another: values are loaded before the scores
+// of their keys are computed, and the next keys before the values are used. Teams of eight lanes, warps and splits
+// divide the positions of a row among them: see shares.cuh.
 #include "flashllm/shares.cuh"
 
 namespace flashllm {
@@ -13,20 +13,20 @@ namespace attention {
 
 using shares::kThreads, shares::kWarps;
 constexpr int kPartLanes = 8;  // lanes of one position, 16 bytes each: 128 bytes, a line
-constexpr int kTeams = rows::kLanes / kPartLanes;  // of a warp: positions in one load
+constexpr int kTeams = rows::kLanes / kPartLanes;  // per warp: positions in one load
 
-// kChunks: 16-byte loads of a lane for one position. kHeads: query heads that share keys.
+// kChunks: 16-byte loads per lane for one position. kHeads: query heads that share keys.
 template <int kChunks_, int kHeads_>
 struct Shape {
   static constexpr int kChunks = kChunks_, kHeads = kHeads_;
-  static constexpr int kUnroll = 4 / kChunks;              // loads of a lane under way: 4 of keys and 4 of values
-  static constexpr int kStep = kTeams * kUnroll;           // positions of a warp at a time
-  static constexpr int kSums = kChunks * rows::kVector;    // of a lane and head
+  static constexpr int kUnroll = 4 / kChunks;              // keeps 4 loads of keys and 4 of values in flight per lane
+  static constexpr int kStep = kTeams * kUnroll;           // positions that a warp takes at a time
+  static constexpr int kSums = kChunks * rows::kVector;    // per lane and head
   static constexpr int kDims = kSums * kPartLanes;         // elements of a head, rounded up
-  // Blocks at a time on an SM, for which the compiler is to leave registers: so many loads are under way there.
+  // Blocks per SM for which the compiler has to leave registers; they decide how many loads are in flight.
   static constexpr int kMinBlocks = kHeads == 1 && kChunks < 4 ? 5 : 1;
-  static constexpr int kRowChunks = kChunks * kPartLanes;  // of a head
-  static constexpr int kLeft = kSums / kTeams;             // sums of a lane once teams have added theirs
+  static constexpr int kRowChunks = kChunks * kPartLanes;  // per head
+  static constexpr int kLeft = kSums / kTeams;             // sums per lane once the teams have added theirs
   static_assert(kChunks == 1 || kChunks == 2 || kChunks == 4, "heads have up to 256 elements");
   static_assert(kHeads == 1 || kHeads == 2, "with more heads there are no registers for loads");
 };
@@ -42,8 +42,8 @@ struct Reader {
   int head_dim, team, end;
   int offset[S::kChunks];
 
-  // Positions from `first` on. Those from `end` on may be anything, so the last one is read instead. A lane that has
-  // no part, because the head is shorter, reads one of another's; its query is zero.
+  // Loads positions from `first` on. Memory from position `end` on may hold anything, so the last position before it is
+  // read instead. A lane without a part, because the head is shorter, reads that of another lane; its query is zero.
   FLASHLLM_DEVICE void load(Tile<S>& tile, const T* head, int first) const {
 #pragma unroll
     for (int u = 0; u < S::kUnroll; ++u) {
@@ -56,8 +56,8 @@ struct Reader {
   }
 };
 
-// Adds the first kCount sums of a lane and of the one kMask away, so that each has half of them, and so on down to
-// teams that are neighbours.
+// Adds the first kCount sums of this lane and of the lane kMask away, leaving each lane with half of them, and so on
+// down to neighbouring teams.
 template <int kCount, int kMask, int kSums>
 FLASHLLM_DEVICE void fold(float (&sums)[kSums]) {
   if constexpr (kMask >= kPartLanes) {
@@ -71,14 +71,14 @@ FLASHLLM_DEVICE void fold(float (&sums)[kSums]) {
   }
 }
 
-// What a lane has of its heads: sums of weighted values, and of the weights, for the positions so far.
+// A lane's state for its heads: sums of weighted values, and of the weights, over the positions so far.
 template <typename S>
 struct Heads {
   using Scores = float[S::kHeads][S::kUnroll];
   softmax::Running running[S::kHeads];
   float sums[S::kHeads][S::kSums] = {};
 
-  // Makes weights of this lane's summands of scores. Positions from `end` on do not count.
+  // Adds the lanes' parts of each score and turns the scores into weights. Positions from `end` on do not count.
   FLASHLLM_DEVICE void weigh(Scores& scores, float scale, int position, int end) {
 #pragma unroll
     for (int h = 0; h < S::kHeads; ++h) {
@@ -133,7 +133,8 @@ struct Heads {
   }
 };
 
-// This lane's summands of the scores of its heads, whose queries are in shared memory: from this lane's first chunk on.
+// Adds this lane's part of the scores of its heads. `queries`: shared address of this lane's first chunk of the
+// queries.
 template <typename T, typename S>
 FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& key, unsigned queries) {
 #pragma unroll
@@ -155,15 +156,15 @@ FLASHLLM_DEVICE void multiply(typename Heads<S>::Scores& scores, const Tile<S>& 
 }  // namespace attention
 
 // out [rows, heads * head_dim] = softmax(q k^T) v of each row's positions up to its own. q [rows, heads, head_dim];
-// keys and values [slot_count, key heads, capacity, head_dim]. A row of a slot that there is not or of a negative
-// position is left out. kGroup query heads share a key head.
+// keys and values [slot_count, key heads, capacity, head_dim]. A row whose slot does not exist or whose position is
+// negative is skipped. kGroup query heads share a key head.
 //
-// Grid: key heads, rows, splits, of which `common` are for rows of any length (shares::Share). With more than one split,
-// `counters` has a zero for each block of a split, and again in the end; `softmaxes` and `partials` are for what splits
-// leave to be put together (shares::Meeting). scale: log2(e) / sqrt(head_dim), as a rule.
+// Grid: key heads, rows, splits, of which `common` are for rows of any length (shares::Share). With more than one
+// split, `counters` has a zero for each block of a split, before and after the launch; `softmaxes` and `partials` hold
+// what the splits leave to be combined (shares::Meeting). scale: usually log2(e) / sqrt(head_dim).
 //
-// The launch before may write q, and keys and values of each row's own position, which no other row may read: nothing
-// else is waited for.
+// Of the inputs, the preceding launch may write only q, and the keys and values at each row's own position, which no
+// other row may read. Everything else is read without waiting for it.
 template <typename T, int kChunks, int kGroup>
 __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks, kGroup>::kMinBlocks)
     decode_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
@@ -174,14 +175,14 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   FLASHLLM_DYNAMIC_SHARED(shared);
   float* const shared_sums = reinterpret_cast<float*>(shared);  // [kWarps][kGroup][kDims]
   float2* const shared_softmaxes = reinterpret_cast<float2*>(shared_sums + kWarps * kGroup * S::kDims);
-  // Read anew for every step: as fp32 in registers, queries would leave no room for loads.
+  // Queries are read again in every step: as fp32 in registers they would leave no room for loads.
   const unsigned queries = ptx::shared_address(shared_softmaxes + kWarps * kGroup);  // [kGroup][kRowChunks]
 
   const int kv_heads = gridDim.x, kv_head = blockIdx.x;
   const int row = blockIdx.y;
   const int slot = slots[row], position = min(positions[row], capacity - 1);
   const shares::Share share(position + 1, gridDim.z, common, blockIdx.z, S::kStep);
-  // First of both at once, or one would be loaded only once the other has come.
+  // The first condition tests both at once; otherwise one would be loaded only after the other has arrived.
   if (min(slot, position) < 0 || slot >= slot_count || share.is_empty()) return ptx::grid_dependency_wait();
 
   const int warp = ptx::uniform(threadIdx.x / rows::kLanes), lane = threadIdx.x % rows::kLanes;
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) reader.offset[c] = min(part + c * kPartLanes, chunks - 1) * rows::kVector;
   int first = share.begin + warp * S::kStep;
-  // What follows is older than the launch before, unless the row's own position is among it.
+  // What is loaded next was written before the preceding launch, unless it includes the row's own position.
   if (min(first + S::kStep, share.end) > position) ptx::grid_dependency_wait();
   Tile<S> key, value;
   reader.load(key, head_keys, first);
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(attention::kThreads, attention::Shape<kChunks,
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
 
-  const int number = row * kv_heads + kv_head;  // of this block among those of a split
+  const int number = row * kv_heads + kv_head;  // of this block among those of one split
   const long long block_offset = static_cast<long long>(number) * kGroup * head_dim;  // of its queries and its results
   const auto place = [](int head, int chunk) { return (head * S::kRowChunks + chunk) * 16; };
   shares::copy_queries<kGroup, S::kRowChunks>(queries, q + block_offset, kGroup, head_dim, place);

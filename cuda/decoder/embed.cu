@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of the embeddings of tokens, and of positions where a model learns them, as the fp32 residual stream.
+// Embedding rows of tokens, plus those of positions where a model learns them, as the fp32 residual stream.
 // Host side: src/flashllm/decoder/embed.py.
 #include "flashllm/rows.cuh"
 
 namespace flashllm {
 namespace embed_rows {
 
-// Row `index` of a table, added to the values; NaN for a row that the table does not have: a wrong token shows, and
-// reads nothing that is not there.
+// Adds row `index` of a table to the values, or makes them NaN where the table has no such row: a wrong token shows in
+// the result, and nothing outside the table is read.
 template <typename T, int kWidth>
 FLASHLLM_DEVICE void add_row(float (&values)[kWidth], const T* table, int index, int size, int hidden, int column) {
   if (index >= 0 && index < size) {

@@ -2,15 +2,16 @@
 // Attention of a decoding step where several query heads share keys: the work of attention.cu, on tensor cores. Host
 // side: src/flashllm/decoder/grouped_attention.py.
 //
-// Each key and value is read once for all its heads, and then there is more to compute than fp32 can hide behind the
-// reading. A warp has 16 positions at a time. Scores = queries x keys^T has heads in the 16 rows of an mma, half of
-// them zeros for up to eight heads. That wastes half of a few instructions, but their accumulators are then, rounded,
-// the B operand of sums^T = values^T x weights^T: elements of a head in the rows, eight heads in the columns. There
-// nothing is wasted, neither tensor-core steps nor registers for sums, and no fragment is ever transposed: both
-// operands out of shared memory come by ldmatrix, values by its transposing form.
+// Each key and value is read once for all its heads, which leaves more to compute than fp32 can hide behind the
+// reading. A warp takes 16 positions at a time. Scores = queries x keys^T has the heads in the 16 rows of an mma; with
+// up to eight heads, half of the rows are zeros. That wastes half of a few instructions, but the weights made from
+// their accumulators are, once rounded, already the B operand of sums^T = values^T x weights^T, which has elements of a
+// head in its rows and eight heads in its columns. This product wastes neither tensor-core steps nor registers for
+// sums, and no fragment is ever transposed: ldmatrix loads both operands from shared memory, values in its transposing
+// form.
 //
-// Each warp has positions of its own and a ring of tiles that its own cp.async fill, so that between its first load and
-// the end of the loop it waits for no other warp, but once for the queries.
+// Each warp has its own positions and a ring of tiles that its own cp.async copies fill, so that between its first load
+// and the end of the loop it waits for other warps only once, for the queries.
 #include "flashllm/quads.cuh"
 #include "flashllm/shares.cuh"
 
@@ -18,12 +19,12 @@ namespace flashllm {
 namespace grouped {
 
 using quads::kQuadLanes, quads::pack;
-constexpr int kTile = 16;      // positions of a warp at a time: what one step of the second product adds up
-constexpr int kStepDims = 16;  // elements of a head in one step of the first, and in one fragment of sums
+constexpr int kTile = 16;      // positions that a warp takes at a time: what one step of the second product sums over
+constexpr int kStepDims = 16;  // elements of a head in one step of the first product, and in one fragment of sums
 constexpr int kSetHeads = 8;   // columns of an mma
 
 // Tiles in shared memory: rows of kDim elements and 16 bytes, so that the eight rows of an ldmatrix fall on all 32
-// banks. What a head lacks of kDim, and rows that do not exist, are zeros.
+// banks. Elements from head_dim to kDim, and rows that do not exist, are zeros.
 template <int kDim, int kGroup>
 struct Shape {
   static constexpr int kSets = kGroup / kSetHeads;
@@ -31,10 +32,11 @@ struct Shape {
   static constexpr int kChunks = kDim / rows::kVector;
   static constexpr int kPitch = kDim * 2 + 16;
   static constexpr int kTileBytes = kTile * kPitch;
-  // Each of keys and of values: up to 64 KB of a block on their way, and three blocks in the shared memory of an H200.
+  // Stages of keys, and as many of values: up to 64 KB per block in flight, and three blocks fit in an H200's shared
+  // memory.
   static constexpr int kStages = kDim > 128 ? 1 : 2;
-  static constexpr int kRingBytes = kStages * 2 * kTileBytes;  // of a warp
-  // Copies that may be under way while the oldest one is waited for.
+  static constexpr int kRingBytes = kStages * 2 * kTileBytes;  // per warp
+  // Copies that may still be in flight while the warp waits for the oldest one.
   static constexpr int kPending = kStages * 2 - 1;
   static constexpr int kSumPitch = kDim + 4;  // floats from head to head: the lanes of a fragment fall on all banks
   static_assert(kGroup == 8 || kGroup == 16, "an mma has 16 rows for heads");
@@ -43,8 +45,8 @@ struct Shape {
 
   FLASHLLM_DEVICE static unsigned place(int row, int chunk) { return row * kPitch + chunk * 16; }
 
-  // This lane's part of copying a tile from element `first` of an array on, of which `count` rows exist, one behind the
-  // other. All but one addition for the address of a piece is of 32 bits.
+  // Copies this lane's part of a tile that starts at element `first` of an array; `count` of its rows exist, one after
+  // the other. Addresses are computed in 32 bits but for one addition each.
   template <typename T>
   FLASHLLM_DEVICE static void copy(unsigned to, const T* array, int first, int count, int head_dim) {
     constexpr int kLanes = rows::kLanes;
@@ -64,29 +66,30 @@ struct Shape {
     }
   }
 
-  // A of step `step`, along the queries. Rows 8 to 15 of one set of heads stay zero.
+  // The A fragment of step `step` along the queries. With a single set of heads, rows 8 to 15 stay zero.
   FLASHLLM_DEVICE static void query_fragment(unsigned (&a)[4], unsigned queries, int step) {
     const int lane = threadIdx.x % rows::kLanes;
     if constexpr (kSets == 2) ptx::load_matrix_x4(a, queries + place(lane % 16, step * 2 + lane / 16));
     else ptx::load_matrix_x2(a[0], a[2], queries + place(lane % 8, step * 2 + lane / 8 % 2));
   }
 
-  // From where this lane loads fragments of a tile: its row of four matrices, two of neighbouring chunks, then two of
-  // the next eight positions. As they are, B of two sets of keys; transposed, A of 16 elements of values.
+  // Where in a tile this lane loads fragments: its row of four matrices, two in neighbouring chunks, then two in the
+  // next eight positions. As they are, they are B for two sets of keys; transposed, A for 16 elements of values.
   FLASHLLM_DEVICE static unsigned lane_place() {
     const int lane = threadIdx.x % rows::kLanes;
     return place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
 };
 
-// What a warp has of its positions so far. Lane 4 g + t has the maximum of heads g and g + 8, its summands of their
-// totals, and sums of elements g and g + 8 of 16 for heads 2 t and 2 t + 1 of each set.
+// A warp's state over its positions so far. Lane 4 g + t has the maxima of heads g and g + 8, its part of their totals,
+// and the sums of elements g and g + 8 of every 16 for heads 2 t and 2 t + 1 of each set.
 template <typename T, typename S>
 struct Heads {
   softmax::Running running[S::kSets];
   float sums[S::kSteps][S::kSets][4] = {};
 
-  // Makes weights of a tile's scores: B of the second product. Scores from number `count` on do not count.
+  // Turns a tile's scores into weights, the B operand of the second product. Scores from number `count` on do not
+  // count.
   FLASHLLM_DEVICE void weigh(unsigned (&weights)[S::kSets][2], float (&scores)[2][4], float scale, int count) {
     const int column = threadIdx.x % kQuadLanes * 2;
 #pragma unroll
@@ -115,7 +118,7 @@ struct Heads {
     }
   }
 
-  // `factor` is that of head g; sums are of heads 2 t and 2 t + 1.
+  // This lane's `factor` belongs to head g, its sums to heads 2 t and 2 t + 1.
   FLASHLLM_DEVICE void rescale(int set, float factor) {
     const int from = threadIdx.x % kQuadLanes * 2 * kQuadLanes;
     const float even = __shfl_sync(rows::kFullWarp, factor, from);
@@ -126,7 +129,7 @@ struct Heads {
     }
   }
 
-  // Leaves maxima and totals, and sums [head][kSumPitch].
+  // Stores maxima and totals, and sums [head][kSumPitch].
   FLASHLLM_DEVICE void leave(float2* to_softmaxes, float* to_sums) const {
     const int lane = threadIdx.x % rows::kLanes, row = lane / kQuadLanes, column = lane % kQuadLanes * 2;
 #pragma unroll
@@ -146,10 +149,10 @@ struct Heads {
 
 }  // namespace grouped
 
-// As decode_attention, but weights are rounded to T before they multiply values. `group` query heads share a key head;
-// a block has up to block_heads of them, at most kGroup. kDim: head_dim, rounded up.
+// Like decode_attention, but weights are rounded to T before they multiply values. `group` query heads share a key
+// head; a block takes up to block_heads of them, at most kGroup. kDim: head_dim, rounded up.
 //
-// Grid: kv_heads for the first block_heads heads of each group, then for the next, and so on; rows; splits.
+// Grid: kv_heads blocks for the first block_heads heads of each group, as many for the next, and so on; rows; splits.
 template <typename T, int kDim, int kGroup>
 __global__ void __launch_bounds__(shares::kThreads)
     grouped_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions, T* out,
@@ -165,11 +168,11 @@ __global__ void __launch_bounds__(shares::kThreads)
   const unsigned queries = ptx::shared_address(shared_softmaxes + shares::kWarps * kGroup);  // kGroup rows of a tile
 
   const int row = blockIdx.y;
-  // Volatile, or they would be asked for only where they are needed; meanwhile comes what depends on neither.
+  // Volatile, or they would be loaded only where they are needed; what depends on neither is computed meanwhile.
   const int slot = static_cast<const volatile int*>(slots)[row];
   const int position = min(static_cast<const volatile int*>(positions)[row], capacity - 1);
   int kv_head = blockIdx.x, first_in_group = 0;
-  for (; kv_head >= kv_heads; kv_head -= kv_heads) first_in_group += block_heads;  // hardly ever: no division
+  for (; kv_head >= kv_heads; kv_head -= kv_heads) first_in_group += block_heads;  // hardly ever loops, so no division
   const int heads = min(block_heads, group - first_in_group);
   const long long block_offset =  // of its queries and its results
       (static_cast<long long>(row * kv_heads + kv_head) * group + first_in_group) * head_dim;
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(shares::kThreads)
   const auto load = [&](unsigned tile, const T* from, int at) {
     if (at < share.end) S::copy(tile, from, at * head_dim, share.end - at, head_dim);
   };
-  // What follows is older than the launch before, unless the row's own position is among it.
+  // What is loaded next was written before the preceding launch, unless it includes the row's own position.
   if (min(first + (S::kStages - 1) * kStride + kTile, share.end) > position) ptx::grid_dependency_wait();
 #pragma unroll
   for (int stage = 0; stage < S::kStages; ++stage) {
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(shares::kThreads)
   for (; first < share.end; first += kStride) {
     const unsigned key_tile = ring + stage * 2 * S::kTileBytes, value_tile = key_tile + S::kTileBytes;
     stage = (stage + 1) % S::kStages;
-    const int next = first + S::kStages * kStride;  // takes the place of these
+    const int next = first + S::kStages * kStride;  // replaces these
 
     float scores[2][4] = {};
     ptx::copy_async_wait<S::kPending>();

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a layer and the start of the next: its result joins the residual stream, which is normalised. A block a
-// row. Host side: src/flashllm/decoder/norm.py.
+// The end of one layer and the start of the next: the layer's result is added to the residual stream, which is then
+// normalised. One block per row. Host side: src/flashllm/decoder/norm.py.
 #include "flashllm/rows.cuh"
 
 namespace flashllm {
 
-constexpr int kLoads = 4;  // of one thread, of a sum's parts, that are under way together
+constexpr int kLoads = 4;  // loads of a sum's parts that one thread has in flight together
 
-// residual += y + y_bias (where these are), x = norm(residual) * weight (+ bias), rows of `hidden` elements. kLayer:
-// mean 0 and variance 1, else (RMS) mean square 1. y is a sum: parts, `part_size` elements from one to the next, which
-// are added in fp32 and in their order. The row stays in registers: `hidden` is a multiple of 8 and at most kThreads x
-// kVectors x 8.
+// residual += y + y_bias (where given), then x = norm(residual) * weight (+ bias), for rows of `hidden` elements.
+// kLayer: norm to mean 0 and variance 1, otherwise (RMS) to mean square 1. y is the sum of `parts` parts, `part_size`
+// elements from one to the next, which are added in fp32 in their order. The row stays in registers: `hidden` is a
+// multiple of 8 and at most kThreads x kVectors x 8.
 template <typename T, bool kLayer, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     add_norm(float* residual, const T* y, int parts, long long part_size, const T* __restrict__ y_bias,
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
   const long long row = static_cast<long long>(blockIdx.x) * hidden;
   const auto column = [](int v) { return (v * kThreads + static_cast<int>(threadIdx.x)) * kVector; };
 
-  // What multiplies the row comes while the row is read and summed: it need not be waited for behind the sums.
+  // Weights and biases are loaded while the row is read and summed, so that nothing waits for them after the sums.
   Packed scale[kVectors], shift[kVectors], more[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
         if (column(v) < hidden) rows::add<T>(values[v], rows::load<kVector>(y + part * part_size + row + column(v)));
       }
     };
-    add_part(0);  // apart from the loop, which one part would have to wait for
+    add_part(0);  // outside the loop, for which a single part would have to wait
 #pragma unroll kPartsAtOnce
     for (int part = 1; part < parts; ++part) add_part(part);
 #pragma unroll

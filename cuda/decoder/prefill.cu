@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of prompts on tensor cores: every row looks at the rows of its sequence up to itself, and at what the cache
-// had before. Host side: src/flashllm/decoder/prefill.py.
+// Attention of prompts on tensor cores: every row attends to the rows of its sequence up to itself, and to what the
+// cache held before. Host side: src/flashllm/decoder/prefill.py.
 //
-// A block has 64 rows of one head, 16 for each warp, and walks through keys and values in tiles, the next of which
-// cp.async brings meanwhile (FlashAttention-2: Dao, 2023). Keys and values come from the cache, where the rows' own are
-// as well. Fragments of scores are fragments of weights for the second product as they are, rounded to its type.
+// A block has 64 rows of one head, 16 per warp, and walks through keys and values in tiles while cp.async loads the
+// next tile (FlashAttention-2: Dao, 2023). Keys and values come from the cache, which also holds those of the rows
+// themselves. Fragments of scores become fragments of weights for the second product in place, rounded to its type.
 #include "flashllm/quads.cuh"
 #include "flashllm/rows.cuh"
 #include "flashllm/softmax.cuh"
@@ -14,11 +14,11 @@ namespace prefill {
 
 using quads::kQuadLanes, quads::pack;
 constexpr int kThreads = 128;
-constexpr int kWarpRows = 16;  // of an mma
+constexpr int kWarpRows = 16;  // rows of an mma
 constexpr int kRows = kThreads / rows::kLanes * kWarpRows;
 
-// Tiles in shared memory: rows of kDim elements, a multiple of 16, and of 16 bytes between rows, so that the eight rows
-// of an ldmatrix fall on all 32 banks. What a head lacks of kDim, and rows that do not exist, are zeros.
+// Tiles in shared memory: rows of kDim elements, a multiple of 16, with 16 bytes between rows, so that the eight rows
+// of an ldmatrix fall on all 32 banks. Elements from head_dim to kDim, and rows that do not exist, are zeros.
 template <int kDim>
 struct Shape {
   static constexpr int kTile = kDim > 128 ? 32 : 64;  // positions at a time
@@ -37,7 +37,7 @@ struct Shape {
   // Copies kCount rows that are `stride` elements apart, of which `count` exist, each of `chunks` chunks.
   template <int kCount, typename T>
   FLASHLLM_DEVICE static void copy(unsigned tile, const T* from, long long stride, int count, int chunks) {
-    // Opaque, or addresses would be kept in registers from tile to tile, and sums need those.
+    // Opaque, or addresses would be kept from tile to tile in registers that the sums need.
     const int thread = ptx::opaque(threadIdx.x);
 #pragma unroll
     for (int turn = 0; turn < kCount * kChunks / kThreads; ++turn) {
@@ -49,24 +49,24 @@ struct Shape {
     }
   }
 
-  // A of 16 rows from `row` on, and step `step` along them; its four matrices are what ldmatrix loads.
+  // The A fragment of 16 rows from `row` on, at step `step` along them; its four matrices are what ldmatrix loads.
   FLASHLLM_DEVICE static void row_fragment(unsigned (&a)[4], unsigned tile, int row, int step) {
     const int lane = threadIdx.x % rows::kLanes;
     ptx::load_matrix_x4(a, tile + place(row + lane % 16, step * 2 + lane / 16));
   }
-  // B of step `step`, along the rows: columns are 16 positions from 16 j on, two fragments.
+  // Two B fragments of step `step` along the rows; their columns are the 16 positions from 16 j on.
   FLASHLLM_DEVICE static void key_fragments(unsigned (&b)[4], unsigned tile, int step, int j) {
     const int lane = threadIdx.x % rows::kLanes;
     ptx::load_matrix_x4(b, tile + place(j * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
   }
-  // B of step `step`, along the positions: columns are 16 elements from 16 j on, two fragments.
+  // Two B fragments of step `step` along the positions; their columns are the 16 elements from 16 j on.
   FLASHLLM_DEVICE static void value_fragments(unsigned (&b)[4], unsigned tile, int step, int j) {
     const int lane = threadIdx.x % rows::kLanes;
     ptx::load_matrix_x4_transposed(b, tile + place(step * 16 + lane % 16, j * 2 + lane / 16));
   }
 };
 
-// The maximum over the lanes that have one row of a fragment.
+// The maximum over the lanes that hold one row of a fragment.
 FLASHLLM_DEVICE float quad_maximum(float value) {
 #pragma unroll
   for (int mask = kQuadLanes / 2; mask > 0; mask /= 2) {
@@ -78,10 +78,10 @@ FLASHLLM_DEVICE float quad_maximum(float value) {
 }  // namespace prefill
 
 // out [row_count, heads * head_dim] = causal softmax(q k^T) v. q [row_count, heads, head_dim]; keys and values
-// [slot_count, key heads, capacity, head_dim]. Rows starts[s] to starts[s + 1] - 1 are sequence s, at positions from
-// that of the first one on; a sequence of rows, of a slot or of positions that there are not is left out.
+// [slot_count, key heads, capacity, head_dim]. Rows starts[s] to starts[s + 1] - 1 are sequence s, at consecutive
+// positions from that of the first row on; a sequence with rows, a slot or positions that do not exist is skipped.
 //
-// Grid: blocks of 64 rows of the longest sequence, heads, sequences. scale: log2(e) / sqrt(head_dim), as a rule.
+// Grid: blocks of 64 rows of the longest sequence, heads, sequences. scale: usually log2(e) / sqrt(head_dim).
 template <typename T, int kDim>
 __global__ void __launch_bounds__(prefill::kThreads)
     prefill_attention(const T* q, const T* keys, const T* values, const int* slots, const int* positions,
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(prefill::kThreads)
 
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
-  // The last rows have the longest way, so their blocks come first.
+  // The last rows attend to the most positions, so their blocks come first.
   const int row0 = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows;
   const int start = starts[blockIdx.z], count = starts[blockIdx.z + 1] - start;
   if (row0 >= count) return;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(prefill::kThreads)
   if (positions[start] < 0 || positions[start] > capacity - count) return;
   const int heads = gridDim.y, head = blockIdx.y, kv_head = head / (heads / kv_heads);
   const int position0 = positions[start] + row0;            // of the block's first row
-  const int length = position0 + min(kRows, count - row0);  // positions that a row of it looks at
+  const int length = position0 + min(kRows, count - row0);  // positions that any of its rows attends to
   const int chunks = head_dim / rows::kVector;
   const long long cache = (static_cast<long long>(slots[start]) * kv_heads + kv_head) * capacity * head_dim;
   const long long stride = static_cast<long long>(heads) * head_dim;
@@ -123,14 +123,14 @@ __global__ void __launch_bounds__(prefill::kThreads)
 
   const int warp = threadIdx.x / rows::kLanes, lane = threadIdx.x % rows::kLanes;
   const int warp_row = warp * kWarpRows, column = lane % kQuadLanes * 2;
-  const int own_position = position0 + warp_row + lane / kQuadLanes;  // of this lane's first row; the other is 8 behind
-  softmax::Running running[2];  // totals are of this lane's weights, and added up in the end
+  const int own_position = position0 + warp_row + lane / kQuadLanes;  // of this lane's first row; the other is 8 later
+  softmax::Running running[2];  // totals are of this lane's weights, and added up at the end
   float sums[S::kSums][4] = {};
   const int tiles = (length + S::kTile - 1) / S::kTile;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     ptx::copy_async_wait<0>();
-    __syncthreads();  // this tile is there for all, and all are through with the one whose stage the next one takes
+    __syncthreads();  // all have this tile, and all have finished with the one whose stage the next one takes
     if (tile + 1 < tiles) load(tile + 1);
     ptx::copy_async_commit();
     const unsigned stage = stages + tile % 2 * 2 * S::kTileBytes;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(prefill::kThreads)
     }
   }
 
-  // Results take the place of the warp's own queries, from where they leave as whole vectors.
+  // Results replace the warp's own queries, from where they are stored as whole vectors.
   __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The next token of every sequence from its logits. Host side: src/flashllm/decoder/sample.py.
 //
-// One block has one row. Temperature zero takes the largest logit. Else the token is drawn among those that top-k and
-// then top-p keep, by the Gumbel-max trick: the largest of logit / temperature + noise, noise = -log(-log(uniform)), is
-// each token with the probability that softmax gives it. The noise is a function of seed, token and how many tokens the
-// sequence has so far (philox.cuh), whatever the batch.
+// One block takes one row. Temperature zero takes the largest logit. Otherwise the token is drawn among those that
+// top-k and then top-p keep, by the Gumbel-max trick: each token has the largest logit / temperature + noise, where
+// noise = -log(-log(uniform)), with the probability that softmax gives it. The noise is a function of the seed, the
+// token and how many tokens the sequence has so far (philox.cuh), whatever the batch.
 //
-// Both filters keep what lies at or above a threshold: the largest one for which what is kept still has k tokens, or
-// the share p of the probability. It is found by bisection over integers that order as the logits do. To bisect a whole
-// row would be to read it 30 times. So first the largest logit of each thread stands for all: where these 1024 alone
-// reach the target, all do, and few others lie above. Those are put into shared memory, where the bisection ends. Only
-// for k above 1024, or where so many tokens have less than the share p, it is the row that is bisected.
+// Both filters keep the tokens at or above a threshold: the largest one for which those kept still number k, or still
+// hold the share p of the probability. It is found by bisection over integers that are ordered as the logits are.
+// Bisecting a whole row would mean reading it 30 times. So the largest logit of each thread first stands for all its
+// logits: where these 1024 alone reach the target, the row does too, and few others lie above that threshold. What lies
+// above it is gathered in shared memory, where the bisection ends. The row itself is bisected only for k above 1024, or
+// where that many tokens hold less than the share p.
 //
-// Sums over the block are of integers, probabilities in units of 2^-40 of the largest: the same in any order.
+// Sums over the block are sums of integers (probabilities in units of 2^-40 of the largest), so they are the same in
+// any order.
 #include "flashllm/philox.cuh"
 #include "flashllm/ptx.cuh"
 
@@ -25,16 +27,16 @@ constexpr int kThreads = 1024;
 constexpr int kLanes = 32;
 constexpr int kWarps = kThreads / kLanes;
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kGroup = 4;                       // logits of a 16-byte load, and words of a call of Philox
-constexpr int kBatch = 4;                       // loads of a thread on their way at once
+constexpr int kGroup = 4;                       // logits per 16-byte load, and words per call of Philox
+constexpr int kBatch = 4;                       // loads that a thread has in flight at once
 constexpr int kCandidates = 4096;               // tokens in shared memory
 constexpr float kUnit = 0x1p40f;                // weight of the largest logit
 constexpr float kLeastTemperature = 0x1p-126f;  // from here on the inverse is finite
-constexpr unsigned kLeastKey = 1;               // of a number; that of a NaN is 0
+constexpr unsigned kLeastKey = 1;               // of a number; a NaN has 0
 constexpr unsigned kMinusInfinity = 0x007fffffu, kPlusInfinity = 0xff800000u;  // their keys
 static_assert(kWarps == kLanes, "each lane reads the result of one warp");
 
-// Keys order as floats do; the two zeros have one key, and NaNs one below all others.
+// Keys are ordered as floats are; the two zeros share one key, and NaNs share one below all others.
 FLASHLLM_DEVICE unsigned key_of(float value) {
   if (value != value) return 0;
   const unsigned bits = __float_as_uint(value + 0.0f);
@@ -42,7 +44,7 @@ FLASHLLM_DEVICE unsigned key_of(float value) {
 }
 FLASHLLM_DEVICE float value_of(unsigned key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// A token with its key, such that the largest has the largest key and among equals the lowest index.
+// A token with its key, such that the largest entry has the largest key and, among equal keys, the lowest index.
 FLASHLLM_DEVICE Wide entry_of(unsigned key, int index) {
   return static_cast<Wide>(key) << 32 | ~static_cast<unsigned>(index);
 }
@@ -67,7 +69,7 @@ struct Count {
   FLASHLLM_DEVICE Wide operator()(unsigned) const { return 1; }
 };
 struct Probability {
-  float largest, inverse;  // of the temperature
+  float largest, inverse;  // the largest logit, and the inverse of the temperature
   FLASHLLM_DEVICE Wide operator()(unsigned key) const {
     return static_cast<Wide>(expf((value_of(key) - largest) * inverse) * kUnit);
   }
@@ -83,7 +85,8 @@ struct Row {
   int gathered = -1;           // number of candidates, once all that is kept is among them
   int turn = 0;
 
-  // In every thread. Two arrays take turns: while some warps read one, others are at the next result already.
+  // The result is returned in every thread. Two arrays alternate: while some warps still read one, others may already
+  // write the other for the next result.
   template <class Combine>
   FLASHLLM_DEVICE Wide over_block(Wide value, Combine combine) {
     for (int step = kLanes / 2; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(kFullWarp, value, step));
@@ -95,11 +98,11 @@ struct Row {
     return value;
   }
 
-  // Behind the end of the row there are NaNs.
+  // Past the end of the row, logits read as NaN.
   FLASHLLM_DEVICE static float none() { return __uint_as_float(~0u); }
   FLASHLLM_DEVICE float load(int index) const { return index < vocab ? __ldcg(logits + index) : none(); }
 
-  // visit(key, group, place): the logit with index kGroup * group + place.
+  // Calls visit(key, group, place) for each logit, whose index is kGroup * group + place.
   template <int kLoads, class Visit>
   FLASHLLM_DEVICE void each_logit(Visit visit) const {
     const int groups = (vocab + kGroup - 1) / kGroup;
@@ -129,7 +132,7 @@ struct Row {
       }
     }
   }
-  // The same of the candidates, where they are gathered.
+  // The same for the candidates alone, once they are gathered.
   template <int kLoads, class Visit>
   FLASHLLM_DEVICE void each(Visit visit) const {
     if (gathered < 0) return each_logit<kLoads>(visit);
@@ -146,7 +149,7 @@ struct Row {
     best = over_block(own, Larger());
   }
 
-  // Weight of what lies at or above `threshold`: of all, or of each thread's largest.
+  // The weight of the logits at or above `threshold`: among all of them, or (kOwn) among each thread's largest.
   template <bool kOwn, class Weight>
   FLASHLLM_DEVICE Wide weight_from(unsigned threshold, Weight weight) {
     Wide sum = 0;
@@ -156,7 +159,7 @@ struct Row {
     return over_block(sum, Add());
   }
 
-  // The largest threshold from which on the weight reaches the target, but not below the one so far.
+  // The largest threshold at which the weight still reaches the target, but not below the one so far.
   template <bool kOwn, class Weight>
   FLASHLLM_DEVICE unsigned search(Wide target, Weight weight) {
     unsigned low = least, high = key_in(best) + 1;
@@ -168,7 +171,8 @@ struct Row {
     return low;
   }
 
-  // All from the threshold on into shared memory, in any order; where they are too many the row itself stays in use.
+  // Gathers all from the threshold on in shared memory, in any order; if they are too many, the row itself stays in
+  // use.
   FLASHLLM_DEVICE void gather() {
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
@@ -200,7 +204,7 @@ struct Row {
       const uint4 four = philox::words(make_uint4(group, count, 0, 0), key);
       const unsigned word = place == 0 ? four.x : place == 1 ? four.y : place == 2 ? four.z : four.w;
       if (logit < least) return;
-      // Near zero, where the largest noise comes from, a float has digits enough; near one it would round to one.
+      // Near zero, where the largest noise comes from, a float has enough digits; near one it would round to one.
       const float uniform = fminf((static_cast<float>(word) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);
       const float score = (value_of(logit) - largest) * inverse - logf(-log1pf(-uniform));
       winner = Larger()(winner, entry_of(key_of(score), group * kGroup + place));

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Encodes a dense matrix [M, K] on the device as masks and value streams, and decodes it; see cuda/flashllm/bitmap.cuh.
 //
-// Four launches: count the stored elements of every stream of every tile; walk the tiles of every run to place the
-// streams, which depend on no other run but for the row where all begin; join the runs; write masks and values. The same
-// bytes as from src/flashllm/formats/bitmap_encode.py.
+// Encoding takes four launches: count the stored elements of every stream of every tile; walk the tiles of every run to
+// place its streams, which depend on other runs only for the row where all of them begin; join the runs; write masks
+// and values. The bytes are the same as those from src/flashllm/formats/bitmap_encode.py.
 #include "flashllm/bitmap.cuh"
 #include "flashllm/bitmap_rows.cuh"
 #include "flashllm/portable.cuh"
@@ -18,8 +18,9 @@ constexpr int kStreamBytes = kStreams * kParts;  // one byte per stream of a til
 
 using source::is_stored;
 
-// The elements of a lane in one tile: two streams, one for each half of steps. Element (s, i, b, e), in this order
-// 8 s + 4 i + 2 b + e of its stream, is column e of two of row b of two, eight apart, in the i-th 16 rows and in step s.
+// The elements of a lane in one tile: two streams, one for each half of the steps. Element (s, i, b, e), which is
+// number 8 s + 4 i + 2 b + e of its stream, lies in step s, in the i-th 16 rows, in row b of two that are eight apart,
+// and in column e of two.
 struct LaneElements {
     int M, K, row, column;  // row and column of element 0
 
@@ -59,28 +60,29 @@ FLASHLLM_DEVICE uint2 find_stored(const typename Source::Element* a, long long p
     return stored;
 }
 
-// Bit of a mask word for an element (0..31) of a stream. Word element / 16.
+// The bit of an element (0..31) of a stream in its mask word, which is word element / 16.
 FLASHLLM_DEVICE int mask_bit(int element, int stream) {
     return (element & 3) * 8 + (element >> 3 & 1) * 4 + (element >> 2 & 1) * 2 + stream;
 }
 
-// The first zero of a stream in a group, four neighbours, of fewer than kValues elements: one bit, or none.
+// The first zero of a stream that lies in a group (four neighbours) with fewer than kValues elements: one bit, or none.
 template <int kValues>
 FLASHLLM_DEVICE unsigned first_room(unsigned bits) {
     unsigned room = ~bits;
     if constexpr (kValues == 2) {
-        const unsigned pairs = bits - (bits >> 1 & 0x55555555u);               // elements of each two neighbours
-        const unsigned groups = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);  // and of each four
+        const unsigned pairs = bits - (bits >> 1 & 0x55555555u);               // elements in each pair of neighbours
+        const unsigned groups = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);  // and in each four
         room &= ~(((groups >> 1 | groups >> 2) & 0x11111111u) * 0xfu);
     }
     return room & (0u - room);
 }
 
-// Lags and columns of all streams of a run, one warp: a lane has those of its number, of every part and half.
+// Lags and columns of all streams of a run, kept by one warp: a lane has those of the streams with its number, in every
+// part and half.
 struct Columns {
     int lag[kParts][2] = {};
-    int lane[kParts][2];   // whose column it is
-    int giver[kParts][2];  // whose stream had it before
+    int lane[kParts][2];   // whose column the stream has
+    int giver[kParts][2];  // whose stream had that column before
 
     FLASHLLM_DEVICE Columns() {
         for (int part = 0; part < kParts; ++part) {
@@ -93,12 +95,12 @@ struct Columns {
                 Places::pack(giver[part][1], lane[part][1], lag[part][1]) << 16};
     }
 
-    // The stream with the most values to come, `total`, gets the column that is furthest behind, and so on. Of equals the
-    // lower lane comes first.
+    // The stream with the most values to come, `total`, gets the column that is furthest behind, and so on. Among
+    // equals the lower lane comes first.
     FLASHLLM_DEVICE void trade(const int (&total)[kParts][2]) {
         __shared__ unsigned char lags[kLanes], streams[kLanes];  // by column
         __shared__ unsigned char ordered[kLanes];                // columns, the one furthest behind first
-#pragma unroll  // or the registers had to be in memory
+#pragma unroll  // otherwise the arrays could not stay in registers
         for (int i = 0; i < 2 * kParts; ++i) {
             int(&own_lag)[2] = lag[i / 2], (&own_lane)[2] = lane[i / 2];
             lags[own_lane[i % 2]] = static_cast<unsigned char>(own_lag[i % 2]);
@@ -128,7 +130,7 @@ private:
 constexpr int kDecodeThreads = kPlaceTiles * kLanes;
 constexpr int kDecodeBlocks = 5;  // per SM: 48 registers, where a compiler left alone takes a few more
 
-// Of two lanes whose numbers differ in bit kLane alone: the y of the lower for the x of the upper.
+// Exchanges, between two lanes whose numbers differ only in bit kLane, the y of the lower for the x of the upper.
 template <int kLane>
 FLASHLLM_DEVICE void exchange(unsigned& x, unsigned& y) {
     const bool upper = (threadIdx.x & kLane) != 0;
@@ -137,8 +139,8 @@ FLASHLLM_DEVICE void exchange(unsigned& x, unsigned& y) {
     else y = got;
 }
 
-// Stores those of 32 columns of a row from `column` on that are below K. Lane t of four has columns 2t and 2t+1 of each
-// eight. In vectors it stores the t-th eight: the four write two whole sectors.
+// Of the 32 columns of a row from `column` on, stores those below K. Lane t of four has columns 2t and 2t+1 of each
+// eight. With `vectors` it stores the t-th eight, so that the four lanes write two whole sectors.
 FLASHLLM_DEVICE void store_row(unsigned short* row, unsigned (&words)[4], int K, int column, bool vectors) {
     const int t = threadIdx.x & 3;
     if (vectors) {
@@ -159,7 +161,7 @@ FLASHLLM_DEVICE void store_row(unsigned short* row, unsigned (&words)[4], int K,
 }  // namespace bitmap
 
 // Grid: tiles. a [M, K], `pitch` elements from row to row. counts [tiles][4][64]: stored elements of every stream;
-// totals[5]: added to, nnz and what rounding did.
+// totals[5] is added to: nnz, then what rounding did.
 template <typename Source>
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, unsigned char* __restrict__ counts,
@@ -173,22 +175,22 @@ bitmap_count(const typename Source::Element* __restrict__ a, long long pitch, un
     if constexpr (Source::kRounds) rounding.add_warp_to(totals + 1);
 }
 
-// Grid: runs, of one warp. In place of the counts, the lag of every stream behind the front when the tile begins;
-// fronts [tiles]: rows from the begin of the run to the front; lengths [runs]: rows of the run; places: of every
-// kPlaceTiles-th tile.
+// Grid: runs, one warp each. Replaces the counts by the lag of every stream behind the front when the tile begins.
+// fronts [tiles]: rows from the beginning of the run to the front; lengths [runs]: rows of the run; places: those of
+// every kPlaceTiles-th tile.
 __global__ void __launch_bounds__(bitmap::kLanes)
 bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* __restrict__ lengths,
              bitmap::Places* __restrict__ places, int tiles_m, int tiles_k, int runs, int row_cost) {
     const Runs all{tiles_m, tiles_k, row_cost, static_cast<unsigned>(runs)};
     const int first = static_cast<int>(all.first_tile(blockIdx.x));
     const int end = static_cast<int>(all.first_tile(blockIdx.x + 1));
-    // Of a lane, a byte for either half; part by part.
+    // A lane has one half word per part: a byte for either half.
     unsigned short* const streams = reinterpret_cast<unsigned short*>(counts) + threadIdx.x;
     const auto at = [](int tile, int part) { return static_cast<long long>(tile * bitmap::kParts + part) * bitmap::kLanes; };
     bitmap::Columns columns;
     int front = 0;
     for (int tile = first, next; tile < end; tile = next) {
-        // Tiles loaded together, up to where streams trade: the walk itself is one chain of dependent steps.
+        // The tiles up to the next trade of columns are loaded together, as the walk is one chain of dependent steps.
         next = min((tile | (bitmap::kPlaceTiles - 1)) + 1, end);
         unsigned short batch[bitmap::kPlaceTiles][bitmap::kParts];
 #pragma unroll
@@ -239,8 +241,8 @@ bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* 
     if (threadIdx.x == 0) lengths[blockIdx.x] = front;
 }
 
-// Grid: runs, of one warp. To the fronts that bitmap_place leaves it adds the rows of the runs before, and sets the last
-// one, [tiles].
+// Grid: runs, one warp each. Adds the rows of the preceding runs to the fronts that bitmap_place leaves, and sets the
+// last front, [tiles].
 __global__ void __launch_bounds__(bitmap::kLanes)
 bitmap_join(const int* __restrict__ lengths, int* __restrict__ fronts, int tiles_m, int tiles_k, int runs,
             int row_cost) {
@@ -255,8 +257,8 @@ bitmap_join(const int* __restrict__ lengths, int* __restrict__ fronts, int tiles
     if (lane == 0 && run == runs - 1) fronts[end] = begin + lengths[run];
 }
 
-// Grid: tiles. No group has more than kGroupValues elements. lags and places as bitmap_place, fronts as bitmap_join leaves
-// them. Writes masks and values, which must be zero where no stream has one.
+// Grid: tiles. No group has more than kGroupValues elements. lags and places are as bitmap_place leaves them, fronts as
+// bitmap_join does. Writes masks, and values, which must already be zero where no stream has a value.
 template <typename Source, int kGroupValues>
 __global__ void __launch_bounds__(bitmap::kThreads)
 bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, const unsigned char* __restrict__ lags,
@@ -277,7 +279,7 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
     for (int stream = 0; stream < 2; ++stream) {
         unsigned bits = stream == 0 ? stored.x : stored.y;
         int row = front - lag[stream];
-        // Zeros that let the stream catch up, at its first places without an element in groups that have room.
+        // Zeros let the stream catch up: at its first places without an element, in groups that have room.
         for (int missing = end - bitmap::kSlack - (row + __popc(bits)); missing > 0; --missing) {
             bits |= bitmap::first_room<kGroupValues>(bits);
         }
@@ -295,9 +297,9 @@ bitmap_write(const typename Source::Element* __restrict__ a, long long pitch, co
     masks[tile * bitmap::kThreads + threadIdx.x] = mask;
 }
 
-// Grid: parts of groups of kPlaceTiles tiles, a warp for each tile. Dense [M, K] from masks, values, fronts and places.
-// Dynamic shared memory: the value rows of the part. What is read first is not __restrict__: the compiler moves loads
-// of data that nobody writes behind the barrier, where their latency comes on top of that of the copies.
+// Grid: parts of groups of kPlaceTiles tiles, one warp per tile. Decodes masks, values, fronts and places to dense
+// [M, K]. Dynamic shared memory: the value rows of the part. The arrays read first are not __restrict__, because the
+// compiler moves loads of data that nobody writes past the barrier, where their latency adds to that of the copies.
 __global__ void __launch_bounds__(bitmap::kDecodeThreads, bitmap::kDecodeBlocks)
 bitmap_decode(const uint2* masks, const unsigned short* __restrict__ values, const int* fronts,
               const bitmap::Places* places, unsigned short* w, int M, int K, int runs, int row_cost) {
@@ -308,7 +310,7 @@ bitmap_decode(const uint2* masks, const unsigned short* __restrict__ values, con
     const int part = static_cast<int>(blockIdx.x % bitmap::kParts), thread = part * bitmap::kLanes + lane;
     const int first = static_cast<int>(blockIdx.x / bitmap::kParts) * bitmap::kPlaceTiles;
     const int end = min(first + bitmap::kPlaceTiles, all.tiles_m * all.tiles_k);
-    const int tile = min(first + warp, end - 1);  // a warp without one has the last, and stores nothing
+    const int tile = min(first + warp, end - 1);  // a warp without one takes the last, and stores nothing
     const int begin_row = max(fronts[first] - bitmap::kSlack, 0), end_row = fronts[end] + bitmap::kReadAhead;
     const uint2 mask = masks[static_cast<long long>(tile) * bitmap::kTileThreads + thread];
     const int restart = bitmap::begin_of_run(all, tile);

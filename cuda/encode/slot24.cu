@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs up the columns of a dense matrix [M, K] on the device and fills their slots, and the way back; see
-// cuda/flashllm/slot24.cuh. What becomes of the slots is in bitmap.cu.
+// Pairs up the columns of a dense matrix [M, K] on the device and fills their slots, and decodes to the dense matrix;
+// see cuda/flashllm/slot24.cuh. The encoding of the slots themselves is in bitmap.cu.
 //
 // slot24_mark finds the rows in which each column has an element; slot24_pair forms the pairs from that alone, once for
 // each arrangement that is tried; slot24_fill writes slots and picks. A warp pairs the columns of one
-// band of one window, or fills 32 rows of it. The same bytes as from src/flashllm/formats/slot24_encode.py.
-// slot24_decode goes the whole way back, from the bitmap on.
+// band of one window, or fills 32 rows of it. The bytes are the same as those from
+// src/flashllm/formats/slot24_encode.py. slot24_decode goes the whole way back, starting from the bitmap.
 #include "flashllm/bitmap_rows.cuh"
 #include "flashllm/portable.cuh"
 #include "flashllm/ptx.cuh"
@@ -25,7 +25,7 @@ FLASHLLM_DEVICE int row_of(int band, int bit) { return (bit >> 4) * 64 + band * 
 
 // A window, by its number in the grid of strips x windows.
 struct Place {
-    int strip, number, windows;  // number of the window in the strip, of `windows`
+    int strip, number, windows;  // number of the window in the strip, out of `windows`
     int width;                   // columns of the matrix in it
     long long column;            // the first of them
 
@@ -42,7 +42,7 @@ struct Place {
 };
 
 // A quarter of the rows of a tile, which one warp fills: a band of 32, or half of one of 64. Bit 16 i + a of
-// its masks is row a of its 16 rows i, as stored.
+// its masks is row a of its i-th 16 rows, as stored.
 template <int kPartRows>
 struct Quarter {
     using Shape = Bands<kPartRows>;
@@ -52,23 +52,23 @@ struct Quarter {
     FLASHLLM_DEVICE int band() const { return number / Shape::kHalves; }
     // Row of the tile.
     FLASHLLM_DEVICE int row(int bit) const { return kTall ? number * 32 + bit : row_of(number, bit); }
-    // Part of a tile that has a slot of the window; row and slot as they are stored.
+    // The part of a tile that has this slot of the window; the row and the slot as they are stored.
     FLASHLLM_DEVICE int part(int slot) const { return kTall ? band() * 2 + (slot >> 5 & 1) : number; }
     FLASHLLM_DEVICE int stored_row(int bit, int slot) const { return row_of(part(slot), bit); }
     FLASHLLM_DEVICE int stored_slot(int slot) const {
         return kTall ? (slot & 0x4f) | (slot & 0x10) << 1 | (number & 1) << 4 : slot;
     }
-    // Word in the picks of a window, [tile][part][lane] of two, of a slot in rows a = g mod 8.
+    // Index in the picks of a window, [tile][part][lane] of two words, of the word for a slot in rows a = g mod 8.
     FLASHLLM_DEVICE int pick_word(int slot, int g) const {
         const int at = stored_slot(slot);
         return ((at >> 6) * bitmap::kTileThreads + part(slot) * 32 + g * 4 + (at >> 3 & 3)) * 2 + (at >> 5 & 1);
     }
-    // Byte in the columns of a window.
+    // Index of a byte in the columns of a window.
     FLASHLLM_DEVICE int column_byte(int slot, int side) const {
         const int tile = slot / bitmap::kTileK;
         return (tile * Shape::kBands + band()) * Shape::kBandColumnBytes + Shape::column_byte(slot, side);
     }
-    // Rows of a column: out of the strip's masks, which are of bands of 32.
+    // The rows of a column, from the strip's masks, which are for bands of 32.
     FLASHLLM_DEVICE unsigned rows(const unsigned* masks, int K, int column) const {
         const unsigned* const own = masks + static_cast<long long>(kTall ? (number & 1) * 2 : number) * K + column;
         if constexpr (!kTall) return own[0];
@@ -77,7 +77,7 @@ struct Quarter {
     }
 };
 
-// Words that a window has in all parts, loaded by the whole block.
+// Loads, with the whole block, the words that a window has in all its parts.
 template <int kWords>
 FLASHLLM_DEVICE void load_window(unsigned (&target)[kWords], const unsigned* source) {
     const unsigned* const own = source + static_cast<long long>(blockIdx.x) * kWords;
@@ -88,7 +88,8 @@ template <int kPartRows>
 inline constexpr int kColumnWords = kWindowTiles * Bands<kPartRows>::kColumnBytes / 4;
 constexpr int kPickWords = kWindowTiles * kPickBytes / 4;
 
-// Pick bits of one slot out of its rows, of which bits 0, 8, 16, 24 belong to the lane: bits 0, 16, 1, 17.
+// The pick bits of one slot from its rows: bits 0, 8, 16, 24 of `rows`, which belong to the lane, become bits 0, 16, 1,
+// 17.
 FLASHLLM_DEVICE unsigned to_picks(unsigned rows) {
     const unsigned two = (rows & 0x01010101u) | (rows >> 15 & 0x202u);
     return (two & 0x3u) | (two & 0x300u) << 8;
@@ -101,13 +102,13 @@ constexpr int kStageVectors = kStageRows * kStagePitch / 8;
 constexpr int kPartRowBytes = bitmap::kRowsOf<kWindowTiles> * bitmap::kRowBytes;  // value rows of a part of a window
 static_assert(kDecodeParts * kPartRowBytes <= kStageVectors * 16, "value rows are where the stage is later");
 
-// Columns of the slots of a lane, which are 2t, 2t+1, 2t+8, 2t+9 of every step.
+// The columns of a lane's slots, which are 2t, 2t+1, 2t+8, 2t+9 of every step.
 template <int kPartRows>
 struct LaneColumns {
     static constexpr int kPartSteps = Bands<kPartRows>::kPartSteps;
     unsigned words[2][kPartSteps];
 
-    // columns: of the part of the tile.
+    // columns: those of this part of the tile.
     FLASHLLM_DEVICE LaneColumns(const unsigned* columns, int lane) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -118,19 +119,19 @@ struct LaneColumns {
                 words[half][i] = two.x, words[half][i + 1] = two.y;
             }
     }
-    // Of the slot 8 half + 2t + e.
+    // The column on `side` of slot 8 half + 2t + e of the step.
     FLASHLLM_DEVICE unsigned at(int step, int half, int e, int side) const {
         const int byte = (2 * e + side) * kPartSteps + step;
         return words[half][byte / 4] >> byte % 4 * 8 & 0xff;
     }
 };
 
-// Stores the slots of a lane that have a value to the stage, each in the column that its pick names. a: decoded, by
-// step as stored, first or second 16 rows, fragment register; half: which of the two parts of the block it is of.
+// Stores the slots of a lane that have a value to the stage, each in the column that its pick names. a: decoded values,
+// by step as stored, first or second 16 rows, fragment register; half: which of the block's two parts they belong to.
 template <int kPartRows>
 FLASHLLM_DEVICE void scatter_slots(unsigned char* stage, const unsigned (&a)[4][2][4], uint2 mask, uint2 pick,
                                    const LaneColumns<kPartRows>& columns, int half, int lane) {
-    // Where bands have 64 rows, steps as stored are of the first and second 32 of them in turn.
+    // Where bands have 64 rows, the steps as stored alternate between the first and the second 32 of them.
     constexpr bool kTall = kPartRows == 64;
     const int own_row = (kTall ? 0 : half * 32) + (lane >> 2);
 #pragma unroll
@@ -141,7 +142,7 @@ FLASHLLM_DEVICE void scatter_slots(unsigned char* stage, const unsigned (&a)[4][
             const unsigned right = word >> (lane & 3) * 4, stored = s < 2 ? mask.x : mask.y;
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                // Opaque, or the compiler would make them anew for every row.
+                // Opaque, or the compiler would compute the places again for every row.
                 const auto place = [&](int side) {
                     const int column = static_cast<int>(columns.at(kTall ? s / 2 : s, h, e, side));
                     return ptx::opaque((own_row * kStagePitch + column) * 2);
@@ -165,8 +166,8 @@ FLASHLLM_DEVICE void scatter_slots(unsigned char* stage, const unsigned (&a)[4][
 }  // namespace slot24
 
 // Grid: strips x 4 bands of 32 rows x groups of 128 columns. a [M, K], `pitch` elements from row to row. masks
-// [strips][4][K]: a bit for each row of the band in which the column has an element; totals[5]: added to, nnz and what
-// rounding did.
+// [strips][4][K]: a bit for each row of the band in which the column has an element; totals[5] is added to: nnz, then
+// what rounding did.
 template <typename Source>
 __global__ void __launch_bounds__(slot24::kThreads)
 slot24_mark(const typename Source::Element* __restrict__ a, long long pitch, unsigned* __restrict__ masks,
@@ -180,7 +181,7 @@ slot24_mark(const typename Source::Element* __restrict__ a, long long pitch, uns
 #pragma unroll 8
         for (int bit = 0; bit < 32; ++bit) {
             const int row = strip * bitmap::kTileM + slot24::row_of(band, bit);
-            const typename Source::Element element = a[min(row, M - 1) * pitch + column];  // many loads at a time
+            const typename Source::Element element = a[min(row, M - 1) * pitch + column];  // many loads in flight
             if (row < M && source::is_stored(Source::convert(element, rounding))) mask |= 1u << bit;
         }
         masks[static_cast<long long>(both) * K + column] = mask;
@@ -189,9 +190,9 @@ slot24_mark(const typename Source::Element* __restrict__ a, long long pitch, uns
     if constexpr (Source::kRounds) rounding.add_warp_to(totals + 1);
 }
 
-// Grid: strips x windows; a warp for each band. columns [tiles][4][32][steps]. *failed must be 0 and becomes 1 when the
-// columns of some band of some window do not pair up, or not so that groups have at most kGroupValues values; then what
-// `columns` holds is of no use.
+// Grid: strips x windows; one warp per band. columns [tiles][4][32][steps]. *failed must be 0 and becomes 1 when the
+// columns of some band of some window do not pair up, or not so that groups have at most kGroupValues values; then the
+// contents of `columns` are of no use.
 template <int kPartRows, int kGroupValues>
 __global__ void __launch_bounds__(slot24::Bands<kPartRows>::kBands * 32, slot24::kBlocks * kPartRows / 32)
 slot24_pair(const unsigned* __restrict__ masks, unsigned* __restrict__ columns, int* failed, int K, int window) {
@@ -200,7 +201,7 @@ slot24_pair(const unsigned* __restrict__ masks, unsigned* __restrict__ columns, 
     __shared__ Problem problems[Shape::kBands];
     const slot24::Place at(K, window, blockIdx.x);
     const int lane = threadIdx.x & 31, band = threadIdx.x >> 5;
-    // One lane reads for all: another warp may write in between.
+    // One lane reads for the whole warp, since another warp may write between two reads.
     const int already = lane == 0 ? *static_cast<const volatile int*>(failed) : 0;
     if (__shfl_sync(slot24::kWarp, already, 0) != 0) return;
     Problem& p = problems[band];
@@ -209,7 +210,7 @@ slot24_pair(const unsigned* __restrict__ masks, unsigned* __restrict__ columns, 
         slot24::Rows<kPartRows> rows = 0;
 #pragma unroll
         for (int half = Shape::kHalves - 1; half >= 0; --half) {
-            rows <<= 16, rows <<= 16;  // by 32 at one time would be more than a word has
+            rows <<= 16, rows <<= 16;  // one shift by 32 is undefined for a 32-bit word
             rows |= slot24::Quarter<kPartRows>{band * Shape::kHalves + half}.rows(own, K, column);
         }
         return rows;
@@ -232,8 +233,8 @@ slot24_pair(const unsigned* __restrict__ masks, unsigned* __restrict__ columns, 
     }
 }
 
-// Grid: strips x windows. slots, as they are stored, [rows of whole tiles, 128 * windows], and picks [tiles][4][32][2]
-// from masks and columns as the kernels above leave them. A lane has four neighbouring slots.
+// Grid: strips x windows. Writes slots, as they are stored, [rows of whole tiles, 128 * windows], and picks
+// [tiles][4][32][2], from masks and columns as the kernels above leave them. A lane has four neighbouring slots.
 template <typename Source, int kPartRows>
 __global__ void __launch_bounds__(slot24::kThreads, slot24::kBlocks)
 slot24_fill(const typename Source::Element* __restrict__ a, long long pitch, const unsigned* __restrict__ masks,
@@ -273,7 +274,7 @@ slot24_fill(const typename Source::Element* __restrict__ a, long long pitch, con
         const typename Source::Element* const from = a + min(row, M - 1) * pitch + at.column;
         unsigned short value[kOwn];
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j) {  // without branches: many loads at a time
+        for (int j = 0; j < kOwn; ++j) {  // without branches: many loads in flight
             const bool right = (rows[1][j] >> bit & 1) != 0;
             const unsigned short bits = Source::convert(from[right ? column[1][j] : column[0][j]], rounding);
             value[j] = ((rows[0][j] | rows[1][j]) >> bit & 1) != 0 ? bits : static_cast<unsigned short>(0);
@@ -292,8 +293,8 @@ slot24_fill(const typename Source::Element* __restrict__ a, long long pitch, con
     }
 }
 
-// Grid: strips x windows x halves of their parts; a warp for each part of each tile. Dense w [M, K]. Dynamic shared
-// memory: kStageVectors of 16 bytes. What is read first is not __restrict__, as in bitmap_decode.
+// Grid: strips x windows x halves of their parts; one warp per part of each tile. Writes dense w [M, K]. Dynamic shared
+// memory: kStageVectors vectors of 16 bytes. The arrays read first are not __restrict__, as in bitmap_decode.
 template <int kPartRows>
 __global__ void __launch_bounds__(slot24::kThreads)
 slot24_decode(const uint2* masks, const unsigned short* __restrict__ values, const int* fronts,

@@ -3,12 +3,12 @@
 //
 // Encoding is two kernels with a prefix sum over the tiles between them: tiled_csl_count counts the stored elements of
 // each tile, tiled_csl_fill writes its words. Both read the matrix once; nothing else of its size is needed. One block
-// encodes one tile: warp w takes rows 16 w .. 16 w + 15, and a warp reads one row (64 values) as 32 pairs. In bank order
-// lane b takes the pair that the swizzle puts into shared-memory bank b, so a lane walks the elements of its bank in the
-// order [row][half] that the format asks for and needs no sort: its ranks are a count that runs on.
+// encodes one tile: warp w takes rows 16 w .. 16 w + 15, and a warp reads one row (64 values) as 32 pairs. In bank
+// order lane b takes the pair that the swizzle puts into shared-memory bank b, so a lane walks the elements of its bank
+// in the order [row][half] that the format requires and needs no sort: its ranks are a running count.
 //
-// The result is the same to the byte as that of src/flashllm/formats/tiled_csl_encode.py, and does not depend on timing:
-// every word has its own place.
+// The result is the same to the byte as that of src/flashllm/formats/tiled_csl_encode.py, and does not depend on
+// timing: every word has its own place.
 #include "flashllm/portable.cuh"
 #include "flashllm/source.cuh"
 #include "flashllm/tiled_csl.cuh"
@@ -96,7 +96,7 @@ struct BankOrder {
   int lane;   // lane and place in the lane of the thread's next left-over element
   int depth;
 
-  // Places of a lane behind its clean rounds.
+  // Places of a lane after its clean rounds.
   FLASHLLM_DEVICE int height(int of_lane) const { return full - clean + (of_lane < rem ? csl::kWordsPerVector : 0); }
 
   // Go to the position-th left-over element of the tile. The last position may be one past the end.
@@ -109,7 +109,7 @@ struct BankOrder {
     depth = local % step;
   }
 
-  // Word index in the tile of this thread's bank's element number `rank`; call it for each in turn.
+  // Word index in the tile of element number `rank` of this thread's bank; must be called for each element in turn.
   FLASHLLM_DEVICE int place(int bank, int rank) {
     const bool is_clean = rank < clean;
     const int at = is_clean ? bank : lane;
@@ -123,8 +123,8 @@ struct BankOrder {
   }
 };
 
-// Words of a tile in bank order into `words` (shared memory); `counts` is scratch. Padding: the first zeros in the order
-// [bank][row][half] count as elements.
+// Writes the words of a tile in bank order to `words` (shared memory); `counts` is scratch. Padding: the first zeros in
+// the order [bank][row][half] count as elements.
 FLASHLLM_DEVICE void fill_bank_order(const unsigned (&pairs)[kWarpRows], int warp, int lane,
                                      int (&counts)[kWarps][csl::kBanks], unsigned* words) {
   int own = 0;
@@ -169,7 +169,7 @@ FLASHLLM_DEVICE void fill_bank_order(const unsigned (&pairs)[kWarpRows], int war
   }
 }
 
-// Words of a tile in row order into `words`: elements row by row, then padding at the first zeros.
+// Writes the words of a tile in row order to `words`: elements row by row, then padding at the first zeros.
 FLASHLLM_DEVICE void fill_row_order(const unsigned (&pairs)[kWarpRows], int warp, int lane,
                                     int (&counts)[kWarps][csl::kBanks], unsigned* words) {
   const unsigned lanes_before = (1u << lane) - 1u;
@@ -192,7 +192,7 @@ FLASHLLM_DEVICE void fill_row_order(const unsigned (&pairs)[kWarpRows], int warp
     for (int half = 0; half < 2; ++half) {
       const int c = 2 * lane + half;
       const unsigned short bits = half_of(pairs[i], half);
-      const int zero = r * csl::kTileK + c - before;  // rank among the zeros, were this one
+      const int zero = r * csl::kTileK + c - before;  // rank among the zeros, if this is one
       if (csl::is_stored(bits)) {
         words[before] = csl::make_word(csl::location(r, c), bits);
         ++before;
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(csl_encode::kThreads, 2)
   }
 }
 
-// Words of every tile at words[4 * tile_offsets[tile]]. Grid and arguments as in tiled_csl_count; `words` is aligned to
-// 16 bytes and has 4 * tile_offsets[tiles] entries.
+// Writes the words of every tile at words[4 * tile_offsets[tile]]. Grid and arguments as in tiled_csl_count; `words` is
+// aligned to 16 bytes and has 4 * tile_offsets[tiles] entries.
 template <class Source, bool kBankOrder>
 __global__ void __launch_bounds__(csl_encode::kThreads, 2)
     tiled_csl_fill(const typename Source::Element* a, long long M, long long K, long long ld, int tiles_k,
@@ -274,13 +274,13 @@ __global__ void __launch_bounds__(csl_encode::kThreads, 2)
   }
   __syncthreads();
 
-  // The words are put together in shared memory, so that they leave as whole 16-byte vectors.
+  // The words are assembled in shared memory, so that they are stored as whole 16-byte vectors.
   uint4* out = reinterpret_cast<uint4*>(words) + start;
   const uint4* in = reinterpret_cast<const uint4*>(staged);
   for (int i = threadIdx.x; i < vectors; i += kThreads) out[i] = in[i];
 }
 
-// Dense matrix out [M, K] (row pitch K) of 16-bit patterns from the words of every tile; each element is written once.
+// Writes the dense matrix out [M, K] (row pitch K) of 16-bit patterns from the words of every tile, each element once.
 // pair_stores: K is even. Locations are masked, so that a damaged word cannot write outside the block's own array.
 __global__ void __launch_bounds__(csl_encode::kThreads, 2)
     tiled_csl_decode(const unsigned* words, const int* tile_offsets, long long M, long long K, int tiles_k,

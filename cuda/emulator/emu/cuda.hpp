@@ -14,7 +14,7 @@
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
-// One copy per worker; blocks of a kernel that has any run one at a time on their worker.
+// One copy per worker, so the blocks of a kernel that has any run one at a time on their worker.
 #define __shared__ static thread_local
 
 #define threadIdx (::emu::self().index)

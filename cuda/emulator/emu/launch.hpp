@@ -43,7 +43,7 @@ struct Extent {
     std::uint32_t argument;
 };
 
-// Part of an array that nobody may touch before the launch before is through.
+// Part of an array that no thread may touch before the preceding launch has finished.
 struct Dependent {
     const char* begin;
     std::uint64_t bytes;
@@ -75,7 +75,7 @@ void call(void (*kernel)(A...), void* const* arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>{});
 }
 
-// Sizes in bytes of a kernel's arguments into sizes[0..limit); returns how many there are.
+// Writes the sizes in bytes of a kernel's arguments to sizes[0..limit); returns how many arguments there are.
 template <typename... A>
 unsigned argument_sizes(void (*)(A...), std::uint32_t* sizes, unsigned limit) {
     const std::uint32_t all[] = {static_cast<std::uint32_t>(sizeof(A))..., 0};

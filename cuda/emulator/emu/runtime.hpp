@@ -7,8 +7,8 @@
 
 namespace emu {
 
-// Each CUDA thread is a fiber. Its stack is aligned to its size, so the stack pointer alone tells who runs: no
-// thread-local storage, which a shared object reaches only through a call.
+// Each CUDA thread is a fiber. Its stack is aligned to its size, so the stack pointer alone tells which thread
+// runs, without thread-local storage, which a shared object reaches only through a call.
 #if defined(__SANITIZE_ADDRESS__)
 inline constexpr std::uintptr_t kStackBytes = 1u << 19;  // red zones make frames many times larger
 #else
@@ -43,7 +43,7 @@ enum class Reduce : unsigned char { none, any, all, count };
 int block_barrier(Reduce reduce, int value);
 void named_barrier(unsigned id, unsigned threads);
 void sometimes_let_others_run();
-void look_again();  // between two looks at global memory that an earlier block is to write
+void look_again();  // between two polls of global memory that an earlier block is to write
 void warp_barrier(unsigned mask);
 
 enum class Shuffle : unsigned char { index, up, down, exchange };
@@ -57,11 +57,11 @@ unsigned live_lanes();
 void read_global(const void* pointer, unsigned bytes);
 void write_global(const void* pointer, unsigned bytes);
 void prefetch_global(const void* pointer, unsigned bytes);
-float4 load_relaxed(const float4* pointer);  // 16 bytes at one time
+float4 load_relaxed(const float4* pointer);  // 16 bytes at once
 unsigned read_word(const unsigned* pointer);  // one that other blocks change
 void store_relaxed(float4* pointer, const float4& value);
 
-// From here on this thread may touch what is Dependent, and so may those that a barrier orders behind it.
+// From here on this thread may touch what is Dependent, and so may threads that a barrier orders after it.
 void grid_dependency_wait();
 
 unsigned shared_address(const void* pointer);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Emulated twin of cuda/flashllm/ptx.cuh: the same functions, what each instruction does in C++.
+// Emulated twin of cuda/flashllm/ptx.cuh: the same functions, with what each instruction does in C++.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -69,7 +69,7 @@ FLASHLLM_DEVICE void prefetch_to_l2([[maybe_unused]] bool active, [[maybe_unused
 }
 
 FLASHLLM_DEVICE float4 load_relaxed(const float4* pointer) { return emu::load_relaxed(pointer); }
-// Whoever sees it may act on it at once: before this block does anything more.
+// Whoever sees the value may act on it before this block does anything more.
 FLASHLLM_DEVICE void store_relaxed(float4* pointer, const float4& value) {
     emu::store_relaxed(pointer, value);
     emu::sometimes_let_others_run();
@@ -114,7 +114,7 @@ FLASHLLM_DEVICE void mbarrier_init_fence() {}
 FLASHLLM_DEVICE void mbarrier_arrive_after_copies(unsigned address) { emu::mbarrier_arrive_after_copies(address); }
 FLASHLLM_DEVICE void mbarrier_arrive(unsigned address) {
     emu::mbarrier_arrive(address);
-    emu::sometimes_let_others_run();  // who waited for it may act before the other lanes of this warp do anything
+    emu::sometimes_let_others_run();  // whoever waited for it may act before this warp's other lanes do anything
 }
 FLASHLLM_DEVICE void mbarrier_expect(unsigned address, unsigned bytes) { emu::mbarrier_expect(address, bytes); }
 FLASHLLM_DEVICE void mbarrier_wait(unsigned address, unsigned parity) { emu::mbarrier_wait(address, parity); }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a grid over workers that each hold two blocks at a time, so that a block can overtake another anywhere. Blocks
-// start in the order of their numbers, as on a GPU: one may wait for those before it, not for those after it. Errors
-// end the launch with a message.
+// Runs a grid over workers that each hold two blocks at a time, so that a block can overtake another at any point.
+// Blocks start in the order of their numbers, as on a GPU: a block may wait for those before it, not for those after
+// it. Errors end the launch with a message.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -214,7 +214,7 @@ void check_global(const char* what, const void* pointer, unsigned bytes, bool wr
     Worker& worker = *thread.owner->worker;
     const Request& request = *worker.launch->request;
     if (const char* where = position(*worker.launch, pointer, bytes, write, worker.last_extent)) {
-        // The nearest array is meant, if any: small ones may lie side by side.
+        // The nearest array, if any, is taken to be the one meant: small ones may lie side by side.
         const Extent* nearest = nullptr;
         long long least = 4096 + 1;
         for (std::size_t i = 0; i < request.extent_count; ++i) {
@@ -277,8 +277,8 @@ void write_global(const void* pointer, unsigned bytes) {
     current().owner->worker->add(Counter::global_write_bytes, bytes);
 }
 
-// Not one access on the host, but whoever sees the first 8 bytes sees the others too. Looks are not counted: how many
-// there are is up to the schedule.
+// Not a single access on the host, but whoever sees the first 8 bytes sees the others too. Polls are not counted, since
+// their number depends on the schedule.
 float4 load_relaxed(const float4* pointer) {
     check_global("read", pointer, sizeof(float4), false);
     std::uint64_t bits[2];
@@ -333,7 +333,7 @@ int run(const Request& request, void (*body)(void* const*)) {
         workers[i].ranked = request.seed % 2 == 1;
         workers[i].random = mix(request.seed * 0x9e3779b97f4a7c15ull + i + 1);
     }
-    // Not on the caller's own thread even alone: its stack and thread-local block stay out of it.
+    // Even a single worker does not run on the caller's thread, whose stack and thread-local block stay out of it.
     for (Worker& worker : workers) threads.emplace_back([&worker] { work(worker); });
     for (std::thread& thread : threads) thread.join();
     for (const Worker& worker : workers) {

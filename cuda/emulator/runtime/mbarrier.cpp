@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Transaction barriers (mbarrier) in shared memory and the bulk copies that complete on them. A copy is performed when
-// somebody waits for its barrier, or waits already; with a seed, one in four at once, as the hardware may: that shows
-// data overwritten too early.
+// a thread waits for its barrier, or at once if one waits already. With a seed, one in four is performed at once, as
+// the hardware may do: that exposes data overwritten too early.
 #include <cstring>
 
 #include "runtime/state.hpp"
@@ -27,7 +27,7 @@ bool waited_for(const TransactionBarrier& barrier) {
     return false;
 }
 
-// The phase ends when all arrivals and all announced bytes are there.
+// The phase ends once all arrivals and all announced bytes have come.
 void complete_if_done(Block& block, TransactionBarrier& barrier) {
     if (barrier.arrivals_left != 0 || barrier.bytes_left != 0) return;
     barrier.parity ^= 1;
@@ -45,7 +45,8 @@ void arrive(Block& block, TransactionBarrier& barrier, unsigned address) {
     complete_if_done(block, barrier);
 }
 
-// By a thread itself, unlike an arrival after copies: what it has done is done for whoever waits for the phase.
+// An arrival of the thread itself, unlike one after copies: what the thread has done so far is ordered before whatever
+// follows a wait for the phase.
 void arrive_and_release(TransactionBarrier& barrier, unsigned address) {
     Thread& thread = current();
     thread.stores.release();
@@ -94,8 +95,8 @@ void mbarrier_arrive(unsigned address) {
     arrive_and_release(find("mbarrier.arrive", address), address);
 }
 
-// The copies since the thread's last group become the barrier's: it has their bytes to wait for. Those of earlier
-// groups are left to their waits.
+// The copies since the thread's last group are handed to the barrier, which then waits for their bytes. Copies of
+// earlier groups are left to the waits for those groups.
 void mbarrier_arrive_after_copies(unsigned address) {
     Thread& thread = current();
     TransactionBarrier& barrier = find("cp.async.mbarrier.arrive", address);

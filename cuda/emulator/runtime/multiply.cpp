@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of a tensor-core step: 16 exact products per output (also where a is sparse: those of its elements) are
-// added to it and the sum is cut off, not rounded, to fp32, as the hardware does. (Its products lose a few low bits
-// before the addition too; not modelled.)
+// The arithmetic of a tensor-core step: 16 exact products per output (where a is sparse, those of its stored elements)
+// are added to the output, and the sum is truncated, not rounded, to fp32, as the hardware does. (The hardware's
+// products also lose a few low bits before the addition, which is not modelled.)
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -33,7 +33,7 @@ void widen(Value type, const std::uint16_t* bits, unsigned count, double* to) {
 #endif
 }
 
-// Nearest fp32 towards zero. The 29 low mantissa bits are what fp32 has not; a NaN keeps its quiet bit.
+// Nearest fp32 towards zero. fp32 lacks the 29 low mantissa bits; a NaN keeps its quiet bit.
 Floats truncate(Doubles value) {
     return __builtin_convertvector((Doubles)((Longs)value & ~0x1fffffffll), Floats);
 }

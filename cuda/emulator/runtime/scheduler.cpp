@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who runs next, and who waits for whom. A thread runs until it has to wait; then, or now and then at random, another
-// takes over: a lane of the same warp if one can run, else any warp of any resident block. With odd seeds warps have
-// ranks, drawn anew now and then, and the first in rank that can run does: the last is held back until nobody can go on
-// without it, which random turns alone almost never bring about (Burckhardt et al., ASPLOS'10). The order is a function
-// of the seed, so a failure can be repeated.
+// takes over: a lane of the same warp if one can run, otherwise any warp of any resident block. With odd seeds warps
+// have ranks, redrawn now and then, and the first warp in rank that can run does: the last is held back until no other
+// can go on without it, which random turns alone almost never bring about (Burckhardt et al., ASPLOS'10). The order is
+// a function of the seed, so a failure can be reproduced.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -19,7 +19,7 @@ const char* const kOperationNames[] = {"__syncwarp", "shuffle", "vote", "ldmatri
                                        "ldmatrix.x4.trans", "mma.m16n8k16", "mma.sp.m16n8k32",
                                        "wgmma.fence", "wgmma.mma_async", "wgmma.commit_group", "wgmma.wait_group"};
 
-// One in this many meetings, another warp gets its turn although this one could go on.
+// At one in this many meetings, another warp gets a turn although this one could go on.
 constexpr unsigned kPreempt = 8;
 
 unsigned pick_bit(unsigned mask, unsigned start) {
@@ -90,7 +90,7 @@ Block& pick_block(Worker& worker, Block& otherwise) {
     return other.running && other.ready_warps != 0 ? other : otherwise;
 }
 
-// Who runs next, if `block` can; worker.blocks are few and their warps at most 32.
+// The thread that runs next, where `block` has one that can; worker.blocks are few and have at most 32 warps each.
 Thread* pick(Worker& worker, Block& block) {
     const unsigned random = worker.draw();
     if (!worker.ranked) return pick_in(pick_block(worker, block), random);
@@ -309,7 +309,7 @@ void look_again() {
         thread.last_look = alone;
         std::this_thread::yield();  // to the other workers
     }
-    // Anybody's turn, whatever the ranks: by rank, two that look might take turns for ever.
+    // Anyone may run next, whatever the ranks: by rank, two threads that poll might take turns for ever.
     Worker& worker = *block.worker;
     switch_to(thread, *pick_in(pick_block(worker, block), worker.draw()));
 }

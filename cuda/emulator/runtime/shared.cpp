@@ -38,7 +38,7 @@ void log_access(Thread& thread, AccessLog& log, unsigned address) {
     if (n + 1 > log.longest) log.longest = n + 1;
 }
 
-// Calls count(addresses, lanes) for each round of the log, and empties it.
+// Calls count(addresses, lanes) for each round of the log, and empties the log.
 template <typename Count>
 void drain_log(AccessLog& log, Count count) {
     for (unsigned round = 0; round < log.longest; ++round) {
@@ -160,7 +160,7 @@ void store_shared16(unsigned address, const uint4& value) {
 }
 
 // ---- cp.async: performed when its group is waited for. With a seed, some copies are performed at once, as the
-// hardware may: that shows data overwritten too early.
+// hardware may do: that exposes data overwritten too early.
 
 void copy_async16(unsigned address, const void* pointer, unsigned bytes) {
     Thread& thread = current();

@@ -17,7 +17,7 @@ namespace emu {
 
 constexpr unsigned kMaxWarps = 32;
 constexpr unsigned kNamedBarriers = 16;
-// Where the shared window of a block begins: address 0 is never valid, and swizzled operands stay aligned.
+// Where the shared window of a block begins, such that address 0 is never valid and swizzled operands stay aligned.
 constexpr unsigned kSharedBase = 1024;
 constexpr unsigned kSharedLimit = 256 * 1024;
 constexpr unsigned kCanaryBytes = 1024;
@@ -38,10 +38,10 @@ struct CopyQueue {
     void clear() { copies.clear(), group_ends.clear(); }
 };
 
-// Writes to shared memory of one kind by one thread. They become visible to the asynchronous proxy (wgmma) in two
-// steps: the writer's fence ends an epoch, the next barrier publishes all ended epochs. Or the writer arrives at an
-// mbarrier, which releases what it wrote, and a fence of the reader publishes what has been released. An arrival
-// releases ordinary stores, one after copies releases copies.
+// One thread's writes of one kind to shared memory. They become visible to the asynchronous proxy (wgmma) in two steps:
+// the writer's fence ends an epoch, and the next barrier publishes all ended epochs. Or the writer arrives at an
+// mbarrier, which releases what it wrote, and a fence of the reader publishes what has been released. An ordinary
+// arrival releases ordinary stores; an arrival after copies releases copies.
 struct Writes {
     unsigned epoch = 1, published = 1, released = 1;
     void release() { released = ++epoch; }
@@ -54,9 +54,9 @@ struct Thread : ThreadView {
     Block* owner = nullptr;
     Warp* warp = nullptr;
     unsigned id = 0, lane = 0;
-    Writes stores, copied;  // its ordinary stores; its cp.async whose end it leaves to an mbarrier
+    Writes stores, copied;  // its ordinary stores; its cp.async whose completion it leaves to an mbarrier
     CopyQueue* copies = nullptr;
-    unsigned looks = 0;                  // at global memory that another block is to write, since the last __syncwarp
+    unsigned looks = 0;                  // polls of global memory that another block writes, since the last __syncwarp
     bool last_look = false;
 };
 
@@ -90,7 +90,7 @@ struct Warp {
     Block* block = nullptr;
     unsigned index = 0;
     unsigned live = 0, ready = 0;      // lanes that have not ended; of those, lanes that wait for nothing
-    unsigned behind = 0;               // lanes that are ordered behind the launch before, see is_behind
+    unsigned behind = 0;               // lanes that are ordered after the preceding launch, see is_behind
     unsigned rank = 0;                 // who goes first, where the worker ranks its warps
     unsigned meeting_count = 0;
     Meeting meetings[32];
@@ -108,18 +108,18 @@ struct Barrier {
 };
 
 struct BulkCopy {
-    unsigned address, bytes, zeros;  // zeros: bytes behind the copied ones
+    unsigned address, bytes, zeros;  // zeros: bytes to zero after the copied ones
     const void* source;
-    unsigned mark;  // of who writes, as in Block::writer
+    unsigned mark;  // of the writer, as in Block::writer
 };
 
 struct TransactionBarrier {
     unsigned arrivals = 0, arrivals_left = 0;
-    unsigned parity = 0;                 // of the phase under way
-    long long bytes_left = 0;            // announced and not copied; negative when a copy was faster
+    unsigned parity = 0;                 // of the current phase
+    long long bytes_left = 0;            // announced but not copied; negative when a copy was faster
     std::vector<BulkCopy> copies;        // not performed yet
     unsigned waiting[kMaxWarps] = {};    // lanes of each warp
-    // Whether somebody who was behind the launch before has arrived: so far, and up to the phase that ended last.
+    // Whether a thread ordered after the preceding launch has arrived: so far, and by the end of the last ended phase.
     bool arrived_behind = false, behind = false;
 };
 
@@ -145,7 +145,7 @@ struct Launch {
     void (*body)(void* const*);
     dim3 grid;
     unsigned long long blocks = 0;
-    std::unique_ptr<std::atomic<bool>[]> ended;  // by number of the block
+    std::unique_ptr<std::atomic<bool>[]> ended;  // by block number
     std::atomic<bool> failed{false};
     const char* module_begin = nullptr;     // of this shared object, whose __device__ variables are global memory
     const char* module_end = nullptr;
@@ -171,11 +171,12 @@ struct Worker {
 
 inline Thread& current() { return *reinterpret_cast<Thread*>(fiber_base()); }
 
-// Whether a thread is ordered behind the launch before: it has waited for it, or has met one that was so at a barrier.
+// Whether a thread is ordered after the preceding launch: it has waited for that launch, or has met a thread that was
+// so ordered at a barrier.
 inline bool is_behind(const Thread& thread) { return (thread.warp->behind >> thread.lane & 1) != 0; }
 inline void put_behind(Thread& thread) { thread.warp->behind |= 1u << thread.lane; }
 
-// Ends the launch with a message that says where; runs on a fiber and does not come back.
+// Ends the launch with a message that says where; runs on a fiber and does not return.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- scheduler.cpp
@@ -183,17 +184,17 @@ inline void put_behind(Thread& thread) { thread.warp->behind |= 1u << thread.lan
 void prepare_block(Block& block);
 // Runs the worker's blocks until one ends or the launch fails.
 void run_until_block_ends(Worker& worker);
-// The lanes of `mask` meet; the last to come calls perform(warp, mask), with each lane's argument in place.
+// The lanes of `mask` meet; the last to arrive calls perform(warp, mask), with each lane's argument in place.
 void meet(Operation operation, unsigned mask, void* argument, void (*perform)(Warp&, unsigned));
 
-// Lets others run until wake() of the lanes that this thread has put itself among.
+// Lets others run until wake() is called for the waiting lanes to which this thread has added itself.
 void wait_for_wake(Thread& thread);
-// `behind`: what they waited for orders them behind the launch before.
+// `behind`: what they waited for orders them after the preceding launch.
 void wake(Block& block, unsigned (&waiting)[kMaxWarps], bool behind);
 
 // ---- shared.cpp
 
-// Who writes now: thread id << 20 | epoch, and the highest bit where copies do.
+// The mark of what is written now: thread id << 20 | epoch, with the highest bit set for copies.
 constexpr unsigned kCopiedMark = 1u << 31;
 inline unsigned mark_of_stores(const Thread& thread) { return thread.id << 20 | (thread.stores.epoch & 0xfffffu); }
 inline unsigned mark_of_copies(const Thread& thread) {

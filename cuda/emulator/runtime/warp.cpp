@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Warp-wide instructions but wgmma: the last lane to come does the work of all.
+// Warp-wide instructions except wgmma: the last lane to arrive does the work of all.
 #include <cstring>
 
 #include "runtime/state.hpp"
@@ -90,7 +90,7 @@ struct MmaArgument {
     Value type;
     float* c;
     const unsigned *a, *b;
-    unsigned metadata, selector;  // of a sparse one
+    unsigned metadata, selector;  // of a sparse instruction
 };
 
 // The fragments of a warp: lane 4 g + t holds rows g and g + 8, columns 2 t.. and 2 t + 8.. of a; of b, column g.
@@ -147,7 +147,7 @@ void perform_mma_sp(Warp& warp, unsigned) {
     warp.block->worker->add(Counter::mma_sp_m16n8k32);
 }
 
-// Of a lane whose metadata counts; also where the values are zeros, since what a GPU does then is undefined too.
+// For a lane whose metadata counts; also where the values are zeros, since what a GPU does then is undefined too.
 void check_ordered(const Thread& thread, unsigned metadata) {
     for (unsigned i = 0; i < 8; ++i) {
         const unsigned low = metadata >> i * 4 & 3u, high = metadata >> (i * 4 + 2) & 3u;
@@ -161,7 +161,7 @@ void check_ordered(const Thread& thread, unsigned metadata) {
 
 void warp_barrier(unsigned mask) {
     Thread& thread = current();
-    thread.looks = 0, thread.last_look = false;  // it went on, even if it gave up looking
+    thread.looks = 0, thread.last_look = false;  // it went on, even if it gave up polling
     meet(Operation::syncwarp, mask, nullptr, [](Warp& warp, unsigned lanes) {
         if ((warp.behind & lanes) != 0) warp.behind |= lanes;
     });

@@ -29,7 +29,7 @@ struct Accumulator {
 struct Instruction {
     Value type;
     unsigned columns;
-    bool a_in_registers;  // read at the issue alone: which registers the compiler takes is its own affair
+    bool a_in_registers;  // read at the issue alone: which registers the compiler uses is up to it
     std::uint64_t a, b;
     unsigned accumulator;  // index in WgmmaQueue::accumulators
     std::unique_ptr<Operands> at_issue;
@@ -83,7 +83,7 @@ void read_rows(Warp& warp, const char* name, std::uint64_t descriptor, unsigned 
     }
 }
 
-// Every element must have been written before a fence of its writer that a barrier followed.
+// Every element must have been published since it was written: see Writes.
 void check_published(Warp& warp, const char* name, std::uint64_t descriptor, unsigned first, unsigned rows) {
     Block& block = *warp.block;
     for (unsigned r = 0; r < rows; ++r) {
@@ -110,7 +110,7 @@ void read_operands(Warp& warp, const Instruction& instruction, Operands& to) {
     read_rows(warp, "b", instruction.b, 0, instruction.columns, to.b);
 }
 
-// Register r of lane 4 g + t: row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next, as of m16n8k16.
+// Register r of lane 4 g + t: row g + 8 (r % 2), columns 2 t + 8 (r / 2) and the next, as in m16n8k16.
 void read_registers(Warp& warp, Operands& to) {
     for (unsigned lane = 0; lane < 32; ++lane) {
         const unsigned* registers = static_cast<WgmmaArgument*>(warp.argument[lane])->registers;
@@ -156,7 +156,7 @@ unsigned find_accumulator(Warp& warp, unsigned columns) {
     accumulator.columns = columns;
     float now[kRows * kMaxColumns];
     gather(accumulator, now);
-    // Untouched since the last wait, accumulators need no new fence.
+    // Accumulators that are untouched since the last wait need no new fence.
     if (!queue.fenced && (!known || std::memcmp(now, accumulator.value, sizeof(float) * kRows * columns) != 0)) {
         fail("missing wgmma.fence: the accumulators were written since the last wgmma.wait_group");
     }

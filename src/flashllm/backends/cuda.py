@@ -41,7 +41,7 @@ def launch(
 
     Runs on ``stream`` (a CuPy stream; the current one for ``None``) and allocates nothing, so it can be
     captured in a CUDA graph once :func:`load` has run. Pointers are passed as they are: shapes, types,
-    strides and alignment are the caller's to check. With ``overlap_previous`` it may start while the launch before
+    strides and alignment are the caller's to check. With ``overlap_previous`` it may start while the preceding launch
     still runs; the kernel has to wait for that one (docs/kernels/pdl.md).
     """
     kernel = load(spec)

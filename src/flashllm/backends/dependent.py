@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches that may overlap the one before them on their stream: CUDA's programmatic dependent launch.
 
-CuPy has no call for them, the driver has; what makes them safe is said in docs/kernels/pdl.md.
+CuPy has no call for them, but the driver does; docs/kernels/pdl.md says what makes them safe.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check(facts: DeviceFacts) -> None:
 
 
 def available() -> bool:
-    """Whether the package is installed that such launches go through."""
+    """Whether the package that such launches go through is installed."""
     try:
         _driver()
     except MissingDependencyError:
@@ -41,14 +41,14 @@ def available() -> bool:
 def launch(
     kernel: Any, grid: Sequence[int], threads: int, args: Sequence[Any], *, shared_bytes: int, stream: Any = None
 ) -> None:
-    """Launch CuPy's ``kernel`` on ``stream`` (CuPy's current one for ``None``) as soon as the launch before allows.
+    """Launch CuPy's ``kernel`` on ``stream`` (CuPy's current one for ``None``) as soon as the preceding launch allows.
 
-    ``args`` are CuPy arrays and NumPy scalars. In a capture the launch gets a programmatic edge of the graph.
+    ``args`` are CuPy arrays and NumPy scalars. In a capture the launch gets a programmatic edge in the graph.
     """
     import cupy
 
     driver = _driver()
-    cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())  # its context is current: the driver asks for one
+    cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())  # makes its context current, as the driver requires
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1

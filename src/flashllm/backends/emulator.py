@@ -52,9 +52,9 @@ __all__ = [
 
 _MESSAGE_BYTES = 2048
 _MAX_ARGUMENTS = 64
-_GUARD = 512  # elements of guard before an output; after it as many and a whole block of rows
+_GUARD = 512  # guard elements before an output; after it as many, plus a whole block of rows
 _GUARD_ROWS = 64
-_SCRATCH_GUARD = 1 << 17  # bytes behind scratch memory: several images of x
+_SCRATCH_GUARD = 1 << 17  # guard bytes after scratch memory: several images of x
 _NAN_BITS = 0x7FDA  # NaN in fp16 and bf16, and not the one that conversions give
 
 
@@ -121,12 +121,12 @@ def launch(
 ) -> Counts:
     """Run ``spec`` on ``grid`` (1 to 3 block counts) with C-contiguous NumPy arrays and NumPy scalars as ``args``.
 
-    ``arch`` selects the code path. ``seed`` draws the order of warps and lanes and which asynchronous copies
-    end early; equal seeds and ``workers`` (threads of the host, default: all cores) repeat a schedule. With
+    ``arch`` selects the code path. ``seed`` determines the order of warps and lanes and which asynchronous copies
+    complete early; equal seeds and ``workers`` (host threads, default: all cores) reproduce a schedule. With
     ``sanitize`` the kernel runs under AddressSanitizer, which must be in the process
     (:func:`sanitizer_environment`). ``build`` replaces ``arch`` and ``sanitize`` and says more. ``dependent`` are the
-    arrays among ``args``, or contiguous parts of them, that a thread may touch only once it has waited for the launch
-    before, or has met one that had at a barrier.
+    arrays among ``args``, or contiguous parts of them, that a thread may touch only once it has waited for the
+    preceding launch, or has met at a barrier a thread that had.
 
     Raises :class:`EmulationError` when the kernel misbehaves, :class:`ArgumentError` for arguments that do not fit
     it, :class:`MissingDependencyError` without a compiler, ``CompileError`` when it does not compile.
@@ -164,7 +164,7 @@ def launch(
 
 
 def preload(specs: Iterable[KernelSpec], *, build: BuildOptions | None = None) -> None:
-    """Compile and load many kernels at once: several share a shared object, all cores work."""
+    """Compile and load many kernels at once, several per shared object, on all cores."""
     options = build or BuildOptions()
     _check_sanitizer(options)
     missing = [spec for spec in specs if (spec, options) not in _loaded]
@@ -217,10 +217,10 @@ def spmm(
     """y[N, M] = x[N, K] @ W[M, K]^T by the real kernel, planned for :func:`emulated_device`.
 
     ``x`` is C-contiguous of W's type (bf16: ``ml_dtypes.bfloat16`` or its bits as uint16), W on the host; y has
-    the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles, with the end of
-    a row of tiles counting for ``row_cost`` more; the rest is as for :func:`launch`. Raises :class:`ArgumentError`, and
-    :class:`EmulationError` also when the kernel writes outside y or behind its scratch memory, or leaves its workspace
-    not zero.
+    the dtype of x. ``choice`` forces an instance, ``blocks`` the number of blocks that share W's tiles, where the end
+    of a row of tiles counts as ``row_cost`` more tiles; the rest is as for :func:`launch`. Raises
+    :class:`ArgumentError`, and :class:`EmulationError` also when the kernel writes outside y or past its scratch
+    memory, or leaves its workspace not zero.
     """
     from dataclasses import replace
 
@@ -271,7 +271,7 @@ def spmm(
 
 
 def _fenced(a: NDArray[Any]) -> NDArray[Any]:
-    """A copy of ``a`` between NaNs: what a kernel reads beside it spoils the result."""
+    """A copy of ``a`` between NaNs: whatever a kernel reads outside it spoils the result."""
     buffer = _aligned(np.full(a.size + 2 * _GUARD, _NAN_BITS, np.uint16))
     inner: NDArray[Any] = buffer[_GUARD : _GUARD + a.size].reshape(a.shape)
     inner[...] = a.view(np.uint16)

@@ -31,14 +31,14 @@ _FLAGS = (
     "-pthread",
     "-fvisibility=hidden",
     "-fno-gnu-unique",  # a kernel's static variables are its own, not shared with other objects of the process
-    "-fno-strict-aliasing",  # as CUDA: kernels read one type's memory as another's
+    "-fno-strict-aliasing",  # as in CUDA: kernels read one type's memory as another's
     "-ffp-contract=off",
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 )
 _SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _RUNTIME_SPEED, _KERNEL_SPEED = "-O2", "-Og"
-"""Of the emulator, compiled once, and of kernels, which take longer to compile than they run."""
+"""Optimisation of the emulator, compiled once, and of kernels, which take longer to compile than to run."""
 _V3_FEATURES = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _PER_OBJECT = 12
 """Kernels compiled into one shared object: parsing is shared, memory and waiting stay small."""
@@ -141,7 +141,7 @@ def compile_all(specs: Iterable[KernelSpec], options: BuildOptions | None = None
 def sanitizer_environment() -> dict[str, str]:
     """Environment variables for a Python process that runs kernels built with ``sanitize``.
 
-    The sanitizer has to be there before Python is, so it cannot be loaded with the kernel.
+    The sanitizer has to be loaded before Python, so it cannot be loaded with the kernel.
     """
     library = _run([_compiler(), "-print-file-name=libasan.so"]).strip()
     return {
@@ -186,7 +186,7 @@ def _build(specs: Sequence[KernelSpec], root: Path, flags: tuple[str, ...], opti
 
 
 def _stub(specs: Sequence[KernelSpec], root: Path) -> str:
-    """The page that turns templates into entry points."""
+    """The source file that turns templates into entry points."""
     lines = [
         '#include "emu/cuda.hpp"',
         f'#include "{(root / specs[0].source).resolve()}"',
@@ -273,7 +273,7 @@ def _emulator_digest() -> str:
 
 
 def _headers_digest() -> str:
-    """Of the package's device headers: sources elsewhere include them too."""
+    """Digest of the package's device headers, which sources elsewhere include too."""
     root = sources.cuda_root()
     return _digest_of((root / "flashllm").glob("*.cuh"), root)
 

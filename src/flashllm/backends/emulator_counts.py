@@ -24,7 +24,7 @@ class SharedAccess:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sums over one launch. Accesses that do not pass through a wrapper of ``ptx.cuh`` are not seen."""
+    """Sums over one launch. Accesses through no wrapper of ``ptx.cuh`` or built-in such as ``__ldg`` are not seen."""
 
     blocks: int
     barriers: int
@@ -45,14 +45,14 @@ class Counts:
     scatter: SharedAccess
     """2-byte stores. The n-th store of each lane between two meetings of the warp counts as one instruction."""
     store4: SharedAccess
-    """4-byte stores, told apart as the 2-byte ones."""
+    """4-byte stores, counted as the 2-byte ones are."""
     store16: SharedAccess
     """16-byte stores, a quarter of a warp at a time."""
     ldmatrix: SharedAccess
 
     @property
     def multiply_adds(self) -> int:
-        """Of all tensor-core instructions; a sparse one performs half of its shape's."""
+        """Multiply-adds of all tensor-core instructions; a sparse one performs half as many as its shape has."""
         sizes = {shape: _volume(shape) for shape in self.mma}
         return sum(count * sizes[shape] for shape, count in self.mma.items())
 

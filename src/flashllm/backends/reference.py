@@ -19,7 +19,7 @@ def spmm(x: NDArray[Any], w: SparseWeight) -> NDArray[Any]:
     """``y[N, M] = x[N, K] @ W[M, K]^T``, accumulated in float64 and rounded once, to nearest even.
 
     ``x`` is row-major and of the weight's type, any N >= 0; bf16 is ``ml_dtypes.bfloat16`` or its bits as
-    uint16, and y comes in the dtype of x. Needs W dense in 16 bits and one strip of it in float64. Multiplies the
+    uint16, and y comes in the dtype of x. Holds W dense in 16 bits and one strip of it in float64. Multiplies the
     pruned zeros of every format: one of them times infinity is NaN.
     """
     m, k = w.shape

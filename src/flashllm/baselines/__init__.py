@@ -19,11 +19,11 @@ class SystemEntry:
     weight: str | None
     """``"module:Class"`` of a ``Baseline`` or ``LibraryBaseline`` of baselines/baseline.py; ``None``: cuBLAS."""
     matrix: Literal["given", "2:4", "dense"] = "given"
-    """The matrix of the case; or one without zeros, with half of its values taken out for the 2:4 pattern, or whole."""
+    """The matrix of the case; or one without zeros, with half of its values pruned to the 2:4 pattern, or dense."""
     needs: tuple[str, ...] = ()
     """Packages, beside CuPy."""
     bytes_per_element: Callable[[float], float]
-    """Of W, by density: about what a weight takes."""
+    """About how many bytes a weight takes per element of W, by density."""
 
 
 SYSTEMS: dict[str, SystemEntry] = {
@@ -88,7 +88,7 @@ def parse_systems(text: str) -> tuple[str, ...]:
 
 
 def weight_class(name: str) -> Any:
-    """The class of weights of system ``name``, which has one."""
+    """The weight class of system ``name``, which has to have one."""
     module, _, attribute = (SYSTEMS[name].weight or "").partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the systems we compare with have in common.
 
-Each has a class of weights: the matrix as that system stores it. Where its kernels are our own code, in
-``cuda/baselines/`` (:class:`Baseline`), it is on the host (NumPy) or the GPU (CuPy), says which instances of its kernel
-come into question for N columns of x, and what has to be launched for a product. Where they are another library's, on
-the GPU alone, it prepares the calls itself (:class:`LibraryBaseline`).
+Each has a weight class: the matrix as that system stores it. Where the system's kernels are our own code, in
+``cuda/baselines/`` (:class:`Baseline`), a weight is on the host (NumPy) or the GPU (CuPy) and says which instances of
+its kernel are candidates for N columns of x, and what has to be launched for a product. Where they are another
+library's (:class:`LibraryBaseline`), a weight is on the GPU alone and prepares the calls itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One kernel launch of a product; ``args`` are arrays of the side the weight is on, and NumPy scalars."""
+    """One kernel launch of a product; ``args`` are arrays on the side where the weight is, and NumPy scalars."""
 
     spec: KernelSpec
     grid: tuple[int, ...]
@@ -44,7 +44,7 @@ class Baseline(Protocol):
     FORMAT: ClassVar[str]
     """Name of the format in result rows."""
     LAYOUT: ClassVar[Literal["row", "column"]]
-    """How x and y lie: ``row``: x [N, K], y [N, M], as everywhere in this package; ``column``: x [K, N], y [M, N].
+    """Layout of x and y: ``row``: x [N, K], y [N, M], as everywhere in this package; ``column``: x [K, N], y [M, N].
 
     A class may also have an ``ERROR_LIMIT``: see :attr:`Way.error_limit`.
     """
@@ -59,7 +59,7 @@ class Baseline(Protocol):
 
     @classmethod
     def from_dense(cls, dense: Any) -> Self:
-        """Encode a C-contiguous float16 [M, K] array, NumPy or CuPy, on the side it is on. M, K >= 1, any number.
+        """Encode a C-contiguous float16 [M, K] array, NumPy or CuPy, on the side where it is; any M, K >= 1.
 
         Raises :class:`flashllm.errors.ArgumentError` for another type or shape, or one that the format cannot hold.
         """
@@ -68,22 +68,22 @@ class Baseline(Protocol):
         """The same weight in buffers of its own."""
 
     def choices(self, n: int, *, sm_count: int) -> Sequence[Choice]:
-        """What to try for ``n`` columns of x (any number >= 1) on a GPU with so many multiprocessors; never empty."""
+        """What to try for ``n`` columns of x (any number >= 1) on a GPU of ``sm_count`` multiprocessors; not empty."""
 
     def workspace_bytes(self, n: int, choice: Any) -> int:
-        """Bytes of device memory, with anything in them, that the steps of a product need beside x and y."""
+        """Bytes of device memory, whatever they hold, that the steps of a product need beside x and y."""
 
     def steps(self, x: Any, y: Any, workspace: Any, choice: Any) -> tuple[Step, ...]:
         """The launches of one product, in order.
 
-        ``x`` and ``y``: C-contiguous float16, as :attr:`LAYOUT` says, addresses multiples of 16 bytes; ``workspace``:
+        ``x`` and ``y``: C-contiguous float16, laid out as :attr:`LAYOUT` says, at multiples of 16 bytes; ``workspace``:
         uint8. Every element of y is written.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to compute y = x @ W^T on the GPU, with any of the rotating copies of W: a system when it is timed."""
+    """One way to compute y = x @ W^T on the GPU, with any of the rotating copies of W: what is timed."""
 
     label: str
     """Kernel or algorithm, for result rows."""
@@ -97,7 +97,7 @@ class Way:
     output: Callable[[], Any]
     """The same as [N, M]."""
     error_limit: float = 8.0
-    """Its error may be this many times the bound that ours promise: pieces of a sum may be added in fp16."""
+    """Its error may be this many times the bound that our kernels promise: pieces of a sum may be added in fp16."""
 
 
 class LibraryBaseline(Protocol):
@@ -126,7 +126,7 @@ class LibraryBaseline(Protocol):
 
 
 def kernel_ways(weights: Sequence[Baseline], x: Any) -> list[Way]:
-    """The ways of a system with kernels of our own: all its choices, one workspace. x is CuPy float16 [N, K]."""
+    """The ways of a system with kernels of our own: all its choices, with one workspace. x is CuPy float16 [N, K]."""
     import cupy
 
     from flashllm.device import device_facts

@@ -29,7 +29,7 @@ def check_dense(dense: Any) -> Any:
 def compress(dense: Any) -> tuple[Any, Any, Any]:
     """Row offsets (int32 [M + 1]), columns (int32) and values (float16) of what is not zero, in order.
 
-    Raises :class:`ArgumentError` for another array than C-contiguous float16 [M, K], and for 2^31 values and more.
+    Raises :class:`ArgumentError` for any array but a C-contiguous float16 [M, K], and for 2^31 or more values.
     """
     xp = check_dense(dense)
     rows, columns = dense.shape

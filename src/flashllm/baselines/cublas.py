@@ -99,7 +99,7 @@ class Cublas:
         self.close()
 
     def close(self) -> None:
-        """Destroy the handles. No captured graph of theirs may run afterwards: the workspace is freed."""
+        """Destroy the handles. No graph captured with them may run afterwards: the workspace is freed."""
         if not self._closed:
             self._closed = True
             self._blas.call("cublasDestroy_v2", self._handle)
@@ -109,7 +109,7 @@ class Cublas:
     def _use_stream(self, stream: int) -> None:
         if stream != self._stream:
             self._blas.call("cublasSetStream_v2", self._handle, stream)
-            # Setting the stream puts the workspace back to cuBLAS's own, which a capture must not allocate.
+            # Setting the stream resets the workspace to cuBLAS's own, which a capture must not allocate.
             self._blas.call(
                 "cublasSetWorkspace_v2",
                 self._handle,
@@ -182,7 +182,7 @@ class Cublas:
         preference = self._create("MatmulPreference")
         limit = ctypes.c_size_t(WORKSPACE_BYTES)
         self._set("MatmulPreference", preference, api.PREF_MAX_WORKSPACE_BYTES, limit)
-        # Split-K pieces added in 16 bits are a different accuracy (108 times the bound at K = 264).
+        # Split-K pieces added in 16 bits give a different accuracy (108 times the bound at K = 264).
         schemes = ctypes.c_uint32(api.REDUCE_IN_FP32)
         self._set("MatmulPreference", preference, api.PREF_REDUCTION_SCHEME_MASK, schemes)
         results, found = (api.HeuristicResult * count)(), ctypes.c_int(0)
@@ -239,7 +239,7 @@ class Cublas:
     ) -> list[Candidate]:
         """Everything worth timing for this shape: GemmEx and the best cublasLt heuristics in every layout.
 
-        Without ``tensor_cores`` GemmEx alone, in its pedantic mode: the Flash-LLM paper's line of that name.
+        Without ``tensor_cores``, GemmEx alone in its pedantic mode: the Flash-LLM paper's line without tensor cores.
         """
         found = []
         for layout in layouts:

@@ -28,9 +28,9 @@ PREF_REDUCTION_SCHEME_MASK = 3
 REDUCE_IN_FP32 = 1 | 2  # in place or in the compute type; not in the 16-bit output type (4)
 NOT_SUPPORTED = 15
 LT_ALIGNMENT = 256
-"""Bytes: what cublasLt's heuristics take addresses to be multiples of."""
+"""Bytes: cublasLt's heuristics assume that addresses are multiples of this."""
 
-# The library may be asked for by any of these names when no installed package says where it is.
+# Names under which the library is looked for when no installed package says where it is.
 _SONAMES = {
     "cublas": ("libcublas.so.13", "libcublas.so.12"),
     "cublasLt": ("libcublasLt.so.13", "libcublasLt.so.12"),
@@ -174,7 +174,7 @@ class Library:
 
 
 class Descriptor:
-    """An object of a library, destroyed with the last reference to it; what it describes lives as long."""
+    """An object of a library, destroyed with the last reference to it; what it describes is kept alive as long."""
 
     def __init__(
         self, library: Library, create: str, destroy: str, arguments: Sequence[Any], described: Any = None
@@ -232,7 +232,7 @@ def open_library(name: str) -> Any:
 
 
 def _pathfinder(name: str) -> list[str]:
-    """Where CuPy finds the library too: wheels, conda, the system, CUDA_HOME; empty when nowhere."""
+    """Where CuPy looks for the library too: wheels, conda, the system, CUDA_HOME; empty when it is nowhere."""
     try:
         from cuda import pathfinder
     except ImportError:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _Order = Literal["row", "column"]
 _FP16_SUMS = 256.0
-"""Times the bound: algorithms 1 and 2 add pieces of rows in fp16, whatever type they are told to compute in."""
+"""Error limit, times the bound: algorithms 1 and 2 add pieces of rows in fp16, whatever compute type is set."""
 _CSR = (api.INDEX_32, api.INDEX_32, api.BASE_ZERO, api.R_16F)
 # (algorithm of CSR, order of x and y as cuSPARSE sees them, [K, N] and [M, N]). The Flash-LLM paper's harness ran the
 # first two; the third is newer.
@@ -71,7 +71,7 @@ class CusparseCsr:
 
 
 class _Calls:
-    """A cuSPARSE handle and what is called with it; the handle goes with the last way that uses it."""
+    """A cuSPARSE handle and the calls made with it; the handle is destroyed with the last way that uses it."""
 
     def __init__(self, library: Any, handle: ctypes.c_void_p) -> None:
         self._library, self._handle = library, handle

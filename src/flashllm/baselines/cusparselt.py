@@ -56,15 +56,16 @@ class CusparseLt24:
 
     @classmethod
     def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:
-        """What :func:`products` finds. y comes as [M, N]."""
+        """What :func:`products` finds, with y as [M, N]."""
         return [way(label, len(weights), multiply, transposed=True) for label, multiply in products(weights, x, stream)]
 
 
 def products(weights: Sequence[CusparseLt24], x: Any, stream: Any) -> list[tuple[str, Callable[[int], Any]]]:
-    """Labels and functions ``multiply(copy)``, which give a new tensor y[M, N] on PyTorch's current stream.
+    """Labels and functions ``multiply(copy)``, which return a new tensor y[M, N] on PyTorch's current stream.
 
-    x: float16 CuPy array [N, K]. One for each layout of x, with the algorithm that cuSPARSELt's own search finds; none
-    for an N it refuses. With y as [N, M] the search ends in an illegal instruction (PyTorch 2.11, an H200).
+    x: float16 CuPy array [N, K]. There is one for each layout of x, with the algorithm that cuSPARSELt's own search
+    finds, and none for an N that it refuses. With y as [N, M] the search ends in an illegal instruction (PyTorch 2.11,
+    an H200).
     """
     import cupy
 

@@ -9,9 +9,9 @@ from flashllm.baselines.csr import check_dense
 from flashllm.errors import ArgumentError
 
 GROUP = 4
-"""Neighbours along K."""
+"""Neighbours along K in a group."""
 KEPT = 2
-"""Of them may be values."""
+"""How many of them may be values."""
 _STRIP_ELEMENTS = 1 << 26
 
 
@@ -22,9 +22,10 @@ def is_two_of_four(dense: Any) -> bool:
 
 
 def keep_two_of_four(dense: Any) -> Any:
-    """A copy of ``dense`` with zeros but for the two largest magnitudes of every group, of equal ones the first.
+    """A copy of ``dense`` with zeros but for the two largest magnitudes of every group, the first among equals.
 
-    Raises :class:`ArgumentError` unless it is C-contiguous float16 [M, K], NumPy or CuPy, with K a multiple of 4.
+    Raises :class:`ArgumentError` unless ``dense`` is C-contiguous float16 [M, K], NumPy or CuPy, with K a multiple of
+    4.
     """
     xp = check_dense(dense)
     if dense.shape[1] % GROUP:
@@ -32,7 +33,7 @@ def keep_two_of_four(dense: Any) -> Any:
     out = xp.empty_like(dense)
     for part, kept in zip(_strips(dense), _strips(out), strict=True):
         groups = abs(part.reshape(-1, GROUP))
-        groups[xp.isnan(groups)] = xp.inf  # which compares
+        groups[xp.isnan(groups)] = xp.inf  # which can be compared
         result = kept.reshape(-1, GROUP)
         for i in range(GROUP):
             before = sum((groups[:, j] >= groups[:, i]).astype(xp.int8) for j in range(i))

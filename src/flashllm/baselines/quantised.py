@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense weights of fewer bits, multiplied by PyTorch: another trade of accuracy for bytes than zeros are.
+"""Dense weights of fewer bits, multiplied by PyTorch: another way than zeros to trade accuracy for bytes.
 
-Their products are right for the matrix that they store, which is not quite the one they were given: ``multiplied`` is.
+Their products are right for the matrix that they store, which ``multiplied`` returns: not quite the one they were
+given.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 _LARGEST_FP8 = 448.0  # of e4m3
 _FP8_SUMS = 256.0
-"""Times our bound: Hopper's fp8 tensor cores keep fewer bits of a sum than fp32 has, with fast sums fewer still. Rows
-say what was measured: ``max_err_over_bound``."""
+"""Error limit, times our bound: Hopper's fp8 tensor cores keep fewer bits of a sum than fp32 has, and fewer still with
+fast sums. Rows report what was measured: ``max_err_over_bound``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,9 @@ class TorchInt4:
     shape: tuple[int, int]
     packed: Any
     scales: Any
-    """bf16 [K / 128, M, 2]: a scale and what is added, which is 0."""
+    """bf16 [K / 128, M, 2]: a scale and an offset, which is 0."""
     levels: Any
-    """int8 [M, K] from -8 to 7, to say what is multiplied; ``None`` in copies."""
+    """int8 [M, K] from -8 to 7, from which ``multiplied`` is made; ``None`` in copies."""
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +110,7 @@ class TorchInt4:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchFp8:
-    """W[M, K] and x as e4m3 with one scale each, a power of two; x is rounded before, which is not timed."""
+    """W[M, K] and x as e4m3 with one scale each, a power of two; x is rounded beforehand, which is not timed."""
 
     SYSTEM: ClassVar[str] = "torch-fp8"
     FORMAT: ClassVar[str] = "fp8"
@@ -150,7 +151,7 @@ class TorchFp8:
 
     @classmethod
     def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:
-        """cublasLt by PyTorch, with and without its faster, less accurate sums."""
+        """cublasLt through PyTorch, with and without its faster, less accurate sums."""
         package = torch()
         values, scale = _to_fp8(as_tensor(x))
 
@@ -167,7 +168,7 @@ class TorchFp8:
 
 
 def _to_fp8(tensor: Any) -> tuple[Any, Any]:
-    """(e4m3 values, float32 scale) of a tensor; with the next larger power of two that fits its largest magnitude."""
+    """(e4m3 values, float32 scale) of a tensor; the scale is the least power of two that fits its largest magnitude."""
     package = torch()
     scale = (tensor.abs().max().float() / _LARGEST_FP8).clamp(min=2.0**-14).log2().ceil().exp2()
     values = package.empty(tensor.shape, dtype=package.float8_e4m3fn, device="cuda")

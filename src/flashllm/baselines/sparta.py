@@ -3,7 +3,8 @@
 
 Zheng et al., "SparTA", OSDI'22, as the harness of the Flash-LLM paper (VLDB'24) composes it from two libraries: every
 group of four neighbours along K gives its first two nonzeros, in order of position, to the 2:4 part and the others to
-the residual. The residual's product by Sputnik writes y, then that of the 2:4 part, there by cuSPARSELt, is added to y.
+the residual. Sputnik's product of the residual writes y; the product of the 2:4 part, there by cuSPARSELt, is then
+added to y.
 Here both are our own kernels, ``cuda/baselines/sputnik.cu`` and ``cuda/baselines/two_four.cu``.
 """
 
@@ -52,7 +53,7 @@ class SparTA:
     FORMAT: ClassVar[str] = "2:4+csr"
     LAYOUT: ClassVar[Literal["row", "column"]] = "column"
     ERROR_LIMIT: ClassVar[float] = 64.0
-    """Times the bound: where the parts are much larger than their sum, rounding one of them is no small error of it."""
+    """Times the bound: where the parts are much larger than their sum, rounding one is a large error of the sum."""
 
     structured: TwoFour
     residual: Sputnik
@@ -88,13 +89,13 @@ class SparTA:
         return type(self)(structured=self.structured.copy(), residual=self.residual.copy())
 
     def choices(self, n: int, *, sm_count: int) -> tuple[Choice, ...]:
-        """For ``n`` columns of x: all that the 2:4 part may try, with the configuration Sputnik publishes."""
+        """For ``n`` columns of x: all choices of the 2:4 part, each with Sputnik's published configuration."""
         residual = self.residual.choices(n, sm_count=sm_count)[0]
         structured = self.structured.choices_as(n, sm_count=sm_count, column=True, add=True)
         return tuple(Choice(residual=residual, structured=choice) for choice in structured)
 
     def workspace_bytes(self, n: int, choice: Choice) -> int:
-        """The parts are multiplied one after the other, in the same memory."""
+        """What the larger part needs: they are multiplied one after the other, in the same memory."""
         return max(
             self.residual.workspace_bytes(n, choice.residual), self.structured.workspace_bytes(n, choice.structured)
         )
@@ -110,7 +111,7 @@ class SparTA:
 
 
 def residual_of(dense: Any) -> Any:
-    """What :meth:`TwoFour.first_two` leaves out of a float16 [M, K] array: third and fourth nonzeros of groups."""
+    """What :meth:`TwoFour.first_two` leaves out of a float16 [M, K] array: the third and fourth nonzeros of groups."""
     xp = check_dense(dense)
     rows, columns = dense.shape
     out = xp.empty((rows, columns), np.uint16)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SparTA's split with the libraries of the Flash-LLM paper's harness: the 2:4 part by cuSPARSELt, through PyTorch.
 
-The residual is our own Sputnik's, as in :mod:`flashllm.baselines.sparta`. PyTorch's call cannot add to y, which
-cuSPARSELt itself can, so that a third launch adds the two parts.
+Our own Sputnik multiplies the residual, as in :mod:`flashllm.baselines.sparta`. PyTorch's call cannot add to y,
+although cuSPARSELt itself can, so a third launch adds the two parts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SparTACusparseLt:
         rest = sparta.residual_of(dense)
         residual = Sputnik.from_dense(rest)
         rest = rest.view(np.uint16)
-        rest ^= dense.view(np.uint16)  # what the residual has becomes 0, the others come back
+        rest ^= dense.view(np.uint16)  # what the residual has becomes 0, the rest comes back
         return cls(structured=CusparseLt24.from_dense(rest.view(np.float16)), residual=residual)
 
     def copy(self) -> Self:
@@ -53,7 +53,7 @@ class SparTACusparseLt:
 
     @classmethod
     def ways(cls, weights: Sequence[Any], x: Any, stream: Any) -> list[Way]:
-        """With each of cuSPARSELt's products for this x; y comes as [M, N]. None for an N that it refuses."""
+        """One with each of cuSPARSELt's products for this x, with y as [M, N]; none for an N that it refuses."""
         import cupy
 
         from flashllm.device import device_facts
@@ -80,7 +80,7 @@ class SparTACusparseLt:
 
 
 def _sum(steps: Sequence[tuple[Step, ...]], y: Any, multiply: Callable[[int], Any]) -> Callable[[int], Any]:
-    """``steps`` of a copy write y, a tensor, to which its 2:4 product is added."""
+    """A function of the copy: its ``steps`` write y, a tensor, to which its 2:4 product is then added."""
 
     def both(copy: int) -> Any:
         run(steps[copy])

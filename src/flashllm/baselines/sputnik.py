@@ -2,7 +2,7 @@
 """Sputnik's fp16 SpMM, host side of ``cuda/baselines/sputnik.cu``: CSR with 16-bit columns, no tensor cores.
 
 Gale, Zaharia, Young, Elsen: "Sparse GPU Kernels for Deep Learning", SC'20. Tile sizes are those that its half-precision
-dispatch takes by N; what that refuses (odd N, K above 32767) works here.
+dispatch chooses by N; what that refuses (odd N, K above 32767) works here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PAD = 4
-"""Rows are padded to a multiple of so many elements."""
+"""Rows are padded to a multiple of this many elements."""
 MAX_COLUMNS = 65535
 MAX_STORED = 2**31 - 1
 _VECTOR = 8  # elements of the widest load of stored elements: the arrays end with a whole one
@@ -49,7 +49,7 @@ class Choice:
 
     @property
     def vector(self) -> int:
-        """Columns per thread, loaded at once: N must be a multiple."""
+        """Columns per thread, loaded at once; N must be a multiple of this."""
         return self.columns // self.width
 
     @property
@@ -82,10 +82,10 @@ def _spec(choice: Choice) -> KernelSpec:
 def choices(n: int) -> tuple[Choice, ...]:
     """The published configuration for ``n`` columns of x, then a likely better one where N allows it.
 
-    Published are 16 columns in vectors of 2, 32 in vectors of 4, 64 in vectors of 8 or, where N is no multiple of 64,
-    of 4. Narrower vectors on as many more threads per row, for an N that is no multiple of these, are our addition, as
-    is the second configuration: half as many loads of twice the size, or, where they have the largest already, twice
-    the warps.
+    The published configurations are 16 columns in vectors of 2, 32 in vectors of 4, and 64 in vectors of 8 or, where N
+    is not a multiple of 64, of 4. Narrower vectors on correspondingly more threads per row, for an N that is not a
+    multiple of these, are our addition. So is the second configuration: half as many loads of twice the size or, where
+    loads have the largest size already, twice the warps.
     """
     if n < 1:
         raise ArgumentError("n", expected="columns of x >= 1", got=str(n))
@@ -113,13 +113,13 @@ def choices(n: int) -> tuple[Choice, ...]:
 
 @cache
 def specs() -> tuple[KernelSpec, ...]:
-    """Every instance that :func:`choices` names: up to 128 columns there is an N of every kind."""
+    """Every instance that :func:`choices` names: the N up to 128 include every kind."""
     return tuple(dict.fromkeys(choice.spec for n in range(1, 129) for choice in choices(n)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sputnik:
-    """fp16 W[M, K] in CSR. Rows are padded to whole groups of 4 by zeros in the row's last column."""
+    """fp16 W[M, K] in CSR. Rows are padded to whole groups of 4 with zeros in the column of their last element."""
 
     SYSTEM: ClassVar[str] = "sputnik"
     FORMAT: ClassVar[str] = "csr"
@@ -129,11 +129,11 @@ class Sputnik:
     nnz: int
     """Elements that are not padding."""
     values: Any
-    """uint16, fp16 bits: none is zero but padding. Zeros up to a multiple of 8 follow the last row."""
+    """uint16, fp16 bits; only padding is zero. Zeros up to a multiple of 8 follow the last row."""
     columns: Any
-    """uint16, as many."""
+    """uint16, as many as ``values``."""
     row_offsets: Any
-    """int32 [M + 1]: where each row begins in these, and the last one ends."""
+    """int32 [M + 1]: where each row begins in these, and where the last one ends."""
     row_indices: Any
     """int32 [M]: the order in which rows are computed."""
 
@@ -224,7 +224,7 @@ class Sputnik:
 
 
 def _strips(rows: int, row_length: int) -> Iterator[slice]:
-    """Ranges of rows of about as many elements of W."""
+    """Ranges of rows with up to about :data:`_STRIP_ELEMENTS` elements of W."""
     height = max(1, _STRIP_ELEMENTS // row_length)
     for first in range(0, rows, height):
         yield slice(first, min(first + height, rows))
@@ -235,7 +235,7 @@ def _encode(xp: Any, bits: Any, counts: Any, begins: Any, values: Any, columns: 
     kept = (bits & MAGNITUDE) != 0
     row, column = xp.nonzero(kept)  # in row-major order
     ends = xp.cumsum(counts)
-    # From a place among the elements of these rows to its place with padding.
+    # Maps a place among the elements of these rows to its place with padding.
     places = xp.arange(row.size) + (begins - (ends - counts))[row]
     values[places] = bits[kept]
     columns[places] = column.astype(xp.uint16)

@@ -33,11 +33,11 @@ MEDIANS = 4
 BITMAPS = 64
 """BitmapTiles of a GroupTile, 8 x 8."""
 VECTOR = 8
-"""Values of 16 bytes: as many, or a multiple, does a GroupTile store."""
+"""Values in 16 bytes; a GroupTile stores a multiple of these."""
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 9)
 """Splits of K: those of the published tables for SpInfer and Flash-LLM."""
 CAPACITIES = (2304, 4096)
-"""Values there is room for in shared memory: what the published kernel has (56 % of a GroupTile), and a whole one."""
+"""Values that fit in shared memory: as in the published kernel (56 % of a GroupTile), or a whole GroupTile."""
 MAX_VALUES = 2**31 - 1
 """Offsets are int32."""
 
@@ -55,7 +55,7 @@ class Choice:
     n_block: int
     """Columns of x one block computes."""
     split: int
-    """Blocks that share the GroupTiles of one row; from 2 on a second kernel adds what they found."""
+    """Blocks that share the GroupTiles of one row; from 2 on a second kernel adds their sums."""
     capacity: int
     """Values there is room for."""
 
@@ -96,8 +96,9 @@ def specs() -> tuple[KernelSpec, ...]:
 class TcaBme:
     """fp16 W[M, K] in TCA-BME.
 
-    GroupTiles lie row by row; in each the median tiles from top to bottom, in these the TCTiles of 16 x 16 from left to
-    right, in these the BitmapTiles top left, bottom left, top right, bottom right: registers 0 to 3 of an mma fragment.
+    GroupTiles are stored row by row. Each has its median tiles from top to bottom, these their TCTiles of 16 x 16 from
+    left to right, and these their BitmapTiles in the order top left, bottom left, top right, bottom right: registers 0
+    to 3 of an mma fragment.
     """
 
     SYSTEM: ClassVar[str] = "tca-bme"
@@ -109,12 +110,12 @@ class TcaBme:
     fullest: int
     """Values of the fullest GroupTile, padding included."""
     values: Any
-    """uint16, fp16 bits of what is not zero, in the order of the bits of all bitmaps; each GroupTile's are padded with
-    zeros to a multiple of 8."""
+    """uint16, fp16 bits of what is not zero, in the order of the bits of all bitmaps; each GroupTile's values are
+    padded with zeros to a multiple of 8."""
     bitmaps: Any
     """uint64 [tiles * 64]: bit 8 i + j of a BitmapTile says that row i, column j is stored."""
     tile_offsets: Any
-    """int32 [tiles + 1]: where the values of each GroupTile begin, and the last one's end."""
+    """int32 [tiles + 1]: where the values of each GroupTile begin, and where the last one's end."""
     median_offsets: Any
     """int32 [tiles * 4]: where the values of each median tile begin, counted from its GroupTile's first."""
 
@@ -268,7 +269,7 @@ def _check_total(values: int) -> None:
 
 
 def _strips(rows: int, columns: int) -> Iterator[slice]:
-    """Ranges of rows, whole GroupTiles, of about as many elements."""
+    """Ranges of rows, in whole GroupTiles, with up to about :data:`_STRIP_ELEMENTS` elements."""
     height = max(1, _STRIP_ELEMENTS // (_padded_to_tiles(columns) * TILE)) * TILE
     for first in range(0, rows, height):
         yield slice(first, first + height)
@@ -292,7 +293,7 @@ def _tiles_of(xp: Any, strip: Any) -> Any:
 
 
 def _with_padding(xp: Any, kept: Any, counts: Any) -> Any:
-    """``kept`` [tiles, 4096] and 8 places more per tile, of which as many are kept as make the sum a multiple of 8."""
+    """``kept`` [tiles, 4096] and 8 more places per tile, of which enough are kept to make the count a multiple of 8."""
     out = xp.empty((kept.shape[0], _TILE_VALUES + VECTOR), xp.bool_)
     out[:, :_TILE_VALUES] = kept
     out[:, _TILE_VALUES:] = xp.arange(VECTOR) < (_padded(counts) - counts)[:, None]
@@ -300,7 +301,7 @@ def _with_padding(xp: Any, kept: Any, counts: Any) -> Any:
 
 
 def _encode(xp: Any, tiles: Any) -> tuple[Any, Any, Any]:
-    """Values with their padding, bitmaps, and values of each median tile [tiles, 4], of GroupTiles [tiles, 4096]."""
+    """Values with padding, bitmaps, and value counts of median tiles [tiles, 4], of GroupTiles [tiles, 4096]."""
     kept = (tiles & MAGNITUDE) != 0
     counts = kept.reshape(-1, MEDIANS, _TILE_VALUES // MEDIANS).sum(axis=2, dtype=xp.int64)
     longer = xp.zeros((tiles.shape[0], _TILE_VALUES + VECTOR), xp.uint16)

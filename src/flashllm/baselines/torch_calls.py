@@ -46,7 +46,7 @@ def way(
     transposed: bool = False,
     error_limit: float = Way.error_limit,
 ) -> Way:
-    """A way by ``multiply(copy)``, which gives a new tensor [N, M], or [M, N] where ``transposed``.
+    """A way that calls ``multiply(copy)``, which returns a new tensor [N, M], or [M, N] where ``transposed``.
 
     The tensor comes from PyTorch's allocator, whose memory stays where it is, so a captured graph may write there.
     """
@@ -64,7 +64,7 @@ def way(
     def buffer() -> Any:
         import cupy
 
-        # Before the first launch there is nothing yet; what later ones write is known.
+        # Before the first launch there is no tensor yet, and so nothing to poison.
         return as_bits(last[0]) if last else cupy.empty(1, dtype=cupy.float16)
 
     return Way(

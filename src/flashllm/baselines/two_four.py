@@ -4,15 +4,16 @@
 It stands for what cuSPARSELt computes in SparTA (Zheng et al., OSDI'22) as the Flash-LLM paper composes it.
 
 Format: of every four neighbours along K two are stored, whatever their values, as 16 bits each and a place of 2 bits,
-as ``mma.sp`` wants them (PTX ISA, "Warp-level matrix instructions", sparse matrix storage): 9/16 of the dense bytes. A
-group with fewer nonzeros stores zeros at the lowest of its other places, and the places of a group rise. M and K are
-padded to tiles of 128 x 64, and tiles lie row by row. A tile is 4096 values and then 512 words of metadata, each in
-the order in which the lanes of the four warps, 32 rows each, load them:
+as ``mma.sp`` needs them (PTX ISA, "Warp-level matrix instructions", sparse matrix storage): 9/16 of the dense bytes. A
+group with fewer nonzeros stores zeros at the lowest of its other places, and the places of a group increase. M and K
+are padded to tiles of 128 x 64, and tiles are stored row by row. A tile is 4096 values and then 512 words of metadata,
+each in the order in which the lanes of the four warps, 32 rows each, load them:
 
 * values [warp][step of 32 columns][16 rows][lane 4 g + t][8]: the A fragment of ``mma.sp.m16n8k32``, where the value
   4 j + 2 h + e of a lane is element e of group 4 j + t, row g + 8 h;
-* metadata [warp][lane 4 g + 2 i + j][step][h]: the places in groups 4 j to 4 j + 3 of row g + 8 h of rows i. One word
-  (two h) serves both fragments of 16 rows, since ``mma.sp`` lets a selector say which lanes' metadata count.
+* metadata [warp][lane 4 g + 2 i + j][step][h]: the places in groups 4 j to 4 j + 3 of row g + 8 h of the i-th 16
+  rows. One word (two h) serves both fragments of 16 rows, since ``mma.sp`` lets a selector say which lanes' metadata
+  count.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ THREADS = 128
 REDUCE_THREADS = 256
 TILE_VALUES = TILE_M * TILE_K // 2
 TILE_METADATA = TILE_M * TILE_K // 16
-"""Words of 16 bits, the places in four groups each."""
+"""Words of 16 bits, each with the places in four groups."""
 TILE_BYTES = 2 * (TILE_VALUES + TILE_METADATA)
 
-# Tensor cores truncate every fp32 sum towards zero; from about 400 steps of 32 columns on the drift shows beside the
-# rounding of the result. Longer rows are split.
+# Tensor cores truncate every fp32 sum towards zero; from about 400 steps of 32 columns on the drift is visible beside
+# the rounding of the result. Longer rows are split.
 _MAX_CHAIN_TILES = 384 * 32 // TILE_K
-# Tiles of rows of a block, stages, blocks that share an SM, by n_block. Two tiles of rows halve what x costs, which
-# with 64 columns is nearly as much L2 traffic as W; a block keeps below the 99 KiB of shared memory that sm_86 has.
+# By n_block: tiles of rows per block, stages, blocks that share an SM. Two tiles of rows halve what x costs, which with
+# 64 columns is nearly as much L2 traffic as W; a block stays below the 99 KiB of shared memory that sm_86 has.
 _SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
     8: ((1, 5, 4),),
     16: ((1, 5, 4),),
@@ -164,7 +165,7 @@ class TwoFour:
         return self.choices_as(n, sm_count=sm_count)
 
     def choices_as(self, n: int, *, sm_count: int, column: bool = False, add: bool = False) -> tuple[Choice, ...]:
-        """The same for the layout ``column``, or to add to y."""
+        """The same for the ``column`` layout, or to add to y."""
         if n < 1 or sm_count < 1:
             raise ArgumentError("n, sm_count", expected="numbers >= 1", got=f"{n}, {sm_count}")
         tiles_m, tiles_k = tile_grid(self.shape)
@@ -173,7 +174,7 @@ class TwoFour:
         splits = [s for s in SPLITS if fewest <= s <= tiles_k] or [fewest]
 
         def cost(choice: Choice) -> int:
-            """Tiles that the busiest multiprocessor reads, and two for filling a pipeline and handing on its sums."""
+            """Tiles that the busiest multiprocessor reads, and two a block to fill the pipeline and hand on sums."""
             blocks = -(-n // n_block) * -(-tiles_m // choice.row_tiles) * choice.splits
             return -(-blocks // sm_count) * (-(-tiles_k // choice.splits) + 2) * choice.row_tiles
 
@@ -189,7 +190,7 @@ class TwoFour:
         return 16 * _vectors(self.shape[0] * n) * choice.splits if choice.splits > 1 else 0
 
     def steps(self, x: Any, y: Any, workspace: Any, choice: Choice) -> tuple[Step, ...]:
-        """The product, and with split-K the sum over the splits. ``x`` and ``y`` lie as ``choice`` says."""
+        """The product, and with split-K the sum over the splits. ``x`` and ``y`` are laid out as ``choice`` says."""
         rows, columns = self.shape
         n = int(x.shape[1 if choice.column else 0])
         wanted = ((columns, n), (rows, n)) if choice.column else ((n, columns), (n, rows))
@@ -237,7 +238,7 @@ def strips(dense: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _strip_bounds(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """First row and number of rows of strips that are tiles of rows together, so that temporaries stay small."""
+    """First row and number of rows of strips of whole tiles of rows, few enough that temporaries stay small."""
     tiles_m, tiles_k = tile_grid(shape)
     most = max(1, _STRIP_ELEMENTS // (TILE_M * TILE_K * tiles_k))
     for tile in range(0, tiles_m, most):
@@ -277,7 +278,7 @@ def _select(groups: Any, place: Any) -> Any:
 
 
 def _metadata_in_lane_order(places: Any) -> Any:
-    """uint16 [tiles along M, tiles along K, 512]: four groups a word, the first lowest."""
+    """uint16 [tiles along M, tiles along K, 512]: four groups per word, the first in the lowest bits."""
     four = places.reshape(len(places), -1, 4).astype(np.uint16)
     words = four[..., 0] | four[..., 1] << 4 | four[..., 2] << 8 | four[..., 3] << 12
     # tile, warp, i, h, g; tile, step, j -> tiles, warp, lane (g, i, j), step, h

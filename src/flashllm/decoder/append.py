@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries, and keys and values for the cache, out of one product: host side of cuda/decoder/append.cu."""
+"""Queries, and keys and values for the cache, from one product: host side of cuda/decoder/append.cu."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def append(
     ``keys`` and ``values`` [slots, kv_heads, capacity, head_dim]: all of ``dtype``. ``slots`` and ``positions`` are
     int32 [R]. In this order, in fp32, with one rounding: ``bias`` [as a row of qkv] is added; each head of q and of k
     is normalised (RMSNorm with ``eps``) and multiplied by ``q_norm`` or ``k_norm`` [head_dim]; elements i and
-    i + head_dim / 2 of these heads are turned by ``rotation`` [capacity or more, head_dim / 2, 2], fp32 cos and sin
+    i + head_dim / 2 of these heads are rotated by ``rotation`` [capacity or more, head_dim / 2, 2], fp32 cos and sin
     for each position.
 
     A row whose slot or position the cache does not have is left alone, its ``q`` included. head_dim is a multiple of 8
@@ -88,5 +88,5 @@ def specs() -> list[KernelSpec]:
 
 
 def _lane_width(head_dim: int) -> int:
-    """Elements of either half of a head that a lane has: a vector where the second half starts at one."""
+    """Elements of each half of a head that a lane takes: a whole vector where the second half starts at one."""
     return VECTOR if head_dim % (2 * VECTOR) == 0 else VECTOR // 2

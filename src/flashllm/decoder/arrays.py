@@ -14,20 +14,20 @@ from flashllm.formats.sources import is_cupy
 VECTOR_BYTES = 16
 """Bytes that a thread loads or stores at once."""
 MAX_HEAD_DIM = 256
-"""Elements of a head, of all kernels that know heads."""
+"""The most elements of a head, in all kernels that work on heads."""
 MAX_SIZE = 1 << 30
-"""Of an array: kernels count twice as many columns, and those of a block more, in 32 bits."""
+"""The largest size of an array: kernels count twice as many columns, plus those of a block, in 32 bits."""
 _NAMES = {"fp16": ("float16",), "bf16": ("bfloat16", "uint16"), "fp32": ("float32",)}
 
 
 def check(name: str, array: Any, shape: Sequence[int | str], dtype: str) -> tuple[int, ...]:
-    """The shape of ``array``, which is a NumPy or CuPy array that a kernel may be given as ``name``.
+    """The shape of ``array``, once checked to be a NumPy or CuPy array that a kernel may be given as ``name``.
 
-    ``shape`` has a number for each size that is known and a word, for the message, for each that is the array's own:
-    ``("rows", 576)``. ``dtype`` is ``"fp16"``, ``"bf16"`` (or its patterns as uint16), ``"fp32"`` or NumPy's name of a
-    type of integers. Raises ``ArgumentError`` unless type and shape are these, every size is at least 1 and, but of
-    ``"uint8"``, which no kernel counts, at most :data:`MAX_SIZE`, and the array is C-contiguous; one of floating-point
-    numbers starts at a multiple of 16 bytes, as every allocation on a GPU does.
+    ``shape`` has a number for each size that is known and, for each that is up to the array, a word for the message:
+    ``("rows", 576)``. ``dtype`` is ``"fp16"``, ``"bf16"`` (or its patterns as uint16), ``"fp32"`` or NumPy's name of an
+    integer type. Raises ``ArgumentError`` unless type and shape are these, the array is C-contiguous, every size is at
+    least 1 and (except for ``"uint8"``, which no kernel counts) at most :data:`MAX_SIZE`, and an array of
+    floating-point numbers starts at a multiple of 16 bytes, as every allocation on a GPU does.
     """
     expected = f"{dtype} [{', '.join(str(size) for size in shape)}]"
     if not (isinstance(array, np.ndarray) or is_cupy(array)):

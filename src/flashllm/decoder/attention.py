@@ -21,17 +21,17 @@ from flashllm.jit.spec import MAX_GRID_YZ, KernelSpec
 from flashllm.matmul.tensor_cores import CXX_TYPE
 
 MAX_ROWS = MAX_GRID_YZ
-"""Queries of a step: the second size of a grid."""
+"""The most queries of a step: the limit of a grid's second dimension."""
 MAX_HEADS = 1 << 15
-"""Query heads: with as many rows as can be, blocks of a split are counted in 32 bits."""
+"""The most query heads: even with the most rows, the blocks of a split can be counted in 32 bits."""
 _THREADS = 128
 _WARPS = 4
-_CHUNK_ELEMENTS = 64  # of the eight lanes that have a position: a load of 16 bytes each
-_CHUNKS = (1, 2, 4)  # of such loads of a lane for one position
+_CHUNK_ELEMENTS = 64  # that the eight lanes of a position load at once, 16 bytes each
+_CHUNKS = (1, 2, 4)  # such loads per lane for one position
 _LEAST, _LONG = 64, 2048  # positions, as in cuda/flashllm/shares.cuh
-# Blocks wanted of each multiprocessor. On an H200 one split was the fastest wherever there were as many, and of the
-# kernel of groups half a block is enough: its blocks have tens of kilobytes under way, and what a split leaves is up to
-# a quarter of what it reads.
+# Blocks wanted per multiprocessor. On an H200 one split was the fastest wherever there were that many. For the kernel
+# of groups half a block is enough: its blocks have tens of kilobytes in flight, and what a split leaves is up to a
+# quarter of what it reads.
 _BLOCKS_PER_SM = 2
 _SMS_PER_GROUPED_BLOCK = 2
 
@@ -49,8 +49,8 @@ class AttentionPlan:
     splits: int
     """Blocks that share the positions of a row and head of keys; short rows leave some of them without work."""
     common_splits: int
-    """Of them, those that any row has which is not short: more are for rows of thousands of positions, which would
-    keep the others waiting."""
+    """How many of them any row uses unless it is short; the others are for rows of thousands of positions, which would
+    otherwise keep the rest waiting."""
 
     @property
     def group(self) -> int:
@@ -64,7 +64,7 @@ class AttentionPlan:
 
     @property
     def block_heads(self) -> int:
-        """Of a group, query heads that a block has at most: all if it can, else even parts, which read keys again."""
+        """The most query heads of a group in a block: all if possible, else even parts, each reading keys again."""
         return -(-self.group // -(-self.group // grouped_attention.MAX_BLOCK_HEADS))
 
     @property
@@ -74,7 +74,7 @@ class AttentionPlan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory beside the operands; must be zero before the first launch. 0 for a plan with one split."""
+        """Memory beside the operands, which must be zero before the first launch; 0 for a plan with one split."""
         return 0 if self.splits == 1 else self._partials_at + 4 * self._softmaxes * self.head_dim
 
     @property
@@ -95,8 +95,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan for ``rows`` queries of ``heads`` heads, on a GPU of ``sm_count`` multiprocessors.
 
-    Positions are split until every multiprocessor has some blocks to run, or splits of a full cache get short; and
-    where one would have thousands. Raises ``ArgumentError`` for sizes that no kernel is made for.
+    Positions are split until every multiprocessor has some blocks to run or the splits of a full cache get short, and
+    also where one split would have thousands. Raises ``ArgumentError`` for sizes that no kernel is made for.
     """
     sizes = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "capacity": capacity, "sm_count": sm_count}
     for name, size in sizes.items():
@@ -136,7 +136,7 @@ def check_capacity(capacity: int, head_dim: int) -> None:
 
 
 def score_scale(head_dim: int) -> np.float32:
-    """What the kernels multiply products of queries and keys by: their softmax is one of powers of two."""
+    """The factor by which kernels multiply products of queries and keys; their softmax is one of powers of two."""
     return np.float32(math.log2(math.e) / math.sqrt(head_dim))
 
 
@@ -156,18 +156,18 @@ def attention(
     """out [rows, heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v over each row's positions up to its own.
 
     ``q`` [rows, heads, head_dim], ``keys`` and ``values`` [slots, kv_heads, capacity, head_dim] and ``out`` are of
-    ``dtype``; ``slots`` and ``positions`` int32 [rows]: row r reads positions 0 to ``positions[r]`` of slot
-    ``slots[r]``, whatever the cache holds behind them, and at most all that a slot has. A row of a slot that the cache
-    does not have, or of a negative position, is left out: nothing of out is written.
+    ``dtype``; ``slots`` and ``positions`` are int32 [rows]: row r reads positions 0 to ``positions[r]`` of slot
+    ``slots[r]``, whatever the cache holds after them, and at most all that a slot has. A row whose slot the cache does
+    not have, or whose position is negative, is skipped: its part of ``out`` is not written.
 
-    A launch that overlaps the one before reads ``slots``, ``positions`` and what the cache has of earlier positions at
-    once: these must be older than that one, which is so where it has appended a position to each slot, and no two rows
-    have the same slot.
+    A launch that overlaps the preceding one reads ``slots``, ``positions`` and the earlier positions in the cache
+    without waiting for it. These must have been written before that launch, which is so where it has appended a
+    position to each slot and no two rows have the same slot.
 
     ``workspace`` is uint8 of at least ``plan.workspace_bytes``, zero before the first launch; launches that follow one
-    another may share it. Scores and sums are fp32 and out is rounded once; ``plan.is_grouped`` says of weights, at most
-    1, whether they are rounded to ``dtype`` before they multiply values. The same operands give the same bits on every
-    run. Raises ``ArgumentError``.
+    another may share it. Scores and sums are fp32 and out is rounded once; ``plan.is_grouped`` says whether weights,
+    which are at most 1, are rounded to ``dtype`` before they multiply values. The same operands give the same bits on
+    every run. Raises ``ArgumentError``.
     """
     kind = check_dtype(dtype)
     rows = plan.rows

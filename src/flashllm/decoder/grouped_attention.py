@@ -10,18 +10,18 @@ from flashllm.jit.spec import KernelSpec
 from flashllm.matmul.tensor_cores import CXX_TYPE
 
 MIN_GROUP = 3
-"""Query heads that share a head of keys from which on fp32 cannot keep up with the reading."""
+"""The fewest query heads sharing a head of keys for which fp32 cannot keep up with the reading."""
 MAX_BLOCK_HEADS = 16
-"""Of a group, query heads that a block can have."""
+"""The most query heads of a group that a block can have."""
 _THREADS = 128
 _WARPS = 4
-_TILE = 16  # positions of a warp at a time
+_TILE = 16  # positions that a warp takes at a time
 _BLOCK_HEADS = (8, MAX_BLOCK_HEADS)
-_DIMS = (64, 80, 96, 128, 256)  # elements of a head that there are kernels for; others are padded with zeros
+_DIMS = (64, 80, 96, 128, 256)  # elements of a head for which there are kernels; others are padded with zeros
 
 
 def spec(dtype: str, *, head_dim: int, block_heads: int) -> KernelSpec:
-    """The kernel for heads of ``head_dim`` elements, up to 256, of which a block has up to 16."""
+    """The kernel for heads of ``head_dim`` elements, up to 256, and blocks of ``block_heads`` heads, up to 16."""
     dim = next(dim for dim in _DIMS if dim >= head_dim)
     return _spec(dtype, dim, next(heads for heads in _BLOCK_HEADS if heads >= block_heads))
 

@@ -9,4 +9,4 @@ from typing import Any
 from flashllm.jit.spec import KernelSpec
 
 Launch = Callable[[KernelSpec, Sequence[int], Sequence[Any]], object]
-"""``launch(spec, grid, args)``: arrays of CuPy on a GPU, of NumPy on the emulator; scalars of NumPy."""
+"""``launch(spec, grid, args)``: CuPy arrays on a GPU, NumPy arrays on the emulator; NumPy scalars."""

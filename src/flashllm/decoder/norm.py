@@ -19,7 +19,7 @@ from flashllm.matmul.tensor_cores import CXX_TYPE
 
 KINDS = ("rms", "layer")
 """RMSNorm: mean square 1. LayerNorm: mean 0, then variance 1."""
-_BLOCKS = ((128, 1), (512, 1), (512, 2), (512, 4))  # threads, and vectors of each, for rows of up to that many elements
+_BLOCKS = ((128, 1), (512, 1), (512, 2), (512, 4))  # threads, and vectors per thread: rows of up to that many elements
 _ANY_THREADS = 512
 
 
@@ -38,10 +38,10 @@ def add_norm(
 ) -> None:
     """residual [R, hidden] (fp32) += y + y_bias, where given; x = norm(residual) * weight + bias, rounded once.
 
-    ``y`` [parts, R or more, hidden] is a sum, of the first R rows of each part: they are added in fp32 and in their
-    order. ``kind`` is one of :data:`KINDS`; ``x`` is [R, hidden], ``weight``, ``bias`` and ``y_bias`` are [hidden], all
-    of ``dtype``; ``x`` may be of a part of ``y``; ``eps`` is added to the mean square or variance. Rows of more than
-    16384 elements, or of a number that is not a multiple of 8, are read from memory several times. Raises
+    ``y`` [parts, R or more, hidden] stands for the sum of the first R rows of each part, which are added in fp32 in
+    their order. ``kind`` is one of :data:`KINDS`; ``x`` is [R, hidden], ``weight``, ``bias`` and ``y_bias`` are
+    [hidden], all of ``dtype``; ``x`` may lie in a part of ``y``; ``eps`` is added to the mean square or variance. Rows
+    of more than 16384 elements, or whose length is not a multiple of 8, are read from memory several times. Raises
     ``ArgumentError``.
     """
     if kind not in KINDS:

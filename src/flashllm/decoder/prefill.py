@@ -16,8 +16,8 @@ from flashllm.jit.spec import MAX_GRID_YZ, KernelSpec
 from flashllm.matmul.tensor_cores import CXX_TYPE
 
 _THREADS = 128
-_ROWS = 64  # of a block
-_DIMS = (16, 32, 64, 80, 96, 128, 256)  # elements of a head that there are kernels for; others are padded with zeros
+_ROWS = 64  # per block
+_DIMS = (16, 32, 64, 80, 96, 128, 256)  # elements of a head for which there are kernels; others are padded with zeros
 
 
 def prefill_attention(
@@ -33,12 +33,12 @@ def prefill_attention(
     longest: int,
     out: Any,
 ) -> None:
-    """out [R, heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v of each row over its sequence up to itself.
+    """out [R, heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v for each row over its sequence up to itself.
 
     Sequence s is rows ``starts[s]`` to ``starts[s + 1] - 1`` (int32 [sequences + 1]), none with more than ``longest``
-    rows. It is in slot ``slots[starts[s]]`` of the cache, at positions from ``positions[starts[s]]`` on (int32 [R]
-    both); keys and values of its rows are in the cache already, and so are those of earlier positions, if any. A
-    sequence of rows, of a slot or of positions that there are not is left out: nothing of out is written. ``q`` [R,
+    rows. It is in slot ``slots[starts[s]]`` of the cache, at positions from ``positions[starts[s]]`` on (both
+    int32 [R]); keys and values of its rows are in the cache already, and so are those of earlier positions, if any. A
+    sequence with rows, a slot or positions that do not exist is skipped: its part of ``out`` is not written. ``q`` [R,
     heads, head_dim], ``keys`` and ``values`` [slots, kv_heads, capacity, head_dim] and ``out`` are of ``dtype``.
 
     Scores and sums are fp32; weights, at most 1, are rounded to ``dtype`` before they multiply values, and out is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels whose threads need nothing of one another's columns: host side of cuda/flashllm/rows.cuh."""
+"""Kernels whose threads need none of one another's columns: host side of cuda/flashllm/rows.cuh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THREADS = 128
 
 
 def width_of(columns: int) -> int:
-    """Columns of one thread: a vector, or one where rows start at any address."""
+    """Columns per thread: a vector, or one column where rows may start at any address."""
     return VECTOR if columns % VECTOR == 0 else 1
 
 
@@ -33,5 +33,5 @@ def row_spec(name: str, source: str, dtype: str, width: int) -> KernelSpec:
 
 
 def row_grid(rows: int, columns: int, width: int) -> tuple[int, int]:
-    """Blocks for rows of so many columns, of which a thread has ``width``."""
+    """Blocks for ``rows`` rows of ``columns`` columns, of which a thread has ``width``."""
     return rows, -(-columns // (THREADS * width))

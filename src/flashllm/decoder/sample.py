@@ -15,14 +15,14 @@ from flashllm.errors import ArgumentError
 from flashllm.jit.spec import KernelSpec
 
 MOST_VOCAB = 1 << 23
-"""Logits of a row: so many weights of at most 2^40 have a sum of 64 bits."""
+"""The most logits of a row: the sum of that many weights of at most 2^40 fits in 64 bits."""
 
 _SPEC = KernelSpec(name="sample", source="decoder/sample.cu", function="flashllm::sample", threads=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleState:
-    """Where the sequences of a batch [B] stand and how their tokens are drawn, on the device: a graph serves any."""
+    """Where the sequences of a batch [B] stand and how their tokens are drawn, on the device: one graph serves any."""
 
     tokens: Any
     """int32 [B]: input of the next step."""
@@ -31,22 +31,22 @@ class SampleState:
     counts: Any
     """int32 [B]: tokens in ``output`` so far."""
     limits: Any
-    """int32 [B]: the most there may be; beyond the capacity of ``output`` it means that."""
+    """int32 [B]: the most there may be; a limit beyond the capacity of ``output`` means that capacity."""
     finished: Any
-    """int32 [B]: 1 once a stop token has come or the limit is reached; nothing of such a row changes any more."""
+    """int32 [B]: 1 once a stop token has come or the limit is reached; such a row no longer changes."""
     output: Any
     """int32 [B, capacity]: the tokens of each sequence, a stop token included."""
     temperature: Any
-    """fp32 [B]; 0 (and what is subnormal): the token of the largest logit."""
+    """fp32 [B]; 0 (or a subnormal number) takes the token with the largest logit."""
     top_k: Any
-    """int32 [B]: how many tokens of the largest logits take part, and all equal to the last of them; 0: all."""
+    """int32 [B]: how many tokens with the largest logits take part, with all equal to the last of them; 0: all."""
     top_p: Any
-    """fp32 [B]: share of the probability, after temperature and top-k, that the fewest tokens that have it take part
-    with, and all equal to the last of them; 1: all."""
+    """fp32 [B]: the fewest tokens that together have this share of the probability, after temperature and top-k, take
+    part, with all equal to the last of them; 1: all."""
     seeds: Any
     """uint64 [B]: what a sequence draws depends on its seed, count and logits alone."""
     stops: Any
-    """int32 [stop tokens]: of all sequences; may be empty."""
+    """int32 [stop tokens]: the same for all sequences; may be empty."""
 
     @classmethod
     def create(cls, xp: Any, *, batch: int, capacity: int, stop_tokens: Sequence[int] = ()) -> SampleState:
@@ -70,12 +70,12 @@ class SampleState:
 
 
 def sample(launch: Launch, *, logits: Any, state: SampleState, advance_positions: bool = True) -> None:
-    """One token more for every sequence of ``state`` that is not finished, from logits [B, vocab] (fp32).
+    """Draw one more token for every sequence of ``state`` that is not finished, from logits [B, vocab] (fp32).
 
-    The token goes into ``output``; unless it ends the sequence, also into ``tokens``, and its position is one further
-    (not without ``advance_positions``: behind a prompt the engine has set it). NaN never wins against a number, and the
-    lowest token wins among equal logits; a row of NaN alone gives token 0. Where the largest logit is infinite the draw
-    is greedy. Raises ``ArgumentError``.
+    The token goes into ``output``; unless it ends the sequence, it also goes into ``tokens``, and the position advances
+    by one (not without ``advance_positions``: after a prompt the engine has set it). NaN never wins against a number,
+    and the lowest token wins among equal logits; a row of nothing but NaN gives token 0. Where the largest logit is
+    infinite the draw is greedy. Raises ``ArgumentError``.
     """
     batch, vocab = check("logits", logits, ("batch", "vocab"), "fp32")
     if vocab > MOST_VOCAB:
@@ -86,7 +86,7 @@ def sample(launch: Launch, *, logits: Any, state: SampleState, advance_positions
     for name in ("temperature", "top_p"):
         check(name, getattr(state, name), (batch,), "fp32")
     check("seeds", state.seeds, (batch,), "uint64")
-    n_stops = int(state.stops.size)  # of an empty array there may be no address
+    n_stops = int(state.stops.size)  # an empty array may have no address
     args = (
         logits,
         np.int32(vocab),

@@ -81,8 +81,8 @@ def store(key: str, cubin: bytes, meta: Mapping[str, Any], root: Path | None = N
     """
     entry = _entry(key, root)
     for _ in range(_ATTEMPTS):
-        # clear() in another process may take the temporary directory away, or the one around it: then mkdir() may find
-        # it there, and look again when it is not, which it reports as FileExistsError.
+        # clear() in another process may remove the temporary directory or its parent. mkdir() may then find the parent
+        # present and, when it looks again, gone, which it reports as FileExistsError.
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             return _store(entry, key, cubin, meta, root)
     raise OSError(f"{entry}: other processes keep removing this entry")
@@ -130,7 +130,7 @@ def info(root: Path | None = None) -> CacheInfo:
 
 
 def clear(root: Path | None = None, *, tuned: bool = False) -> int:
-    """Remove every compiled kernel, with ``tuned`` the measured choices too; returns how many went.
+    """Remove every compiled kernel and, with ``tuned``, the measured choices too; returns how many were removed.
 
     Removes only what this module names, so a cache directory shared with other files is safe.
     """

@@ -142,7 +142,7 @@ def build(spec: KernelSpec, arch: str, root: Path) -> tuple[bytes, dict[str, Any
             f"with NVRTC {tools.version[0]}.{tools.version[1]}:\n{details}"
         ) from error
     finally:
-        # Freed here and not, with the traceback above, by the cycle collector: its destructor
+        # Freed here rather than, with the traceback above, by the cycle collector: its destructor
         # complains on stderr when its fields are cleared first.
         del program
     name = lowered.decode() if isinstance(lowered, bytes) else str(lowered)
@@ -167,7 +167,7 @@ def _compile(
     source_root: Path | None,
     cache_dir: Path | None,
 ) -> Cubin:
-    """:func:`compile_kernel` with the step that builds what is not cached left open."""
+    """:func:`compile_kernel`, with ``builder`` as the step that builds what is not cached."""
     arch = normalize_arch(arch)
     if not spec.supports(arch):
         raise CompileError(f"{spec.label}: written for sm_{', sm_'.join(spec.archs)}, asked for sm_{arch}")

@@ -37,7 +37,7 @@ _SHARED_LIMIT: dict[str, int] = {
 }
 
 MAX_GRID_YZ = 65535
-"""Blocks of a grid in its second and in its third direction, on every GPU."""
+"""The most blocks of a grid in its second and in its third dimension, on every GPU."""
 DEFAULT_SHARED_LIMIT = 48 * 1024
 """Dynamic shared memory (bytes) a launch may use without asking for more."""
 

@@ -33,7 +33,7 @@ def toolchain() -> Toolchain:
     """The compiler and headers of this environment; :class:`MissingDependencyError` when one is absent."""
     version, library = find_nvrtc()
     include = find_headers()
-    # NVRTC tells no patch level; its size does for a library that only ever changes as a whole.
+    # NVRTC reports no patch level; the library's size stands in for it, as the library only changes as a whole.
     digest = hashlib.sha256(f"{version[0]}.{version[1]} {_size(library)}\n".encode())
     for name in _HEADERS:
         file = include / name

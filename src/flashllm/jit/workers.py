@@ -2,8 +2,8 @@
 """Builds kernels in child processes, so that a crash of the compiler costs one kernel and not the program.
 
 A request is a line of JSON on the child's standard input: spec, arch, root of the device code. The answer is
-a line of JSON with the metadata and the size of the machine code, then the code; or with the text of the
-error. The disk cache is the parent's.
+a line of JSON, either with the metadata and the size of the machine code, which follows it, or with the text
+of the error. The disk cache is left to the parent.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BuildWorker:
             request = {"spec": asdict(spec), "arch": arch, "root": str(root)}
             requests.write(json.dumps(request).encode() + b"\n")
             requests.flush()
-            answer = json.loads(answers.readline())  # no line at the end of its output: no JSON either
+            answer = json.loads(answers.readline())  # at the end of its output there is no line, and so no JSON
             failure = answer.get("error")
             code = b"" if failure else answers.read(answer["size"])
             if not failure and len(code) != answer["size"]:

@@ -2,7 +2,7 @@
 """Stream-K split of a grid of weight tiles over blocks; mirrors ``cuda/flashllm/stream_k.cuh``.
 
 Stream-K (Osama et al., PPoPP'23) deals the tiles to the blocks in contiguous runs of equal cost. A row of tiles that
-several blocks share leaves one fp32 piece per block in a workspace; the row's last block adds them in block order.
+several blocks share leaves one fp32 piece per block in a workspace; the row's last block adds them in a fixed order.
 """
 
 from __future__ import annotations

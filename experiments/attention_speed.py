@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast attention of a decoding step is: microseconds, and what part of the memory's bandwidth it reads with.
+"""How fast attention in a decoding step is: microseconds, and the fraction of the memory bandwidth it reads with.
 
 Every pair of ``--batch`` and ``--positions`` is timed for every ``--heads``, each number of ``--splits`` in turn::
 
@@ -7,8 +7,8 @@ Every pair of ``--batch`` and ``--positions`` is timed for every ``--heads``, ea
         --splits plan,1,2,4 --out rows.jsonl
 
 Launches rotate over the caches of so many layers that none is still in the L2 when its turn comes again, in CUDA graphs
-(docs/measurement.md); the bandwidth is measured in the same run. What counts as read is each key and each value of a
-row's positions, once. One row of each result is compared with float64: ``!`` marks a wrong one.
+(docs/measurement.md); the bandwidth is measured in the same run. Each key and each value of a row's positions counts as
+read once. One row of each result is compared with float64: ``!`` marks a wrong one.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from flashllm.cli._cases import BadUsage, usage_errors
 from flashllm.decoder.attention import AttentionPlan, attention, plan_attention
 
 PLANNED = 0
-"""As a number of splits: what the plan has."""
+"""Given as the number of splits, stands for the plan's own number."""
 _ELEMENT_BYTES = 2
 _ERROR = 2.0**-10  # of the largest value: one rounding of weights and one of the result
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One step of one layer: a query for each row of the batch, all with as many positions."""
+    """One step of one layer: a query for each row of the batch, all with the same number of positions."""
 
     heads: int
     kv_heads: int
@@ -49,11 +49,11 @@ class Case:
 
     @property
     def read_bytes(self) -> int:
-        """Keys and values of all positions."""
+        """Bytes of the keys and values of all positions."""
         return 2 * _ELEMENT_BYTES * self.batch * self.kv_heads * self.positions * self.head_dim
 
     def plan(self, splits: int, *, sm_count: int) -> AttentionPlan:
-        """For a GPU of ``sm_count`` multiprocessors. Raises ``ArgumentError``."""
+        """The plan for a GPU of ``sm_count`` multiprocessors. Raises ``ArgumentError``."""
         plan = plan_attention(
             rows=self.batch,
             heads=self.heads,
@@ -66,7 +66,7 @@ class Case:
 
 
 class Operands:
-    """Of a case on the GPU, fp16: normally distributed, with caches of as many layers as ``copies``."""
+    """Operands of a case on the GPU: bell-shaped fp16 values, with the caches of ``copies`` layers."""
 
     def __init__(self, case: Case, copies: int) -> None:
         import cupy
@@ -83,7 +83,7 @@ class Operands:
         self.out = cupy.empty((case.batch, case.heads * case.head_dim), np.float16)
 
     def right(self, case: Case) -> bool:
-        """Whether the last row of ``out`` is that of the first cache."""
+        """Whether the last row of ``out`` is right for the first cache."""
         got = self.out[-1].get().reshape(case.heads, case.head_dim)
         query = self.q[-1].get().astype(np.float64)
         keys, values = self.caches[0][:, -1, :, : case.positions].get().astype(np.float64)
@@ -94,7 +94,7 @@ class Operands:
 
 
 def _mean(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> NDArray[Any]:
-    """Of values [positions, head_dim] of one head of keys, for each query [group, head_dim] that shares it."""
+    """Weighted mean of the values [positions, head_dim] of one key head, per query [group, head_dim] that shares it."""
     scores = q @ k.T / np.sqrt(q.shape[1])
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     mean: NDArray[Any] = weights @ v / weights.sum(axis=1, keepdims=True)
@@ -140,7 +140,7 @@ def measure(case: Case, splits: Sequence[int], *, stream: Any, read_gbps: float,
         operands = Operands(case, timing.rotation_copies(case.read_bytes, facts.l2_bytes, "cold"))
         plans = dict.fromkeys(case.plan(count, sm_count=facts.sm_count) for count in splits)
         systems = [System(plan, operands) for plan in plans]
-        # The first system of a round is measured slow, so one more goes before it, unreported.
+        # The first system of a round is measured slow, so one more runs before it, unreported.
         timings = timing.measure([systems[0], *systems], timing.Method(cap_s=cap_s), stream=stream)[1:]
         rows = []
         for system, timed in zip(systems, timings, strict=True):
@@ -206,7 +206,7 @@ def parse_splits(text: str) -> list[int]:
 def main(
     heads: str, batch: str, positions: str, capacity: int | None, splits: str, time_cap: float, out: Path | None
 ) -> None:
-    """Time attention of a decoding step on this GPU."""
+    """Time the attention of a decoding step on this GPU."""
     shapes, counts = parse_heads(heads), parse_splits(splits)
     with usage_errors():
         cases = [

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a large model becomes sparse weights: blocks of OPT-66B's shapes with random zeros, on the current GPU.
+"""How fast a large model is converted to sparse weights: blocks of OPT-66B's shapes with random zeros, on this GPU.
 
 Writes a synthetic checkpoint of some blocks, converts it to every format and appends a row for each to a file (JSON
-Lines): GB/s of dense input from the mapped file to the encoded buffers, the same with writing, peak memory::
+Lines): GB/s of dense input from the mapped file to the encoded buffers, the same including writing, and peak memory::
 
     python experiments/conversion.py --out experiments/results/conversion/...-opt-66b.jsonl
 """
@@ -46,7 +46,7 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Largest anonymous memory of this process while it is open, in bytes above what it began with."""
+    """Peak anonymous memory of this process within the ``with`` block, in bytes above the amount on entry."""
 
     def __enter__(self) -> PeakMemory:
         self._begin = self.peak = _anonymous()
@@ -71,7 +71,7 @@ def _anonymous() -> int:
 
 
 def write_model(folder: Path, blocks: int, sparsity: float) -> int:
-    """A checkpoint of ``blocks`` blocks; the bytes of its matrices."""
+    """Write a checkpoint of ``blocks`` blocks; return the bytes of its matrices."""
     config = {**CONFIG, "num_hidden_layers": blocks}
     rng = np.random.default_rng(0)
     pool = rng.standard_normal(_POOL, np.float32).astype(np.float16)
@@ -90,7 +90,7 @@ def write_model(folder: Path, blocks: int, sparsity: float) -> int:
 
 
 def _pieces(pool: NDArray[Any], count: int, rng: np.random.Generator) -> Any:
-    """``count`` elements out of ``pool``, which begins somewhere else each time."""
+    """Pieces of ``pool`` with ``count`` elements in all, each starting at a random place."""
     while count:
         first = int(rng.integers(0, len(pool)))
         part = pool[first : first + count]
@@ -123,7 +123,7 @@ def main(blocks: int, sparsity: float, formats: str, folder: Path | None, out: P
                 done = convert(source, target, format=name, device="gpu")
             seconds = time.perf_counter() - started
             shutil.rmtree(target)
-            if turn < len(names):  # compiles kernels, and reads the file into memory
+            if turn < len(names):  # this round compiles kernels and reads the file into memory
                 continue
             row = {
                 "kind": "encode",

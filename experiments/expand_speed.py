@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast packed weights become dense matrices, as prefill expands them, on the current GPU.
+"""How fast packed weights are expanded to dense matrices, as for prefill, on the current GPU.
 
 Every decoder writes a preallocated matrix, from several copies of its weight in turn, so that none is in the L2, in
-CUDA graphs (docs/measurement.md). A memset of the same matrix, interleaved with them, says how fast the memory takes
-writes. Prints GB/s of dense output and that fraction; with ``--out`` rows are appended to a file (JSON Lines)::
+CUDA graphs (docs/measurement.md). A memset of the same matrix, interleaved with them, shows how fast the memory takes
+writes. Prints GB/s of dense output, also as a fraction of the memset's; ``--out`` appends rows to a file (JSON Lines)::
 
     python experiments/expand_speed.py --formats bitmap,slot24 --sparsity 0.6,0.8 --out rows.jsonl
 """
@@ -56,7 +56,7 @@ class Fill:
 
 
 def measure(shape: tuple[int, int], sparsity: float, formats: Sequence[str], *, cap_s: float) -> list[dict[str, Any]]:
-    """A row for each format. Raises :class:`FlashLLMError` when a decoder does not give the matrix back."""
+    """A row for each format. Raises :class:`FlashLLMError` when a decoder does not reproduce the matrix."""
     import cupy
 
     from flashllm.bench import data, timing
@@ -72,7 +72,7 @@ def measure(shape: tuple[int, int], sparsity: float, formats: Sequence[str], *, 
             w = weight_class(name).from_dense(dense)
             copies = timing.rotation_copies(w.nbytes, device_facts().l2_bytes, "cold")
             decoder, fill = Decoder(rotation(w, copies), out), Fill(out)
-            # The first system of a round is measured slow: one more memset goes before, unreported.
+            # The first system of a round is measured slow, so one more memset runs before it, unreported.
             _, written, decoded = timing.measure([fill, fill, decoder], timing.Method(cap_s=cap_s), stream=stream)
             for copy in range(copies):
                 out.fill(float("nan"))

@@ -8,11 +8,11 @@
 
 Takes the rows of ``experiments/results`` that were measured on an H200, L2-cold in graphs, fp16, uniform zeros,
 with a right result, in formats named on the command line, and in one block of columns; of repeated measurements the
-last counts. For each format and width of the column block the constants of ``KernelTime`` are those with the least
-squared errors of log time, those of ``DenseTime`` likewise. A row's own read bandwidth stands in for the GPU's.
+last counts. For each format and width of the column block, the constants of ``KernelTime`` are those that minimise the
+squared errors of log time; so are those of ``DenseTime``. A row's own read bandwidth stands in for the GPU's.
 
-Regret is what the choice by the model loses: the measured time of the format that the model takes over that of the
-fastest format, less 1, over the cases for which several formats were measured.
+Regret is what the model's choice loses: the measured time of the format that the model takes, divided by that of the
+fastest format, minus 1, over the cases for which several formats were measured.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GPU = find_gpu("H200")
 TILE_BYTES = {"slot24": 1024 + 1024 + 512 + 68}
 """Masks, picks, columns, and front and places of a tile of slots; docs/formats/slot24.md."""
 UNSEEN = ("20261124T175218-h100-80gb-hbm3-smollm2-ffn-down.jsonl", "20261124T175154-h100-80gb-hbm3-opt-sweep.jsonl")
-"""Files that it is not fitted to, of an H100 (two thirds of the bandwidth): a small real matrix; the twelve shapes."""
+"""Files it is not fitted to, from an H100 (two thirds of the bandwidth): a small real matrix; the twelve shapes."""
 WIDE_SHAPE = (28672, 8192)
 _DIGITS = 4
 _MAX_SHARPNESS = 16.0
@@ -70,7 +70,7 @@ class Winner:
     zeros: float
     n: int
     measured: tuple[str, ...]
-    """Formats that there are rows of."""
+    """Formats that have rows."""
     fastest: list[tuple[str, int]]
     """Formats, each with the number of shapes for which it is the fastest."""
     speedup: float
@@ -79,7 +79,7 @@ class Winner:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the model takes for one case, and what was fastest."""
+    """The format that the model takes for one case, and the fastest one."""
 
     case: tuple[int, int, tuple[int, ...], float]
     """M, K, the N it is chosen for, zeros."""
@@ -105,12 +105,12 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
 
 
 def default_files() -> list[Path]:
-    """Every file of rows of an H200 but those from before 2026-11-30, which are of other kernels."""
+    """Every file of rows from an H200, except those from before 2026-11-30, which are of other kernels."""
     return sorted(file for file in RESULTS.glob("*-h200-*.jsonl") if file.name >= "20261130")
 
 
 def gpu_at(row: Row) -> Gpu:
-    """The GPU with the bandwidth that the run of ``row`` found."""
+    """The GPU with the bandwidth that the run of ``row`` measured."""
     return replace(GPU, read_gbps=row.read_gbps or GPU.read_gbps)
 
 
@@ -120,7 +120,7 @@ def weight_bytes(row: Row) -> int:
 
 
 def predicted(row: Row, fitted: Model) -> float:
-    """Microseconds of ``row`` by ``fitted``."""
+    """Microseconds that ``fitted`` predicts for ``row``."""
     if row.system == "cublas":
         return model.dense_us(row.M, row.K, row.N, gpu=gpu_at(row), model=fitted)
     return model.predict(
@@ -136,7 +136,7 @@ def predicted(row: Row, fitted: Model) -> float:
 
 
 def measured(row: Row) -> float:
-    """Microseconds of ``row``."""
+    """Measured microseconds of ``row``."""
     assert row.median_us is not None
     return row.median_us
 
@@ -235,7 +235,7 @@ def errors(rows: Sequence[Row], fitted: Model) -> list[Quality]:
 
 
 def choices(rows: Sequence[Row], fitted: Model) -> list[Choice]:
-    """What the model takes for each N alone, where several formats were measured."""
+    """The model's choices for each N alone, where several formats were measured."""
     cases: dict[tuple[int, int, int, float], list[Row]] = defaultdict(list)
     for row in rows:
         if row.system == "flashllm" and row.sparsity is not None:
@@ -251,7 +251,7 @@ def choices(rows: Sequence[Row], fitted: Model) -> list[Choice]:
 
 
 def joint_choices(rows: Sequence[Row], fitted: Model, batches: tuple[int, ...] = (8, 16, 32)) -> list[Choice]:
-    """What the model takes for all of ``batches`` together, by the geometric mean of the times."""
+    """The model's choices for all of ``batches`` together, by the geometric mean of the times."""
     cases: dict[tuple[int, int, float], dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row.system == "flashllm" and row.sparsity is not None:
@@ -269,7 +269,7 @@ def joint_choices(rows: Sequence[Row], fitted: Model, batches: tuple[int, ...] =
 
 
 def winners(rows: Sequence[Row]) -> list[Winner]:
-    """By zeros and N, how many shapes each format was measured fastest for, and how fast that was."""
+    """By zeros and N, the number of shapes for which each format was the fastest, and how fast the fastest were."""
     cases: dict[tuple[float, int], dict[tuple[int, int], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.system == "flashllm" and row.sparsity is not None and row.speedup is not None:
@@ -285,7 +285,7 @@ def winners(rows: Sequence[Row]) -> list[Winner]:
 
 
 def crossover(shape: Shape, density: float, name: str, fitted: Model) -> int | None:
-    """The least N, in blocks of 64 columns, for which the model has the weight expanded; ``None``: none up to 4096."""
+    """The least N, in steps of 64 columns, for which the model expands the weight; ``None``: none up to 4096."""
     size = weight_class(name).estimated_bytes(shape, density)
     options = {"m": shape[0], "k": shape[1], "weight_bytes": size, "density": density, "gpu": GPU, "model": fitted}
     wide = range(128, 4097, 64)
@@ -293,15 +293,15 @@ def crossover(shape: Shape, density: float, name: str, fitted: Model) -> int | N
 
 
 def best_us(shape: Shape, density: float, n: int, fitted: Model) -> float:
-    """Microseconds of the fastest format by the model, zeros at random places."""
+    """Microseconds that the model predicts for the fastest format, with zeros at random places."""
     options = {"m": shape[0], "k": shape[1], "n": n, "density": density, "gpu": GPU, "model": fitted}
     sizes = {name: weight_class(name).estimated_bytes(shape, density) for name in fitted.kernels}
     return min(expand.expected(name, weight_bytes=size, **options).us for name, size in sizes.items())
 
 
 def ahead_of_dense(fitted: Model, n: int) -> tuple[float | None, int | None]:
-    """The least zeros for which a format is faster than dense at ``WIDE_SHAPE``, and the least side of a square matrix
-    with 80 % zeros: in steps of 0.05, and of 256.
+    """The least fraction of zeros at which a format is faster than dense for ``WIDE_SHAPE``, in steps of 0.05, and the
+    least side of a square matrix with 80 % zeros for which one is, in steps of 256.
     """
 
     def ahead(shape: Shape, density: float) -> bool:
@@ -388,7 +388,7 @@ def write(fitted: Model, rows: Sequence[Row]) -> None:
 @click.command()
 @click.option("--write", "writes", is_flag=True, help="Fit anew and replace the model and its page.")
 def main(writes: bool) -> None:
-    """Say how good the time model is; with --write, fit it anew first."""
+    """Report how good the time model is; with --write, fit it anew first."""
     fitted = fit(default_files()) if writes else model.committed()
     rows = read_rows(RESULTS / name for name in fitted.files)
     if writes:

@@ -7,13 +7,13 @@ Each ``--variant`` is a name and what differs from the default plan of the case:
         --variant base --variant p0:kPrefetch=0 --variant even:blocks=392,row_cost=0 --variant wgmma:slices=0 \\
         --variant idea:source=spmm/tiled_csl_idea.cu --out rows.json
 
-``--format`` says whose kernel; the examples are of Tiled-CSL. Keys are fields of the choice (``slices``, ``vectors``,
-``resident_blocks``, ``blocks_per_sm``, ``overlap``, ``undo``), of the split (``blocks``, ``row_cost``), template
-parameters of the kernel that no field stands for (``kPrefetch``), or ``source``, another file
-below ``cuda/`` with a kernel of the same name and parameters. All variants of a case are interleaved, L2-cold, in CUDA
-graphs (docs/measurement.md), and their outputs compared with float64: a wrong one is marked ``!``, which is how a
-variant that leaves something out to see what it costs shows. A variant that spills is left out. The first system of a
-round is measured about half a percent slow, so one more launch of the first variant goes before it, unreported.
+``--format`` selects the kernel; the examples are for Tiled-CSL. Keys are fields of the choice (``slices``, ``vectors``,
+``resident_blocks``, ``blocks_per_sm``, ``overlap``, ``undo``), fields of the split (``blocks``, ``row_cost``), template
+parameters of the kernel that correspond to no field (``kPrefetch``), or ``source``, another file below ``cuda/`` with a
+kernel of the same name and parameters. All variants of a case are interleaved, L2-cold, in CUDA graphs
+(docs/measurement.md), and their outputs are compared with float64: a wrong one is marked ``!``, as expected of a
+variant that leaves something out to see what it costs. A variant that spills is left out. The first system of a round
+is measured about half a percent slow, so the first variant is measured once more before it, unreported.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Variant:
 
 
 def parse_variant(text: str, format_name: str = DEFAULT_FORMAT) -> Variant:
-    """``"even:blocks=392,row_cost=0"`` -> a :class:`Variant`; :class:`BadUsage` names what it does not know."""
+    """``"even:blocks=392,row_cost=0"`` -> a :class:`Variant`; :class:`BadUsage` names anything unknown."""
     flags = {f.name: f.type == "bool" for f in fields(kernel(format_name).Choice) if f.name not in _CASE}
-    # Shared memory, grid and workspace follow from the choice: its fields are not changed behind its back.
+    # Shared memory, grid and workspace follow from the choice, so parameters that stand for its fields are not changed.
     fixed = {*_CASE.values(), *("k" + name.title().replace("_", "") for name in flags)}
     name, _, rest = text.partition(":")
     if not name:

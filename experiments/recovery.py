@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune a model, train it with its zeros fixed towards what the dense one predicts, and measure both: rows of quality.
+"""Prune a model, train it towards the dense model's predictions with its zeros fixed, and measure both: quality rows.
 
-The trained points of docs/pruning.md: SmolLM2-135M-Instruct as in experiments/quality.py, on a GPU, by PyTorch. What it
-trains on must not hold the second half of the text that is evaluated on::
+The trained points of docs/pruning.md come from SmolLM2-135M-Instruct as in experiments/quality.py, trained on a GPU by
+PyTorch. The texts to train on must not contain the second half of the other text, on which models are evaluated::
 
     python experiments/recovery.py --text debian-reference.en.txt --train python.txt --train postgresql.txt \\
         --sparsities 0.6,0.7,0.8 --steps 1500 --out experiments/results/quality/...-smollm2.jsonl
@@ -56,7 +56,7 @@ def main(
     out: Path,
     device: str,
 ) -> None:
-    """Measure what training brings back."""
+    """Measure how much quality training recovers."""
     xp = array_module("cpu" if device == "cpu" else "gpu")
     training = Training(steps=steps, batch=batch, length=length, learning_rate=learning_rate)
     with open_checkpoint(model or model_path()) as checkpoint:

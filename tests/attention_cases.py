@@ -27,7 +27,7 @@ _NAN = 0x7FDA  # in either type
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sequences in slots of a cache that holds NaN wherever no token of theirs is."""
+    """Sequences in slots of a cache that holds NaN wherever there is no token of theirs."""
 
     dtype: str
     heads: int
@@ -35,19 +35,19 @@ class Case:
     head_dim: int
     capacity: int
     ends: tuple[int, ...]
-    """Positions of each sequence that the cache has."""
+    """Number of positions of each sequence that the cache has."""
     counts: tuple[int, ...] = ()
-    """Of them, how many at the end are rows of this pass: one, when decoding."""
+    """How many of these, at the end, are rows of this pass: one when decoding."""
     seed: int = 0
 
     @property
     def slots(self) -> list[int]:
-        """Of each sequence: neither in order nor without gaps."""
+        """The slot of each sequence: neither in order nor without gaps."""
         return [int(slot) for slot in np.random.default_rng(self.seed).permutation(len(self.ends) + 2)][2:]
 
     @property
     def is_grouped(self) -> bool:
-        """Whether decoding is the work of the kernel for heads that share keys, which rounds weights."""
+        """Whether the kernel for heads that share keys, which rounds weights, does the decoding."""
         return self.heads // self.kv_heads >= 3
 
     @property
@@ -68,7 +68,7 @@ class Operands:
 
 
 def operands(case: Case, *, equal_scores: bool = False) -> Operands:
-    """Normally distributed queries and keys, and values -8..8; or queries of zeros, and values that are integers."""
+    """Normally distributed queries and keys, values in -8..8; with ``equal_scores`` zero queries and integer values."""
     rng = np.random.default_rng(case.seed)
     counts = case.counts or (1,) * len(case.ends)
     kind = NUMPY[case.dtype]
@@ -79,7 +79,7 @@ def operands(case: Case, *, equal_scores: bool = False) -> Operands:
         keys[slot, :, :end] = rng.standard_normal(part).astype(kind)
         drawn = rng.integers(-8, 9, part) if equal_scores else rng.uniform(-8, 8, part)
         values[slot, :, :end] = drawn.astype(kind)
-    spread = 0.0 if equal_scores else 2.0  # of scores, then, as well
+    spread = 0.0 if equal_scores else 2.0  # of queries, and so of scores
     queries = spread * rng.standard_normal((sum(counts), case.heads, case.head_dim))
     return Operands(
         q=queries.astype(kind),
@@ -96,9 +96,9 @@ def operands(case: Case, *, equal_scores: bool = False) -> Operands:
 def expected(case: Case, given: Operands, *, weights_rounded: bool = False) -> tuple[NDArray[Any], NDArray[Any]]:
     """Results in float64 [rows, heads * head_dim], and how far from each the kernel's may be.
 
-    A score is a sum of head_dim products in fp32, and its error is the relative one of its weight, which has one of its
-    own. Out is a mean with such weights, hence twice that, and the error of the sum over positions; then it is rounded.
-    ``weights_rounded``: to the dtype, and below 2^-14 in fp16 to a multiple of 2^-24.
+    A score is a sum of head_dim products in fp32. Its error is a relative error of its weight, which adds one of its
+    own. The output is a mean with such weights, so it has twice that error, plus the error of the sum over positions;
+    then it is rounded. ``weights_rounded``: to the dtype, and below 2^-14 in fp16 to a multiple of 2^-24.
     """
     shared = case.heads // case.kv_heads
     scale = 1 / math.sqrt(case.head_dim)
@@ -132,7 +132,7 @@ class Fenced:
         self._shape, self._dtype = shape, dtype
 
     def read(self) -> NDArray[Any]:
-        """What was written; fails when anything beside it was."""
+        """What was written; fails if anything outside the output was written."""
         room = np.asarray(self._room if isinstance(self._room, np.ndarray) else self._room.get())
         inside = room[_GUARD:-_GUARD].reshape(self._shape)
         assert (room[:_GUARD] == _NAN).all(), "written before the output"
@@ -141,13 +141,13 @@ class Fenced:
 
 
 def placed(xp: Any, array: NDArray[Any]) -> Any:
-    """The array where the kernel runs; bf16 as its patterns."""
+    """The array where the kernel runs; bf16 as bit patterns."""
     plain = array.dtype in (np.float16, np.int32)
     return xp.asarray(array if plain else array.view(np.uint16))
 
 
 def plan_of(case: Case, rows: int, splits: int | None = None, common: int | None = None) -> AttentionPlan:
-    """A plan for a GPU of four multiprocessors, or with so many splits, all of them or ``common`` for any row."""
+    """A plan for a GPU of four multiprocessors; ``splits`` replaces its number of splits, ``common`` the common one."""
     plan = plan_attention(
         rows=rows,
         heads=case.heads,
@@ -162,7 +162,7 @@ def plan_of(case: Case, rows: int, splits: int | None = None, common: int | None
 def decode(
     launch: Launch, xp: Any, case: Case, given: Operands, *, splits: int | None = None, common: int | None = None
 ) -> NDArray[Any]:
-    """Attention of every row, twice with one workspace: the same bits."""
+    """Attention of every row, computed twice with one workspace; both must give the same bits."""
     plan = plan_of(case, len(given.q), splits, common)
     workspace = xp.full(plan.workspace_bytes, 0xFF, np.uint8) if plan.workspace_bytes else None
     if workspace is not None:
@@ -189,8 +189,8 @@ def decode(
 
 
 def dependent(spec: KernelSpec, args: Sequence[Any]) -> list[NDArray[Any]]:
-    """What the launch before may have written of a kernel's arrays: all, but for where rows of a decoding step are, and
-    what the cache has of positions before theirs.
+    """Those of a kernel's arrays that the previous launch may have written: all except slots and positions of the rows
+    of a decoding step, and the cache at earlier positions than theirs.
     """
     if "prefill" in spec.name:
         return [arg for arg in args if isinstance(arg, np.ndarray)]
@@ -221,12 +221,12 @@ def prefill(launch: Launch, xp: Any, case: Case, given: Operands) -> NDArray[Any
 
 
 def assert_decoded(case: Case, given: Operands, got: NDArray[Any]) -> None:
-    """Within the bound of the kernel that does it."""
+    """Every result is within the bound of the kernel that computed it."""
     assert_close(got, expected(case, given, weights_rounded=case.is_grouped))
 
 
 def assert_close(got: NDArray[Any], want: tuple[NDArray[Any], NDArray[Any]]) -> None:
-    """Within the bound everywhere."""
+    """Every result is within its bound."""
     exact, bound = want
     error = np.abs(got.astype(np.float64) - exact)
     wrong = np.argwhere(~(error <= bound))
@@ -267,7 +267,7 @@ HEADS = (
     (12, 1, 72),
     (12, 1, 96),
 )
-"""Query heads, heads of keys, elements of a head: those of a block whole and in part, and of two unequal blocks."""
+"""Query heads, heads of keys, elements of a head: whole blocks, parts of a block, and two unequal blocks."""
 
 DECODE = tuple(
     Case(dtype=DTYPES[i % 2], heads=h, kv_heads=kv, head_dim=dim, capacity=300, ends=(1, 63, 300, 131), seed=i)
@@ -275,7 +275,7 @@ DECODE = tuple(
 )
 
 PAIRED, GROUPED = (replace(DECODE[at], ends=(300, 129, 64, 1)) for at in (4, 6))
-"""Of two and of eight query heads with the same keys."""
+"""Two and eight query heads that share the same keys."""
 
 PREFILL = tuple(
     Case(
@@ -292,4 +292,4 @@ PREFILL = tuple(
         ((1, 1, 8), (2, 1, 16), (1, 1, 24), (2, 2, 64), (1, 1, 72), (2, 1, 80), (1, 1, 96), (1, 1, 128), (2, 1, 248))
     )
 )
-"""Prompts of one row and of many, whole ones and such as the cache has the beginning of."""
+"""Prompts of one row and of many: whole ones, and some whose beginning is already in the cache."""

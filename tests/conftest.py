@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 # Set before anything imports CuPy: it creates its cache folder on import and fails where it cannot. Workers of
-# pytest-xdist have the folder of the process that starts them, and what one has compiled the others need not.
+# pytest-xdist share the folder of the process that starts them, so what one has compiled, the others need not.
 if "FLASHLLM_TESTS_SCRATCH" not in os.environ:
     os.environ["FLASHLLM_TESTS_SCRATCH"] = tempfile.mkdtemp(prefix="flashllm-tests-")
     atexit.register(shutil.rmtree, os.environ["FLASHLLM_TESTS_SCRATCH"], ignore_errors=True)
@@ -22,12 +22,12 @@ _SCRATCH = Path(os.environ["FLASHLLM_TESTS_SCRATCH"])
 os.environ["CUPY_CACHE_DIR"] = str(_SCRATCH / "cupy")
 os.environ["FLASHLLM_CACHE_DIR"] = str(_SCRATCH / "flashllm")
 
-# Before anything imports NumPy, too: workers share the cores, where threads of a product that wait for one another take
-# many times as long as one thread for all of it.
+# Also before anything imports NumPy: workers share the cores, and there the threads of a product, which wait for one
+# another, take many times as long as one thread for all of it.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Programs that tests start find the package too, when it is not installed.
+# Programs that tests start must find the package too, even when it is not installed.
 _TESTS = Path(__file__).resolve().parent
 _SOURCE = str(_TESTS.parent / "src")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second weight format for tests, with its kernel's host module: a list of (row, column, value).
 
-Shows all that a format needs, and that nothing else in the package knows one by name. Its kernel, for the emulator, is
-``tests/emulator/coordinates.cu``.
+Shows everything that a format needs, and that the rest of the package knows no format by name. Its kernel, for the
+emulator, is ``tests/emulator/coordinates.cu``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ THREADS = 64
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make it one of the package's formats, as a line of the registry would."""
+    """Make it one of the package's formats, as a line in the registry would."""
     here = registry.FormatEntry(weight="coordinates:Coordinates", kernel="coordinates")
     monkeypatch.setitem(registry.FORMATS, NAME, here)
 
@@ -91,7 +91,7 @@ class Coordinates(SparseWeight):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """``repeat`` does nothing: it is there to be tuned."""
+    """``repeat`` has no effect; it is there to be tuned."""
 
     dtype: str
     n_block: int = 8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of the row-wise kernels of a decoder, against float64: the same for the emulator and for a GPU."""
+"""Cases of the row-wise kernels of a decoder, against float64, for the emulator and for a GPU alike."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from flashllm.jit.spec import KernelSpec
 
 Floats = NDArray[np.float64]
 Start = Callable[[KernelSpec, Sequence[int], Sequence[Any], Sequence[Any]], object]
-"""Runs a kernel; the last argument are those of the arrays that the launch before may have written."""
+"""Runs a kernel; the last argument holds those of the arrays that the previous launch may have written."""
 
 NAN = 0x7FDA
-"""A NaN in fp16 and bf16 and, twice, in fp32; twice as int32 an index of nothing."""
+"""A NaN in fp16 and bf16; two of them are a NaN in fp32, and as int32 an index that is out of range."""
 _GUARD = 1 << 15  # 16-bit elements before and behind an array
 _ROWS = 3
 
 
 class Machine:
-    """Where a case runs. Its arrays lie between NaNs, which must be there in the end."""
+    """Where a case runs. Its arrays lie between NaNs, which must still be there at the end."""
 
     def __init__(self, xp: Any, start: Start) -> None:
         self._xp, self._start = xp, start
@@ -35,7 +35,7 @@ class Machine:
         self._constants: set[int] = set()
 
     def put(self, host: NDArray[Any], *, constant: bool = False) -> Any:
-        """A copy of ``host``; ``constant`` if no launch writes it, ever."""
+        """A copy of ``host``; ``constant`` if no launch ever writes it."""
         size = host.nbytes // 2
         room = self._xp.full(size + 2 * _GUARD + 8, NAN, np.uint16)
         begin = _GUARD + (-room.ctypes.data // 2 % 8 if self._xp is np else 0)
@@ -56,7 +56,7 @@ class Machine:
         self._start(spec, grid, args, dependent)
 
     def check(self) -> None:
-        """Nothing was written beside the arrays."""
+        """Nothing was written outside the arrays."""
         assert all(bool((guard == NAN).all()) for guard in self._guards), "written beside an array"
 
 
@@ -69,7 +69,7 @@ class Halves:
         self.type: Any = np.float16 if dtype == "fp16" else np.uint16
 
     def put(self, values: Floats, *, constant: bool = False) -> tuple[Any, Floats]:
-        """``values``, rounded, twice."""
+        """``values``, rounded: on the machine, and as float64."""
         bits = to_bits(values, self.dtype)
         return self._machine.put(bits.view(self.type), constant=constant), widen(bits, self.dtype).astype(np.float64)
 
@@ -77,7 +77,7 @@ class Halves:
         return self.put(self.rng.normal(0, scale, shape), constant=constant)
 
     def optional(self, wanted: bool, *shape: int) -> tuple[Any, Any]:
-        """Constants, or ``None`` and what adds nothing."""
+        """Constants, or ``None`` and a zero that adds nothing."""
         return self.normal(*shape, constant=True) if wanted else (None, 0.0)
 
     def empty(self, *shape: int) -> Any:
@@ -87,7 +87,7 @@ class Halves:
         return to_host(array).view(np.uint16)
 
     def assert_rounded(self, array: Any, want: Floats, scale: Floats) -> None:
-        """One rounding of a result that fp32 gives with a few roundings of numbers as large as ``scale``."""
+        """``array`` is ``want``, up to one rounding and a few fp32 roundings of numbers as large as ``scale``."""
         got = widen(self.bits(array), self.dtype).astype(np.float64)
         digits, least = (11, -24) if self.dtype == "fp16" else (8, -133)
         ulp = np.ldexp(1.0, np.maximum(np.frexp(want)[1] - digits, least))
@@ -97,7 +97,7 @@ class Halves:
 
 
 def embedding(machine: Machine, dtype: DType, hidden: int, learned: bool) -> None:
-    """Sums of two numbers of 16 bits: exact but for fp32's rounding, so equal."""
+    """Sums of two 16-bit numbers are exact except for the rounding to fp32, so results are equal."""
     halves = Halves(machine, dtype, hidden)
     table, table64 = halves.normal(11, hidden, constant=True)
     rows, rows64 = halves.normal(9, hidden, constant=True) if learned else (None, np.zeros((9, hidden)))
@@ -117,7 +117,7 @@ def embedding_of_nothing(machine: Machine, dtype: DType, hidden: int) -> None:
     table, table64 = halves.normal(11, hidden, constant=True)
     rows, _ = halves.put(np.zeros((9, hidden)), constant=True)
     tokens = np.array([-1, 11, 3, 3, 3], np.int32)
-    positions = np.array([0, 0, -3, 7, 6], np.int32)  # of rows -1, 9 and 8 behind the offset
+    positions = np.array([0, 0, -3, 7, 6], np.int32)  # rows -1, 9 and 8 after the offset
     residual = machine.empty((len(tokens), hidden), np.float32)
     embed.embed(
         machine.launch, dtype=dtype, tokens=machine.put(tokens), positions=machine.put(positions), table=table,
@@ -132,13 +132,13 @@ def embedding_of_nothing(machine: Machine, dtype: DType, hidden: int) -> None:
 def normalised(
     machine: Machine, dtype: DType, kind: str, hidden: int, parts: int, y_biased: bool, biased: bool
 ) -> None:
-    """y of so many parts, or none, joins the residual stream. Several have rows behind those that are added. Where
-    there is no bias, x replaces the first part.
+    """y, in ``parts`` parts or none, is added to the residual stream. Several parts have more rows than are added.
+    Where y has parts but no bias, x overwrites the first part.
     """
     halves = Halves(machine, dtype, hidden)
     start = halves.rng.normal(0, 1, (_ROWS, hidden)).astype(np.float32)
-    start[1] += 1000  # a variance from sums of squares would lose all of its digits
-    start[2] *= 1e-4  # eps counts
+    start[1] += 1000  # a variance from sums of squares would lose all its digits
+    start[2] *= 1e-4  # so that eps matters
     residual = machine.put(start)
     y, y64 = halves.normal(parts, _ROWS + max(0, parts - 1), hidden) if parts else (None, np.zeros((0, _ROWS, hidden)))
     y_bias, y_bias64 = halves.optional(y_biased, hidden)
@@ -153,7 +153,7 @@ def normalised(
     for one in (*y64[:, :_ROWS], y_bias64):
         want = want + np.float32(one)  # in fp32, in this order
     np.testing.assert_array_equal(got, want)
-    # Of the sum as it was stored: what fp32 lost there is no error of the norm.
+    # Computed from the sum as it was stored: what fp32 lost there is not an error of the norm.
     total = got.astype(np.float64)
     centred = total - total.mean(axis=1, keepdims=True) if kind == "layer" else total
     factor = weight64 / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
@@ -164,7 +164,7 @@ def normalised(
 def appended(
     machine: Machine, dtype: DType, heads: int, kv_heads: int, head_dim: int, biased: bool, normed: bool, turned: bool
 ) -> None:
-    """Rows 0, 2 and 4 go to the cache; rows 1 and 3 have a slot and a position that it does not have."""
+    """Rows 0, 2 and 4 go to the cache; row 1 has a slot, and row 3 a position, that the cache does not have."""
     halves = Halves(machine, dtype, head_dim)
     rows, slot_count, capacity, all_heads = 5, 4, 6, heads + 2 * kv_heads
     slots, positions = np.array([3, -1, 0, 2, 3], np.int32), np.array([5, 2, 0, 6, 1], np.int32)
@@ -230,7 +230,7 @@ def gated(machine: Machine, dtype: DType, columns: int, biased: bool) -> None:
 
 
 def extreme(machine: Machine, dtype: DType, columns: int) -> None:
-    """Gates far out neither overflow nor lose small results; a NaN is not hidden."""
+    """Extreme gates neither overflow nor lose small results; a NaN is not hidden."""
     halves = Halves(machine, dtype, 0)
     gates = np.zeros((1, columns))
     gates[0, :7] = [60000, -60000, 100, -100, -14, np.nan, 0]
@@ -278,12 +278,12 @@ def _cases() -> dict[str, Callable[[Machine], None]]:
     return found
 
 
-_NORMS = (  # every instance, at the ends of what it is for; the last three are for no whole vectors or too many
+_NORMS = (  # every instance, at the ends of its range; the last three have no whole vectors, or too many
     (8, 1, True, True), (1024, 0, False, True), (1032, 1, False, True), (4096, 8, True, False), (4104, 6, True, True),
     (8200, 2, False, False), (16384, 7, True, True), (577, 1, True, True), (7, 5, False, False),
     (16392, 2, True, False),
 )  # fmt: skip
-_HEADS = (  # all that head_dim can be in lanes of a warp; more heads than one block has; with and without each step
+_HEADS = (  # all ways that head_dim maps to lanes of a warp; more heads than a block has; with and without each step
     (2, 1, 8, True, False, False), (3, 1, 24, False, True, True), (12, 4, 64, True, False, True),
     (9, 3, 80, False, False, True), (16, 8, 128, True, True, True), (3, 1, 248, True, True, False),
     (2, 2, 256, False, True, True),

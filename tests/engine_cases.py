@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two blocks of every kind of model in an engine, against float64: the same for the emulator and for a GPU."""
+"""Two blocks of every kind of model in an engine, against float64, for the emulator and for a GPU alike."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from model_cases import VOCAB, write_checkpoint
 
 Logits = NDArray[np.float64]
 
-# Sizes of heads that kernels have, hidden states and feed-forward layers that are no multiples of 8.
+# Head sizes that kernels have; sizes of hidden states and feed-forward layers that are not multiples of 8.
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "opt": {"hidden_size": 40, "num_attention_heads": 5},
     "llama": {"head_dim": 8},
@@ -42,7 +42,7 @@ DIVISIBLE: Mapping[str, Mapping[str, Any]] = {
     "opt": {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 60},
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 50},
 }
-"""Sizes for two GPUs, of OPT also for four."""
+"""Sizes that divide among two GPUs, those of OPT also among four."""
 CASES: tuple[tuple[str, DType, str | None], ...] = (
     ("opt", "fp16", None),
     ("opt", "bf16", "tiled-csl"),
@@ -66,19 +66,19 @@ _AGREE = 2.0  # the largest error of logits may be this many times that of dense
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a model computes."""
+    """What a model should compute."""
 
     exact: DenseModel
     """In float64."""
     narrow: DenseModel
-    """In fp32, but for 16-bit operands and results of the blocks' matrices."""
+    """In fp32, except for 16-bit operands and results of products with the blocks' matrices."""
 
     def logits(self, tokens: Sequence[int]) -> Logits:
-        """In float64, behind each of ``tokens``: [T, vocab]."""
+        """Float64 logits after each of ``tokens``: [T, vocab]."""
         return _logits(self.exact, tokens)
 
     def bound(self, sequences: Sequence[Sequence[int]]) -> float:
-        """Most that an engine's logits of these may be off."""
+        """The largest error that an engine's logits of these may have."""
         errors = [quality.largest_difference(_logits(self.narrow, one), self.logits(one)) for one in sequences]
         return _AGREE * max(errors)
 
@@ -102,7 +102,7 @@ class Model(Reference):
 
 
 def make_model(path: Path, kind: str, dtype: DType, **config: Any) -> Model:
-    """A model of one of ``model_cases.KINDS`` with 70 % zeros, whose head is not the embedding: that would repeat."""
+    """A model of one of ``model_cases.KINDS`` with 70 % zeros; its head is not the embedding, else it would repeat."""
     stored = {"fp16": "F16", "bf16": "BF16"}[dtype]
     write_checkpoint(path, kind, dtype=stored, tied=False, zeros=0.7, **(config or SIZES[kind]))
     checkpoint = open_checkpoint(path)
@@ -111,7 +111,7 @@ def make_model(path: Path, kind: str, dtype: DType, **config: Any) -> Model:
 
 
 def preload() -> None:
-    """Compile the kernels for the emulator together, which is sooner than one by one; but of attention few are used."""
+    """Compile the kernels for the emulator together, faster than one by one; attention is left out, as few are used."""
     modules = [import_module(f"flashllm.decoder.{name}") for name in decoder.MODULES if "attention" not in name]
     emulator.preload([spec for module in modules for spec in module.specs()])
 
@@ -126,7 +126,7 @@ def greedy(new_tokens: Sequence[int] = NEW_TOKENS) -> list[SamplingOptions]:
 
 
 def poison(engine: Engine) -> None:
-    """Make NaN of all that the engine has to write before it reads it."""
+    """Fill with NaN everything that the engine has to write before it reads it."""
     keys_and_values = [array for layer in engine.cache.layers for array in layer]
     activations = [array for one in (engine._activations, engine._last) for array in vars(one).values()]
     for array in (*keys_and_values, *activations, engine.logits):
@@ -134,7 +134,7 @@ def poison(engine: Engine) -> None:
 
 
 def decode(engine: Engine, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> list[Logits]:
-    """Logits behind every prompt and behind each token that follows but the last: [tokens, vocab]."""
+    """Logits after every prompt and after each generated token except the last: [tokens, vocab]."""
     engine.start(prompts, options)
     steps = [engine.runtime.fetch(engine.logits)]
     for _ in range(max(one.max_new_tokens for one in options) - 1):
@@ -148,9 +148,9 @@ def decode(engine: Engine, prompts: Sequence[Sequence[int]], options: Sequence[S
 def check(
     engine: Engine, model: Reference, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]
 ) -> list[list[int]]:
-    """Logits, read as a prompt and token by token, are as near to float64 as dense 16-bit products are; tokens are
-    those of the largest logits in float64, but where two are nearer to each other than that. Returns prompts and
-    what followed.
+    """Logits, whether the tokens are read as a prompt or one by one, are as near to float64 as with dense 16-bit
+    products; tokens have the largest float64 logit, unless the two largest are nearer to each other than that. Returns
+    each prompt with its output.
     """
     poison(engine)
     decoded = decode(engine, prompts, options)
@@ -180,7 +180,7 @@ def _logits(model: DenseModel, tokens: Sequence[int]) -> Logits:
     return _computed(model, tuple(tokens))
 
 
-@lru_cache(maxsize=16)  # a case asks for the same sequences again
+@lru_cache(maxsize=16)  # a case needs the same sequences several times
 def _computed(model: DenseModel, tokens: tuple[int, ...]) -> Logits:
     hidden, outside = quality.run_blocks(model, model.xp.asarray([tokens]))
     parts = [to_host(part) for _, part in quality.head(model, outside, hidden[0])]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random damage to every kind of file: `make fuzz`, or `python tests/fuzz_containers.py --cases 1000 --seed 7`.
 
-A child process with little memory and a time limit per file reads each damaged file. Whatever it reads
-must be sound; for anything else it must raise ``FormatError``. On a failure the file is kept, and the line
-printed repeats it.
+A child process with little memory and a time limit per file reads each damaged file. Whatever it reads must be sound;
+for anything else it must raise ``FormatError``. On a failure the file is kept, and the printed line repeats the case.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import hostile_tensors
 from flashllm.errors import ArgumentError, FormatError
 
 MEMORY_BYTES = 512 << 20
-"""What a file may take, beyond what the process has after its imports."""
+"""Memory that reading a file may take, beyond what the process has after its imports."""
 SECONDS = 10
 _NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 _DIGITS = (b"0", b"-1", b"1", b"4294967296", b"9223372036854775807", b"1e9", b"NaN", b"null", b"[]", b"9" * 400)
@@ -71,7 +70,7 @@ def damage(raw: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_archive(rng: random.Random) -> dict[str, bytes]:
-    """Entries of an archive with damage in one of them, behind a checksum that fits."""
+    """Entries of an archive with damage in one of them, which a matching checksum will cover."""
     entries = hostile_numpy.arrays(rng.choice(("csr", "csc", "coo")))
     name = rng.choice(list(entries))
     entries[name] = damage(entries[name], rng)
@@ -84,7 +83,7 @@ def write_case(kind: str, path: Path, sound: bytes, rng: random.Random) -> None:
     if kind == "npz" and inside:
         hostile_numpy.write_zip(path, damaged_archive(rng), zipfile.ZIP_STORED)
     elif kind in ("safetensors", "weights") and inside:
-        # Damage that does not change the stated length of the header goes no further than that length.
+        # The stated length of the header is made to fit: otherwise damage would get no further than that length.
         text, rest = hostile_tensors.split(sound)
         path.write_bytes(hostile_tensors.with_header(damage(text, rng), rest))
     else:
@@ -96,7 +95,7 @@ def _too_slow(number: int, frame: FrameType | None) -> None:
 
 
 def child(cases: int, seed: int, folder: Path, first: int) -> None:
-    """Read every mutation by name (from case 0 on), then ``cases`` damaged files."""
+    """Read every named mutation (if ``first`` is 0), then ``cases`` damaged files."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, _too_slow)
@@ -105,7 +104,7 @@ def child(cases: int, seed: int, folder: Path, first: int) -> None:
     for kind, container in containers.items():
         path = folder / f"sound{container.suffix}"
         container.write(path)
-        container.use(container.read(path))  # imports all that it needs
+        container.use(container.read(path))  # imports everything it needs
         sound[kind] = path.read_bytes()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_BYTES
@@ -144,7 +143,7 @@ def child(cases: int, seed: int, folder: Path, first: int) -> None:
 
 
 def main() -> int:
-    """Run a child and say how it went; the exit status is 0 for success."""
+    """Run a child process and report how it went; the exit status is 0 for success."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=None, help="default: a random one, printed")

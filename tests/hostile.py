@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files made to do harm: named mutations of every kind of file the package reads, and what must come of them.
+"""Files made to do harm: named mutations of every kind of file the package reads, and the error each must cause.
 
-``CONTAINERS`` gives, for each kind of file, a sound one, its reader and its mutations. The unit tests run
-each mutation by name; ``fuzz_containers.py`` runs them all, and random damage, with little memory.
+:func:`containers` gives, for each kind of file, a sound one, its reader and its mutations. The unit tests run each
+mutation by name; ``fuzz_containers.py`` runs them all, and random damage, with little memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Mutation:
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """A kind of file. ``read`` returns what the file holds, ``use`` does with it all that a program would."""
+    """A kind of file. ``read`` returns what the file holds; ``use`` does everything with it that a program would."""
 
     suffix: str
     write: Callable[[Path], Any]
@@ -66,7 +66,7 @@ class Table(dict[str, Mutation]):
         self[name] = Mutation(write=write, field=field, index=index, options=options)
 
     def add_bytes(self, name: str, field: str, sound: Callable[[Path], Any], change: Callable[[bytes], bytes]) -> None:
-        """A change of the bytes of the file that ``sound`` writes."""
+        """A change to the bytes of the file that ``sound`` writes."""
 
         def write(path: Path) -> None:
             sound(path)
@@ -76,7 +76,7 @@ class Table(dict[str, Mutation]):
 
 
 def check_parts(error: FormatError, path: Path) -> None:
-    """The error says where, what it expected and what it got, in one line."""
+    """The error says where it is, what was expected and what was found, in one line."""
     assert error.path == str(path)
     assert error.field
     assert error.expected
@@ -88,7 +88,7 @@ def check_parts(error: FormatError, path: Path) -> None:
 
 
 def check(container: Container, mutation: Mutation, path: Path) -> FormatError:
-    """Read the file at ``path`` and return the error, after a look at its parts."""
+    """Read the file at ``path`` and return the error, after checking its parts."""
     with pytest.raises(FormatError) as caught:
         container.read(path, **mutation.options)
     error = caught.value
@@ -134,7 +134,7 @@ SPECIAL: dict[str, Callable[[Path], Any]] = {
     "text": lambda path: path.write_text("not a matrix\n" * 100),
     "ELF program": lambda path: path.write_bytes(b"\x7fELF\2\1\1" + bytes(57)),
 }
-"""What may stand where a file of any kind is expected."""
+"""What may be found where a file of any kind is expected."""
 
 
 def changed(array: np.ndarray[Any, Any], at: int, value: Any) -> np.ndarray[Any, Any]:

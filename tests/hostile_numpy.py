@@ -28,14 +28,14 @@ _U64, _I64 = np.uint64, np.int64
 
 
 def header(text: str | bytes, *, version: tuple[int, int] = (1, 0), length: int | None = None) -> bytes:
-    """An .npy header of any text; ``length`` is what it states of its own length."""
+    """An .npy header with any text; ``length`` is the length that it states for itself."""
     raw = text if isinstance(text, bytes) else text.encode("latin-1")
     size = len(raw) if length is None else length
     return b"\x93NUMPY" + bytes(version) + size.to_bytes(2 if version[0] == 1 else 4, "little") + raw
 
 
 def describe(descr: str = "'<f4'", shape: str = "(4, 4)", *, fortran: str = "False", **more: Any) -> bytes:
-    """An .npy header of a dtype and a shape given as source text."""
+    """An .npy header with a dtype and a shape given as source text."""
     return header(f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}}}\n", **more)
 
 

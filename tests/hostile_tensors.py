@@ -28,7 +28,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def with_header(text: bytes, rest: bytes = b"", length: int | None = None) -> bytes:
-    """A file of the header ``text``."""
+    """A file with the header ``text``."""
     return struct.pack("<Q", len(text) if length is None else length) + text + rest
 
 
@@ -39,7 +39,7 @@ def split(raw: bytes) -> tuple[bytes, bytes]:
 
 
 def edited(change: Change) -> Callable[[bytes], bytes]:
-    """A change of the JSON of the header; the tensor bytes stay."""
+    """A change to the JSON of the header; the tensor bytes stay."""
 
     def apply(raw: bytes) -> bytes:
         text, rest = split(raw)
@@ -51,7 +51,7 @@ def edited(change: Change) -> Callable[[bytes], bytes]:
 
 
 def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
-    """A change of the text of the header, for what JSON writers refuse to write."""
+    """A change to the text of the header, for what JSON writers refuse to write."""
 
     def apply(raw: bytes) -> bytes:
         text, rest = split(raw)
@@ -62,7 +62,7 @@ def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
 
 
 def entry(name: str, **values: Any) -> Callable[[bytes], bytes]:
-    """A change of fields of a tensor's entry."""
+    """A change to fields of a tensor's entry."""
     return edited(lambda header: header[name].update(values))
 
 
@@ -191,14 +191,14 @@ SAFETENSORS = Container(
 
 
 def write_packed(path: Path, fields: dict[str, Any] | None = None, **arrays: Any) -> None:
-    """A file of one packed weight, ``fields`` and ``arrays`` of it replaced; nothing is checked."""
+    """A file of one packed weight with some ``fields`` and ``arrays`` replaced; nothing is checked."""
     described = {"weight": {"format": "tiled-csl", **_PACKED.metadata(), **(fields or {})}}
     tensors = {f"weight.{name}": array for name, array in {**_PACKED.arrays(), **arrays}.items()}
     write_file(path, tensors, {"format": "flashllm-weights", "version": "1", "weights": json.dumps(described)})
 
 
 def metadata(**values: Any) -> Callable[[bytes], bytes]:
-    """A change of the metadata; ``None`` removes an entry."""
+    """A change to the metadata; ``None`` removes an entry."""
 
     def change(header: dict[str, Any]) -> None:
         merged = {**header["__metadata__"], **values}

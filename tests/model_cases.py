@@ -45,13 +45,13 @@ def config_of(kind: str, *, dtype: str = "F16", tied: bool = True, **config: Any
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
         }
-        if kind == "qwen3":  # heads are wider together than the hidden state
+        if kind == "qwen3":  # together, the heads are wider than the hidden state
             own["head_dim"] = 10
     return {key: value for key, value in (common | own | config).items() if value is not None}
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint, written out here once more: the head only where it is not the embedding."""
+    """Every tensor of a checkpoint, written out here a second time; the head only where it is not the embedding."""
     kind, hidden, vocab = config["model_type"], config["hidden_size"], config["vocab_size"]
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
@@ -92,7 +92,7 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def random_tensors(config: Mapping[str, Any], *, seed: int = 0, zeros: float = 0.0) -> dict[str, NDArray[np.float32]]:
     """Values of about 1 between the layers, and scores of attention that are far from equal.
 
-    ``zeros``: which fraction of the matrices of blocks is exactly 0.
+    ``zeros``: the fraction of the blocks' matrices that is exactly 0.
     """
     rng = np.random.default_rng(seed)
     tensors: dict[str, NDArray[np.float32]] = {}
@@ -114,7 +114,7 @@ def random_tensors(config: Mapping[str, Any], *, seed: int = 0, zeros: float = 0
 def write_tensors(
     folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], *, dtype: str = "F16"
 ) -> Path:
-    """``config.json`` and ``model.safetensors`` with ``tensors`` rounded to ``dtype``, in ``folder``, which is made."""
+    """Make ``folder`` with ``config.json`` and ``model.safetensors``, its ``tensors`` rounded to ``dtype``."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
@@ -138,7 +138,7 @@ def write_checkpoint(
 
 
 def write_tokenizer(folder: str | Path, *, begin: bool = True) -> Path:
-    """``tokenizer.json`` in ``folder``, of ``VOCAB`` tokens: printable ASCII, byte by byte, but for ``th``.
+    """``tokenizer.json`` in ``folder``, with ``VOCAB`` tokens: printable ASCII, byte by byte, except for ``th``.
 
     ``begin``: ``<s>``, token 1, is put before every text. Needs the package ``tokenizers``.
     """

@@ -21,7 +21,7 @@ from weight_cases import NUMPY_DTYPE, mask
 
 
 def integers(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> NDArray[Any]:
-    """1..4 with either sign."""
+    """Random integers 1..4 with either sign."""
     values = rng.integers(1, 5, shape) * rng.choice([-1, 1], shape)
     return values.astype(NUMPY_DTYPE[dtype])
 
@@ -34,14 +34,14 @@ def weight(pattern: str, shape: tuple[int, int], density: float, dtype: str, see
 
 
 def exact(x: NDArray[Any], w: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """The product of integers, as exact in float64 as in int64 and far sooner there, rounded once, to nearest even."""
+    """The product of integers, as exact in float64 as in int64 and far faster, rounded once, to nearest even."""
     with np.errstate(over="ignore"):
         product = x.astype(np.float64) @ w.astype(np.float64).T + 0.0  # no zero is negative
         return product.astype(NUMPY_DTYPE[dtype])
 
 
 def assert_exact(got: NDArray[Any], want: NDArray[Any]) -> None:
-    """Equal bits, but that a zero may have either sign."""
+    """Equal bits, except that a zero may have either sign."""
     wrong = np.argwhere((got.view(np.uint16) != want.view(np.uint16)) & ~(got == want))
     assert wrong.size == 0, (
         f"{len(wrong)} wrong, first y{wrong[0].tolist()}: got {got[tuple(wrong[0])]}, expected {want[tuple(wrong[0])]}"
@@ -49,7 +49,7 @@ def assert_exact(got: NDArray[Any], want: NDArray[Any]) -> None:
 
 
 def special(w: NDArray[Any], n: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """``w`` of fp16 integers, larger than 200 x 100, with NaN and infinities among its elements, and x with some."""
+    """``w`` (fp16 integers, larger than 200 x 100) with NaN and infinities among its elements, and x with some."""
     w = w.copy()
     w[3, 5], w[200, 100], w[10, 64] = np.nan, np.inf, -np.inf
     x = integers(np.random.default_rng(6), (n, w.shape[1]), "fp16")
@@ -60,7 +60,7 @@ def special(w: NDArray[Any], n: int) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def assert_special(name: str, got: NDArray[Any], x: NDArray[Any], w: NDArray[Any]) -> None:
-    """fp16 ``got`` is the dense product, or, where format ``name`` leaves zeros out, partly that without the zeros."""
+    """fp16 ``got`` is the dense product; if format ``name`` leaves zeros out, elements may be those without zeros."""
     wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         dense = (wide_x @ wide_w.T).astype(np.float16)
@@ -88,7 +88,7 @@ def packed(name: str, w: NDArray[Any], **options: Any) -> SparseWeight:
 def packed_weight(
     name: str, pattern: str, shape: tuple[int, int], density: float, dtype: str = "fp16", seed: int = 0
 ) -> tuple[NDArray[Any], SparseWeight]:
-    """A ``weight`` and that in format ``name``, kept for other tests: packing takes as long as a product."""
+    """A ``weight``, dense and in format ``name``, cached for other tests: packing takes as long as a product."""
     return _packed_weight(name, pattern, shape, density, dtype, seed, runs.RUNS)
 
 
@@ -96,16 +96,16 @@ def packed_weight(
 def _packed_weight(
     name: str, pattern: str, shape: tuple[int, int], density: float, dtype: str, seed: int, runs_of_tiles: int
 ) -> tuple[NDArray[Any], SparseWeight]:
-    """``runs_of_tiles``: what some tests change, and packing depends on."""
+    """``runs_of_tiles``: packing depends on it, and some tests change it."""
     w = weight(pattern, shape, density, dtype, seed)
     w.flags.writeable = False
     return w, packed(name, w)
 
 
 def every_pair(names: str, first: Collection[Any], second: Collection[Any], third: Sequence[Any]) -> Any:
-    """Gives a test three parameters, so that every value of each meets all of the others, ``third`` in turn.
+    """Gives a test three parameters, so that every value of each meets every value of the others.
 
-    Far fewer cases than all combinations, and what is wrong for two values together is still found.
+    Far fewer cases than all combinations, yet what is wrong for two values together is still found.
     """
     assert len(third) <= min(len(first), len(second)), "some pairs would be left out"
     cases = [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
@@ -118,7 +118,7 @@ def arch_of(spec: KernelSpec) -> str:
 
 
 def choice_of(spec: KernelSpec) -> Any:
-    """The choice that asks for ``spec``, whatever its format."""
+    """The choice whose kernel is ``spec``, whatever its format."""
     instances = (choice for name in registry.FORMATS for choice in registry.kernel(name).instances())
     return next(choice for choice in instances if choice.spec == spec)
 
@@ -129,7 +129,7 @@ def format_of(spec: KernelSpec) -> str:
 
 
 def packed_for(spec: KernelSpec, w: NDArray[Any]) -> tuple[NDArray[Any], SparseWeight]:
-    """``w`` as ``spec`` multiplies it, dense and packed: thinned out where the layout is not for any mask."""
+    """``w`` as ``spec`` multiplies it, dense and packed; thinned out where the layout does not take every mask."""
     return packed_as(format_of(spec), layout_of(spec), w)
 
 
@@ -140,7 +140,7 @@ def layout_of(spec: KernelSpec) -> dict[str, int]:
 
 
 def packed_as(name: str, layout: dict[str, int], w: NDArray[Any]) -> tuple[NDArray[Any], SparseWeight]:
-    """``w`` dense and packed with ``layout``: thinned out where that is not for any mask."""
+    """``w`` dense and packed with ``layout``; thinned out where the layout does not take every mask."""
     if (densest := registry.weight_class(name).densest(**layout)) < 1:
         kept = np.random.default_rng(w.size).random(w.shape) < densest
         w = np.where(kept, w, np.zeros((), w.dtype))
@@ -148,5 +148,5 @@ def packed_as(name: str, layout: dict[str, int], w: NDArray[Any]) -> tuple[NDArr
 
 
 def narrow(sparse: Slot24, n: int, arch: str) -> slot24.Choice:
-    """Of slot24 the instance with blocks of 32 columns at most: wide ones have test files of their own."""
+    """The instance of slot24 with blocks of at most 32 columns; wide ones have test files of their own."""
     return next(c for c in slot24.candidates(sparse, n, arch=arch) if c.n_block in slot24.N_BLOCKS)

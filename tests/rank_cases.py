@@ -29,7 +29,7 @@ _NAN = 0x7FDA  # in fp16 and bf16
 
 
 def check_gathers(communicator: Any, *, rank: int, count: int) -> None:
-    """Parts come as they were, one by one and in a graph that is replayed while they change."""
+    """Parts arrive unchanged, one by one and in a graph that is replayed while they change."""
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -58,7 +58,7 @@ def check_gathers(communicator: Any, *, rank: int, count: int) -> None:
 
 
 def _bits(rank: int, step: int, size: int) -> NDArray[np.uint16]:
-    """Any, also of NaNs and of numbers that are not normal."""
+    """Any bits, including those of NaNs and of subnormal numbers."""
     return np.random.default_rng((rank, step)).integers(0, 1 << 16, size, np.uint16)
 
 
@@ -68,7 +68,7 @@ def gathers(group: Group) -> None:
 
 
 def engine(group: Group, folder: str, kind: str, dtype: Any, format: str) -> None:
-    """A model in parts computes what the whole one does, on every rank. ``format`` may be "dense"."""
+    """A model divided among ranks computes what the whole one does, on every rank. ``format`` may be "dense"."""
     import cupy
 
     folder = f"{folder}/rank{group.rank}"
@@ -89,7 +89,7 @@ def engine(group: Group, folder: str, kind: str, dtype: Any, format: str) -> Non
 
 
 def killed(group: Group) -> None:
-    """The last rank is killed while all replay a graph of gathers as fast as they can. Rank 0 says when."""
+    """The last rank is killed while all ranks replay a graph of gathers as fast as they can, and say so first."""
     gather, stream, _parts = _captured(group)
     print("replaying", flush=True)
     if group.rank == group.count - 1:

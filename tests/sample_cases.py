@@ -19,10 +19,10 @@ PHILOX = (
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 )
-"""Counters, keys and words of philox4x32 with 10 rounds, from the file kat_vectors of Random123 by the authors."""
+"""Counters, keys and words of philox4x32 with 10 rounds, from the authors' file kat_vectors of Random123."""
 
 TOKENS = 10
-"""The most that a case asks for."""
+"""The most tokens that a case generates."""
 NAN, INF = float("nan"), float("inf")
 SPECIAL: tuple[tuple[tuple[float, ...], int], ...] = (
     ((1, 3, 2, 3, 3), 1),
@@ -35,7 +35,7 @@ SPECIAL: tuple[tuple[tuple[float, ...], int], ...] = (
     ((-INF, -3e38, NAN), 1),
     ((7,), 0),
 )
-"""Rows and their tokens: for any temperature where there is one finite logit at most or an infinite one."""
+"""Rows and their tokens; at any temperature, if at most one logit is finite or one is infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Case:
     spread: float = 3.0
     """Standard deviation of the logits."""
     step: float = 0.0
-    """Logits are multiples of this, so that many are equal; 0: they are not."""
+    """Logits are multiples of this, so that many are equal; 0: they are not rounded."""
 
     def logits(self) -> NDArray[np.float32]:
         """[vocab], the same every time."""
@@ -78,12 +78,12 @@ CASES = (
     case(5004, 0.01, top_p=0.99),
     case(67, 1.0, top_p=1e-7),
     case(5003, 1.1, top_k=50, top_p=0.8),
-    case(5003, 5.0, top_k=2000, top_p=0.9),  # more than threads: the whole row is searched, then candidates are
-    case(9001, 1.0, top_p=0.95, spread=0.01),  # no candidates: the largest of each thread are not enough
+    case(5003, 5.0, top_k=2000, top_p=0.9),  # more than threads: first the whole row is searched, then candidates
+    case(9001, 1.0, top_p=0.95, spread=0.01),  # no candidates: the largest of each thread do not suffice
     case(12001, 1.0, top_k=5, spread=0.5, step=4.0),  # too many candidates, all equal
     case(12002, 1.0, top_k=3000, top_p=0.6, spread=0.5, step=0.25),
     case(300, 1.0, top_k=7, top_p=0.7, step=1.0),
-    # Few are kept, equally probable, and all are drawn: one too many or too few would be seen.
+    # Few tokens are kept, equally probable, and all are drawn: one too many or too few would be noticed.
     case(302, 100.0, top_k=3, tokens=TOKENS),
     case(302, 100.0, top_p=3.5 / 302, tokens=TOKENS),
     case(302, 100.0, top_k=6, top_p=0.6, tokens=TOKENS),
@@ -100,12 +100,12 @@ LARGE_CASES = tuple(
 
 
 def expected(one: Case) -> list[int]:
-    """Its first tokens from ever the same logits."""
+    """Its first tokens, with the same logits in every step."""
     return [choose(one.logits(), one.options, count) for count in range(one.options.max_new_tokens)]
 
 
 def is_close(one: Case) -> bool:
-    """Whether rounding might decide for another token, or a share of the probability lie between two."""
+    """Whether two tokens are so close, or ``top_p`` so close to a boundary, that rounding might change the choice."""
     options = one.options
     nudged = [replace(options, temperature=options.temperature * factor) for factor in (1 - 1e-5, 1 + 1e-5)]
     if options.top_p < 1:
@@ -121,7 +121,7 @@ class Fenced:
     memory: Any
 
     def output(self) -> NDArray[np.int32]:
-        """What is there now, [B, capacity]; fails where something else has changed."""
+        """What is there now, [B, capacity]; fails if anything around it has changed."""
         memory: NDArray[np.int32] = self.memory if isinstance(self.memory, np.ndarray) else self.memory.get()
         assert (memory[0] == -7).all()
         assert (memory[-1] == -7).all()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random products, checked, for as long as asked: ``python tests/soak.py --minutes 5`` (``make soak MINUTES=5``).
+"""Random products, checked, for a given time: ``python tests/soak.py --minutes 5`` (``make soak MINUTES=5``).
 
-Every case is drawn from one printed number, and ``--case NUMBER`` runs that case again. On a GPU the kernels run
-there, without one on the emulator.
+Every case is drawn from one printed number, and ``--case NUMBER`` runs that case again. The kernels run on a GPU if
+there is one, else on the emulator.
 """
 
 from __future__ import annotations

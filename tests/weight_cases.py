@@ -43,9 +43,9 @@ def mask(pattern: str, rows: int, columns: int, density: float, seed: int) -> ND
 
 
 def _lagging(rows: int, columns: int, density: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Every stream of a bitmap but one lags by 31 rows from tile 2 on, and has values of its own.
+    """From tile 2 on, every stream of a bitmap except one lags by 31 rows, and has values of its own.
 
-    Tile 1 has the elements of one stream, all 32; of the others each has equally many of every stream.
+    Tile 1 has the elements of one stream, all 32; each other tile has equally many elements of every stream.
     """
     row, column = np.indices((rows, columns))
     tile = row // 128 * -(-columns // 64) + column // 64
@@ -72,7 +72,7 @@ def matrix(pattern: str, rows: int, columns: int, density: float, seed: int, dty
 
 
 def pruned(a: NDArray[Any]) -> NDArray[np.uint16]:
-    """Patterns of ``a`` with every zero positive: what decoding must give back."""
+    """Bit patterns of ``a`` with every zero positive: what decoding must return."""
     patterns = a.view(np.uint16).copy()
     patterns[patterns & 0x7FFF == 0] = 0
     return patterns

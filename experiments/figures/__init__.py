@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of rows that were measured before, or are now: ``flashllm figures [NAME]``.
+"""Figures from rows measured earlier or now: ``flashllm figures [NAME]``.
 
 A figure is one module of this package with an ``ENTRY`` (``entry.py``), named in ``ENTRIES``. Rows come from
-``rows.py``, looks from ``style.py``; matplotlib is imported when something is drawn.
+``rows.py``, looks from ``style.py``; matplotlib is imported only when something is drawn.
 """
 
 from __future__ import annotations

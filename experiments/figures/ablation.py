@@ -31,7 +31,7 @@ CAPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One GPU: by case the time with all ideas, and by idea the time without."""
+    """One GPU: the time with all ideas by case, and the time without one by idea and case."""
 
     gpu: str
     whole: Mapping[Case, float]
@@ -39,7 +39,7 @@ class Panel:
 
 
 def load(root: Path) -> tuple[Panel, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     return tuple(
         Panel(gpu=gpu, whole=times[""], without={idea: times.get(idea, {}) for idea in IDEAS})
         for gpu, times in rows.ablation(root).items()
@@ -47,7 +47,7 @@ def load(root: Path) -> tuple[Panel, ...]:
 
 
 def table(data: tuple[Panel, ...]) -> str:
-    """Microseconds."""
+    """The times in microseconds."""
     out = [CAPTION]
     for panel in data:
         out += ["", f"{panel.gpu}, us", ""]

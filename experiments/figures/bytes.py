@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes per weight against time, every system a point for each fraction of zeros: a roofline in units of cuBLAS.
+"""Bytes per weight against time, with a point per system and fraction of zeros: a roofline in units of cuBLAS.
 
-A system on the line is as fast as its bytes allow; how far to the left it lies is what its format is worth, and how far
-above the line what its decoding costs.
+A system on the line is as fast as its bytes allow; how far left it lies shows what its format is worth, and how far
+above the line it lies shows what its decoding costs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Point(NamedTuple):
     zeros: float
     bytes_per_element: float
     time: float
-    """Over cuBLAS."""
+    """Time over cuBLAS's."""
     floor: float
-    """What the bytes take, over cuBLAS."""
+    """Time that the bytes take, over cuBLAS's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Panel:
 
 
 def load(root: Path) -> tuple[Panel, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     return tuple(_panel(one, n) for one in rows.compared(root) for n in BATCHES)
 
 
@@ -62,7 +62,7 @@ def _panel(one: Compared, n: int) -> Panel:
     for name in style.SYSTEMS:
         cases = {case: row for case, row in one.systems.get(name, {}).items() if n == case.N}
         points = []
-        # The zeros of a dense matrix are not used: all its rows are one point.
+        # A dense system does not use the zeros: all its rows are one point.
         dense = name.startswith("cublas")
         for zeros in sorted({None if dense else case.zeros for case in cases}, key=lambda value: value or 0):
             if zeros is not None and zeros not in (*style.ZEROS, 0.0):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From how many zeros on each system is faster than cuBLAS: geometric means of the speed-up over zeros, by N."""
+"""The fraction of zeros from which each system is faster than cuBLAS: geometric mean speed-ups over zeros, by N."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCHES = (8, 16, 32, 64)
 ZEROS = tuple(style.ZEROS)
 SPARSE = ("flashllm", "tca-bme", "sparta", "sparta-cusparselt", "sputnik", "cusparse")
 DENSE = ("mma-2:4", "cusparselt-2:4", "torch-fp8", "torch-int4", "cublas-notc")
-"""Systems whose time does not depend on the zeros of the case; 2:4 has half, the others none and fewer bits."""
+"""Systems whose time does not depend on the zeros of the case: 2:4 has half zeros; fp8 and int4 have fewer bits."""
 
 CAPTION = (
     "fp16, random zeros, CUDA graphs, L2 cold, all systems beside each other in one sweep; geometric mean over the"
@@ -34,7 +34,7 @@ CAPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One GPU and N: by system the means, by fraction of zeros or, of a dense system, alone."""
+    """One GPU and N: the means of each system by fraction of zeros, or the single mean of a dense system."""
 
     gpu: str
     commits: tuple[str, ...]
@@ -44,7 +44,7 @@ class Panel:
 
 
 def load(root: Path) -> tuple[Panel, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     return tuple(_panel(one, n) for one in rows.compared(root) for n in BATCHES)
 
 
@@ -60,7 +60,7 @@ def _panel(one: Compared, n: int) -> Panel:
 
 
 def crossover(means: Mapping[float, float]) -> float | None:
-    """The fraction of zeros at which the speed-up passes 1, between two that were measured: straight in its logarithm.
+    """The fraction of zeros at which the speed-up passes 1, interpolated linearly in its logarithm between two means.
 
     ``None`` where all are on one side.
     """

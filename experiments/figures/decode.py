@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding whole models: tokens per GPU-second by batch, and where the time of a step goes.
 
-What the paper shows of OPT-66B and OPT-175B stands beside ours, on its own hardware and in panels of its own.
+The paper's results for OPT-66B and OPT-175B, from its own hardware, are shown beside ours in panels of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROMPT, OUTPUT = 64, 512
 FILLS: tuple[Literal["full", "none"], ...] = ("full", "none")
-"""Of markers, by GPU."""
+"""Fill styles of markers, by GPU."""
 MODELS = ("opt-30b", "opt-66b", "opt-175b", "llama-3.1-70b")
 PARTS: Mapping[str, tuple[str, str]] = {
     "linear_ms": ("matrices", "#d55e00"),
@@ -32,7 +32,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "comm_ms": ("sums over GPUs", "#009e73"),
     "other_ms": ("other", "#b5b5b5"),
 }
-"""Label and colour of what a step consists of."""
+"""Label and colour of each part of a step."""
 PUBLISHED: Mapping[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
     "opt66b_tokens_per_gpu_s": (
         "OPT-66B",
@@ -63,7 +63,7 @@ PUBLISHED_CAPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """Newest rows of each case, and published series."""
+    """The newest row of each case, and published series."""
 
     rows: tuple[DecodeRow, ...]
     dense: Mapping[tuple[Any, ...], float]
@@ -72,7 +72,7 @@ class Decoded:
 
     @property
     def commits(self) -> tuple[str, ...]:
-        """Of the rows."""
+        """Commits of the rows."""
         return tuple(sorted({(row.commit or "?")[:10] for row in self.rows}))
 
     def of(self, model: str) -> dict[tuple[str, str, float, int], list[DecodeRow]]:
@@ -85,7 +85,7 @@ class Decoded:
 
 
 def load(root: Path) -> Decoded:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     newest: dict[tuple[Any, ...], DecodeRow] = {}
     dense: dict[tuple[Any, ...], float] = {}
     for file in sorted((root / "results" / "decode").glob("*.jsonl")):
@@ -106,7 +106,7 @@ def _run_of(row: DecodeRow) -> tuple[Any, ...]:
 
 
 def label_of(system: str, zeros: float, gpus: int) -> str:
-    """Of a line or bar."""
+    """Label of a line or bar."""
     name = f"{zeros:.0%} zeros" if system == "flashllm" else style.DECODERS[system][0]
     return name + (f", {gpus} GPUs" if gpus > 1 else "")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a figure is, and how it gets onto the disk."""
+"""What a figure is, and how it is written to disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Entry(Generic[Data]):
     table: Callable[[Data], str]
     """The same numbers as markdown; needs no matplotlib."""
     sweeps: tuple[Sweep, ...] = ()
-    """Where its rows come from; none for a figure of what others measured before, such as logs."""
+    """The sweeps its rows come from; none for a figure of other, earlier measurements, such as logs."""
 
 
 def entry(name: str) -> Entry[Any]:
@@ -44,7 +44,7 @@ def entry(name: str) -> Entry[Any]:
 
 
 def stamp(figure: Entry[Data], data: Data) -> str:
-    """What tells figures of other numbers apart; the files carry it."""
+    """Text that differs between figures of different numbers; the files carry it."""
     return f"{figure.name} {hashlib.sha256(figure.table(data).encode()).hexdigest()[:16]}"
 
 

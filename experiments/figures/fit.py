@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models take of a GPU's memory while decoding, and so how many GPUs they need: reckoned, not measured."""
+"""How much GPU memory models take while decoding, and so how many GPUs they need: computed, not measured."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LINES = {
     "2 H200": 2 * GPUS["H200"],
     "4 H200": 4 * GPUS["H200"],
 }
-"""Drawn with their names: others would lie on these."""
+"""Lines drawn with their names; others would coincide with these."""
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -56,13 +56,13 @@ class Fit:
     plan: MemoryPlan
     """On one GPU, at batch ``BATCH``."""
     needed: dict[str, int | None]
-    """By GPU, how many at batch ``BATCH``; None: more than the model can be divided among."""
+    """By GPU, the number needed at batch ``BATCH``; None: more than the model can be divided among."""
     batch: dict[str, int | None]
     """By GPU, the largest batch on one; None: none fits."""
 
 
 def plan(model: str, zeros: float, *, batch: int, gpus: int = 1) -> MemoryPlan | None:
-    """What each of ``gpus`` needs; None where the model cannot be divided so."""
+    """What each of ``gpus`` needs; None where the model cannot be divided among so many."""
     config, shard = known_config(model), Shard(count=gpus)
     try:
         shard.check(config)
@@ -73,7 +73,7 @@ def plan(model: str, zeros: float, *, batch: int, gpus: int = 1) -> MemoryPlan |
 
 
 def load(root: Path) -> tuple[Fit, ...]:
-    """Reckoned anew; no file is read."""
+    """Computed anew; no file is read."""
     return tuple(_fit(model, label, zeros) for model in MODELS for label, zeros, _ in WEIGHTS)
 
 
@@ -114,7 +114,7 @@ def _batch(size: int | None) -> str:
 
 
 def plot(data: tuple[Fit, ...]) -> dict[str, Figure]:
-    """One figure: GB of each model, with what GPUs have."""
+    """One figure: GB of each model, and what GPUs have."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor: what each kernel takes over what its bytes take, for every format, shape and fraction of zeros.
+"""The floor: the time of each kernel against the time of its bytes, for every format, shape and fraction of zeros.
 
-A roofline with time instead of throughput, in units of cuBLAS of the same run, so that shapes lie on each other: to the
-right the bytes of the product over the read bandwidth that the run measured, upwards the time. On the diagonal memory
-decides alone; where formats and zeros lie side by side at one height, something else does.
+A roofline with time instead of throughput, in units of cuBLAS's time in the same run, so that shapes coincide: to the
+right, the bytes of the product over the read bandwidth that the run measured; upwards, the time. On the diagonal,
+memory alone decides; where formats and zeros lie side by side at one height, something else does.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ CAPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One GPU: by format the rows that are drawn."""
+    """One GPU: the rows that are drawn, by format."""
 
     gpu: str
     formats: Mapping[str, Mapping[Case, Final]]
 
 
 def load(root: Path) -> tuple[Panel, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     panels = []
     newest = rows.newest_of_all(root)
     for gpu in rows.in_order(gpu for gpu, name in newest if name in FORMATS):
@@ -59,7 +59,7 @@ def load(root: Path) -> tuple[Panel, ...]:
 
 
 def table(data: tuple[Panel, ...]) -> str:
-    """Of the points of each format, N and fraction of zeros the geometric means."""
+    """Geometric means of the points of each format, N and fraction of zeros."""
     out = [CAPTION]
     for panel in data:
         head = "| format | N | zeros | shapes | bytes / cuBLAS | time / cuBLAS | time / bytes |"

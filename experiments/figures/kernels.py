@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel figure of the Flash-LLM paper: TFLOP/s of every system on the shapes of OPT at 70, 80 and 90 % zeros.
 
-Counted as the paper does, as if W were dense. The paper's own bars, of an A100, stand hatched in panels of their own.
+Counted as in the paper, as if W were dense. The paper's own bars, from an A100, are hatched in panels of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CAPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Bars of one N: by system and case TFLOP/s."""
+    """Bars of one N: TFLOP/s by system and case."""
 
     machine: str
     n: int
@@ -50,7 +50,7 @@ class Panel:
 
 
 def load(root: Path) -> tuple[Panel, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     published = _published(root)
     panels = []
     for n in BATCHES:
@@ -63,7 +63,7 @@ def load(root: Path) -> tuple[Panel, ...]:
 
 
 def _tflops(one: Compared, system: str, n: int) -> dict[Case, float]:
-    """Of a dense system the one time there is of a shape and N stands for every fraction of zeros."""
+    """TFLOP/s by case; a dense system's only time for a shape and N stands for every fraction of zeros."""
     cases = one.systems.get(system, {})
     if system.startswith("cublas"):
         newest = {case[:3]: row.us for case, row in cases.items()}
@@ -93,7 +93,7 @@ def _published(root: Path) -> dict[int, dict[str, dict[Case, float]]]:
 def advantage(data: tuple[Panel, ...]) -> dict[str, dict[tuple[str, float], float]]:
     """By machine, other system and fraction of zeros: Flash-LLM's speed over theirs, geometric mean over shapes and N.
 
-    Of the cases that both have; Flash-LLM is the authors' kernel in the published bars and ours in the others.
+    Over the cases that both have; Flash-LLM is the authors' kernel in the published bars and ours in the others.
     """
     found: dict[str, dict[tuple[str, float], float]] = {}
     for machine in dict.fromkeys(panel.machine for panel in data):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: from the published Flash-LLM kernel over the steps of our development logs to the rows of today.
+"""The ladder: from the published Flash-LLM kernel through the steps of our development logs to the rows of today.
 
 Every format has a column, every N a row. Points of a column are the steps that a kernel kept, from its log; the last is
-its newest row of ``flashllm bench``, with cuBLAS and the DRAM floor of the same run. Steps are runs of their own, so
-columns do not compare with each other step by step. Of a step's variants, for each N and fraction of zeros, the one
-counts that has the least geometric mean over the shapes in the log.
+its newest row of ``flashllm bench``, with cuBLAS and the DRAM floor of the same run. Steps are separate runs, so
+columns cannot be compared with each other step by step. For each N and fraction of zeros, the variant of a step that
+counts is the one with the least geometric mean over the shapes in the log.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Step:
     only: str = "*"
     """Pattern of the variants that are this step, where the log has others."""
     without: str | None = None
-    """One among them that is the kernel before, or an idea that was given up."""
+    """One of them that is the previous kernel, or an idea that was given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ class Ladder:
 
 
 def load(root: Path) -> Ladder:
-    """From the folder ``experiments``. Raises ``FormatError``, ``OSError``, ``KeyError`` for a step not in its log."""
+    """Load from the folder ``experiments``. Raises ``FormatError``, ``OSError``, ``KeyError`` for a step that is not in
+    its log.
+    """
     columns = []
     newest = rows.newest_of_all(root)
     for form in FORMATS:
@@ -146,10 +148,10 @@ def load(root: Path) -> Ladder:
 
 
 def fastest(step: Step, entries: Iterable[Logged]) -> dict[Case, Logged]:
-    """The times of a step: for each N and fraction of zeros those of one variant.
+    """The times of a step: for each N and fraction of zeros, those of one variant.
 
-    Only variants that were measured on the most shapes count; of these the one with the least geometric mean, of equals
-    the first in the log.
+    Only variants that were measured on the most shapes count; of these, the one with the least geometric mean, and of
+    equals the first in the log.
     """
     groups: dict[tuple[int, float], dict[str, dict[tuple[int, int], Logged]]] = defaultdict(lambda: defaultdict(dict))
     for entry in entries:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurements behind the figures: runs of ``flashllm bench`` that go on where an earlier one stopped."""
+"""The measurements behind the figures: runs of ``flashllm bench`` that continue where an earlier one stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flashllm.bench import environment, results
 
 _GRID = ("--sparsity", "0.5,0.6,0.7,0.8,0.9", "--n", "8,16,32,64")
 QUICK = ("--model", "opt-30b", "--time-cap", "0.05")
-"""What a quick look has instead of the paper's twelve shapes."""
+"""Options of a quick run in place of the paper's twelve shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Sweep:
     what: str
     options: tuple[str, ...]
     shapes: tuple[str, ...] = ()
-    """Options that say which; of the paper where there are none."""
+    """Options that select the shapes; without any, those of the paper."""
 
 
 AUTO = Sweep(what="auto-sweep", options=_GRID)
@@ -42,9 +42,9 @@ ZEROS = Sweep(
 
 
 def measure(sweep: Sweep, folder: Path, *, quick: bool = False) -> Path:
-    """Run what ``sweep`` lacks on this GPU and commit, and return the file of its rows, in ``folder``.
+    """Run the cases that ``sweep`` still lacks on this GPU and commit, and return its file of rows in ``folder``.
 
-    Raises what ``flashllm bench`` does, ``SystemExit`` too: a result may be wrong.
+    Raises what ``flashllm bench`` raises, including ``SystemExit``, for example for a wrong result.
     """
     from flashllm.cli import bench
 
@@ -57,7 +57,7 @@ def measure(sweep: Sweep, folder: Path, *, quick: bool = False) -> Path:
 
 
 def unfinished(what: str, folder: Path, facts: environment.Environment) -> Path | None:
-    """The newest file of ``what`` that a run with ``facts`` can go on with; cases that it has are not run again."""
+    """The newest file of ``what`` that a run with ``facts`` can continue; cases that it has are not run again."""
     for file in sorted(folder.glob(f"*-{what}.jsonl"), reverse=True):
         rows = results.read(file)
         if rows and all(

@@ -32,7 +32,7 @@ CAPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Perplexities; infinite where one is no float."""
+    """Perplexities; infinite where a row has none."""
 
     dense: float | None
     pruned: Mapping[str, Mapping[float, float]]
@@ -43,7 +43,7 @@ class Curves:
 
 
 def load(root: Path) -> Curves:
-    """From the folder ``experiments``: of each case the newest row. Raises ``FormatError`` or ``OSError``."""
+    """Load the newest row of each case from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     rows: dict[tuple[str | None, float | None, bool], QualityRow] = {}
     for file in sorted((root / "results" / "quality").glob("*-smollm2.jsonl")):
         alike = [r for r in quality_rows.read(file) if r.ratios in (None, "uniform") and r.format == "dense"]
@@ -109,7 +109,7 @@ def plot(data: Curves) -> dict[str, Figure]:
         axes.axhline(data.dense, color=style.INK, linewidth=0.9)
         axes.text(30, data.dense * 0.93, f"dense: {data.dense:.1f}", fontsize=7, va="top", color=style.INK)
     axes.set_yscale("log")
-    # Beyond, differences between useless models.
+    # Beyond that, models are useless and their differences do not matter.
     axes.set_ylim((data.dense or 10) * 0.6, 1e4)
     axes.set_xlabel("zeros, %")
     axes.set_ylabel("perplexity")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Committed numbers as figures take them: measured rows, development logs, kernels of others.
+"""Committed numbers as figures use them: measured rows, development logs, kernels of others.
 
 Folders are below ``experiments``; their README files say how each kind of number came about. Reading a damaged file
 raises :class:`flashllm.errors.FormatError` or ``OSError``.
@@ -38,7 +38,7 @@ class Measured:
 
     @property
     def speedup(self) -> float:
-        """Over cuBLAS of the same run."""
+        """Speed-up over cuBLAS of the same run."""
         return self.cublas_us / self.us
 
 
@@ -50,15 +50,15 @@ class Final(Measured):
     commit: str
     """The first ten digits, and whether the tree had changes since; those of committed rows have none."""
     floor_us: float
-    """What reading W and x and writing y take at the bandwidth that the same run measured."""
+    """Time that reading W and x and writing y takes at the bandwidth that the same run measured."""
     bytes: int
-    """Of W, x and y."""
+    """Bytes of W, x and y."""
     stated: float | None = None
-    """The row's own speed-up, from times of more digits than the row has; tables in the README are made of these."""
+    """The row's own speed-up, from times with more digits than the row has; the README's tables are made of these."""
 
     @property
     def speedup(self) -> float:
-        """Over cuBLAS of the same run."""
+        """Speed-up over cuBLAS of the same run."""
         return super().speedup if self.stated is None else self.stated
 
 
@@ -81,13 +81,13 @@ def newest(root: Path, format_name: str, *, gpu: str = H100, launch: str = "grap
 
 
 def newest_of_all(root: Path, *, launch: str = "graph") -> dict[tuple[str, str], dict[Case, Final]]:
-    """Likewise of every GPU and format, whose names are the keys, in one reading."""
+    """Likewise for every GPU and format, whose names are the keys, with each file read once."""
     return _last(root, ("*",), lambda row: (str(row.gpu), row.format), launch=launch)
 
 
 def chosen(root: Path) -> dict[str, dict[Case, Final]]:
-    """By GPU, of the format that ``flashllm bench`` chose by itself in sweeps saved as ``auto-sweep`` or, beside other
-    systems, ``opt-systems``.
+    """By GPU, measurements of the format that ``flashllm bench`` chose itself, in sweeps saved as ``auto-sweep`` or,
+    beside other systems, ``opt-systems``.
     """
     sweeps = ("auto-sweep", "opt-systems")
     return _last(root, sweeps, lambda row: str(row.gpu), launch="graph", choice="auto-format")
@@ -101,13 +101,14 @@ class Compared:
     commits: tuple[str, ...]
     systems: Mapping[str, Mapping[Case, Final]]
     """By the name of the system; ours in the format that ``auto`` took. ``zeros`` of a case are those of the matrix
-    that a system multiplies: 0 of a dense one, 0.5 of a 2:4 one."""
+    that a system multiplies: 0 for a dense one, 0.5 for a 2:4 one."""
 
 
 def compared(root: Path, what: str = "opt-systems") -> tuple[Compared, ...]:
-    """Of each GPU the newest measurement of every case of every system in the files of a sweep, saved as ``what``.
+    """For each GPU, the newest measurement of every case of every system in the files of a sweep saved as ``what``.
 
-    A sweep that was resumed elsewhere is several files. Those of another sweep would have other shapes and commits.
+    A sweep that was resumed elsewhere consists of several files. Those of another sweep would have other shapes and
+    commits.
     """
     cases = _last(root, (what,), lambda row: (str(row.gpu), row.system), launch="graph", **_ANY_SYSTEM)
     found = []
@@ -132,7 +133,7 @@ def ablation(root: Path) -> dict[str, dict[str, dict[Case, float]]]:
 
 
 def in_order(gpus: Iterable[str]) -> list[str]:
-    """Each once: those that all figures show first, then others by their names."""
+    """Each GPU once: first those that all figures show, then others by name."""
     return sorted(set(gpus), key=lambda gpu: (gpu not in (H100, H200), gpu))
 
 
@@ -142,7 +143,7 @@ _ANY_SYSTEM: Mapping[str, Any] = {"system": None, "dtype": None, "pattern": None
 def _last(
     root: Path, saved_as: Sequence[str], key: Callable[[results.Row], Key], **more: Any
 ) -> dict[Key, dict[Case, Final]]:
-    """``more``: values of fields that rows must have beside or instead of the usual ones; ``None``: any."""
+    """``more``: values that fields must have in addition to or instead of the usual ones; ``None``: any."""
     wanted = {
         "system": "flashllm",
         "dtype": "fp16",
@@ -188,7 +189,7 @@ def log(root: Path, name: str) -> list[Logged]:
 
 
 def reference(root: Path, name: str, system: str) -> dict[Case, Measured]:
-    """The times of one system of others in ``reference/NAME.json``."""
+    """The times of one system by others in ``reference/NAME.json``."""
     return {
         _case(row): Measured(us=float(row["us"]), cublas_us=float(row["cublas_us"]))
         for row in _read(root / "reference" / f"{name}.json")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparsity figure of the Flash-LLM repository: time over zeros from 60 to 99 % of one shape, every system.
+"""The sparsity figure of the Flash-LLM repository: time of every system on one shape, over zeros from 60 to 99 %.
 
-The repository's own lines, of an A100, stand in a panel of their own. It does not name the shape: its times are those
+The repository's own lines, from an A100, are in a panel of their own. It does not name the shape: its times are those
 of 36864 x 9216 with N = 8 or 16, and the latter is what we measure.
 """
 
@@ -35,7 +35,7 @@ CAPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """By system microseconds over the fraction of zeros."""
+    """Microseconds over the fraction of zeros, by system."""
 
     title: str
     published: bool
@@ -43,7 +43,7 @@ class Panel:
 
 
 def load(root: Path) -> tuple[Panel, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     return (*(_measured(one) for one in rows.compared(root, measure.ZEROS.what)), _published(root))
 
 
@@ -70,7 +70,7 @@ def _published(root: Path) -> Panel:
 
 
 def table(data: tuple[Panel, ...]) -> str:
-    """Microseconds."""
+    """The times in microseconds."""
     out = [CAPTION]
     for panel in data:
         out += ["", f"{panel.title}, us", ""]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where it pays: the speed-up over cuBLAS of what ``flashllm bench`` chooses, over zeros and N, a map for each GPU."""
+"""Where it pays: the speed-up over cuBLAS of the format ``flashllm bench`` chooses, over zeros and N, a map per GPU."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Cell:
     """One fraction of zeros and one N, over all shapes that were measured."""
 
     speedups: tuple[float, ...]
-    """Over cuBLAS, ascending."""
+    """Speed-ups over cuBLAS, ascending."""
     formats: tuple[str, ...]
-    """Those taken, the most frequent first."""
+    """The formats taken, the most frequent first."""
 
     @property
     def mean(self) -> float:
@@ -54,7 +54,7 @@ class Map:
 
 
 def load(root: Path) -> tuple[Map, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     found = rows.chosen(root)
     return tuple(_map(gpu, found[gpu]) for gpu in rows.in_order(found))
 
@@ -107,7 +107,7 @@ def plot(data: tuple[Map, ...]) -> dict[str, Figure]:
 def _draw(axes: Axes, one: Map, highest: float) -> None:
     from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
-    # Below 1 another hue: there the dense product is faster.
+    # Below 1 the hue changes: there the dense product is faster.
     colors = LinearSegmentedColormap.from_list("over cuBLAS", [style.ZEROS[0.9], "white", style.ZEROS[0.5]])
     grid = [[one.cells[z, n].mean if (z, n) in one.cells else float("nan") for n in BATCHES] for z in ZEROS]
     axes.imshow(grid, cmap=colors, norm=TwoSlopeNorm(1, 0.5, highest), aspect="auto", alpha=0.75)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How all figures look: type, colours that colour-blind readers tell apart, hatching for systems of others."""
+"""How all figures look: type, colours that colour-blind readers can tell apart, hatching for systems by others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ZEROS: Mapping[float, str] = {0.5: "#0072b2", 0.6: "#56b4e9", 0.7: "#009e73", 0.8: "#e69f00", 0.9: "#d55e00"}
-"""Colour of a fraction of zeros, of the palette of Okabe and Ito (2008)."""
+"""Colour of a fraction of zeros, from the palette of Okabe and Ito (2008)."""
 SYSTEMS: Mapping[str, tuple[str, str, str]] = {
     "flashllm": ("flashllm", "#d55e00", "o"),
     "cublas": ("cuBLAS", "#6b6b6b", "s"),
@@ -35,13 +35,13 @@ DECODERS: Mapping[str, tuple[str, str, str]] = {
     "torch-2:4": ("2:4, torch.compile", "#0072b2", "v"),
     "hf-static": ("dense, transformers", "#222222", "*"),
 }
-"""The same of what decodes whole models, beside our engine with zeros."""
+"""The same for the systems that decode whole models, besides our engine with zeros."""
 INK, QUIET, RULE = "#222222", "#6b6b6b", "#d9d9d9"
 """Text, secondary text and cuBLAS, lines of the grid."""
 OTHERS: Mapping[str, Any] = {"hatch": "////", "facecolor": "white", "linewidth": 0.9}
 """Bars of systems that are not ours; their edge has the colour."""
 FLOOR: Mapping[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.9, "alpha": 0.85}
-"""Lines of what the memory alone would take."""
+"""Lines at the time that memory alone would take."""
 
 _SETTINGS: Mapping[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
@@ -77,7 +77,7 @@ _SETTINGS: Mapping[str, Any] = {
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """Figures made and saved within look like this."""
+    """Figures made and saved within this context look like this."""
     import matplotlib
 
     settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_SETTINGS, "backend": "agg"}
@@ -132,7 +132,7 @@ def draw_panels(
 ) -> Figure:
     """A figure with a row of panels, ``height`` inches high, for each GPU of ``panels``, and a column for each N.
 
-    ``labels``: of the axes to the right and upwards. The legend has ``systems``, some of them ``dotted``.
+    ``labels`` are those of the x and y axes. The legend has ``systems``, some of them ``dotted``.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -165,6 +165,6 @@ def draw_panels(
 
 
 def add_caption(figure: Figure, text: str, *, x: float, y: float, width: int) -> None:
-    """What readers must know, in lines of ``width`` characters above the place ``x``, ``y`` of the figure."""
+    """Add what readers must know, in lines of ``width`` characters, above position ``x``, ``y`` of the figure."""
     lines = fill(text, width)
     figure.text(x, y, lines, fontsize=7, color=QUIET, ha="left", va="bottom", linespacing=1.35)

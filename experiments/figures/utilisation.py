@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of the GPU is used, bandwidth and tensor cores, by cuBLAS and by ours: as in the Flash-LLM paper's figure."""
+"""How much of the GPU's bandwidth and tensor cores cuBLAS and ours use, as in the Flash-LLM paper's figure."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Use:
 
     bandwidth: float
     tensor_cores: float | None
-    """None of a GPU whose peak is unknown."""
+    """None for a GPU whose peak is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One GPU. By fraction of zeros and N; those of cuBLAS by N alone."""
+    """One GPU: ours by fraction of zeros and N, cuBLAS by N alone."""
 
     gpu: str
     ours: Mapping[tuple[float, int], Use]
@@ -48,7 +48,7 @@ class Panel:
 
 
 def load(root: Path) -> tuple[Panel, ...]:
-    """From the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
+    """Load from the folder ``experiments``. Raises ``FormatError`` or ``OSError``."""
     chosen = rows.chosen(root)
     return tuple(_panel(gpu, chosen[gpu]) for gpu in rows.in_order(chosen))
 

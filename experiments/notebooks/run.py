@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Execute the notebooks of this folder and write them, with what they show, beside their sources.
+"""Execute the notebooks of this folder and write them, with their outputs, beside their sources.
 
-A source is a Python file in jupytext's percent format. Equal sources, rows and packages give equal notebooks: ids of
-cells are numbers, and neither times nor paths of the machine are kept.
+A source is a Python file in jupytext's percent format. Equal sources, rows and packages give equal notebooks: cell ids
+are numbers, and neither times nor paths of the machine are kept.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def execute(notebook: Any) -> None:
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
-    # No kernel specifications but that of this interpreter: one on disk may be another's.
+    # Only the kernel specification of this interpreter: one on disk may be another's.
     specifications = KernelSpecManager(kernel_dirs=[])
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specifications, transport="ipc")
     client = NotebookClient(notebook, km=manager, timeout=_CELL_SECONDS, record_timing=False)
@@ -66,7 +66,7 @@ def execute(notebook: Any) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of the kernel: imports ``flashllm`` and ``experiments`` of this checkout, and shows no debugger's notes."""
+    """The kernel's environment: imports ``flashllm`` and ``experiments`` of this checkout, shows no debugger notes."""
     paths = [str(REPOSITORY / "src"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
@@ -82,9 +82,9 @@ def texts(notebook: Any) -> Iterator[str]:
 
 
 def machine_paths(notebook: Any) -> list[str]:
-    """What in a notebook tells of the machine that ran it: absolute paths, and its name."""
+    """Whatever in a notebook reveals the machine that ran it: absolute paths, and its name."""
     found = []
-    # A short host name may be a word.
+    # A short host name may be an ordinary word.
     own = [str(REPOSITORY), str(Path.home()), *([name] if len(name := platform.node()) > 6 else [])]
     for text in texts(notebook):
         found += [text[max(0, hit.start() - 20) : hit.end() + 40] for hit in _PATHS.finditer(text)]

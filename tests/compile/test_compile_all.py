@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of the package compile for every architecture, without spills and within shared memory.
 
-By default a sample: of every function about every third instance for sm_90a, with all its template arguments but the
-value type, and every third for its other architectures, which take turns as value types do. With
-``FLASHLLM_COMPILE=all`` all of them, as ``flashllm compile --all`` does.
+By default a sample: about every third instance of every function for sm_90a, covering all its template arguments except
+the value type, and every third for its other architectures, which take turns as value types do. With
+``FLASHLLM_COMPILE=all``, all of them, as ``flashllm compile --all`` does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPECS = registry.all_specs()
 EMULATED = Path(__file__).parent.parent / "emulator"
 TUNED = "90a"
 Kernel = tuple[KernelSpec, ...]
-"""Specs that differ in their value type alone."""
+"""Specs that differ only in their value type."""
 
 
 def functions() -> list[list[Kernel]]:
@@ -39,12 +39,12 @@ def functions() -> list[list[Kernel]]:
 
 
 def arguments(kernels: Iterable[Kernel]) -> set[tuple[str, str]]:
-    """Names and values of their template arguments, but for value types."""
+    """Names and values of their template arguments, except for value types."""
     return {entry for kernel in kernels for entry in kernel[0].template if entry[0] != "T"}
 
 
 def third_of(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """Every third one, and those with a template argument that none before has."""
+    """Every third one, and those with a template argument that no earlier one has."""
     chosen = list(kernels[::3])
     for kernel in kernels:
         if not arguments([kernel]) <= arguments(chosen):
@@ -53,7 +53,7 @@ def third_of(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 
 def others(kernel: Kernel) -> list[str]:
-    """Its architectures but for the tuned one."""
+    """Its architectures except the tuned one."""
     return [arch for arch in kernel[0].archs if arch != TUNED]
 
 
@@ -98,7 +98,7 @@ def test_compiles_within_limits(spec: KernelSpec, compiled: dict[tuple[KernelSpe
         limit = shared_limit(arch)
         assert limit is not None
         assert resources.shared_static + spec.shared_bytes <= limit, f"sm_{arch}: shared memory"
-        # 65,536 registers per SM, given out to a warp in units of 256: what a launch of one block needs.
+        # 65,536 registers per SM, allocated to a warp in units of 256: what a launch of one block needs.
         per_warp = -(-resources.registers * 32 // 256) * 256
         assert per_warp * -(-spec.threads // 32) <= 65536, f"sm_{arch}: registers"
 
@@ -108,7 +108,7 @@ def test_every_arch_has_kernels() -> None:
 
 
 def test_every_function_is_compiled_for_sm_90a_and_for_another() -> None:
-    """At least a third of its kernels for either, and for sm_90a with all of its template arguments."""
+    """At least a third of its kernels for each of the two, and for sm_90a with all of its template arguments."""
     assert len(set(JOBS)) == len(JOBS)
     assert all(arch in spec.archs for spec, arch in JOBS)
     for kernels in functions():
@@ -164,7 +164,7 @@ TRIED = (
 
 @pytest.fixture(scope="module")
 def results_of_tried(tmp_path_factory: pytest.TempPathFactory) -> list[CompileResult]:
-    """All together: workers take as long to start as a kernel to compile."""
+    """All compiled together: workers take as long to start as a kernel takes to compile."""
     folder = tmp_path_factory.mktemp("tried")
     shutil.copytree(cuda_root(), folder / "cuda")
     for source in {spec.source for spec in TRIED}:
@@ -175,7 +175,7 @@ def results_of_tried(tmp_path_factory: pytest.TempPathFactory) -> list[CompileRe
 
 @pytest.mark.parametrize("spec", TRIED, ids=lambda spec: spec.label)
 def test_kernels_that_try_the_emulator_compile(spec: KernelSpec, results_of_tried: list[CompileResult]) -> None:
-    """What the emulator does for their instructions is what a compiler takes for them."""
+    """The compiler accepts the instructions in them that the emulator emulates."""
     results = [result for result in results_of_tried if result.spec == spec]
     assert [result.arch for result in results] == list(spec.archs)
     for result in results:

@@ -20,9 +20,9 @@ def _compiler() -> None:
 
 @pytest.fixture(scope="session")
 def kernels() -> None:
-    """Every instance of the product kernels, compiled together: a third of the time of one by one."""
+    """Every instance of the product kernels, compiled together in a third of the time that one by one takes."""
     specs = list(dict.fromkeys(spec for name in registry.FORMATS for spec in registry.kernel(name).specs()))
-    # Another worker compiles the same: then all come from the cache.
+    # Another worker may compile the same ones: then all come from the cache.
     with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "kernels.lock").open("w") as lock, locked(lock.fileno()):
         for arch in ("80", "90a", "120a"):
             chosen = [spec for spec in specs if arch_of(spec) == arch or (arch == "80" and spec.supports("80"))]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of CuPy as the host side of an encoder asks for, in NumPy; launches go to the emulator.
+"""As much of CuPy as the host side of an encoder needs, in NumPy; launches go to the emulator.
 
-For what no other test without a GPU runs: which kernels are launched, with which arguments, and what is made of them.
+Tests what no other test without a GPU runs: which kernels are launched, with which arguments, and how results are used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flashllm.jit.spec import KernelSpec
 
 
 class Array(np.ndarray[Any, Any]):
-    """A NumPy array that says of itself what a CuPy array says. ``empty`` ones hold noise."""
+    """A NumPy array that presents itself as a CuPy array. ``empty`` ones are filled with a pattern."""
 
     __module__ = "cupy"
 
@@ -38,7 +38,7 @@ class Array(np.ndarray[Any, Any]):
 
 
 def asarray(a: Any) -> Any:
-    """``a`` on the pretended GPU."""
+    """``a`` on the fake GPU."""
     return np.ascontiguousarray(a).view(Array)
 
 
@@ -56,7 +56,7 @@ def _memory_errors(what: str, needed: int) -> Iterator[None]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *encoders: Any) -> list[str]:
-    """Put it in the place of CuPy, for the modules ``encoders``; returns the names of launches to come."""
+    """Install it in place of CuPy for the modules ``encoders``; returns a list that will name the kernels launched."""
     module = types.ModuleType("cupy")
     module.__dict__.update(
         ndarray=Array,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays with something around them that must not change."""
+"""Arrays surrounded by elements that must not change."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels with one thing taken out: what a test of mutations needs beside its list of them.
+"""Kernels with one thing taken out: what a test of mutations needs besides its list of them.
 
-A mutation is a change of the source text, built from a copy of ``cuda/``, so that the kernel itself carries no trace
+A mutation is a change to the source text, built from a copy of ``cuda/``, so that the kernel itself carries no trace
 of these tests.
 """
 
@@ -43,7 +43,7 @@ class Mutation:
 
 
 def chosen(mutations: Sequence[Mutation]) -> Sequence[Mutation]:
-    """Every twelfth one, since each is a build of its own; all with ``FLASHLLM_MUTATIONS=all``, as for a new kernel."""
+    """Every twelfth one, since each needs its own build; all with ``FLASHLLM_MUTATIONS=all``, as for a new kernel."""
     return mutations if os.environ.get("FLASHLLM_MUTATIONS") == "all" else mutations[::12]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs kernels under the sanitizers: a program of its own, because they have to be there before Python.
+"""Runs kernels under the sanitizers: a separate program, because they have to be loaded before Python.
 
 ``python sanitized.py products`` or ``python sanitized.py plain MISTAKE``; ends with status 0 and "done" when no
 sanitizer objects and every result is right.
@@ -42,7 +42,7 @@ def jobs() -> list[Job]:
         ("bitmap", "80", 9, (130, 700), "skewed", {}),
         ("bitmap", "90a", 33, (130, 200), "full", {}),
         ("bitmap", "90a", 5, (129, 770), "empty-tiles", {}),
-        # A band has one warp, two that hand over sums, or two teams of such.
+        # A band has one warp, two warps that hand over sums, or two teams of such warps.
         ("slot24", "80", 9, (260, 704), "skewed", {"part_rows": 32}),
         ("slot24", "90a", 5, (129, 1540), "empty-tiles", {"part_rows": 64}),
         ("slot24", "90a", 33, (130, 203), "full", {"part_rows": 64}),
@@ -58,7 +58,7 @@ def jobs() -> list[Job]:
 
 
 def builds(made: Sequence[Job]) -> dict[BuildOptions, list[KernelSpec]]:
-    """All that is run, to be built together, which takes half the time of one by one."""
+    """Everything that is run, to be built together in half the time that one by one takes."""
     found: dict[BuildOptions, list[KernelSpec]] = {}
     for arch, *_, choice in made:
         specs = found.setdefault(BuildOptions(arch=arch, sanitize=True), [])
@@ -71,7 +71,7 @@ def builds(made: Sequence[Job]) -> dict[BuildOptions, list[KernelSpec]]:
 
 
 def products(made: Sequence[Job]) -> None:
-    """With shared rows of tiles, and by one block."""
+    """Check all products, with rows of tiles shared by blocks and with a single block."""
     for arch, x, w, sparse, choice in made:
         for seed, blocks in enumerate((1, 2, None)):
             got, _ = emulator.spmm(x, sparse, choice=choice, arch=arch, seed=seed, blocks=blocks, sanitize=True)

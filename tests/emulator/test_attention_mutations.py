@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes the waits for the launch before out of attention, one at a time: the tests must notice.
+"""Takes the waits for the previous launch out of attention, one at a time: the tests must notice.
 
-Not here is that blocks without work wait too: it is for the sake of the launch behind them, and there is none.
+The wait of blocks without work is not here: it is for the sake of the launch after them, and there is none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OWN_POSITION = "> position) ptx::grid_dependency_wait();"
 
 
 def waits(file: str) -> tuple[Mutation, ...]:
-    """Those of a kernel, where launches overlap."""
+    """The waits of a kernel, for launches that overlap."""
     all_of_it = (
         ("the launch before is not waited for", WAIT, ";"),
         ("one warp does not wait for the launch before", WAIT, f"if (warp != 0) {WAIT}"),
@@ -43,7 +43,7 @@ CASES = {
 
 
 def run(build: emulator.BuildOptions, *, case: Case) -> str | None:
-    """The first failure in decoding a row of two blocks and one of one; any order of threads tells."""
+    """The first failure in decoding a row of two blocks and a row of one; any order of threads shows it."""
     given = cases.operands(case)
     for seed in range(2):
 

@@ -31,7 +31,7 @@ template <typename T> __global__ void scale(const T* x, T* y, T by) { y[threadId
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that has the emulator itself, which takes longer to compile than all kernels here."""
+    """A cache that holds the emulator itself, which takes longer to compile than all kernels here."""
     folder = tmp_path_factory.mktemp("cache")
     entry = emulator_build._runtime(emulator.BuildOptions()).parent
     shutil.copytree(entry, folder / entry.relative_to(cache_root()))
@@ -124,7 +124,7 @@ def test_sanitized_kernels_need_the_sanitizer_in_the_process(small: Any) -> None
 
 
 def test_portable_switch_gives_the_same_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What other processors than x86-64, and such without AVX2, use."""
+    """The switch that processors other than x86-64, and those without AVX2, use."""
     w = weight("skewed", (130, 200), 0.3, "fp16")
     x = integers(np.random.default_rng(0), (12, 200), "fp16")
     want = emulator.spmm(x, TiledCSL.from_dense(w), arch="80", seed=5)[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bitmap encoder and decoder of the GPU on the CPU: the same bytes as NumPy's."""
+"""The GPU's bitmap encoder and decoder, run on the CPU: the same bytes as NumPy's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def encode(
     seed: int = 0,
     sanitize: bool = False,
 ) -> tuple[Bitmap, NDArray[np.uint64]]:
-    """As flashllm.encode does on a GPU, and what the rounding did. ``shape``: of the matrix that ``a`` begins with."""
+    """Encode as flashllm.encode does on a GPU, and tell what the rounding did. ``shape``: of the matrix in ``a``."""
     source = ROUNDING[dtype] if a.dtype == np.float32 else BITS16
     rows, columns = shape or a.shape
     tiles_m, tiles_k = tile_grid((rows, columns))
@@ -101,7 +101,7 @@ def decode(w: Bitmap, seed: int = 0, *, sanitize: bool = False, offset: int = 0)
 
 
 def run_decoder(arguments_of: Any, w: Any, *, seed: int, sanitize: bool, offset: int) -> NDArray[np.uint16]:
-    """What the decoder writes, into noise, ``offset`` bytes past a multiple of 16, and nothing beside it."""
+    """What the decoder writes into noise, ``offset`` bytes past a multiple of 16; it must write nothing else."""
     fence, size = 1024, w.shape[0] * w.shape[1]
     buffer = np.full(2 * fence + size + 8, 0x7E5A, np.uint16)
     first = fence + (offset - buffer.ctypes.data) % 16 // 2
@@ -142,7 +142,7 @@ def test_same_bytes_for_any_number_of_tiles(tiles: int) -> None:
 
 @pytest.mark.parametrize(("shape", "runs"), [((130, 64 * 12), 3), ((500, 64 * 9), 4), ((300, 64 * 40), 15)], ids=str)
 def test_same_bytes_for_several_runs(shape: tuple[int, int], runs: int) -> None:
-    """Of lengths that differ, and with streams that end at other rows where the next run begins."""
+    """Runs of different lengths, with streams that end at different rows where the next run begins."""
     patterns = bits("uniform", *shape, 0.5, runs)
     kept = np.linspace(0, 1, patterns.size).reshape(shape) ** 2  # nothing in the first elements, all in the last
     patterns[np.random.default_rng(runs).random(shape) > kept] = 0
@@ -157,7 +157,7 @@ def test_same_bytes_for_several_runs(shape: tuple[int, int], runs: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 64 * 15), (300, 64 * 7)], ids=str)
 def test_empty_matrix(shape: tuple[int, int]) -> None:
-    """Zeros of either sign: no run has a row, and masks no bit. One run, and two."""
+    """Zeros of either sign: no run has a row and no mask has a bit. One run, and two."""
     patterns = np.where(np.indices(shape).sum(axis=0) % 2, 0x8000, 0).astype(np.uint16)
     want = Bitmap.from_dense(patterns.view(np.float16))
     assert want.nnz == 0
@@ -192,7 +192,7 @@ def test_streams_of_as_many_runs_as_there_can_be(grid: tuple[int, int], runs: in
 
 
 def test_zeros_that_let_streams_catch_up() -> None:
-    """All streams but one, at places that may hold -0.0."""
+    """All streams except one catch up, at places that may hold -0.0."""
     patterns = np.full((128, 64 * 11), 0x8000, np.uint16)
     patterns[37, 1::16] = 0x3C00
     want = Bitmap.from_dense(patterns.view(np.float16))
@@ -204,7 +204,7 @@ def test_zeros_that_let_streams_catch_up() -> None:
 
 @pytest.mark.parametrize("density", [0.1, 0.5])
 def test_zeros_go_only_into_groups_that_have_room(density: float) -> None:
-    """No group has more than two values, nor gets more with zeros; one stream has two in each, so others catch up."""
+    """No group has more than two values, even with zeros; one stream has two in every group, so others catch up."""
     rng = np.random.default_rng(int(density * 10))
     for shape in ((128, 64 * 11), (130, 64 * 9 + 5), (9, 700)):
         row, column = np.indices(shape)
@@ -226,7 +226,7 @@ def test_zeros_go_only_into_groups_that_have_room(density: float) -> None:
 
 
 def test_rows_of_a_wider_matrix() -> None:
-    """A pitch that is not the number of columns: what lies beside the matrix is neither read nor stored."""
+    """The pitch is not the number of columns: what lies outside the matrix is neither read nor stored."""
     whole = bits("uniform", 140, 210, 0.4, 5)
     for shape in ((140, 200), (140, 64), (129, 1), (1, 130)):
         part = np.ascontiguousarray(whole[: shape[0], : shape[1]])
@@ -260,7 +260,7 @@ def test_float32_is_rounded_as_on_the_host(dtype: str) -> None:
     ("shape", "offset"), [((150, 200), 0), ((150, 200), 2), ((129, 72), 0), ((130, 65), 0)], ids=str
 )
 def test_decodes_in_vectors_and_without(shape: tuple[int, int], offset: int) -> None:
-    """Rows that are whole vectors, end amid a tile, or start at any address; the last group has few tiles."""
+    """Rows that are whole vectors, end inside a tile, or start at any address; the last group has few tiles."""
     patterns = bits("uniform", *shape, 0.4, shape[1])
     want = Bitmap.from_dense(patterns.view(np.float16))
     np.testing.assert_array_equal(decode(want, offset, offset=offset), pruned(patterns))

@@ -3,18 +3,18 @@
 
 Not here, because nothing depends on them:
 
-- the two rows behind the front, whose values are loaded but never used;
+- the two rows after the front, whose values are loaded but never used;
 - in ``needed``, the rows that are there already: whole chunks give the same;
-- ``__syncwarp`` before the feeder's copies: the barrier counts bytes that come before they are announced;
-- the fence of the feeder that stores x itself: every warp that multiplies by wgmma has one;
-- where the feeder's lanes copy all, their arrivals for x: those for the rest come after all copies;
-- ``low > end``: a pointer at the end still has a mask word's 16 rows before it, the mirror;
-- how many steps of wgmma may be in flight: a matter of which registers the compiler takes.
+- ``__syncwarp`` before the feeder's copies: the barrier also counts bytes that arrive before they are announced;
+- the fence of the feeder that stores x itself: every warp that multiplies with wgmma has one;
+- where the feeder's lanes copy everything, their arrivals for x: those for the rest come after all copies;
+- ``low > end``: a pointer at the end still has the 16 rows of a mask word, the mirror, before it;
+- how many steps of wgmma may be in flight, which only matters for the registers that the compiler chooses.
 
 x as images, for more columns, is mutated in test_x_images_mutations.py.
 
-Not here, because the emulator orders more than a GPU: ``__syncwarp`` before a release, behind an instruction for which
-all lanes of the warp have met; the fence behind the initialisation of the barriers.
+Not here, because the emulator orders more than a GPU does: ``__syncwarp`` before a release, after an instruction for
+which all lanes of the warp have met; the fence after the initialisation of the barriers.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ MUTATIONS = (
     Mutation("fronts are not renewed", RING, "if (next >> 5 != last >> 5)", "if (false)"),
     Mutation("fronts are not bounded", RING, "min(tile + static_cast<int>(threadIdx.x & 31) + 1, count)", "tile + 32"),
     Mutation("a stage is filled twice", RING, "        filled.advance();\n"),
-    # What it brings of every tile.
+    # What it loads for every tile.
     *both("x is not announced", KERNEL, "ptx::mbarrier_arrive_after_copies(full);", ";"),
     Mutation("x is announced too early", KERNEL, "arrive_after_copies(full", "arrive(full", WGMMA),
     Mutation("arrivals for x are not counted", KERNEL, "L::Feed::kArrivals + X::kArrivals);", "L::Feed::kArrivals);"),
@@ -238,7 +238,7 @@ def choice_for(arch: str, *, aligned: bool) -> bitmap.Choice:
 
 
 def run(build: emulator.BuildOptions, *, aligned: bool = True) -> str | None:
-    """The first failure on products that reach all that is mutated."""
+    """The first failure on products that reach everything that is mutated."""
     products: tuple[Product, ...] = (
         ((201, 456), 13, "uniform", 0.05, 3, 2),
         ((201, 456), 16, "skewed", 0.4, 5, 0),
@@ -264,7 +264,7 @@ def run(build: emulator.BuildOptions, *, aligned: bool = True) -> str | None:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_runs() -> Iterator[None]:
-    """Long ones, in which streams come to lag, and blocks that begin amid them and go on into the next."""
+    """Long runs, in which streams come to lag, and blocks that begin inside them and continue into the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "RUNS", 3)
         yield

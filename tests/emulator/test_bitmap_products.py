@@ -43,7 +43,7 @@ def test_exact_while_the_ring_turns(pattern: str, arch: str) -> None:
 @every_arch
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "empty-tiles"])
 def test_exact_for_runs_that_start_at_any_tile(pattern: str, arch: str) -> None:
-    """At every tile since places were stored last, with streams that lag by anything up to the slack."""
+    """At every tile after the last one with stored places, with streams that lag by anything up to the slack."""
     tiles = 19
     for seed, (density, blocks) in enumerate(((0.5, tiles), (0.3, 2 * tiles), (0.9, 11), (0.1, 7))):
         w = weight(pattern, (256, 64 * tiles), density, "bf16", seed)
@@ -70,7 +70,7 @@ def test_exact_where_all_streams_but_one_lag_with_values(
     columns: int, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a slow stream needs is all there is between a row and the one that takes its place."""
-    monkeypatch.setattr(runs, "RUNS", 1)  # or no stream would lag where places are stored
+    monkeypatch.setattr(runs, "RUNS", 1)  # otherwise no stream would lag where places are stored
     for seed, (density, n, blocks) in enumerate(((0.5, 8, 1), (0.9, 16, 3), (0.25, 33, 1), (0.7, 9, 60))):
         w = weight("lagging", (128, columns), density, "fp16", seed)
         sparse = Bitmap.from_dense(w)
@@ -91,7 +91,7 @@ def test_exact_for_few_values_in_many_tiles(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_exact_wherever_the_last_row_lies_in_its_chunk(arch: str) -> None:
-    """The values end anywhere in their last chunk, whose next row is asked for as well."""
+    """The values end anywhere in their last chunk, whose next row is requested as well."""
     for last in range(14, 50):
         w = np.zeros((128, 64 * 2), np.float16)
         columns = [64 * tile + 16 * step for tile in (0, 1) for step in range(4)]
@@ -121,7 +121,7 @@ def test_exact_for_dense_rows_of_several_chains(dtype: str, arch: str) -> None:
 @every_arch
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_a_value_read_ahead_is_not_used(dtype: str, arch: str) -> None:
-    """Lanes without a value load the next one of their stream all the same: NaN or infinity of a later tile."""
+    """Lanes without a value still load the next one of their stream: a NaN or infinity of a later tile."""
     w = weight("uniform", (256, 64 * 12), 0.4, dtype)
     w[128:][w[128:] != 0] = np.nan
     w[200:][w[200:] != 0] = np.inf
@@ -133,18 +133,18 @@ def test_a_value_read_ahead_is_not_used(dtype: str, arch: str) -> None:
 
 
 def copied_bytes(sparse: Bitmap, first: int, end: int) -> int:
-    """Masks and values that a block with tiles ``first`` to ``end`` brings: from a run's begin on none from before."""
+    """Bytes of masks and values that a block with tiles ``first`` to ``end`` loads; at a run's start none before it."""
     begins = first in runs_of(sparse.tiles).first_tiles()
     front = max(int(sparse.fronts[first]) - (0 if begins else SLACK), 0)
-    chunks = (int(sparse.fronts[end]) + 1) // CHUNK_ROWS + 1 - front // CHUNK_ROWS  # a row behind the front too
-    twice = -(-chunks * CHUNK_ROWS // RING_ROWS[16])  # those at the first place of the ring, for pointers that run over
+    chunks = (int(sparse.fronts[end]) + 1) // CHUNK_ROWS + 1 - front // CHUNK_ROWS  # a row after the front too
+    twice = -(-chunks * CHUNK_ROWS // RING_ROWS[16])  # those at the ring's first place, for pointers past its end
     return sparse.masks[first:end].nbytes + (chunks + twice) * sparse.values[0].nbytes
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 16])
 @pytest.mark.parametrize("density", [0.05, 0.4, 1.0])
 def test_what_a_block_brings(density: float, blocks: int) -> None:
-    """Masks once, and each chunk with values of its run, and no other, once; x and nothing more."""
+    """A block loads masks once, each chunk with values of its run once and no other chunk, x, and nothing else."""
     w = weight("uniform", (256, 512), density, "fp16")
     sparse = Bitmap.from_dense(w)
     bytes_of_x = 16 * 64 * 2 * 16
@@ -157,5 +157,5 @@ def test_what_a_block_brings(density: float, blocks: int) -> None:
         single = check(w, 16, "80", seed=seed, blocks=blocks)
         assert (single.bulk_copy_bytes, single.copy_async_bytes) == (0, wanted + bytes_of_x)
         assert single.ldmatrix.conflicts == bulk.ldmatrix.conflicts == 0
-        # One barrier at the begin of the run, none on the way.
+        # One barrier at the start of the run, none on the way.
         assert single.barriers == bulk.barriers == blocks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How small the bitmap kernel's ring of value rows may be: no weight stops it, and a chunk less would."""
+"""How small the bitmap kernel's ring of value rows may be: no weight stalls it, but one chunk less would stall."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNCHECKED = "kRing >= bitmap::kSlack + kMoves + 1 + bitmap::kChunkRows"
 
 @pytest.fixture
 def ring_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The kernel has a ring of so many rows."""
+    """Give the kernel a ring of so many rows."""
     monkeypatch.setattr(bitmap, "RING_ROWS", dict.fromkeys(bitmap.RING_ROWS, request.param))
     bitmap._spec.cache_clear()
     yield request.param

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the emulator counts: exact where the kernel's work is known, and bank conflicts."""
+"""What the emulator counts: exact numbers where the kernel's work is known, and bank conflicts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_bank_order_scatters_with_fewer_conflicts_than_row_order(undo: bool) -> 
     bank, row = counts("bank", undo=undo), counts("row", undo=undo)
     assert bank.scatter.requests == row.scatter.requests
     assert bank.scatter.conflicts * 4 < row.scatter.conflicts
-    # Random places meet in a bank about 3.5 deep; ours nearly never.
+    # Random places conflict about 3.5 deep in a bank; ours hardly ever conflict.
     assert row.scatter.wavefronts > 1.5 * row.scatter.requests
     assert bank.scatter.wavefronts < 1.35 * bank.scatter.requests
 
@@ -54,7 +54,7 @@ def test_tensor_core_work_and_bytes() -> None:
     seen = counts(n=16)
     assert seen.mma == {"m16n8k16": tiles * 8 * 4 * 2}
     assert seen.blocks == 4
-    # Each block copies the stages of its tiles, plus what it fetches ahead.
+    # Each block copies the stages of its tiles, plus what it prefetches.
     assert tiles * 16 * 64 * 2 <= seen.copy_async_bytes <= (tiles + 4) * 16 * 64 * 2
     assert seen.copy_async_zeros == 0
     assert seen.global_read_bytes >= w.words.nbytes
@@ -73,7 +73,7 @@ def test_counts_do_not_depend_on_the_schedule() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_rows_longer_than_a_chain_pass_through_the_workspace(name: str) -> None:
-    """Tensor cores truncate, which exact values do not show: here it shows how long a chain is."""
+    """Tensor cores truncate, which exact values do not show; here it reveals how long a chain is."""
     module, n, k = kernel(name), 8, 1024
     small = packed(name, weight("uniform", (128, k), 0.01, "fp16"))
     longest = module.split_for(small, n, module.default_choice(small, n, arch="80"), sm_count=1).max_chain

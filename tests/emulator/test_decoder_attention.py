@@ -37,7 +37,7 @@ _seeds = count()
 
 
 def launch(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> None:
-    """Each time in another order. Whatever the launch before may have written, it must have waited for."""
+    """Each launch runs in another order. It must have waited for whatever the previous launch may have written."""
     emulator.launch(spec, grid, args, seed=next(_seeds), dependent=cases.dependent(spec, args))
 
 
@@ -70,14 +70,14 @@ def test_decoding_is_within_the_bound(case: Case) -> None:
 @every((*DECODE[:4], GROUPED))
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_decoding_is_exact_for_equal_scores(case: Case, splits: int) -> None:
-    """However many blocks share the positions: more than a row has work for, too."""
+    """For any number of blocks that share the positions, including more than a row has work for."""
     given = operands(case, equal_scores=True)
     assert_means(case, given, cases.decode(launch, np, case, given, splits=splits))
 
 
 @every((PAIRED, GROUPED))
 def test_splits_may_come_in_any_order(case: Case) -> None:
-    """All four are under way together here; whichever is the last, the bits are the same."""
+    """All four are in flight together here; whichever finishes last, the bits are the same."""
     case = replace(case, heads=case.heads // case.kv_heads, kv_heads=1, ends=(300,))
     given = operands(case)
     results = [cases.decode(launch, np, case, given, splits=4) for _ in range(8)]
@@ -88,7 +88,7 @@ def test_splits_may_come_in_any_order(case: Case) -> None:
 
 @every((PAIRED, GROUPED))
 def test_more_splits_than_a_thread_asks_for_at_once(case: Case) -> None:
-    """The last of ten has scores so large that sums of those before are nothing beside its own."""
+    """The last of ten has scores so large that the sums of the others are negligible."""
     case = replace(case, capacity=640, ends=(640, 577))
     given = operands(case)
     given.keys[:, :, 576:] *= 32
@@ -97,7 +97,7 @@ def test_more_splits_than_a_thread_asks_for_at_once(case: Case) -> None:
 
 @every((PAIRED, GROUPED))
 def test_long_rows_have_more_splits_than_others(case: Case) -> None:
-    """Two of three blocks share 4100 positions, and leave their sums; 2047 are one block's."""
+    """Two of three blocks share 4100 positions and leave their sums; one block takes all of 2047 positions."""
     case = replace(case, heads=case.heads // case.kv_heads, kv_heads=1, capacity=4200, ends=(4100, 2047, 5))
     given = operands(case)
     counts: list[Any] = []
@@ -113,7 +113,7 @@ def test_long_rows_have_more_splits_than_others(case: Case) -> None:
 
 @every((PAIRED, GROUPED))
 def test_one_position_of_all_is_found(case: Case) -> None:
-    """Its score is so much higher that the others' weights are zero: out is its value."""
+    """Its score is so much higher that the others' weights are zero: the output is its value."""
     given = operands(case)
     slot = case.slots[0]
     for at in (0, 7, 63, 64, 150, 299):
@@ -126,7 +126,7 @@ def test_one_position_of_all_is_found(case: Case) -> None:
 
 @every([case for case in DECODE if case.heads // case.kv_heads in range(3, 17)])
 def test_groups_copy_keys_and_values_once(case: Case) -> None:
-    """Whatever their heads are padded to; and rows of tiles fall on all banks."""
+    """Whatever their heads are padded to; rows of tiles cover all banks."""
     counts: list[Any] = []
     cases.decode(lambda *given: counts.append(emulator.launch(*given)), np, case, operands(case), splits=1)
     elements = 2 * case.kv_heads * sum(case.ends)
@@ -138,8 +138,8 @@ def test_groups_copy_keys_and_values_once(case: Case) -> None:
 @every((PAIRED, GROUPED))
 @pytest.mark.parametrize(("slot", "position"), [(-1, 299), (6, 300), (2**31 - 1, 2**31 - 1)])
 def test_rows_that_are_left_out(case: Case, slot: int, position: int) -> None:
-    """Nothing is written for a row of a slot that there is not or of a negative position; the workspace serves the
-    others all the same. A row of a position behind the last has all of its slot.
+    """Nothing is written for a row with a nonexistent slot or a negative position; the workspace still serves the other
+    rows. A row with a position past the last one attends to its whole slot.
     """
     given = operands(case)
     want = expected(case, given, weights_rounded=case.is_grouped)
@@ -168,7 +168,7 @@ def test_prefill_is_within_the_bound(case: Case) -> None:
     ],
 )
 def test_prompts_that_are_left_out(changes: dict[str, tuple[int, int]], left_out: tuple[int, ...]) -> None:
-    """Of rows, of a slot or of positions that there are not: nothing is written, and the others are as they were."""
+    """Prompts with rows, a slot or positions that do not exist: nothing is written, and others stay as they were."""
     case = PREFILL[5]
     given = operands(case)
     assert (given.keys.shape[0], given.starts.tolist()) == (6, [0, 5, 6, 72, 89])
@@ -191,7 +191,7 @@ def test_prefill_is_exact_for_equal_scores(case: Case) -> None:
 
 
 def test_splits_follow_from_the_work() -> None:
-    """Few rows are shared by many blocks, none of them short of positions; many rows are not."""
+    """Few rows are each shared by many blocks, none of which has too few positions; many rows are not shared."""
     sizes: dict[str, int] = {"heads": 72, "kv_heads": 72, "head_dim": 128, "sm_count": 132}
 
     def splits(*, rows: int, capacity: int) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def test_splits_follow_from_the_work() -> None:
     ],
 )
 def test_heads_that_share_keys_are_few_blocks(group: int, function: str, block_heads: int, blocks: int) -> None:
-    """Even parts of a group; the kernel has room for them, in either kind of instance."""
+    """A group is divided evenly, and the kernel has room for each part, in either kind of instance."""
     case = Case(dtype="fp16", heads=2 * group, kv_heads=2, head_dim=64, capacity=64, ends=(1,))
     launched: list[tuple[KernelSpec, Sequence[int]]] = []
     cases.decode(lambda spec, grid, args: launched.append((spec, grid)), np, case, operands(case))
@@ -237,7 +237,7 @@ def test_heads_that_share_keys_are_few_blocks(group: int, function: str, block_h
 
 
 def test_every_instance_can_be_launched() -> None:
-    """Specs are what some sizes ask for, no more and no less."""
+    """The specs are exactly those that some sizes need."""
     launched: set[KernelSpec] = set()
     for dtype in cases.DTYPES:
         for group in (1, 2, 3, 16):

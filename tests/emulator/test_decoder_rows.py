@@ -26,7 +26,7 @@ def _compiled() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(name: str) -> None:
-    """What the launch before may have written is touched only behind the wait for it."""
+    """What the previous launch may have written is touched only after the wait for it."""
 
     def start(spec: KernelSpec, grid: Sequence[int], args: Sequence[Any], dependent: Sequence[Any]) -> None:
         launched.add(spec)

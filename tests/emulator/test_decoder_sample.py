@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The next token on the CPU: the choices of the reference, and nothing changed but what a step changes."""
+"""The next token on the CPU: the choices of the reference, and a step changes nothing that it should not."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_nan_is_never_drawn() -> None:
 
 
 def test_what_a_sequence_draws_is_its_own() -> None:
-    """Neither the batch nor the schedule of the threads has to do with it; the seed has."""
+    """It depends on the seed, but neither on the batch nor on the schedule of the threads."""
     one = next(one for one in CASES if one.vocab == 5003 and one.options.top_k and one.options.top_p < 1)
     other = SamplingOptions(seed=1, max_new_tokens=3, temperature=2.0)
     drawn = []

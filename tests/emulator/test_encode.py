@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device encoders and the decoder on the CPU: the same bytes as NumPy's."""
+"""The device encoders and the decoder, run on the CPU: the same bytes as NumPy's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def kernel(name: str, *template: str) -> KernelSpec:
 def encode(
     a: NDArray[Any], dtype: str, order: str, *, seed: int = 0, sanitize: bool = False
 ) -> tuple[TiledCSL, NDArray[np.uint64]]:
-    """As flashllm.encode does on a GPU, and what the rounding did."""
+    """Encode as flashllm.encode does on a GPU; also returns what the rounding did."""
     source = ROUNDING[dtype] if a.dtype == np.float32 else BITS16
     rows, columns = a.shape
     grid_m, grid_k = -(-rows // 128), -(-columns // 64)

@@ -47,14 +47,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture(scope="module")
 def engine(made: Made) -> Engine:
-    """Of a small model, for tests of what an engine does with any."""
+    """An engine for a small model, for tests of what an engine does with any model."""
     weights = made("llama", "fp16").load(np, None)
     return Engine(weights, HostRuntime("reference"), batch=3, capacity=CAPACITY, prefill_rows=PREFILL_ROWS)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "format"), CASES)
 def test_against_float64(made: Made, kind: str, dtype: DType, format: str | None) -> None:
-    """Prompts of a token, and of more than a pass of prefill has."""
+    """Prompts of one token, and of more tokens than a prefill pass has."""
     model = made(kind, dtype)
     runtime = HostRuntime("reference")
     engine = Engine(model.load(np, format), runtime, batch=3, capacity=CAPACITY, prefill_rows=PREFILL_ROWS)
@@ -114,7 +114,7 @@ def test_stop_tokens_end_a_sequence(engine: Engine, monkeypatch: pytest.MonkeyPa
         for index, token in pieces:
             streamed[index].append(token)
     assert streamed == wanted
-    assert fetched == [2 * 3] * max(map(len, wanted))  # once for each step, and no tokens but its own
+    assert fetched == [2 * 3] * max(map(len, wanted))  # once for each step, and only its own tokens
 
 
 def test_what_is_drawn_depends_on_prompt_and_seed_alone(engine: Engine) -> None:

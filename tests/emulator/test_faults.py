@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in kernels that the emulator has to catch: by its own report, or by a wrong result for some seed."""
+"""Mistakes in kernels that the emulator has to catch, by its own report or by a wrong result for some seed."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_parts_that_the_launch_before_may_be_using() -> None:
 
 @pytest.mark.parametrize(("mistake", "warps"), [(1, "012"), (2, "12"), (3, "12"), (4, "2"), (5, "3")])
 def test_threads_not_ordered_behind_the_launch_before(mistake: int, warps: str) -> None:
-    """Reported in every order, of a warp that has neither waited nor met one that had."""
+    """Reported in every order, for a warp that has neither waited nor synchronised with one that had."""
     for seed in SEEDS:
         with pytest.raises(
             EmulationError, match=rf"warp [{warps}], .*read of argument 0, which the launch before may be"

@@ -97,7 +97,7 @@ def test_sparse_product(kernel: KernelSpec) -> None:
 
 @pytest.mark.parametrize("kernel", SPARSE, ids=lambda kernel: kernel.label)
 def test_each_place_alone(kernel: KernelSpec) -> None:
-    """One element of W and one of b at a time: a place that is wrong twice does not go unnoticed."""
+    """One element of W and one of b at a time, so that two errors of place cannot cancel unnoticed."""
     dtype = NUMPY_DTYPE[next(dtype for dtype in T if dict(kernel.template)["T"] == T[dtype])]
     rng = np.random.default_rng(1)
     for _ in range(60):
@@ -112,7 +112,7 @@ def test_each_place_alone(kernel: KernelSpec) -> None:
 
 @pytest.mark.parametrize("dtype", T)
 def test_sparse_product_rounds_as_the_dense_one(dtype: str) -> None:
-    """Where all rows have the same places it is the dense product of what is selected; the rest of b is not read."""
+    """If all rows have the same places, it is the dense product of what is selected; the rest of b is not read."""
     rng = np.random.default_rng(2)
     for pairs in rng.choice(np.array(PAIRS), (12, 8)):
         columns = (np.arange(8)[:, None] * 4 + pairs).reshape(-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flashllm generate` and its Python API from files to text, on the emulator."""
+"""`flashllm generate` and its Python API, from files to text, on the emulator."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""That every mutation still has its text in the source: by default few of them are built."""
+"""Every mutation still finds its text in the source; by default only few of them are built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODULES = sorted(file.stem for file in Path(__file__).parent.glob("test_*mutatio
 
 
 def mutations_in(value: object) -> Iterator[Mutation]:
-    """Those of a list, or of lists by name."""
+    """The mutations of a list, or of lists by name."""
     if isinstance(value, Mutation):
         yield value
     elif isinstance(value, tuple | list | dict):

@@ -163,7 +163,7 @@ def choice_for(arch: str) -> tiled_csl.Choice:
 
 
 def run(build: emulator.BuildOptions) -> str | None:
-    """The first failure on products that reach all that is mutated."""
+    """The first failure on products that reach everything that is mutated."""
     chain = 200 if build.arch == MMA else 100  # tiles: one more chain than fits one go
     products: tuple[Product, ...] = (
         ((201, 456), 13, "uniform", 0.05, 3, 2),
@@ -171,7 +171,7 @@ def run(build: emulator.BuildOptions) -> str | None:
         ((130, 520), 9, "empty-tiles", 0.5, 2, 0),
         ((385, 200), 11, "uniform", 0.3, 7, 2),
         ((385, 200), 10, "uniform", 0.3, 2, 0),
-        ((385, 300), 12, "uniform", 0.3, 3, 0),  # the last block adds up one row when it has written another
+        ((385, 300), 12, "uniform", 0.3, 3, 0),  # the last block adds up one row after writing another
         ((128, 64 * chain), 9, "uniform", 0.01, 1, 0),
         ((128, 256), 12, "uniform", 0.3, 4, 0),
         ((128, 192), 12, "uniform", 0.3, 3, 0),

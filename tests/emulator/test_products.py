@@ -43,7 +43,7 @@ MASKS = (("uniform", 0.02), ("uniform", 0.15), ("skewed", 0.3), ("full", 1.0), (
 def operands(
     name: str, layout: tuple[tuple[str, int], ...], mask: int, shape: tuple[int, int], dtype: str
 ) -> tuple[NDArray[Any], Any]:
-    """For all instances of a layout."""
+    """Operands for all instances of a layout."""
     pattern, density = MASKS[mask]
     return packed_as(name, dict(layout), weight(pattern, shape, density, dtype))
 
@@ -119,7 +119,7 @@ def test_exact_for_several_chains(n: int, arch: str, name: str) -> None:
 def test_exact_for_random_schedules(seed: int, name: str) -> None:
     """Blocks, warps and lanes in another order each time, and copies that end early or late."""
     rng = np.random.default_rng(seed)
-    # Four weights for all seeds: it is the schedules that have to differ.
+    # Four weights for all seeds: only the schedules have to differ.
     (w, sparse), (full_w, full) = (
         packed_weight(name, "skewed", (384, 330), 0.3, seed=seed % 4),
         packed_weight(name, "full", (200, 328), 1.0, seed=seed % 4),
@@ -150,7 +150,7 @@ def test_random_values_stay_within_the_bound(arch: str, n: int, dtype: str, name
 @every_format
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_nan_and_infinity_multiply_as_in_dense_arithmetic(arch: str, name: str) -> None:
-    """But for zeros of W that the format leaves out: see ``SparseWeight.MULTIPLIES_ZEROS``."""
+    """Except for zeros of W that the format leaves out: see ``SparseWeight.MULTIPLIES_ZEROS``."""
     w, x = special(weight("uniform", (256, 328), 0.25, "fp16"), 40)
     sparse = packed(name, w)
     for n in (8, 40):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: nothing reported, and what is wrong is."""
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: no reports, except on deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_kernels_pass() -> None:
     for build, specs in sanitized.builds(sanitized.jobs()).items():
-        compile_all(specs, build)  # for the program, in which compilers too would run under the sanitizers
+        compile_all(specs, build)  # here, since in the program compilers too would run under the sanitizers
     done = run("products")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
 

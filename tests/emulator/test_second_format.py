@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A format with a kernel, a split and buffers unlike ours runs on the emulator as ours do."""
+"""A format whose kernel, split and buffers are unlike ours runs on the emulator as ours do."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot24 encoder and decoder of the GPU on the CPU: the same bytes as NumPy's."""
+"""The GPU's slot24 encoder and decoder, run on the CPU: the same bytes as NumPy's."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def encode(
     seed: int = 0,
     sanitize: bool = False,
 ) -> tuple[Slot24 | None, NDArray[np.uint64]]:
-    """As flashllm.encode does on a GPU, and what the rounding did; ``None`` where the columns do not pair up.
+    """Encode as flashllm.encode does on a GPU; also returns what the rounding did. ``None``: columns do not pair up.
 
-    ``shape``: of the matrix that ``a`` begins with.
+    ``shape``: of the matrix in ``a``.
     """
     source = ROUNDING[dtype] if a.dtype == np.float32 else BITS16
     rows, columns = shape or a.shape
@@ -120,7 +120,7 @@ def same_bytes(
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_same_bytes_for_every_pattern(pattern: str) -> None:
-    """And every shape, with rows that pair alike in turn."""
+    """Also for every shape; the number of rows that pair alike takes turns."""
     for seed, (shape, density) in enumerate(zip(SHAPES, (1.0, 0.2, 0.02, 0.24, 0.1), strict=True)):
         part_rows = (None, 32, 64)[(seed + PATTERNS.index(pattern)) % 3]
         a = bits(pattern, *shape, density, seed)
@@ -138,7 +138,7 @@ def test_same_bytes_for_every_window(window: int, part_rows: int) -> None:
 
 @both_parts
 def test_same_bytes_where_greedy_pairs_must_change(part_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lefts that find no partner at first, long paths, and windows that are given up in the search."""
+    """Lefts that find no partner at first, long paths, and windows that are abandoned during the search."""
     outcomes = []
     augment = slot24_pairs.augment
 
@@ -162,7 +162,7 @@ def test_same_bytes_where_greedy_pairs_must_change(part_rows: int, monkeypatch: 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_same_bytes_with_two_values_in_a_group(pattern: str) -> None:
-    """Also in windows with dummies, whose copies run to and fro; and where there is no such pairing."""
+    """Also in windows with dummies, whose copies alternate in direction, and where there is no such pairing."""
     for seed, (window, density) in enumerate(((256, 0.08), (248, 0.1), (232, 0.12), (136, 0.2), (128, 0.05))):
         part_rows = (32, 64)[(seed + PATTERNS.index(pattern)) % 2]
         options: dict[str, Any] = {"window": window, "part_rows": part_rows, "group_values": 2}
@@ -183,7 +183,7 @@ def test_same_bytes_with_two_values_in_a_group(pattern: str) -> None:
 def test_same_bytes_after_several_attempts(
     part_rows: int, window: int, density: float, attempts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neighbours that the first attempts do not find; that only a careless one finds; that none finds."""
+    """Neighbours that the first attempts do not find, that only a careless one finds, and that none finds."""
     tried: list[bool] = []
     arrange = slot24_groups._arrange
 
@@ -234,7 +234,7 @@ def test_empty_matrix() -> None:
 
 
 def test_rows_of_a_wider_matrix() -> None:
-    """A pitch that is not the number of columns: what lies beside the matrix is neither read nor stored."""
+    """The pitch is not the number of columns: what lies outside the matrix is neither read nor stored."""
     whole = bits("uniform", 140, 310, 0.2, 5)
     for shape in ((140, 300), (140, 64), (129, 1), (1, 260)):
         part = np.ascontiguousarray(whole[: shape[0], : shape[1]])
@@ -267,7 +267,7 @@ def test_float32_is_rounded_as_on_the_host(dtype: str) -> None:
 @both_parts
 @pytest.mark.parametrize(("columns", "offset"), [(520, 0), (520, 2), (515, 0)])
 def test_decodes_in_vectors_and_without(columns: int, offset: int, part_rows: int) -> None:
-    """Rows that are whole vectors, with windows that end amid 128 bytes, or start at any address."""
+    """Rows that are whole vectors, with windows that end inside 128 bytes, or rows that start at any address."""
     patterns = bits("uniform", 140, columns, 0.1, columns)
     want = Slot24.from_dense(patterns.view(np.float16), window=248, part_rows=part_rows)
     np.testing.assert_array_equal(decode(want, offset, offset=offset), pruned(patterns))
@@ -286,7 +286,7 @@ def test_decodes_windows_that_runs_begin_in(pattern: str, part_rows: int) -> Non
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that from_dense and to_dense launch for arrays of the pretended CuPy."""
+    """Names of the kernels that from_dense and to_dense launch for arrays of the fake CuPy."""
     return emulated_cupy.install(monkeypatch, encoder, bitmap_encoder)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes waits, bounds and steps out of the slot24 kernel and its windows of x, one at a time: the tests must notice.
 
-Not here, because nothing depends on them: copies of windows as soon as they are asked for, which come later all the
-same; that the last step of a run has one tile, for fronts behind the run are those at its end. The emulator does not
-model the fence behind the making of barriers, nor that barriers lie in memory, where sums might be stored over them.
-The feeder's last wait for the launch before shows nowhere: ahead of it a release has put it behind warps that had
-waited. Rows of x are bounded for the sake of memory alone, which AddressSanitizer watches (test_sanitizers.py). How
-long a chain may be shows in random values alone. Value rings, chains and decoding are mutated with the bitmap kernel,
-and how x is laid out for a launch in test_x_images_mutations.py.
+Not here, because nothing depends on them: copying windows as soon as they are requested, since they are copied later in
+any case; that the last step of a run has one tile, since fronts after the run are those at its end. The emulator does
+not model the fence after the initialisation of barriers, nor that barriers lie in memory, where sums might overwrite
+them. The feeder's last wait for the previous launch shows nowhere: an earlier release has ordered it after warps that
+had waited. Rows of x are bounded only for memory safety, which AddressSanitizer watches (test_sanitizers.py). How long
+a chain may be shows only in random values. Value rings, chains and decoding are mutated with the bitmap kernel, and how
+x is laid out for a launch in test_x_images_mutations.py.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ MUTATIONS = (
     Mutation("places of windows do not turn", KERNEL,
              "if (window == windows_begin + kWindows * L::Window::kBytes) window = windows_begin;", ";"),
     Mutation("all lanes have the first unit of lefts", KERNEL, "first_unit((threadIdx.x & 1) * 4)", "first_unit(0)"),
-    # The feeder: room, and what it brings of every step.
+    # The feeder: room, and what it loads for every step.
     Mutation("the feeder does not wait for room", KERNEL, "while (!feed.has_room(need) || feed.done < released) {",
              "while (false) {"),
     Mutation("the feeder waits once", KERNEL, "while (!feed.has_room(need) ||", "if (!feed.has_room(need) ||"),
@@ -212,10 +212,10 @@ MUTATIONS = (
 )  # fmt: skip
 
 FULL_GROUPS = "full-groups"
-"""Groups of four have two values in some rows, so that the ring turns as fast as it may, and others lag behind."""
-# Shape, pattern, density, window, blocks, row_cost. The first has blocks that begin in either tile of a window, the
-# next blocks of one tile, more than run at one time; rows of tiles begin anew where K ends a window and where it does
-# not; then runs of many windows, and one for which the feeder need not wait for anybody.
+"""In some rows, groups of four have two values, so that the ring turns as fast as it can and other streams lag."""
+# Shape, pattern, density, window, blocks, row_cost. The first has blocks that begin in either tile of a window; the
+# next has blocks of one tile, more than run at one time. Rows of tiles start over where K ends a window and where it
+# does not. Then come runs of many windows, and one for which the feeder need not wait for anyone.
 PRODUCTS: tuple[tuple[tuple[int, int], str, float, int | None, int, int], ...] = (
     ((201, 560), "uniform", 0.1, 248, 3, 1),
     ((130, 768), "skewed", 0.1, None, 12, 0),
@@ -248,7 +248,7 @@ def encoded(
     seed: int,
     runs_of_tiles: int,
 ) -> tuple[NDArray[Any], Slot24]:
-    """``runs_of_tiles``: what the fixture changes, and packing depends on."""
+    """``runs_of_tiles``: packing depends on it, and the fixture changes it."""
     if pattern == FULL_GROUPS:
         w = weight("full", shape, 1.0, "fp16", seed)
         w[:, 1::2] = 0
@@ -261,11 +261,11 @@ def encoded(
 
 
 def run(build: emulator.BuildOptions) -> str | None:
-    """The first failure on products that reach all that is mutated."""
+    """The first failure on products that reach everything that is mutated."""
     for choice in choices_for(build.arch):
         for seed in range(SEEDS):
             for (rows, columns), *options in PRODUCTS:
-                shape = (rows, columns - 5 * (choice.n_block == 8))  # behind K come lefts, which zeros multiply
+                shape = (rows, columns - 5 * (choice.n_block == 8))  # after K come lefts, which zeros multiply
                 if (failure := failure_of(choice, shape, *options, seed, build)) is not None:
                     return f"{shape} N <= {choice.n_block} seed {seed}: {failure}"
     return None
@@ -276,7 +276,7 @@ def failure_of(
     row_cost: int, seed: int, build: emulator.BuildOptions,
 ) -> str | None:  # fmt: skip
     """What goes wrong in one product of integers, an infinity among them in the first row of x."""
-    # Two weights for all seeds: packing them takes longer than to multiply, and it is schedules that mutations need.
+    # Two weights for all seeds: packing takes longer than multiplying, and what mutations need is various schedules.
     layout = choice.part_rows, choice.group_values
     w, sparse = encoded(shape, pattern, density, window, layout, seed % 2, runs.RUNS)
     x = integers(np.random.default_rng(seed), (choice.n_block - seed % 3, shape[1]), "fp16")
@@ -301,7 +301,7 @@ def failure_of(
 
 @pytest.fixture(scope="module", autouse=True)
 def few_runs() -> Iterator[None]:
-    """Long ones, in which streams come to lag, and blocks that begin amid them and go on into the next."""
+    """Long runs, in which streams come to lag, and blocks that begin inside them and continue into the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "RUNS", 3)
         yield

@@ -22,7 +22,7 @@ from products import NUMPY_DTYPE, assert_exact, every_pair, exact, integers, nar
 
 CHUNK_BYTES = 8192
 COLUMN_BYTES = {8: 16, 16: 32, 32: 80}
-"""Of a window of x, by its rows."""
+"""Bytes of a window of x, by its rows."""
 pytestmark = pytest.mark.usefixtures("kernels")
 every_arch = pytest.mark.parametrize("arch", ["80", "90a", "120a"])
 both_parts = pytest.mark.parametrize("part_rows", [32, 64])
@@ -65,9 +65,9 @@ def encoded(
     window: int | None,
     layout: tuple[int | None, int | None] = (None, None),
 ) -> tuple[NDArray[Any], Slot24]:
-    """What many instances multiply, and its slots: packing takes as long as a product.
+    """A weight that many instances multiply, and its slots, cached: packing takes as long as a product.
 
-    As dense as a weight of the layout can be.
+    It is as dense as a weight of the layout can be.
     """
     part_rows, group_values = layout
     if group_values == 2:
@@ -83,7 +83,7 @@ def ring_rows(sparse: Slot24, n: int, arch: str) -> int:
 
 
 def meets_banks(counts: emulator.Counts, sparse: Slot24) -> bool:
-    """Whether more columns meet in a bank than may: none, but where pairs are made for groups of two values some."""
+    """Whether there are more bank conflicts than allowed: none, unless pairs are made for groups of two values."""
     allowed = 0 if sparse.group_values == 4 else counts.ldmatrix.ideal // 3
     return counts.ldmatrix.conflicts > allowed
 
@@ -107,9 +107,9 @@ def runs(sparse: Slot24, blocks: int, row_cost: int = 0) -> list[tuple[int, int]
     ids=lambda value: value if isinstance(value, str) else f"{value.spec.label}{'' if value.aligned else ' any K'}",
 )
 def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
-    """Runs of one tile, of a few, and one of all: each that begins in the first and in the second tile of a window.
+    """Runs of one tile, of a few and of all tiles, beginning in the first and in the second tile of a window.
 
-    One kernel is for any K: each with one, so that both meet every width, layout and type.
+    One kernel serves any K; each is tested with one K, so that both kinds of K meet every width, layout and type.
     """
     columns, layout = 1024 if choice.aligned else 1021, (choice.part_rows, choice.group_values)
     for seed, (pattern, density, window) in enumerate(
@@ -127,7 +127,7 @@ def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
 def test_exact_while_the_ring_turns(pattern: str, layout: tuple[int, int], arch: str) -> None:
     """Rows of tiles whose values go through the ring many times over, in one run and in several."""
     longer = 1 if layout[1] == 4 else 3  # so few values do not fill it as often
-    window = 128 if (pattern, layout[1]) == ("column", 2) else None  # the largest that will do takes seconds to find
+    window = 128 if (pattern, layout[1]) == ("column", 2) else None  # the largest that fits takes seconds to find
     for seed, (columns, n, blocks) in enumerate(((2555, 9, 1), (2107, 24, 2), (1659, 40, 3))):
         w, sparse = encoded(pattern, (130, columns * longer), 0.6, "fp16", seed, window, layout)
         assert sparse.fronts[-1] >= (3 if longer == 1 else 1.5) * ring_rows(sparse, n, arch)
@@ -155,7 +155,7 @@ def test_exact_for_every_width_of_the_last_window(part_rows: int, arch: str) -> 
 
 @every_pair("layout, arch, pattern", LAYOUTS, PATHS, ("uniform", "skewed"))
 def test_exact_for_runs_that_start_at_any_tile(pattern: str, layout: tuple[int, int], arch: str) -> None:
-    """At both tiles of a window, at every tile since places were stored, with streams that lag by up to the slack."""
+    """At both tiles of a window, at every tile after stored places, with streams that lag by up to the slack."""
     for seed, (density, columns) in enumerate(((0.5, 1300), (0.2, 2400), (0.1, 2400), (0.03, 2400))):
         w, sparse = encoded(pattern, (256, columns), density, "bf16", seed, None, layout)
         assert layout[1] == 2 or seed == 3 or np.unique(Places.unpack(sparse.places[1:]).lags).size > 10
@@ -206,7 +206,7 @@ def test_exact_for_dense_and_empty_matrices(dtype: str, part_rows: int, arch: st
 @every_arch
 @both_parts
 def test_exact_where_one_row_is_dense(part_rows: int, arch: str) -> None:
-    """All columns meet in that row, so none of its band shares a slot; other bands have as many dummies, unneeded."""
+    """All columns meet in that row, so none share a slot in its band; other bands have as many dummies without need."""
     for seed, row in enumerate((0, 15, 64, 100)):
         w = weight("uniform", (128, 900), 0.05, "fp16", seed)
         w[row] = integers(np.random.default_rng(seed), (1, 900), "fp16")
@@ -228,9 +228,9 @@ def test_exact_for_rows_of_several_chains(part_rows: int, arch: str) -> None:
 @both_paths
 @both_parts
 def test_exact_for_any_pairing_in_any_order(part_rows: int, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results do not depend on the order of the pairs; only that there are no bank conflicts does.
+    """Results do not depend on the order of the pairs; only the absence of bank conflicts does.
 
-    Of groups of four values, that is: which slots make up a group is what gives others two.
+    This holds for groups of four values: groups have at most two values only if the right slots make up a group.
     """
 
     def shuffled(masks: Any, how: Any) -> Any:
@@ -251,7 +251,7 @@ def test_exact_for_any_pairing_in_any_order(part_rows: int, arch: str, monkeypat
 
 @every_pair("layout, arch, dtype", LAYOUTS, PATHS, ("fp16", "bf16"))
 def test_a_value_read_ahead_is_not_used(dtype: str, layout: tuple[int, int], arch: str) -> None:
-    """Lanes without a value load the next one of their stream all the same: NaN or infinity of a later tile."""
+    """Lanes without a value still load the next one of their stream: a NaN or infinity of a later tile."""
     w = weight("uniform", (256, 1536), 0.2 if layout[1] == 4 else 0.08, dtype)
     w[128:][w[128:] != 0] = np.nan
     w[200:][w[200:] != 0] = np.inf
@@ -299,9 +299,10 @@ def test_repeats_give_the_same_bits(dtype: str, part_rows: int, arch: str) -> No
 @every_layout
 @pytest.mark.parametrize("n", [8, 16, 32])
 def test_counts(n: int, layout: tuple[int, int]) -> None:
-    """Every byte of W once and by bulk copies, and all windows of x but the run's first; no barrier on the way.
+    """Bulk copies load every byte of W once, and all windows of x but the run's first; no barrier on the way.
 
-    But the chunks at the first places of the ring, which it holds twice. Warps with 64 rows gather half as much.
+    Only the chunks at the first places of the ring, which it holds twice, count twice. Warps with 64 rows gather half
+    as much.
     """
     part_rows, values = layout
     w, sparse = encoded("uniform", (256, 1000), 0.2, "fp16", 0, None, layout)
@@ -319,11 +320,11 @@ def test_counts(n: int, layout: tuple[int, int]) -> None:
         assert counts.ldmatrix.requests == tiles_m * tiles_k * 4 * PARTS_OF[part_rows].steps * n // 8
         assert not meets_banks(counts, sparse)
         assert counts.ldmatrix.conflicts == 0 or values == 2
-        # The warps of a block meet when its barriers are there, those that multiply when x is; those of a band of 64
-        # rows twice for every fragment of every row of tiles.
+        # The warps of a block meet when its barriers are ready; those that multiply meet when x is; those of a band of
+        # 64 rows meet twice for every fragment of every row of tiles.
         assert counts.barriers == 2 + (tiles_m * 2 * 4 * 2 * n // 8 if part_rows == 64 else 0)
-    # Runs that start amid the values bring what the slowest stream may still need: the slack, to whole chunks. Each
-    # lays out its first window itself.
+    # Runs that start amid the values also load what the slowest stream may still need: the slack, rounded to whole
+    # chunks. Each lays out its first window itself.
     whole -= 3 * 256 * COLUMN_BYTES[n]
     shared = check_packed(sparse, w, n, "90a", blocks=4)
     assert whole < shared.bulk_copy_bytes <= whole + 3 * 5 * CHUNK_BYTES
@@ -338,7 +339,7 @@ def test_conflicts_whatever_the_window(layout: tuple[int, int]) -> None:
 
 
 def test_plans_of_the_emulated_device_have_blocks_that_share_rows() -> None:
-    """Or the tests over all formats would not see a run that begins amid a row."""
+    """Otherwise the tests over all formats would not see a run that begins inside a row."""
     w = Slot24.from_dense(weight("uniform", (384, 1536), 0.1, "fp16"))
     split: Any = plan(w, 9, device=emulator.emulated_device("90a")).split
     assert max(split.pieces(row) for row in range(3)) > 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot24 for 64 columns of x: two teams of warps, one for the first tile of each window, one for the second."""
+"""Slot24 for 64 columns of x: two teams of warps, one for the first tile of each window and one for the second."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def wide(w: Slot24) -> slot24.Choice:
-    """The instance of the layout of ``w``."""
+    """The wide instance for the layout of ``w``."""
     return slot24.default_choice(w, slot24.WIDE, arch=ARCH)
 
 
@@ -88,7 +88,7 @@ def test_exact_while_the_ring_turns(pattern: str, layout: tuple[int, int]) -> No
 def test_exact_where_runs_of_the_format_begin_in_either_tile(
     layout: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streams of both teams start anew there, within a run of windows, before, in and behind a window."""
+    """Streams of both teams start anew there, within a run of windows: before, inside and after a window."""
     met = set()
     for seed, count in enumerate((3, 5, 9, 40)):
         monkeypatch.setattr(runs, "RUNS", count)
@@ -123,7 +123,7 @@ def test_exact_for_rows_of_several_chains(layout: tuple[int, int]) -> None:
 
 @every_layout
 def test_a_value_read_ahead_is_not_used(layout: tuple[int, int]) -> None:
-    """Lanes without a value load the next one of their stream all the same: NaN or infinity of a later tile."""
+    """Lanes without a value still load the next one of their stream: a NaN or infinity of a later tile."""
     w = weight("uniform", (256, 1536), density(layout, 0.2), "fp16")
     w[128:][w[128:] != 0] = np.nan
     w[200:][w[200:] != 0] = np.inf
@@ -152,7 +152,7 @@ def test_repeats_give_the_same_bits(dtype: str, layout: tuple[int, int]) -> None
 
 @every_layout
 def test_counts(layout: tuple[int, int]) -> None:
-    """W is decoded once for all columns of x: as many loads of values as for 32, and each multiplied twice as often."""
+    """W is decoded once for all columns of x: as many loads of values as for 32, each multiplied twice as often."""
     part_rows, values = layout
     w = weight("uniform", (256, 1000), density(layout, 0.2), "fp16")
     sparse = encode(w, layout)
@@ -168,7 +168,7 @@ def test_counts(layout: tuple[int, int]) -> None:
     assert counts.ldmatrix.requests == tiles_m * tiles_k * 4 * PARTS_OF[part_rows].steps * 8
     assert not meets_banks(counts, sparse)
     assert counts.ldmatrix.conflicts == 0 or values == 2
-    # The warps of a block meet when its barriers are there, those that multiply when x is; those of a band twice for
-    # each of their fragments of 16 rows, for each row of tiles.
+    # The warps of a block meet when its barriers are ready; those that multiply meet when x is; those of a band meet
+    # twice for each of their fragments of 16 rows, for each row of tiles.
     bands, slices = 128 // part_rows, 2 * PARTS_OF[part_rows].halves
     assert counts.barriers == 2 + tiles_m * bands * slices * 2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes out of the slot24 kernel, one at a time, what only its two teams of warps need: the tests must notice.
 
-Not here: that streams need not trade columns behind the last tile, which costs time alone.
+Not here: that streams need not trade columns after the last tile, which only costs time.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ SEEDS = 3
 
 
 def run(build: emulator.BuildOptions) -> str | None:
-    """The first failure on products that reach all that is mutated."""
+    """The first failure on products that reach everything that is mutated."""
     choices = [c for c in slot24.instances() if c.n_block == slot24.WIDE and c.dtype == "fp16" and c.aligned]
     for choice in choices:
         if (choice.part_rows, choice.group_values) not in ((32, 4), (64, 2)):
@@ -104,7 +104,7 @@ def run(build: emulator.BuildOptions) -> str | None:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_runs() -> Iterator[None]:
-    """Long ones, in which streams come to lag, and some that begin with the second tile of a window."""
+    """Long runs, in which streams come to lag, and some that begin with the second tile of a window."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "RUNS", 5)
         yield

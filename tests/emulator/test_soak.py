@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The soak program draws the same case from the same number, covers what it says, and notices a wrong product."""
+"""The soak program draws the same case from the same number, covers what it claims, and notices a wrong product."""
 
 from __future__ import annotations
 

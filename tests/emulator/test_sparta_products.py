@@ -26,14 +26,14 @@ COLUMNS = (1, 5, 8, 12, 16, 17, 32, 40, 64, 70)
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    """All instances, built together; another worker that wants them takes them from the cache."""
+    """All instances, built together; another worker that needs them takes them from the cache."""
     with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "sparta.lock").open("w") as lock, locked(lock.fileno()):
         for arch in ARCHS:
             emulator.preload(sparta.specs(), build=emulator.BuildOptions(arch=arch))
 
 
 def multiply(w: SparTA, x: NDArray[Any], choice: Choice, *, arch: str = "90a", seed: int = 0) -> NDArray[Any]:
-    """x[N, K] @ W^T. y is poisoned before, x and y are fenced."""
+    """x[N, K] @ W^T. y is poisoned beforehand; x and y are fenced."""
     n = len(x)
     inputs = Fence(np.ascontiguousarray(x.T))
     outputs = Fence(np.full((w.shape[0], n), NAN, np.uint16).view(np.float16))
@@ -50,7 +50,7 @@ def check(w: NDArray[Any], n: int, *, arch: str, seed: int, choices: int = 2) ->
     """Exact for the best choices, and for others in turn."""
     x = integers(np.random.default_rng(n + seed), (n, w.shape[1]), "fp16")
     made = SparTA.from_dense(w)
-    # What is rounded between the launches has to be an fp16 number, or the result would not be exact.
+    # The result between the launches has to be an fp16 number, or rounding it would make the sum inexact.
     partial = x.astype(np.float64) @ made.residual.to_dense().astype(np.float64).T
     assert (np.abs(partial) <= 2048).all()
     found = made.choices(n, sm_count=4)
@@ -85,7 +85,7 @@ def test_exact_for_random_schedules(seed: int) -> None:
 
 
 def test_y_is_rounded_between_the_parts() -> None:
-    """As in the published composition: 2048 + 1 of the residual is 2048 in fp16, and what the other part adds 2."""
+    """As in the published composition: the residual's 2048 + 1 is 2048 in fp16, to which the other part adds 2."""
     w = np.zeros((5, 8), np.float16)
     w[:, :4] = 1, 1, 2048, 1
     made = SparTA.from_dense(w)

@@ -24,21 +24,21 @@ ODD_SHAPES = ((1, 1), (7, 72), (129, 65), (200, 456), (384, 203))
 WIDTHS = (1, 5, 8, 16, 17, 18, 32, 40, 64, 70)
 GUARD = 256  # elements before and after an operand
 NAN_BITS = 0x7FDA  # a NaN that no conversion gives
-# Each instance of the kernel with an N: the largest to 128 that leaves columns of its tiles empty, where there is one.
+# Each instance of the kernel with an N: the largest up to 128 that leaves some columns of its tiles empty, if any does.
 ORDER = sorted(range(1, 129), key=lambda n: (n % 8 != 0, n % 32 != 0, n))
 INSTANCES = tuple({choice.spec: (choice, n) for n in ORDER for choice in sputnik.choices(n)}.values())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels() -> None:
-    # Another worker compiles the same: then all come from the cache.
+    # Another worker may compile the same ones: then all come from the cache.
     with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "sputnik.lock").open("w") as lock, locked(lock.fileno()):
         for arch in ("80", "90a"):
             emulator.preload(sputnik.specs(), build=emulator.BuildOptions(arch=arch))
 
 
 def fenced(shape: tuple[int, int], content: NDArray[Any] | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """An fp16 array at an address divisible by 16 among NaNs, and all of the memory around it as bits."""
+    """An fp16 array among NaNs, at an address divisible by 16, and all the memory including the NaNs as bits."""
     count = shape[0] * shape[1]
     memory = np.full(count + 2 * GUARD + 8, NAN_BITS, np.uint16)
     start = GUARD + (-(memory.ctypes.data + 2 * GUARD) % 16) // 2
@@ -51,7 +51,7 @@ def fenced(shape: tuple[int, int], content: NDArray[Any] | None = None) -> tuple
 def product(
     x: NDArray[Any], packed: Sputnik, choice: Choice, *, arch: str = "90a", seed: int = 0
 ) -> tuple[NDArray[Any], emulator.Counts]:
-    """y[N, M] for x[N, K]; fails when anything beside y is written."""
+    """y[N, M] for x[N, K]; fails when anything outside y is written."""
     n, rows = x.shape[0], packed.shape[0]
     inner, around_x = fenced((x.shape[1], n), x.T)
     y, around_y = fenced((rows, n))
@@ -93,7 +93,7 @@ def test_exact_for_every_instance_and_mask(choice: Choice, n: int, pattern: str)
 
 
 def rows_of_every_length(longest: int) -> NDArray[Any]:
-    """Small integers; each number of elements in a row from 0 to ``longest``, in a drawn order."""
+    """Small integers; the rows have every number of elements from 0 to ``longest``, in random order."""
     rng = np.random.default_rng(7)
     w = integers(rng, (longest + 1, longest + 20), "fp16")
     rank = np.argsort(np.argsort(rng.random(w.shape), axis=1), axis=1)
@@ -104,7 +104,7 @@ def rows_of_every_length(longest: int) -> NDArray[Any]:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("swizzle", [False, True])
 def test_exact_for_rows_of_every_length(swizzle: bool, seed: int) -> None:
-    """No, one or two whole steps, and every rest; rows that begin inside a vector, and rows that do not."""
+    """Zero, one or two whole steps, and every remainder; rows that begin inside a vector, and rows that do not."""
     w = rows_of_every_length(200)
     packed = Sputnik.from_dense(w, swizzle=swizzle)
     assert set((packed.row_offsets[:-1] % 8).tolist()) == {0, 4}
@@ -115,7 +115,7 @@ def test_exact_for_rows_of_every_length(swizzle: bool, seed: int) -> None:
 
 
 def test_computes_the_rows_that_the_order_names() -> None:
-    """Any order gives the same y, so one that names a row twice and leaves the others out shows that it is heeded."""
+    """Any order gives the same y, so one that names a row twice and omits others shows that the order is obeyed."""
     w = weight("uniform", (9, 50), 0.5, "fp16")
     packed = replace(Sputnik.from_dense(w), row_indices=np.full(9, 4, np.int32))
     x = integers(np.random.default_rng(4), (16, 50), "fp16")
@@ -145,7 +145,7 @@ def test_only_stored_elements_are_multiplied(choice: Choice, n: int) -> None:
     w = rows_of_every_length(150)
     rng = np.random.default_rng(9)
     odd = rng.choice(w.shape[1] - 1, 6, replace=False)
-    w[:, odd] *= rng.random((len(w), 6)) < 0.1  # so that most rows have none of them
+    w[:, odd] *= rng.random((len(w), 6)) < 0.1  # so that most rows have no elements in these columns
     w[:, -1] = 1  # all padding is in this column
     w[5, 20], w[120, 3], w[77, 60] = np.nan, np.inf, -np.inf
     x = integers(rng, (n, w.shape[1]), "fp16")
@@ -177,7 +177,7 @@ def test_random_values_stay_within_the_bound(n: int) -> None:
 
 
 def test_reads_what_is_stored_and_no_more() -> None:
-    """Bytes read where rows end with a step of one group of four, and every second one begins inside a vector."""
+    """Bytes read if rows end with a step of one group of four, and every second row begins inside a vector."""
     w = np.ones((8, 4 * 64 + 4), np.float16)
     packed = Sputnik.from_dense(w)
     x = integers(np.random.default_rng(2), (16, w.shape[1]), "fp16")

@@ -31,14 +31,14 @@ NAN = 0x7FDA
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    """All instances, built together; another worker that wants them takes them from the cache."""
+    """All instances, built together; another worker that needs them takes them from the cache."""
     with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "tca_bme.lock").open("w") as lock, locked(lock.fileno()):
         for arch in ARCHS:
             emulator.preload(tca_bme.specs(), build=emulator.BuildOptions(arch=arch))
 
 
 class Fenced:
-    """A copy of an array, with NaNs before and behind it, at an address that is a multiple of 16."""
+    """A copy of an array, with NaNs before and after it, at an address that is a multiple of 16."""
 
     def __init__(self, inner: NDArray[Any]) -> None:
         room = np.full(inner.nbytes // 2 + 2 * GUARD + 8, NAN, np.uint16)
@@ -55,7 +55,7 @@ class Fenced:
 def multiply(
     w: TcaBme, x: NDArray[Any], choice: Choice, *, arch: str = "90a", seed: int = 0
 ) -> tuple[NDArray[Any], Sequence[Counts]]:
-    """x[N, K] @ W^T and the counts of the launches; y and the workspace hold NaN before."""
+    """x[N, K] @ W^T and the counts of the launches; y and the workspace are filled with NaN beforehand."""
     n = len(x)
     inputs = Fenced(x)
     outputs = Fenced(np.full((n, w.shape[0]), NAN, np.uint16).view(np.float16))
@@ -72,7 +72,7 @@ def multiply(
 
 
 def check(w: NDArray[Any], n: int, choice: Choice | int, *, arch: str, seed: int) -> None:
-    """The product with n columns of integers is exact, by ``choice`` or the choice of that number."""
+    """The product with n columns of integers is exact, for ``choice`` or by default the choice for that n."""
     x = integers(np.random.default_rng(n + seed), (n, w.shape[1]), "fp16")
     encoded = TcaBme.from_dense(w)
     if isinstance(choice, int):
@@ -115,7 +115,7 @@ def test_exact_for_every_pattern(pattern: str, arch: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1024, 2304, 2305, 4088, 4089, 4096])
 def test_exact_around_the_room_for_values(count: int) -> None:
-    """Values that are just enough for what there is, in tiles next to empty and full-width ones."""
+    """Numbers of values around what there is room for, in tiles next to empty ones and at full width."""
     rng = np.random.default_rng(count)
     w = np.zeros((64, 64 * 5), np.float16)
     for tile in (0, 2, 3):
@@ -136,7 +136,7 @@ def test_exact_for_random_schedules(seed: int) -> None:
 
 
 def test_every_byte_is_read_once() -> None:
-    """Of the weight by each block of columns, of x by each row of tiles; all accesses without bank conflicts."""
+    """W once by each block of columns, x once by each row of tiles; no access has bank conflicts."""
     shape, n = (200, 456), 70
     w = TcaBme.from_dense(weight("uniform", shape, 0.4, "fp16"))
     x = integers(np.random.default_rng(0), (n, shape[1]), "fp16")
@@ -147,7 +147,7 @@ def test_every_byte_is_read_once() -> None:
         assert product.copy_async_bytes == 2 * (w.values.nbytes + w.bitmaps.nbytes) + 4 * x.nbytes
         assert product.multiply_adds == 2 * 64 * 4 * 64 * 8 * 64  # zeros and all
         assert product.ldmatrix.conflicts == 0
-        # Offsets: three for each block and thread, two for every further tile; the first ask for two tiles at once.
+        # Offsets: three for each block and thread, two for every further tile; the first loads are for two tiles.
         offsets = product.global_read_bytes - product.copy_async_bytes
         assert offsets == 128 * 4 * (5 * product.blocks + 2 * (2 * 4 * 8 - product.blocks))
         assert len(counts) == (1 if choice.split == 1 else 2)
@@ -167,7 +167,7 @@ def test_zeros_multiply_as_in_dense_arithmetic() -> None:
 
 
 def test_sums_of_splits_keep_their_range_and_precision() -> None:
-    """Large parts that cancel, as fp16 they would be infinite, and a small one that fp16 would lose beside them."""
+    """Large parts that cancel and would be infinite in fp16, and a small one that fp16 would lose beside them."""
     w = np.zeros((3, 64 * 4), np.float16)
     w[:, 0], w[:, 64], w[:, 128] = 60000, -60000, 3
     x = np.full((2, 64 * 4), 2, np.float16)
@@ -194,7 +194,7 @@ def test_random_values_stay_within_the_bound(n: int, number: int) -> None:
 
 
 def test_longest_chains_stay_within_what_other_systems_are_allowed() -> None:
-    """One split has all of K in one chain of truncated sums, as published; the worst is when nothing cancels."""
+    """One split has all of K in one chain of truncated sums, as published; the worst case is when nothing cancels."""
     rng = np.random.default_rng(8)
     w = (rng.random((64, 49152)) * (rng.random((64, 49152)) < 0.5)).astype(np.float16)
     x = (rng.random((1, 49152)) / 4).astype(np.float16)

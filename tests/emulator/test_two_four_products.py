@@ -30,7 +30,7 @@ COLUMNS = (1, 5, 8, 12, 16, 17, 32, 40, 64, 70)
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    """All instances, built together; another worker that wants them takes them from the cache."""
+    """All instances, built together; another worker that needs them takes them from the cache."""
     with (Path(os.environ["FLASHLLM_TESTS_SCRATCH"]) / "two_four.lock").open("w") as lock, locked(lock.fileno()):
         for arch in ARCHS:
             emulator.preload(SPECS, build=emulator.BuildOptions(arch=arch))
@@ -39,7 +39,7 @@ def _built() -> None:
 def multiply(
     w: TwoFour, x: NDArray[Any], choice: Choice, *, y: NDArray[Any] | None = None, arch: str = "90a", seed: int = 0
 ) -> tuple[NDArray[Any], Sequence[Counts]]:
-    """x[N, K] @ W^T, with the launches' counts; added to ``y`` [N, M] where the choice adds, which is else poisoned."""
+    """x[N, K] @ W^T, with the launches' counts; added to ``y`` [N, M] if the choice adds, else ``y`` is poisoned."""
     n = len(x)
     before = np.full((n, w.shape[0]), NAN, np.uint16).view(np.float16) if y is None else y
     turned = [np.ascontiguousarray(a.T) if choice.column else a for a in (x, before)]
@@ -56,7 +56,7 @@ def multiply(
 
 
 def two_of_four(pattern: str, shape: tuple[int, int], density: float, seed: int = 0) -> NDArray[Any]:
-    """Integers, the first two nonzeros of every group of what ``pattern`` keeps."""
+    """Integers: of what ``pattern`` keeps, the first two nonzeros of every group."""
     return np.asarray(TwoFour.first_two(weight(pattern, shape, density, "fp16", seed)).to_dense())
 
 
@@ -89,7 +89,7 @@ def test_exact_for_odd_shapes(shape: tuple[int, int], layout: str, arch: str) ->
     for seed, n in enumerate(COLUMNS):
         w = two_of_four("uniform", shape, 0.5, seed)
         choices = TwoFour.from_dense(w).choices_as(n, sm_count=4, **options)
-        # The best one, and another; which depends on the seed, so that all have their turn.
+        # The best one, and another that depends on the seed, so that all have their turn.
         for choice in dict.fromkeys((choices[0], choices[-1 - seed % len(choices)])):
             check(w, n, choice, arch=arch, seed=seed)
 
@@ -117,7 +117,7 @@ def test_exact_for_random_schedules(seed: int, options: dict[str, bool]) -> None
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=["row", "column"])
 def test_sums_are_fp32_and_rounded_once(options: dict[str, bool]) -> None:
-    """Partial sums, and the product before it is added, of more bits than fp16 has."""
+    """Partial sums, and the product before it is added, have more bits than fp16."""
     w = np.zeros((130, 512), np.float16)
     w[:, 0], w[:, 63], w[:, 511] = 2048, 1, -2048
     x = np.ones((9, 512), np.float16)
@@ -135,7 +135,7 @@ def test_sums_are_fp32_and_rounded_once(options: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=["row", "column"])
 def test_nan_and_infinity(options: dict[str, bool]) -> None:
-    """Of W they multiply as in dense arithmetic. Of x they meet what is stored of W, and no other row of x."""
+    """Those of W multiply as in dense arithmetic. Those of x meet what is stored of W, and affect no other row of x."""
     w = two_of_four("uniform", (200, 130), 0.5, 3)
     w[3, 4:8], w[150, 128:130] = (0, np.nan, 0, 0), (np.inf, -np.inf)
     x = integers(np.random.default_rng(4), (9, 130), "fp16")
@@ -156,7 +156,7 @@ def test_nan_and_infinity(options: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=["row", "column"])
 def test_padding_of_w_meets_zeros(options: dict[str, bool]) -> None:
-    """Not what lies behind x, nor its first elements, which are the address of copies that read nothing."""
+    """Not what lies after x, nor its first elements, which are the address of copies that read nothing."""
     w = two_of_four("uniform", (130, 72), 0.5, 3)
     x = integers(np.random.default_rng(4), (16, 72), "fp16")
     x[0] = np.nan
@@ -215,7 +215,7 @@ def test_unaligned_stores_have_no_bank_conflicts() -> None:
 
 
 def test_rows_of_x_longer_than_one_chain_may_be() -> None:
-    """K so large that no choice has one split, and results as exact as ever."""
+    """K is so large that no choice has one split, and results are still exact."""
     w = two_of_four("uniform", (3, 12288 + 64), 0.02)
     made = TwoFour.from_dense(w)
     choices = made.choices(2, sm_count=4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x laid out once for a launch: in shares of all blocks, by those that cannot wait, for several column blocks."""
+"""x laid out once for a launch: shared among all blocks, by those that cannot wait, for several column blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def encoded(layout: str, shape: tuple[int, int], seed: int = 0) -> tuple[NDArray
 
 
 def check(layout: str, shape: tuple[int, int], n: int, arch: str, seed: int = 0, **split: int) -> emulator.Counts:
-    """The product is exact, and the emulator finds the workspace zero and nothing behind the scratch memory."""
+    """The product is exact; the workspace ends up zero, and nothing is written after the scratch memory."""
     w, sparse = encoded(layout, shape)
     x = integers(np.random.default_rng(seed), (n, shape[1]), "fp16")
     got, counts = emulator.spmm(x, sparse, arch=arch, seed=seed, **split)
@@ -52,7 +52,7 @@ def check(layout: str, shape: tuple[int, int], n: int, arch: str, seed: int = 0,
 
 
 def split_of(layout: str, shape: tuple[int, int], n: int, arch: str, blocks: int) -> StreamK:
-    """As ``emulator.spmm`` makes it."""
+    """The split as ``emulator.spmm`` makes it."""
     split: Any = plan(encoded(layout, shape)[1], n, device=emulator.emulated_device(arch), expand=False).split
     return replace(split, blocks=blocks, row_cost=0)
 
@@ -66,7 +66,7 @@ def test_exact_for_any_k(columns: int, layout: str, arch: str) -> None:
 
 @every_pair("layout, blocks, arch", LAYOUTS, (1, 2, 5, 7), PATHS)
 def test_exact_for_several_column_blocks(blocks: int, layout: str, arch: str) -> None:
-    """Each has images of its own, to which blocks of all lend a hand."""
+    """Each has its own images, and the blocks of all column blocks help to lay them out."""
     for n in (33, 65, 70, 130):
         check(layout, (256, 1001), n, arch, n, blocks=blocks)
 
@@ -106,7 +106,7 @@ def test_exact_where_blocks_do_not_begin(layout: str, arch: str) -> None:
 @both_paths
 @every_layout
 def test_exact_for_blocks_of_one_tile(layout: str, arch: str) -> None:
-    """Some of which begin and end with the first tile of a window, and need no image but the one they lay out."""
+    """Some begin and end with the first tile of a window, and need only the image that they lay out themselves."""
     shape = (256, 1000)
     sparse: Any = encoded(layout, shape)[1]
     for n in (8, 16, 32, 40):
@@ -123,7 +123,7 @@ def test_fewer_images_than_a_block_has_room_for(layout: str) -> None:
 
 
 def kernels_that(change: tuple[str, str], folder: Path, arch: str) -> BuildOptions:
-    """Those of a copy of the device code with one thing changed."""
+    """Kernels from a copy of the device code with one thing changed."""
     shutil.copytree(cuda_root(), folder)
     header = folder / "flashllm/x_images.cuh"
     text = header.read_text(encoding="utf-8")
@@ -142,9 +142,9 @@ TELL = ("        if (has_share) tell(warp);\n", "")
     [("bitmap", "90a"), ("slot24-32-4", "80"), ("slot24-64-2", "90a")],
 )
 def test_both_ways_are_taken(layout: str, arch: str, tmp_path: Path) -> None:
-    """Blocks that run together copy what they have laid out together; where no share is told of, warps lay out all.
+    """Blocks that run together copy what they have laid out together; if no share is announced, warps lay out all.
 
-    A feeding warp that lays out an image reads what no argument is, as the emulator says.
+    A feeding warp that lays out an image then reads outside every argument, as the emulator reports.
     """
     w, sparse = encoded(layout, (256, 1801))
     x = integers(np.random.default_rng(1), (32, 1801), "fp16")

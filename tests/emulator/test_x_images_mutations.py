@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes steps, waits and bounds out of how x is laid out for a launch, one at a time: the tests must notice.
 
-With the bitmap kernel and 32 columns, whose images are tiles, and where it says so with the slot24 kernel, whose images
-are windows; several column blocks, more pieces than warps, rows of more images than a warp looks at at one time, and
-blocks that others wait for when they have not begun.
+With the bitmap kernel and 32 columns, whose images are tiles, and where stated with the slot24 kernel, whose images are
+windows; several column blocks, more pieces than warps, rows of more images than a warp looks at at one time, and blocks
+that others wait for although they have not begun.
 
-Not here: whatever makes a feeding warp lay out an image although others have, which costs time alone (that a share is
-counted, to which group, and how many pieces a group has). Rows of x are bounded for the sake of memory, which
-AddressSanitizer watches (test_sanitizers.py). Pieces of the first images are as many as whole rounds of the warps, so
-that the bound of the last round is for other shapes. All lanes of a warp have met where it counts its share. Counts
-that lie on pieces of sums change their last bits, which rounding hides. Column blocks' images come about at one time,
-so that it hardly shows whose are looked at. Not modelled are fences between blocks, before
-bulk copies, and behind plain stores to shared memory. The feeder's waits for the launch before show nowhere: ahead of
-each, a release has put it behind warps that had waited.
+Not here: whatever makes a feeding warp lay out an image although others have, which only costs time (that a share is
+counted, to which group, and how many pieces a group has). Rows of x are bounded for memory safety, which
+AddressSanitizer watches (test_sanitizers.py). The pieces of the first images fill whole rounds of the warps, so that
+the bound of the last round is for other shapes. All lanes of a warp have met where it counts its share. Counts that
+overlap pieces of sums change their last bits, which rounding hides. The images of all column blocks are made at the
+same time, so that it hardly shows whose are looked at. Fences between blocks, before bulk copies, and after plain
+stores to shared memory are not modelled. The feeder's waits for the previous launch show nowhere: before each, a
+release has ordered it after warps that had waited.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEEDS = 8
 
 
 def tiles(name: str, file: str, old: str, new: str = "") -> Mutation:
-    """With the bitmap kernel: wgmma alone has images."""
+    """Mutations with the bitmap kernel, where only wgmma has images."""
     return Mutation(name, file, old, new, WGMMA)
 
 
@@ -63,7 +63,7 @@ MUTATIONS = (
     tiles("nothing is laid out",
              KERNEL, "images.finish(begun, shared + L::Ring::kBytes, L::kStageBytes, tile_k, warp);"),
     tiles("warps read before all have laid out", IMAGES, "ptx::meet<kWarps * 32>(kImagesBarrier);"),
-    # Each block's share, and what is known of it.
+    # Each block's share, and what is known about it.
     tiles("the first piece of a share is not stored", IMAGES,
           "if (has_share) store_share(first_share(warp), begun.share);"),
     tiles("a share has one piece", IMAGES, "store_share(share, load_share(share));", ";"),
@@ -166,7 +166,7 @@ WINDOWS = (
 )  # fmt: skip
 
 # Shape, N, density, blocks: runs of a few tiles and of many, more blocks than run at one time, more than 32 images or
-# groups of them, pieces for each warp and for a few; last a run for which the feeder need not wait for anybody.
+# groups of them, pieces for every warp and for a few; last, a run for which the feeder need not wait for anyone.
 PRODUCTS: tuple[tuple[tuple[int, int], int, float, int], ...] = (
     ((201, 456), 32, 0.2, 3),
     ((128, 64 * 30), 70, 0.3, 1),
@@ -198,7 +198,7 @@ def choice_for(name: str, arch: str, *, aligned: bool) -> KernelChoice:
 
 
 def run(build: emulator.BuildOptions, *, name: str = "bitmap", aligned: bool = True) -> str | None:
-    """The first failure on products that reach all that is mutated."""
+    """The first failure on products that reach everything that is mutated."""
     choice = choice_for(name, build.arch, aligned=aligned)
     for seed in range(SEEDS):
         for (rows, columns), n, density, blocks in PRODUCTS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing and packing on the GPU: the same as on the host, and a right product."""
+"""Choosing and packing on the GPU: the same results as on the host, and a right product."""
 
 from __future__ import annotations
 

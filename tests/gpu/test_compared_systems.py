@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems we compare with: right results from a captured graph, for every way that each of them has."""
+"""The systems we compare with: right results from a captured graph, for every way that each of them can run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_way_is_right_in_a_graph(cp: Any, name: str, shape: tuple[int, int
 
 
 def _moved(packed: Any, cp: Any) -> Any:
-    """A weight of the host with its arrays, and those of weights that it consists of, on the GPU."""
+    """A host weight with its arrays, and those of the weights it consists of, moved to the GPU."""
     changed = {}
     for field in dataclasses.fields(packed):
         value = getattr(packed, field.name)
@@ -85,7 +85,7 @@ def _moved(packed: Any, cp: Any) -> Any:
 def test_our_kernels_are_exact(cp: Any, name: str, shape: tuple[int, int], n: int) -> None:
     """Every choice, at shapes that fill no tile; the output is poisoned, and what lies around it stays as it was.
 
-    All but the products is done on the host: the sanitizers find races in kernels of CuPy that an encoder launches.
+    Everything except the products runs on the host: the sanitizers find races in CuPy kernels that an encoder launches.
     """
     made = weight_class(name)
     columns = made.LAYOUT == "column"

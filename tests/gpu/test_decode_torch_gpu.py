@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch")
 BATCH, PROMPT, OUTPUT = 3, 5, 8
 CAPACITY = 20
 _16_BIT_SUMS = 2.0
-"""Times the bound of an engine, whose residual stream is fp32."""
+"""Multiple of the bound of an engine, whose residual stream is fp32."""
 OTHERS = ("torch-compile", "hf-static", "torch-2:4")
 
 
@@ -53,7 +53,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def decode(decoder: TorchDecoder, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray[Any, Any]:
-    """Logits [count, batch, vocab] behind each token of the output but the last, and behind the prompts."""
+    """Logits [count, batch, vocab] after the prompts and after each token of the output except the last."""
     decoder.logits.fill_(float("nan"))
     decoder.start(prompts)
     steps = [decoder.logits.double().cpu().numpy()]
@@ -66,7 +66,7 @@ def decode(decoder: TorchDecoder, prompts: Sequence[Sequence[int]], count: int) 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["opt", "qwen2", "qwen3"])
 def test_compiled_steps_give_the_tokens_of_our_engine(kind: str, dtype: DType, cp: Any, tmp_path: Path) -> None:
-    """But behind a token of two whose logits are nearer to each other than rounding may bring them."""
+    """Except after a choice between two tokens whose logits are closer than rounding might make them."""
     model = cases.make_model(tmp_path, kind, dtype)
     weights = model.load(cp, None)
     prompts = cases.random_prompts((PROMPT,) * BATCH)

@@ -75,7 +75,7 @@ def test_prefill_of_long_prompts(cp: Any, case: Case) -> None:
 
 @every(LARGE)
 def test_decoding_of_long_prompts(cp: Any, case: Case) -> None:
-    """Each row a query of its own, hundreds of a slot at a time."""
+    """Each row is a separate query, hundreds of them from one slot at a time."""
     given = operands(case)
     want = expected(case, given, weights_rounded=case.is_grouped)
     for splits in (1, 4, 16):
@@ -84,7 +84,7 @@ def test_decoding_of_long_prompts(cp: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("heads", [6, 24])
 def test_one_graph_serves_every_step(cp: Any, heads: int) -> None:
-    """Slots and positions change between replays, and with them how many splits there is work for."""
+    """Slots and positions change between replays, and so does the number of splits that have work."""
     case = Case(dtype="fp16", heads=heads, kv_heads=3, head_dim=128, capacity=512, ends=(512,) * 5)
     given = operands(case)
     plan = plan_of(case, 5, 6)

@@ -32,7 +32,7 @@ def test_against_float64(cp: Any, name: str) -> None:
 
 
 class Chain:
-    """Every kind of kernel, each on the result of the one before, over buffers of its own."""
+    """Every kind of kernel, each on the result of the previous one, in the chain's own buffers."""
 
     def __init__(self, cp: Any, *, rows: int, hidden: int) -> None:
         rng = np.random.default_rng(hidden)
@@ -78,7 +78,7 @@ class Chain:
 @pytest.mark.parametrize("overlap", [False, True], ids=["ordinary", "overlapping"])
 @pytest.mark.parametrize("hidden", [256, 4096, 12288])
 def test_one_graph_serves_every_step(cp: Any, hidden: int, overlap: bool) -> None:
-    """The bits of launches one by one, for tokens and positions that change between replays."""
+    """The same bits as launches one by one, for tokens and positions that change between replays."""
     if overlap:
         try:
             dependent.check(device_facts())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same instance, on this GPU and on the CPU emulator: equal bits on integer operands."""
+"""The same instance on this GPU and on the CPU emulator gives equal bits on integer operands."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_same_bytes_for_any_number_of_tiles(cp: Any, tiles: int) -> None:
 
 @pytest.mark.parametrize(("shape", "runs"), [((7700, 3300), 396), ((3500, 8000), 392), ((2100, 900), 31)], ids=str)
 def test_same_bytes_for_many_runs(cp: Any, shape: tuple[int, int], runs: int) -> None:
-    """As many as a matrix can have, begun amid rows of tiles and not; they get longer from the first to the last."""
+    """As many runs as a matrix can have, starting inside rows of tiles or not, longer from the first to the last."""
     rng = np.random.default_rng(runs)
     a = rng.integers(1, 1 << 16, shape, dtype=np.uint16)
     a[rng.random(shape) > np.linspace(0, 0.9, shape[0])[:, None]] = 0

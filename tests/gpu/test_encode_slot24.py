@@ -243,7 +243,7 @@ def test_more_than_two_to_the_31_elements(cp: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("density", [0.1, 0.2, 0.3, 0.5])
 def test_speed(cp: Any, density: float) -> None:
-    """Under 50 ms, ten times of what is expected of an H100."""
+    """Under 50 ms, ten times what is expected of an H100."""
     a = (cp.random.default_rng(0).random((28672, 8192), dtype=np.float32) < density).astype(np.float16)
     Slot24.from_dense(a)
     start, end = cp.cuda.Event(), cp.cuda.Event()

@@ -58,7 +58,7 @@ def test_against_float64(made: Made, runtime: Runtime, kind: str, dtype: DType, 
 
 @pytest.mark.parametrize("format", [None, "bitmap"])
 def test_long_sequences(made: Made, runtime: Runtime, format: str | None) -> None:
-    """Attention of a step in several splits, more queries than a block of prefill has."""
+    """A step's attention has several splits, and prompts have more queries than a prefill block."""
     model = made("mistral", "fp16")
     engine = Engine(model.load(runtime.xp, format), runtime, batch=4, capacity=320)
     assert engine._plan.splits > 1
@@ -97,7 +97,7 @@ def test_a_captured_step_gives_the_bits_of_its_launches(
 
 
 def test_overlap_changes_no_bit(cp: Any, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Which of cuBLAS's algorithms is the fastest may differ from time to time, and with it the last bits of logits.
+    # Which cuBLAS algorithm is the fastest may differ from run to run, and with it the last bits of the logits.
     monkeypatch.setattr(GpuProducts, "_fastest", lambda self, key, weights: self._default(key))
     try:
         runtimes = [GpuRuntime(overlap=overlap) for overlap in (False, True)]
@@ -114,7 +114,7 @@ def test_overlap_changes_no_bit(cp: Any, made: Made, monkeypatch: pytest.MonkeyP
 
 
 def test_a_graph_serves_later_prompts(made: Made, runtime: Runtime) -> None:
-    """Products of other numbers of rows may have moved memory meanwhile."""
+    """Products with other numbers of rows may have moved memory in the meantime."""
     model = made("qwen2", "fp16")
     engine = Engine(model.load(runtime.xp, "slot24"), runtime, batch=3, capacity=200)
     for lengths in ((3, 2, 1), (150, 90, 120), (1, 1, 1)):
@@ -123,7 +123,7 @@ def test_a_graph_serves_later_prompts(made: Made, runtime: Runtime) -> None:
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2-135M in fp16: as it is, and half of it pruned by magnitude, as a directory of Hugging Face and packed."""
+    """SmolLM2-135M in fp16: as it is, and half pruned by magnitude, as a Hugging Face directory and packed."""
     pytest.importorskip("gguf")
     pytest.importorskip("tokenizers")
     try:
@@ -161,7 +161,7 @@ def test_a_real_model(smol: dict[str, Path], runtime: Runtime) -> None:
 
 
 def test_a_real_model_sparse_and_dense(smol: dict[str, Path], runtime: Runtime) -> None:
-    """Packed, and the same zeros multiplied as dense matrices: tokens part only where two are about as likely."""
+    """Packed, and with the same zeros in dense matrices: tokens differ only where two are about equally likely."""
     reference = reference_of(open_checkpoint(smol["pruned"]), runtime.xp)
     _, sparse = check_smol(smol["packed"], reference, runtime)
     _, dense = check_smol(smol["packed"], reference, runtime, dense=True)

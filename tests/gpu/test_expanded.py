@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of weights that are expanded for cuBLAS: exact on integers, in the room they asked for, in a graph."""
+"""Products of weights that are expanded for cuBLAS: exact on integers, in the memory they request, in a graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 every_format = pytest.mark.parametrize("name", registry.FORMATS)
 SHAPES = ((300, 456), (129, 333), (1, 1), (128, 64), (1000, 777), (512, 4096))
 TAIL = 4096
-"""Bytes behind a workspace that nobody may write."""
+"""Bytes after a workspace that nothing may write."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def multiply(cp: Any, x: Any, w: SparseWeight) -> Any:
-    """The product by way of the dense matrix, into NaN, in a workspace that is just large enough."""
+    """The product by way of the dense matrix, written over NaN, in a workspace that is just large enough."""
     dtype = NUMPY_DTYPE[w.dtype]
     bits = cp.asarray(np.ascontiguousarray(x).view(np.uint16))
     out = cp.full((x.shape[0], w.shape[0]), 0x7E5A, np.uint16)
@@ -135,7 +135,7 @@ def test_random_values_stay_within_the_bound_of_a_baseline(cp: Any, dtype: str) 
 @every_format
 @pytest.mark.parametrize("columns", [1000, 1001])
 def test_decoders_write_every_element_and_allocate_nothing(cp: Any, columns: int, name: str) -> None:
-    """Into NaN, at an address that is a multiple of 16 bytes and at one that is not."""
+    """They write over NaN, at an address that is a multiple of 16 bytes and at one that is not."""
     w = packed(name, weight("uniform", (300, columns), 0.2, "fp16"))
     want = w.to_dense().view(np.uint16)
     device, decoder = w.to_device(), registry.encoder(name)

@@ -37,7 +37,7 @@ def test_the_same_elements_are_pruned(tmp_path: Path, cp: Any, method: str, kind
     for name, left in ours.items():
         right = theirs[name]
         assert np.count_nonzero(left) == np.count_nonzero(right)
-        # Sums in another order: scores that are all but equal may change places.
+        # Sums have another order: scores that are almost equal may change places.
         assert ((left == 0) != (right == 0)).mean() < (0.02 if METHODS[method].calibrates else 1e-9), name
         both = (left != 0) & (right != 0)
         np.testing.assert_allclose(left[both].astype(np.float32), right[both].astype(np.float32), atol=0.02)

@@ -18,7 +18,7 @@ from flashllm.models.dense import DenseModel
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-VOCAB, SEQUENCES, LENGTH = 101, 2, 140  # more tokens than attention takes queries at once
+VOCAB, SEQUENCES, LENGTH = 101, 2, 140  # more tokens than the queries that attention takes at once
 COMMON = {
     "vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 160, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _random_model(kind: str, config: dict[str, Any]) -> Any:
-    """In fp32, with values of about 1 between the layers: those of a new model are so small that attention averages."""
+    """An fp32 model with values of about 1 between layers: a new model's are so small that attention just averages."""
     made = transformers.AutoConfig.for_model(kind, **COMMON, **config)
     model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").float().eval()
     random = torch.Generator().manual_seed(0)

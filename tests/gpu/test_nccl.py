@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathers by NCCL on real GPUs: of one, and of two where there are two."""
+"""Gathers by NCCL on real GPUs: on one, and on two where there are two."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from flashllm.errors import ArgumentError
 
 SCRIPT = str(Path(rank_cases.__file__).resolve())
 SOON = 10.0
-"""Seconds from the death of a rank to the end of all."""
+"""Seconds from the death of one rank to the end of all ranks."""
 
 
 @pytest.fixture
 def communicator(cp: Any) -> Iterator[NcclCommunicator]:
-    """Of one rank."""
+    """A communicator of one rank."""
     from cupy.cuda import nccl
 
     if not nccl.available:
@@ -61,8 +61,8 @@ def test_the_null_stream_is_refused(cp: Any, communicator: NcclCommunicator) -> 
 def test_one_rank_decodes(
     cp: Any, communicator: NcclCommunicator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With gathers of one part in every pass, in captured steps as well: the bits of an engine without."""
-    # Which of cuBLAS's algorithms is the fastest may differ from time to time, and with it the last bits of logits.
+    """With gathers of one part in every pass, also in captured steps: the same bits as an engine without gathers."""
+    # Which cuBLAS algorithm is the fastest may differ from run to run, and with it the last bits of the logits.
     monkeypatch.setattr(GpuProducts, "_fastest", lambda self, key, weights: self._default(key))
     model = engine_cases.make_model(tmp_path / "model", "qwen2", "bf16", **engine_cases.DIVISIBLE["qwen2"])
     prompts, weights = engine_cases.random_prompts(), model.load(cp, "tiled-csl")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that may overlap the one before: the bits of launches one after the other, whatever they share."""
+"""Launches that may overlap the previous one: the same bits as launches one after the other, whatever they share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _dependent_launches(cp: Any) -> None:
 
 
 def layers(names: tuple[str, ...], sizes: tuple[int, ...], density: float = 0.3) -> list[SparseWeight]:
-    """A ring of weights, each for the output of the one before; outputs are about as large as inputs."""
+    """A ring of weights, each for the output of the previous one; outputs are about as large as inputs."""
     rng = np.random.default_rng(len(names) + sum(sizes))
     found = []
     for name, k, m in zip(names, sizes, (*sizes[1:], sizes[0]), strict=True):
@@ -68,7 +68,7 @@ def go_round(cp: Any, weights: list[SparseWeight], n: int, *, overlap: bool, gra
             captured = stream.end_capture()
     for _ in range(REPLAYS):
         with stream:
-            cp.copyto(x[0], start)  # or the activations would in time be all zero, or too large
+            cp.copyto(x[0], start)  # otherwise the activations would in time be all zero, or too large
         if graph:
             captured.launch(stream)
         else:

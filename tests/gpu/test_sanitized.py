@@ -38,7 +38,7 @@ SHAPES = (
 
 
 def forced(chosen: Any, blocks: int, row_cost: int) -> Any:
-    """The plan with so many blocks, or as many as there is work for."""
+    """The plan with ``blocks`` blocks, or as many as there is work for."""
     split = replace(chosen.split, blocks=1, row_cost=row_cost)
     most = min(split.tiles, split.cost // (row_cost + 1))
     return replace(chosen, split=replace(split, blocks=min(blocks, most)))

@@ -205,7 +205,7 @@ def test_overflow_rounds_to_infinity(cp: Any, name: str) -> None:
 
 @every_format
 def test_nan_and_infinity_multiply_as_in_dense_arithmetic(cp: Any, name: str) -> None:
-    """But for zeros of W that the format leaves out: see ``SparseWeight.MULTIPLIES_ZEROS``."""
+    """Except for zeros of W that the format leaves out: see ``SparseWeight.MULTIPLIES_ZEROS``."""
     w, x = special(weight("uniform", (256, 328), 0.25, "fp16"), 40)
     for n in (8, 40):
         assert_special(name, multiply(cp, x[:n], packed(name, w).to_device()), x[:n], w)

@@ -35,7 +35,7 @@ def test_exact_while_the_ring_turns(cp: Any, pattern: str) -> None:
 
 @pytest.mark.parametrize("n", [8, 24, 64])
 def test_exact_for_runs_that_start_at_any_tile(cp: Any, n: int) -> None:
-    """At every tile since places were stored last, with streams that lag by anything up to the slack."""
+    """At every tile after the last one with stored places, with streams that lag by anything up to the slack."""
     tiles = 67
     for seed, (pattern, density) in enumerate(
         (("uniform", 0.5), ("skewed", 0.3), ("column", 0.1), ("even-columns", 0.9))
@@ -80,7 +80,7 @@ def test_exact_where_no_element_is_zero(cp: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_a_value_read_ahead_is_not_used(cp: Any, dtype: str) -> None:
-    """Lanes without a value load the next one of their stream all the same: NaN or infinity of a later tile."""
+    """Lanes without a value still load the next one of their stream: a NaN or infinity of a later tile."""
     w = weight("uniform", (256, 64 * 12), 0.4, dtype)
     w[128:][w[128:] != 0] = np.nan
     w[200:][w[200:] != 0] = np.inf
@@ -92,7 +92,7 @@ def test_a_value_read_ahead_is_not_used(cp: Any, dtype: str) -> None:
 
 
 def test_repeats_of_forced_splits_give_the_same_bits(cp: Any) -> None:
-    """On weights that the device has encoded, with values whose sums depend on their order."""
+    """On weights encoded on the device, with values whose sums depend on their order."""
     rng = np.random.default_rng(7)
     w = cp.asarray(rng.standard_normal((1000, 3000)).astype(np.float16))
     w[cp.asarray(rng.random(w.shape) >= 0.3)] = 0

@@ -96,7 +96,7 @@ def test_exact_where_every_element_is_zero(cp: Any, part_rows: int) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @both_parts
 def test_a_value_read_ahead_is_not_used(cp: Any, dtype: str, part_rows: int) -> None:
-    """Lanes without a value load the next one of their stream all the same: NaN or infinity of a later tile."""
+    """Lanes without a value still load the next one of their stream: a NaN or infinity of a later tile."""
     w = weight("uniform", (256, 1536), 0.2, dtype)
     w[128:][w[128:] != 0] = np.nan
     w[200:][w[200:] != 0] = np.inf
@@ -109,7 +109,7 @@ def test_a_value_read_ahead_is_not_used(cp: Any, dtype: str, part_rows: int) -> 
 
 @both_parts
 def test_infinities_of_x_reach_only_the_rows_that_may_meet_them(cp: Any, part_rows: int) -> None:
-    """Every element of W times an infinity of x is one; a zero may give NaN, and nothing else."""
+    """Every element of W times an infinity of x is an infinity; a zero may give NaN, and nothing else."""
     w = weight("uniform", (256, 1000), 0.15, "fp16")
     sparse = Slot24.from_dense(w, part_rows=part_rows).to_device()
     for n in (8, 16, 40):

@@ -50,7 +50,7 @@ def test_exact_for_every_n(cp: Any, layout: tuple[int, int]) -> None:
 @layouts
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "even-columns", "empty-tiles"])
 def test_exact_while_ring_and_windows_turn(cp: Any, pattern: str, layout: tuple[int, int]) -> None:
-    """In one run, in several, in one for every window, and as planned."""
+    """In one run, in several, in one run for every window, and as planned."""
     for dtype in ("fp16", "bf16"):
         w = weight(pattern, (260, 9595), density(layout, 0.3), dtype, 3)
         for blocks in (1, 7, 114):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bitmap written down a second time, element by element, as docs/formats/bitmap.md and the header describe it.
+"""Bitmap written a second time, element by element, as docs/formats/bitmap.md and the header describe it.
 
-Slow and simple on purpose; imports nothing from the package, so that the encoders have something to be wrong against.
+Slow and simple on purpose; imports nothing from the package, so that it is independent of the encoders it checks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def elements_of(stream: Stream) -> list[tuple[int, int]]:
 
 
 def first_rooms(found: dict[tuple[int, int], int], stream: Stream, group_values: int) -> list[tuple[int, int]]:
-    """Where a stream that has ``found`` may get zeros, in order: its groups have ``group_values`` values at most."""
+    """Where a stream that has ``found`` may get zeros, in order; a group holds at most ``group_values`` values."""
     out = []
     for group in range(stream[2], 16, 2):
         room = group_values - sum((group, element) in found for element in range(4))
@@ -85,7 +85,7 @@ def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
             has = {stream: stream for stream in STREAMS}
         had = has
         if number % 8 == 0 and number not in begins:
-            # What comes until streams trade again, the run ends, or the row of tiles does.
+            # The elements that come until streams trade again, the run ends, or the row of tiles ends.
             last = number
             while (last + 1) % 8 and (last + 1) % tiles_k and last + 1 < len(tiles) and last + 1 not in begins:
                 last += 1
@@ -121,7 +121,7 @@ def encode(bits: NDArray[np.uint16], group_values: int = 4) -> Encoded:
 
 
 def elements_in(inside: NDArray[np.uint16]) -> dict[Stream, dict[tuple[int, int], int]]:
-    """The elements of each stream of a tile, which may reach over the edges of the matrix, that are not zero."""
+    """The nonzero elements of each stream of a tile, which may reach over the edges of the matrix."""
     tile = np.zeros((128, 64), np.uint16)
     tile[: inside.shape[0], : inside.shape[1]] = inside
     elements = tile.tolist()
@@ -134,7 +134,7 @@ def elements_in(inside: NDArray[np.uint16]) -> dict[Stream, dict[tuple[int, int]
 
 
 def lay_out(values: dict[Stream, list[int]], front: int) -> list[int]:
-    """The value rows, 16 of all parts at a time, and at least two behind the front."""
+    """The value rows, 16 of each part at a time, with at least two after the front."""
     out: list[int] = []
     for first in range(0, front + 2, 16):
         for part in range(4):
@@ -147,7 +147,7 @@ def lay_out(values: dict[Stream, list[int]], front: int) -> list[int]:
 
 
 def decode(masks: list[int], values: list[int], places: list[int], shape: tuple[int, int]) -> NDArray[np.uint16]:
-    """The matrix, from masks, values and the lanes of places: fronts and rows say nothing that these do not."""
+    """The matrix, from masks, values and the lanes of places; fronts and rows carry no further information."""
     begins = restarts(-(-shape[0] // 128), -(-shape[1] // 64))
     rows, columns = shape
     tiles_k = -(-columns // 64)

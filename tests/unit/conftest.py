@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of several files start from."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny_checkpoints import tensors_of, write
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No GPU, and a cache of its own."""
+    """No GPU, and a private cache."""
     monkeypatch.setenv("FLASHLLM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("flashllm.device.gpu_problem", lambda: "the driver reports no GPU")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pretended GPU: enough of CuPy, cuBLAS and the launcher, in NumPy, to run the benchmark's own logic on a CPU.
+"""A fake GPU: enough of CuPy, cuBLAS and the launcher, in NumPy, to run the benchmark's own logic on a CPU.
 
-The fake cuBLAS takes the very arguments of the C functions and reads and writes through the addresses in them.
+The fake cuBLAS takes exactly the arguments of the C functions and reads and writes through the addresses in them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ITEM_BYTES = 2
 
 
 class Array(np.ndarray[Any, Any]):
-    """A NumPy array that has its address where CuPy has it."""
+    """A NumPy array that gives its address as a CuPy array does."""
 
     @property
     def data(self) -> Any:  # type: ignore[override]
@@ -188,9 +188,9 @@ class Plan:
 def install(
     monkeypatch: pytest.MonkeyPatch, *, wrong_column: int | None = None, only_overlapping: bool = False
 ) -> Blas:
-    """Put the pretended GPU in place of the real packages.
+    """Put the fake GPU in place of the real packages.
 
-    ``wrong_column`` of every sparse product is spoilt, or only where launches may overlap in a graph.
+    ``wrong_column`` of every sparse product is corrupted, or only where launches may overlap in a graph.
     """
     blas = Blas()
     stream_now: list[Stream] = []
@@ -267,7 +267,7 @@ def install(
         def run() -> None:
             operands = id(w), np.asarray(x).tobytes()
             if operands not in products:  # a graph launches the same ones many times
-                products[operands] = w, reference(np.asarray(x), w)  # with w, so that its number stays its own
+                products[operands] = w, reference(np.asarray(x), w)  # with w, so that its id is not reused
             out[...] = products[operands][1]
             if spoilt:
                 out[:, wrong_column] += 1

@@ -39,7 +39,7 @@ PARTS = {"llama": BLOCK, "qwen2": BLOCK | BIASES, "qwen3": BLOCK | NORMS}
 
 
 def names(arch: str) -> dict[str, tuple[str, Any]]:
-    """Name in the file -> name of Hugging Face and shape."""
+    """Name in the file -> Hugging Face name and shape."""
     out: dict[str, tuple[str, Any]] = {"token_embd.weight": ("model.embed_tokens.weight", (VOCAB, HIDDEN))}
     for layer in range(BLOCKS):
         for part, (public, shape) in PARTS[arch].items():
@@ -68,8 +68,8 @@ def write(
     arch: str = "llama",
     fields: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a file. Tensors are arrays with a type of gguf, or None for the array's own. A key of ``fields`` lies below
-    the architecture, unless it begins with ``!``.
+    """Write a file. Tensors are arrays with a gguf type, or None for the array's own type. A key of ``fields`` is
+    prefixed with the architecture, unless it begins with ``!``.
     """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (numbers() if fields is None else fields).items():
@@ -95,7 +95,7 @@ def write(
 
 
 def model(arch: str = "llama", dtype: Any = np.float32) -> tuple[dict[str, tuple[NDArray[Any], Any]], dict[str, Any]]:
-    """Tensors to write, and what must be read, by the names of Hugging Face."""
+    """Tensors to write, and what must be read, by Hugging Face names."""
     stored, wanted = _model(arch, dtype)
     return dict(stored), dict(wanted)
 

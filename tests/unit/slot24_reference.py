@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot24 written down a second time, pair by pair, as docs/formats/slot24.md describes it.
+"""Slot24 written a second time, pair by pair, as docs/formats/slot24.md describes it.
 
-Slow and simple on purpose; imports nothing from the package, so that the encoders have something to be wrong against.
-The slots are encoded by the second writing of bitmap.
+Slow and simple on purpose; imports nothing from the package, so that it is independent of the encoders it checks.
+The slots are encoded by ``bitmap_reference``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Encoded:
     columns: list[int]
 
 
-@dataclass(frozen=True, eq=False)  # each is only itself: far sooner compared
+@dataclass(frozen=True, eq=False)  # equal only to itself, which is far faster to compare
 class Column:
-    """A column of one band of one window: number there, place in its list, and the rows where it has elements."""
+    """A column of one band of one window: its number there, its place in its list, and the rows with elements."""
 
     number: int
     position: int
@@ -45,7 +45,7 @@ class Column:
 
 
 def band_rows(part_rows: int, band: int) -> list[int]:
-    """Rows of a tile that a band has."""
+    """Rows of a tile that belong to a band."""
     if part_rows == 64:
         return list(range(64 * band, 64 * band + 64))
     return [*range(16 * band, 16 * band + 16), *range(64 + 16 * band, 80 + 16 * band)]
@@ -63,7 +63,7 @@ def lists_of(window: int) -> tuple[list[int], list[int]]:
 
 
 def rows_of(strip: NDArray[np.uint16], window: int, number: int, rows: list[int], column: int) -> frozenset[int]:
-    """Those of ``rows`` in which column ``column`` of window ``number`` of a strip [128, K] has an element."""
+    """Those of ``rows`` in which ``column`` of window ``number`` of a strip [128, K] has an element."""
     at = number * window + column
     if column >= window or at >= strip.shape[1]:
         return frozenset()
@@ -76,7 +76,7 @@ def by_weight(columns: list[Column]) -> list[Column]:
 
 
 def match(lefts: list[Column], rights: list[Column]) -> dict[Column, Column] | None:
-    """Left to right, or ``None``: heavy with heavy."""
+    """A right for every left, heavy with heavy, or ``None``."""
     compatible = {left: [right for right in rights if not left.rows & right.rows] for left in lefts}
     pairs: dict[Any, Any] = {}
     owner: dict[Any, Any] = {}
@@ -91,7 +91,7 @@ def match(lefts: list[Column], rights: list[Column]) -> dict[Column, Column] | N
 def complete(
     pairs: dict[Any, Any], owner: dict[Any, Any], lefts: list[Any], compatible: dict[Any, list[Any]]
 ) -> dict[Any, Any] | None:
-    """Every left gets a right, along alternating paths that are looked for in the order of ``lefts``, or ``None``."""
+    """A right for every left, along alternating paths searched in the order of ``lefts``, or ``None``."""
     for first in lefts:
         if first in pairs:
             continue
@@ -120,20 +120,20 @@ def complete(
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A pair of columns, by the place of its left in the list that it is in, and the rows where it has values."""
+    """A pair of columns, the place of the pair in the list of its side, and the rows where it has values."""
 
     left: Column
     right: Column
     position: int
     rows: frozenset[int]
     groups: Counter[int]
-    """How many values it has in the rows a and a + 8 of 16, by the first of the two."""
+    """How many values it has in rows a and a + 8 of 16, by the first of the two."""
 
 
 def match_evenly(
     lefts: list[Any], rights: list[Any], fits: Callable[[Any, Any], bool], attempt: int
 ) -> dict[Any, Any] | None:
-    """Left to right, or ``None``: heavy with light."""
+    """A right for every left, heavy with light, or ``None``."""
 
     def rank(one: Any) -> tuple[int, int]:
         heavier = one.position * (2 * attempt + 1) // 8 % 4 if attempt > 0 else 0
@@ -165,7 +165,7 @@ def fit_in_groups(one: Slot, other: Slot) -> bool:
 
 
 def pair_in_groups(lefts: list[Column], rights: list[Column]) -> list[Pair] | None:
-    """The 128 pairs in the order of the slots, groups of which have two values at most; ``None`` if there are none."""
+    """The 128 pairs in slot order, with at most two values in any group; ``None`` if there are no such pairs."""
     for attempt in range(8):
         pairs = match_evenly(lefts, rights, lambda left, right: not left.rows & right.rows, attempt)
         if pairs is None:
@@ -189,7 +189,7 @@ def pair_in_groups(lefts: list[Column], rights: list[Column]) -> list[Pair] | No
 
 
 def order_quads(quads: list[tuple[Slot, Slot]]) -> list[tuple[Slot, Slot]]:
-    """Two by two, so that the eight residues of the two differ, as far as there are such; then the others."""
+    """First the quads that can be taken two by two so that their eight residues all differ; then the others."""
     residues = [{column.number % 8 for slot in quad for column in (slot.left, slot.right)} for quad in quads]
     waiting = list(range(len(quads)))
     ordered, rest = [], []
@@ -253,7 +253,7 @@ def strips_of(bits: NDArray[np.uint16]) -> list[NDArray[np.uint16]]:
 def all_pairs(
     bits: NDArray[np.uint16], window: int, part_rows: int, group_values: int
 ) -> dict[tuple[int, int, int], list[Pair]] | None:
-    """By strip, window and band; ``None`` when one does not pair up."""
+    """Pairs by strip, window and band; ``None`` if the columns of one do not pair up."""
     out = {}
     for strip_number, strip in enumerate(strips_of(bits)):
         for number in range(-(-bits.shape[1] // window)):
@@ -268,7 +268,7 @@ def all_pairs(
 def tries(
     bits: NDArray[np.uint16], window: int | None, part_rows: int | None, group_values: int | None
 ) -> list[tuple[int, int, int]]:
-    """What an encoder tries, in this order: values of a group, rows of a band, window."""
+    """The layouts that an encoder tries, in order: values of a group, rows of a band, window."""
     density = np.count_nonzero(bits & 0x7FFF) / bits.size
     out = []
     for values in (2, 4) if group_values is None else (group_values,):
@@ -291,7 +291,7 @@ def encode(
     part_rows: int | None = None,
     group_values: int | None = None,
 ) -> Encoded | None:
-    """All buffers of a matrix of 16-bit patterns; ``None`` when its columns do not pair up as asked."""
+    """All buffers of a matrix of 16-bit patterns; ``None`` if its columns do not pair up as required."""
     for values, rows, size in tries(bits, window, part_rows, group_values):
         pairs = all_pairs(bits, size, rows, values)
         if pairs is not None:
@@ -360,7 +360,7 @@ def place_of_pick(part_rows: int, tile: int, row: int, step: int, q: int) -> tup
 
 
 def stored_place(part_rows: int, row: int, slot: int) -> tuple[int, int]:
-    """Row and column in a tile of the bitmap of row and slot of a tile of S."""
+    """Row and column, in a tile of the bitmap, of a row and slot in a tile of S."""
     if part_rows == 32:
         return row, slot
     r, within = divmod(row, 64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The script that times attention of a decoding step: what it takes and what it counts."""
+"""The script that times attention in a decoding step: the arguments it takes and the bytes it counts."""
 
 from __future__ import annotations
 

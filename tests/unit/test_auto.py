@@ -43,7 +43,7 @@ def masked(shape: tuple[int, int], density: float, seed: int = 0) -> np.ndarray[
 
 
 def test_choosing_by_density_alone_loses_next_to_nothing() -> None:
-    """Bytes are estimated here, not those of the rows: what `rank_formats` really does."""
+    """Bytes are estimated here instead of taken from the rows, as in `rank_formats`."""
     regrets = []
     cases: dict[Any, dict[str, float]] = {}
     for row in fit_model.read_rows(fit_model.default_files()):
@@ -102,7 +102,7 @@ def test_a_dense_row_makes_slots_bad_and_that_shows() -> None:
 
 @cache
 def patterned(pattern: str) -> NDArray[Any]:
-    """For every format."""
+    """A matrix with a pattern of zeros, for every format."""
     return random_matrix(4096, 1024, density=0.2, pattern=pattern, seed=3, std=0.1)
 
 
@@ -114,7 +114,7 @@ def test_sampled_bytes_are_close_to_the_packed_weights(name: str, pattern: str) 
     assert contents.packed_rows < 4096
     assert contents.density == np.count_nonzero(a) / a.size
     real = registry.weight_class(name).from_dense(a).nbytes
-    # All of slot24 has the window of its fullest part: a few rows may allow the next larger one.
+    # A slot24 weight has one window, that of its fullest part; a few rows may allow the next larger one.
     assert contents.weight_bytes[name] == pytest.approx(real, rel=0.12 if name == "slot24" else 0.05)
 
 
@@ -136,7 +136,7 @@ def test_sparse_sources_give_what_dense_ones_give() -> None:
 
 
 def test_device_matrices_are_counted_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a pretended device; the encoder takes 16-bit patterns there."""
+    """On a fake device; the encoder takes 16-bit patterns there."""
     import fake_gpu
 
     fake_gpu.install(monkeypatch)

@@ -59,7 +59,7 @@ def test_strips_do_not_show(pattern: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_known_values_never_change() -> None:
-    # Rows of results name a seed; another generator would make them mean something else.
+    # Result rows name a seed; with another generator they would mean something else.
     matrix = data.random_matrix(2, 4, density=0.5, seed=42)
     assert matrix.view(np.uint16).tolist() == KNOWN
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU runner's own logic, on a pretended GPU."""
+"""The GPU runner's own logic, on a fake GPU."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def assert_as_written(w: Bitmap, bits: np.ndarray) -> None:
 
 
 def check_streams(w: Bitmap) -> int:
-    """Columns go on where they ended, and no stream falls back too far. Returns the zeros that were added."""
+    """Columns continue where they ended, and no stream falls behind too far. Returns the zeros that were added."""
     counts = flag_counts(unpack_masks(w.masks))
     restarts = runs_of(w.tiles).first_tiles()
     starts, columns = stream_starts(counts, Position.at_front(0), w.fronts, w.places, 0, restarts)
@@ -118,7 +118,7 @@ def test_bytes_equal_the_written_format(
 
 @pytest.mark.parametrize("pattern", cases.PATTERNS)
 def test_bytes_equal_the_written_format_where_streams_catch_up(pattern: str) -> None:
-    """So many tiles that lags pass the slack and are stored again; an odd K; both rows of tiles."""
+    """Enough tiles that lags exceed the slack and are stored again; an odd K; both rows of tiles."""
     for seed, (shape, density) in enumerate((((130, 64 * 4 + 1), 0.6), ((17, 64 * 10 + 33), 0.3))):
         bits = cases.bits(pattern, *shape, density, seed)
         w = Bitmap.from_dense(bits.view(np.float16))
@@ -138,7 +138,7 @@ def test_one_stream_alone_makes_all_others_follow() -> None:
     assert (places.lags == 31).sum() == 255
     at = tuple(int(field[0, 60]) for field in places)
     assert at == (0, 0, 31), "in the ninth tile it has the column of the first that is behind"
-    # The eighth tile takes every other stream a row further, the ninth none.
+    # The eighth tile advances every other stream by a row, the ninth none.
     assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[7] == 1) == 255
     assert np.count_nonzero(flag_counts(unpack_masks(w.masks))[8]) == 1
     assert not (w.values == 0x8000).any()
@@ -161,7 +161,7 @@ def with_two_values_in_a_group(bits: np.ndarray, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("pattern", cases.PATTERNS)
 def test_zeros_go_only_into_groups_that_have_room(pattern: str) -> None:
-    """With two values in a group at most, padding counted, one stream ahead by all that a tile can have."""
+    """At most two values in a group, including padding; one stream is ahead by as much as a tile can hold."""
     for seed, density in enumerate((0.2, 0.6)):
         bits = with_two_values_in_a_group(cases.bits(pattern, 130, 64 * 9 + 5, density, seed), seed)
         bits[5, :] = np.where(np.arange(bits.shape[1]) % 8 < 2, 0x3C00, 0)  # row 13 is in the same groups
@@ -181,7 +181,7 @@ def test_zeros_go_only_into_groups_that_have_room(pattern: str) -> None:
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.6])
 def test_random_streams_need_few_zeros(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zeros that let streams catch up, as a part of the values; and all that lie behind the ends of streams."""
+    """Zeros that let streams catch up, as a fraction of the values; also all those after the ends of streams."""
     rng = np.random.default_rng(1)
     a = (rng.random((1024, 16384)) < density).astype(np.float16)
     for count in (runs.RUNS, 60, 8):  # of 8, 34 and 256 tiles

@@ -40,7 +40,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[Parts], Any]]] = {}
 
 
 def mutation(field: str) -> Callable[[Callable[[Parts], Any]], Callable[[Parts], Any]]:
-    """A change of the parts of a weight that ``field`` is blamed for; it may return the index."""
+    """A change to the parts of a weight for which ``field`` is blamed; it may return the index."""
 
     def add(change: Callable[[Parts], Any]) -> Callable[[Parts], Any]:
         MUTATIONS[change.__name__] = (field, change)
@@ -144,7 +144,7 @@ def streams_trade_where_a_run_begins(p: Parts) -> int:
 
 @mutation("places")
 def two_streams_in_the_columns_of_each_other(p: Parts) -> int:
-    """They go on where others ended, at other rows."""
+    """They continue where others ended, at other rows."""
     places = Places.unpack(p["places"][1, 0, ::2])
     first, second = next((i, j) for i in range(32) for j in range(i) if places.lags[i] != places.lags[j])
     places.givers[[first, second]] = places.givers[[second, first]]
@@ -155,13 +155,13 @@ def two_streams_in_the_columns_of_each_other(p: Parts) -> int:
 
 @mutation("values")
 def last_front_at_the_end_of_the_values(p: Parts) -> None:
-    """No row is left that a stream at the front could read ahead."""
+    """No row is left for a stream at the front to read ahead."""
     p["fronts"][-1] = 16 * len(p["values"])
 
 
 @mutation("fronts")
 def bit_too_many(p: Parts) -> int:
-    """The stream goes on one value late, its last values are read beyond the front."""
+    """The stream continues one value late, so its last values are read beyond the front."""
     front = p["masks"].reshape(-1)
     counts = bitmap_check.flag_counts(bitmap_check.unpack_masks(p["masks"]))
     restarts = bitmap_check.runs_of((2, 10)).first_tiles()
@@ -180,7 +180,7 @@ def bit_too_many(p: Parts) -> int:
 
 @mutation("fronts")
 def bits_of_a_stream_taken_away(p: Parts) -> int:
-    """It stays back by more than a kernel keeps."""
+    """It falls behind by more than a kernel keeps."""
     for tile in range(3):
         p["masks"][tile, 2, 5] &= np.uint32(0xAAAAAAAA)
     return 2
@@ -268,7 +268,7 @@ def test_mutation_is_found(name: str) -> None:
 
 
 def test_padding_may_lie_anywhere() -> None:
-    """Which places hold the zeros that let a stream catch up is free, outside the matrix too."""
+    """Zeros that let a stream catch up may be at any places, including outside the matrix."""
     a = np.zeros((100, 64 * 9), np.float16)
     a[0, np.arange(64 * 9) // 8 % 2 == 0] = 1
     w = Bitmap.from_dense(a)

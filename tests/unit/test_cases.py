@@ -101,7 +101,7 @@ def test_auto_takes_one_format_for_each_sparsity_and_n() -> None:
 
 
 def test_auto_looks_at_the_pattern_of_zeros() -> None:
-    """Rows that are dense at the top leave slot24 its smallest windows, and then it is not the best."""
+    """Dense rows at the top force slot24 to its smallest windows, and then it is not the best."""
 
     def taken(pattern: str) -> str:
         options = {"shapes": ["16384x4096"], "sparsity": "0.8", "n": "16", "pattern": pattern}

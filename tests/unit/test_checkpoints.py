@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories of Hugging Face as checkpoints: what is read, and what is refused."""
+"""Hugging Face directories as checkpoints: what is read, and what is refused."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    """FIFOs, directories, loops and links that lead nowhere: an error each, and nobody waits."""
+    """FIFOs, directories, loops and links that lead nowhere: each gives an error, and nothing waits."""
     tensors = model("llama", np.float16)
     for number, name in enumerate(("config.json", "model.safetensors", INDEX, FIRST)):
         for kind in ("fifo", "folder", "loop", "nowhere"):
@@ -303,7 +303,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every file any part missing or changed: the errors of the package, and little memory."""
+    """With any part of any file missing or changed: only errors of the package, and little memory."""
     monkeypatch.setattr(hf_directory, "_MAX_SHARDS", 8)
     path = sharded(tmp_path, model("llama", np.float16), CONFIGS["llama"])
     rng = random.Random(20260104)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``flashllm bench --weights``: every kind of file, and what is wrong with it in one line."""
+"""``flashllm bench --weights``: every kind of file, and one line that says what is wrong with it."""
 
 from __future__ import annotations
 

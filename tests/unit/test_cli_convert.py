@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flashllm convert` and `flashllm inspect` of what it makes: output, files, exit status."""
+"""`flashllm convert`, and `flashllm inspect` on its results: output, files, exit status."""
 
 from __future__ import annotations
 

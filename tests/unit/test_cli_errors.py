@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees when something cannot be: one line and the right exit status, whichever command."""
+"""What a user sees when something is impossible: one line and the right exit status, whichever the command."""
 
 from __future__ import annotations
 

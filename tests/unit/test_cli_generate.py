@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flashllm generate`: what is read beside weights, and what is refused before any weight is."""
+"""`flashllm generate`: what is read besides weights, and what is refused before any weight is read."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 
 class Words:
-    """A tokenizer whose tokens are words with a space before, which the first of a text has not."""
+    """A tokenizer whose tokens are words with a leading space, except for the first word of a text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(f"w{token}" for token in ids)
@@ -123,7 +123,7 @@ class Steps:
     """An engine that has chosen its tokens."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Of any model."""
+        """For any model."""
 
     def stream(self, *_: Any) -> Iterator[list[tuple[int, int]]]:
         yield [(0, 5), (1, 6)]
@@ -179,7 +179,7 @@ def test_refused_before_weights_are_read(
 
 
 class Second:
-    """What rank 1 of 2 hears from rank 0."""
+    """What rank 1 of 2 receives from rank 0."""
 
     def __init__(self, *told: Any) -> None:
         self.told, self.facts = list(told), dict[str, Any]()
@@ -193,7 +193,7 @@ class Second:
 
 
 def test_all_ranks_compute_what_rank_0_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its prompts, options and stop tokens: the file of prompts need not be there for the others."""
+    """Its prompts, options and stop tokens: the other ranks need not have the prompt file."""
     path = write_checkpoint(tmp_path / "m", "llama", head_dim=8, intermediate_size=54, eos_token_id=5)
     options = SamplingOptions(temperature=0.5, seed=3, max_new_tokens=4)
     rendezvous: Any = Second((["6 7"], [asdict(options)]), ([[6, 7]], [9]))

@@ -18,7 +18,7 @@ from flashllm.errors import ArgumentError
 
 
 def timed(us: float, **changes: Any) -> Row:
-    """A row of so many microseconds, with launches that differ by nothing."""
+    """A row of ``us`` microseconds, with launches that do not differ."""
     return row(**{"median_us": us, "p20_us": us, "p80_us": us, "min_us": us, **changes})
 
 
@@ -70,7 +70,7 @@ def test_wrong_results_come_first_however_fast() -> None:
 
 
 def test_cases_match_by_all_that_makes_them() -> None:
-    """But not by commit, time or command; of repeated measurements the last counts."""
+    """But not by commit, time or command. Of repeated measurements, the last counts."""
     before = [timed(60.0), timed(50.0, commit="d" * 40, time_utc="2026-11-24T00:00:00Z")]
     found = compare.compare(before, [timed(50.0, command="flashllm bench --n 16")])
     assert [(change.before.median_us, change.verdict) for change in found.changes] == [(50.0, "same")]

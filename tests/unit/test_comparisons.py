@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Systems beside cuBLAS in a run, on a pretended GPU."""
+"""Systems besides cuBLAS in a run, on a fake GPU."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class TwoOfFour(Given):
 
 
 class Halved(Given):
-    """Stores and multiplies another matrix than it is given, and other inputs."""
+    """Stores and multiplies a different matrix and different inputs than it is given."""
 
     SYSTEM, FORMAT = "halved", "int4"
 
@@ -112,7 +112,7 @@ class Refusing(Given):
 
 @pytest.fixture(autouse=True)
 def blas(monkeypatch: pytest.MonkeyPatch) -> fake_gpu.Blas:
-    """The pretended cuBLAS of a pretended GPU, for which the systems above are known."""
+    """The fake cuBLAS of a fake GPU, with the systems above registered."""
     found = fake_gpu.install(monkeypatch)
     seen.clear()
     monkeypatch.setattr(timing, "BATCH_MS", 0.01)

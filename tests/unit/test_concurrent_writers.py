@@ -33,7 +33,7 @@ sys.stdin.readline()
 
 
 def start(program: str, folder: Path, count: int) -> list[subprocess.Popen[str]]:
-    """``count`` processes of ``program`` (imports, a line GO, the work), let go together."""
+    """``count`` processes of ``program`` (imports, a line GO, the work), released at the same time."""
     path = os.pathsep.join([str(TESTS / "unit"), os.environ["PYTHONPATH"]])
     code = START + program.replace("GO\n", GO)
     started = [
@@ -55,7 +55,7 @@ def start(program: str, folder: Path, count: int) -> list[subprocess.Popen[str]]
 
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Their output; all must end well."""
+    """Their output; all must succeed."""
     outputs = []
     for process in processes:
         output, errors = process.communicate(timeout=120)

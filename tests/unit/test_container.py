@@ -268,7 +268,7 @@ def test_malformed_bytes(tmp_path: Path, name: str) -> None:
 
 @cache
 def sound_bytes(name: str, path: Path) -> bytes:
-    """Of a small weight, saved at ``path``."""
+    """The bytes of a small weight, saved at ``path``."""
     registry.weight_class(name).from_dense(cases.matrix("uniform", 20, 20, 0.3, 1, "fp16")).save(path)
     return path.read_bytes()
 

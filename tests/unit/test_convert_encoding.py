@@ -56,7 +56,7 @@ def test_auto_takes_what_is_fastest_and_says_so() -> None:
     chosen = choosing.choose(small, run.survey(small), options, dtype="fp16", gpu=GPU)
     assert chosen.format == DENSE
     assert chosen.why.startswith("faster as it is: ")
-    # No model says so today, but one could: a format that is faster though it takes more bytes than dense.
+    # No model predicts this today, but one could: a format that is faster although it takes more bytes than dense.
     larger = [replace(one, weight_bytes=2 * ranking.dense.weight_bytes) for one in ranking.candidates]
     decided = choosing._decide(replace(ranking, candidates=tuple(larger)))
     assert decided.format == DENSE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions that go on after a crash, and those that are refused."""
+"""Conversions that resume after a crash, and those that are refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding benchmark: what it reckons of memory, its random weights, its rows, and the command, on a tiny model."""
+"""Decoding benchmark: its memory plan, its random weights, its rows, and the command, on a tiny model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_unknown_model_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("name", ["opt-66b", "llama-3.1-70b"])
 def test_plan_is_what_is_counted_by_hand(name: str) -> None:
-    """Of dense weights: all tensors that a checkpoint has, and the cache."""
+    """For dense weights: all tensors that a checkpoint has, and the cache."""
     from flashllm.models.config import bias_shapes, tensor_shapes
 
     config = known_config(name)
@@ -114,7 +114,7 @@ def test_random_weights_have_the_shapes_and_zeros_asked_for(name: str, shard: Sh
             assert abs(np.count_nonzero(dense.view(np.uint16)) / dense.size - 0.25) < 0.06
     assert abs(stored_share(weights) - 0.25) < 0.04
     plan = plan_memory(config, formats, sparsity=0.75, batch=2, prompt=3, output=1, shard=shard)
-    keys_and_values = 2 * 6 * 2 * shard.kv_heads(config) * config.head_dim  # which are planned twice over
+    keys_and_values = 2 * 6 * 2 * shard.kv_heads(config) * config.head_dim  # which are planned twice
     own = Activations(np, weights, 6).nbytes + Residual(np, weights, 2).nbytes
     assert plan.activations == own + keys_and_values + 4 * 2 * config.vocab
     assert weights.nbytes > weights.matrix_bytes > 0
@@ -184,8 +184,8 @@ def test_rows_are_read_back_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_step_and_its_kinds_are_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every replay begins in the middle of the output, and the first round does not count. A part is the mean of what
-    its launches take alone and of what the step takes more with them; of a kind without launches it is 0.
+    """Every replay begins in the middle of the output, and the first round does not count. A part is the mean of the
+    time that its launches take alone and the time that they add to the step; for a kind without launches it is 0.
     """
     state = SimpleNamespace(**{name: np.zeros(3, np.int32) for name in ("positions", "counts", "finished")})
     step = {"p": "linear", "n": "other", "q": "linear"}
@@ -289,7 +289,7 @@ def test_figure_takes_newest_clean_rows_and_their_dense_of_the_same_run(tmp_path
 
 @pytest.mark.parametrize("gpus", [("NVIDIA H200",), ("NVIDIA H200", "NVIDIA H100 80GB HBM3")], ids=["one", "two"])
 def test_systems_of_others_can_be_told_apart(gpus: tuple[str, ...]) -> None:
-    """Each line of a panel has a look and a name of its own, and none runs through the legend's."""
+    """Each line of a panel has its own look and name, and none runs through the legend."""
     pytest.importorskip("matplotlib")
     systems = [(system, 0.8 if system == "flashllm" else 0.0) for system in decode.SYSTEMS.values()]
     rows = tuple(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which systems a decoding sweep opens and what it leaves out, with systems that decode nothing."""
+"""Which systems a decoding sweep opens and what it leaves out, tested with systems that decode nothing."""
 
 from __future__ import annotations
 

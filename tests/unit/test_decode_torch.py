@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder in PyTorch against float64, for every kind of model, on the CPU; models of the package transformers."""
+"""The PyTorch decoder against float64, for every kind of model, on the CPU; models of the package transformers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from model_cases import KINDS, config_of
 torch = pytest.importorskip("torch")
 
 BATCH, PROMPT, OUTPUT = 3, 5, 4
-CAPACITY = 20  # no multiple of what rows of masks are
+CAPACITY = 20  # not a multiple of the alignment of mask rows
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +56,9 @@ def mapped(weights: Weights, change: Callable[[Any], Any]) -> Weights:
 
 
 def check(decoder: TorchDecoder, model: cases.Reference, bound: float | None) -> list[list[int]]:
-    """Logits of every token are near to those in float64, and tokens are those of the largest.
+    """Logits of every token are close to those in float64, and tokens are those with the largest logits.
 
-    ``bound``: most that logits may be off; by default what a model of 16 bits may.
+    ``bound``: the most that logits may be off; by default the bound of a 16-bit model.
     """
     prompts = cases.random_prompts((PROMPT,) * BATCH)
     for tensor in (one for layer in decoder.cache for one in layer):
@@ -109,7 +109,7 @@ def test_tensors_are_on_the_memory_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_step_is_one_graph_that_copies_no_input(tmp_path: Path) -> None:
-    """Tensors of which PyTorch does not know that they stay would be copied before every replay of a CUDA graph."""
+    """PyTorch would copy tensors before every replay of a CUDA graph if it did not know that they stay in place."""
     stays: list[object] = []
 
     def backend(graph: Any, _inputs: list[Any]) -> Any:

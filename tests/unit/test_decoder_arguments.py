@@ -95,7 +95,7 @@ def launched(function: Callable[..., None], arguments: dict[str, Any], dtype: st
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_every_array_is_checked(function: Callable[..., None]) -> None:
-    """Of each the type, the number of dimensions, each size, the layout and the alignment."""
+    """The type, number of dimensions, each size, layout and alignment of each one."""
     arguments = FUNCTIONS[function]()
     launched(function, arguments)
     for name, array in arguments.items():
@@ -115,7 +115,7 @@ def test_every_array_is_checked(function: Callable[..., None]) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_sizes_agree(function: Callable[..., None]) -> None:
     arguments = FUNCTIONS[function]()
-    own = {  # sizes that say what the model or the cache is like, not what the launch is for
+    own = {  # sizes that describe the model or the cache, not the launch
         ("embed", "table"): [0], ("embed", "position_table"): [0], ("append", "rotation"): [0],
         ("add_norm", "y"): [0, 1],
     }  # fmt: skip
@@ -179,7 +179,7 @@ def test_refusals(function: Callable[..., None], changes: dict[str, Any], named:
 
 
 def test_sizes_that_kernels_count() -> None:
-    """In 32 bits, twice over. An array that repeats one element is of any size."""
+    """Kernels count twice such sizes in 32 bits. An array that repeats one element can have any size."""
     for dtype, kind in (("fp16", np.float16), ("int32", np.int32)):
         largest, larger = (np.broadcast_to(kind(0), (1, 2**30 + more)) for more in (0, 1))
         with pytest.raises(ArgumentError, match=r"^q: expected a C-contiguous array"):

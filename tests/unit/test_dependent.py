@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that may overlap the one before, down to the call of the driver, which is pretended."""
+"""Launches that may overlap the previous one, down to the call of the driver, which is fake."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _pointer(address: int) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What ``cuLaunchKernelEx`` is given, by the real package's structures; status 0 unless a test changes it."""
+    """What ``cuLaunchKernelEx`` is given, in the real package's structures; status 0 unless a test changes it."""
     real = pytest.importorskip("cuda.bindings.driver")
     found: list[dict[str, Any]] = []
 

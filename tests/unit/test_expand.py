@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wide x: when a weight is expanded for cuBLAS, and how, on a pretended GPU."""
+"""Wide x: when a weight is expanded for cuBLAS, and how, on a fake GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from products import exact, integers, weight
 
 GPU = find_gpu("H100 80GB")
 SHAPE = (4096, 2048)
-"""The smallest that is expanded."""
+"""The smallest shape that is expanded."""
 
 
 class Device(fake_gpu.Array):
@@ -37,7 +37,7 @@ class Device(fake_gpu.Array):
 
 
 class Operand:
-    """x as CuPy has it: no NumPy array, which the product on a GPU refuses."""
+    """x as CuPy has it: not a NumPy array, which the product on a GPU refuses."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
@@ -63,7 +63,7 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def blas(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_gpu.Blas]:
-    """cuBLAS and decoders in NumPy."""
+    """Replaces cuBLAS and the decoders by NumPy."""
     found = fake_gpu.install(monkeypatch)
     cupy: Any = sys.modules["cupy"]
     cupy.empty = lambda shape, dtype: np.full(shape, 77, dtype=dtype).view(Device)
@@ -114,7 +114,7 @@ def test_wide_x_is_expanded_and_narrow_x_is_not(name: str, large: dict[str, Spar
 
 
 def test_the_crossover_is_where_the_model_says(large: dict[str, SparseWeight]) -> None:
-    """As soon as the expansion is a tenth faster than the column blocks; from there on always."""
+    """It is where the expansion becomes a tenth faster than the column blocks; beyond that, weights always expand."""
     for name, w in large.items():
         taken = []
         for n in range(64, 2049, 64):

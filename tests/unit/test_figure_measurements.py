@@ -54,7 +54,7 @@ def test_systems_of_one_sweep(tmp_path: Path) -> None:
         replace(base, system="torch-int4", format="int4", sparsity=0.0, dtype="bf16", median_us=30.0),
         replace(base, system="cusparse", format="csr", check="fail"),
     ]
-    for i, row in enumerate(found):  # a sweep that was resumed is several files
+    for i, row in enumerate(found):  # a sweep that was resumed consists of several files
         assert row.cublas_us is not None
         assert row.median_us is not None
         whole = replace(row, speedup=row.cublas_us / row.median_us)
@@ -128,7 +128,7 @@ def test_a_sweep_goes_on_with_its_newest_file_of_this_machine_and_commit(
 def test_figures_are_measured_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     run: list[tuple[str, Path, bool]] = []
-    # Of a GPU that no figure knows, and of a tree that is being worked on.
+    # From a GPU that no figure knows, and from a tree with uncommitted changes.
     base = a_row(gpu="NVIDIA GH 1", dirty=True, choice="auto-format", bytes=30_000_000, read_gbps=1000.0)
     measured = [
         replace(base, sparsity=zeros, sparsity_real=zeros, N=n, median_us=40.0, cublas_us=100.0, speedup=2.5)
@@ -157,7 +157,7 @@ def test_figures_are_measured_where_there_is_a_gpu(tmp_path: Path, monkeypatch: 
     assert done.output.count("NVIDIA GH 1") == 3
     assert "H100" not in done.output
     assert "| 80% | 8 | 2.50 | 2.50 | 2.50 | 1 |" in done.output
-    assert "| flashllm | 80% | 8 | 75% |  |\n" in done.output  # what its tensor cores can do is not known either
+    assert "| flashllm | 80% | 8 | 75% |  |\n" in done.output  # the peak of its tensor cores is not known either
 
 
 @pytest.mark.parametrize("tree", [(None, None), ("c" * 40, True), ("c" * 40, None)])

@@ -33,7 +33,7 @@ ROOT = REPOSITORY / "experiments"
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once() -> Iterator[None]:
-    """Every figure reads all files of rows; here each is read once."""
+    """Every figure reads all files of rows; here each file is read only once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "read", functools.cache(results.read))
         yield
@@ -86,7 +86,7 @@ def test_of_repeated_measurements_the_newest_counts(tmp_path: Path) -> None:
         Case(128, 64, 32, 0.5): (10.0, "old"),
     }
     assert newest[Case(128, 64, 8, 0.5)].floor_us == 5.0
-    assert newest[Case(128, 64, 8, 0.5)].speedup == 2.51  # the row's own, of times with more digits
+    assert newest[Case(128, 64, 8, 0.5)].speedup == 2.51  # the row's own, from times with more digits
     assert rows.newest(tmp_path, "bitmap", gpu="NVIDIA H200").keys() == {Case(128, 64, 8, 0.5)}
 
 
@@ -125,7 +125,7 @@ def test_the_table_has_the_committed_numbers(data: ladder.Ladder) -> None:
 
 
 def test_the_map_says_what_the_table_of_the_sweep_says() -> None:
-    """As in README.md, which `flashllm table` fills."""
+    """The same numbers as in README.md, which `flashllm table` fills."""
     text = speedup.table(speedup.load(ROOT))
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     sections = text.split("\n\nNVIDIA ")[1:]
@@ -242,7 +242,7 @@ def test_labels_are_moved_apart() -> None:
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_committed_figures_show_the_committed_rows(name: str) -> None:
-    """Where this fails: make figures ARGS="--out docs/figures --format png --format svg"."""
+    """If this fails: make figures ARGS="--out docs/figures --format png --format svg"."""
     figure = entry(name)
     assert figure.name == name
     expected = stamp(figure, figure.load(ROOT)).encode()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with fixed zeros. What trains needs PyTorch and transformers, on any device."""
+"""Training with fixed zeros. Tests that train need PyTorch and transformers, on any device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flashllm.prune.run import Settings as PruneSettings
 from flashllm.prune.run import prune
 from model_cases import matrix_names, read_tensors, write_checkpoint
 
-# A text that a model can learn: after each token comes the one 7 further.
+# A text that a model can learn: each token is followed by the token 7 further.
 TOKENS = np.arange(0, 7 * 4000, 7) % 64
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every registered format fulfils, and a second one that goes from file to output by its registry line alone."""
+"""What every registered format fulfils, and a test format that needs only its registry line, from file to output."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What models compute, against a second implementation in float64 that is written in another style.
 
-It goes token by token and head by head, keeps the keys and values it has seen, and rotates complex numbers.
+It works token by token and head by head, keeps the keys and values it has seen, and rotates complex numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Vector = NDArray[np.float64]
 
 
 class OneByOne:
-    """The second implementation: of ``config.json`` and tensors by their names in the file."""
+    """The second implementation, built from ``config.json`` and tensors by their names in the file."""
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
         self.config = config
@@ -144,7 +144,7 @@ def theirs(folder: Path, tokens: Any) -> Vector:
 
 
 def difference(folder: Path, length: int) -> float:
-    """Of the two, relative to the largest logit."""
+    """Largest difference of the two, relative to the largest logit."""
     tokens = tokens_of(length)
     wanted = theirs(folder, tokens)
     assert np.abs(wanted).max() > 1
@@ -225,7 +225,7 @@ def test_biases_of_any_layer_are_added(tmp_path: Path) -> None:
     assert sum(name.endswith("bias") for name in small) == 7
 
 
-# What must not go unnoticed: each replaces a part of the forward pass by a wrong one.
+# Mistakes that must not go unnoticed: each replaces a part of the forward pass by a wrong one.
 def _interleaved(config: Any, heads: Any) -> Any:
     angles = np.arange(heads.shape[2])[:, None] * forward.rope_frequencies(config, np)
     out = np.empty_like(heads)
@@ -268,7 +268,7 @@ def test_a_planted_mistake_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     kind, what, wrong = MISTAKES[name]
     folder = write_checkpoint(tmp_path, kind)
     monkeypatch.setattr(forward, what, wrong)
-    assert difference(folder, 5) > 1e-7  # 1e-12 is asked for
+    assert difference(folder, 5) > 1e-7  # the tests above require 1e-12
 
 
 @pytest.mark.parametrize("name", ["turned the other way", "groups of heads mixed", "norms left out", "wrong eps"])

@@ -64,7 +64,7 @@ def quantised(values: NDArray[np.float32], kind: Any) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
 @pytest.mark.parametrize("strip", [16 * HIDDEN, 7 * FF + 1, 1 << 20])
 def test_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, strip: int) -> None:
-    """Values are those of the package on the whole tensor, rows in the order of Hugging Face."""
+    """Values are those that the package gives for the whole tensor, with rows in Hugging Face order."""
     monkeypatch.setattr(gguf_file, "_STRIP_ELEMENTS", strip)
     kind = gguf.GGMLQuantizationType[name]
     stored, wanted = model()
@@ -149,7 +149,7 @@ def test_small_model() -> None:
         assert (told["num_attention_heads"], told["num_key_value_heads"], told["vocab_size"]) == (9, 3, 49152)
         assert (told["rope_theta"], told["rms_norm_eps"], told["tie_word_embeddings"]) == (1e5, 1e-5, True)
         assert len(checkpoint.tensors) == 272
-        # From what the package's own reader gives, rows of q and k put in order as in the tests above.
+        # From what the package's own reader gives, with rows of q and k reordered as in the tests above.
         for name, digest in DIGESTS.items():
             found = checkpoint.read(f"model.layers.29.{name}.weight")
             assert hashlib.sha256(found.tobytes()).hexdigest()[:16] == digest

@@ -75,7 +75,7 @@ def test_scaled_positions(tmp_path: Path, fields: dict[str, Any], wanted: dict[s
 
 
 def llama3(theta: float, factor: float, dtype: Any = np.float32) -> NDArray[Any]:
-    """As the published code of the models says it, pair by pair."""
+    """As in the published code of the models, pair by pair."""
     out = []
     for i in range(0, SIZE, 2):
         wavelength = 2 * np.pi * theta ** (i / SIZE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files made to do harm: only the errors of the package come out, and no memory goes."""
+"""GGUF files made to do harm: only errors of the package are raised, and no memory is wasted."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def file(
 
 @pytest.fixture(autouse=True)
 def bounded() -> Iterator[None]:
-    """No case takes memory or time that a small file cannot need."""
+    """No case takes more memory or time than a small file can need."""
     tracemalloc.start()
     began = time.perf_counter()
     yield
@@ -140,7 +140,7 @@ def test_truncated(tmp_path: Path) -> None:
 
 
 def test_every_byte_changed(tmp_path: Path) -> None:
-    """Whatever is read instead has the shape that is claimed, or the file is refused."""
+    """Whatever is read then has the shape that is claimed, or the file is refused."""
     whole = file()
     header = len(whole) - 4096
     rng = random.Random(20260102)
@@ -275,7 +275,7 @@ def test_type_is_named(tmp_path: Path) -> None:
 
 
 def test_endless_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All arrays share one bound, and the header has one of its own."""
+    """All arrays share one limit, and the header has its own."""
     monkeypatch.setattr(gguf_header, "MAX_STRINGS", VOCAB + 10)
     few = entry("k", ARRAY, array(STRING, 10, bytes(80)))
     assert open_and_read(tmp_path / "m.gguf", with_entries(few)) == len(SHAPES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every bad file gives one ``FormatError`` that says where and what; nothing is run, waited for or allocated."""
+"""Every bad file gives one ``FormatError`` that says where and what; nothing is executed, awaited or allocated."""
 
 from __future__ import annotations
 

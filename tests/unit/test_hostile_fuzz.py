@@ -53,7 +53,7 @@ fuzz_containers.child(10, 1, pathlib.Path(sys.argv[1]), 1)
     ],
 )
 def test_a_fault_of_a_reader_is_a_failure(tmp_path: Path, fault: str, shown: str) -> None:
-    """The limits of the child work."""
+    """The limits of the child process work."""
     path = os.pathsep.join([str(SCRIPT.parent), os.environ["PYTHONPATH"]])
     command = [sys.executable, "-c", PROGRAM.replace("FAULT", fault), str(tmp_path)]
     done = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flashllm inspect`: packed files, dense files and shapes, for GPUs that are not there."""
+"""`flashllm inspect`: packed files, dense files and shapes, for GPUs that are not present."""
 
 from __future__ import annotations
 

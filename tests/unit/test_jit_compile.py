@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiling small kernels for GPUs that are not here; needs NVRTC."""
+"""Compiling small kernels for GPUs that are not present; needs NVRTC."""
 
 from __future__ import annotations
 

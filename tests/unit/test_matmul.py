@@ -88,7 +88,7 @@ def test_workspace_is_empty_only_where_no_row_is_shared() -> None:
 
 
 def test_runs_cost_the_same() -> None:
-    """Tiles plus the ends of rows inside a run differ by one between runs, as far as the last end allows."""
+    """Tiles plus ends of rows inside a run differ by at most one between runs, as far as the last end allows."""
     split = StreamK(tiles_m=72, tiles_k=144, blocks=396, n_block=8, row_cost=4)
     costs = []
     for block in range(split.blocks):

@@ -25,7 +25,7 @@ from products import weight
 SM_SHARED = {"80": 164 << 10, "90a": 228 << 10, "100a": 228 << 10}
 """Bytes of an SM; 100 KB on the others."""
 SYSTEM_SHARED = 1 << 10
-"""What the driver takes of it for each block."""
+"""What the driver takes of that for each block."""
 
 
 def packed(shape: tuple[int, int] = (256, 512), density: float = 0.2, part_rows: int | None = None) -> Slot24:
@@ -68,13 +68,13 @@ def test_one_instance_for_each_width_layout_and_type(arch: str) -> None:
         template = dict(choice.spec.template)
         assert (int(template["kN"]), int(template["kPartRows"])) == (choice.n_block, choice.part_rows)
         assert int(template["kGroupValues"]) == choice.group_values
-        # Two teams of warps, and four that leave them their registers; else four and one.
+        # Two teams of warps, and four warps that give them their registers; otherwise four warps and one.
         assert choice.spec.threads == LANES * (12 if choice.n_block == slot24.WIDE else PARTS + 1)
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
 def test_rings_hold_what_the_feeder_may_have_to_bring_at_one_time(arch: str) -> None:
-    """As ``value_ring.cuh`` insists: see there."""
+    """As ``value_ring.cuh`` requires: see there."""
     for choice in of(arch):
         tiles = slot24.TILES if choice.group_values == 2 or choice.n_block == slot24.WIDE else 1
         moves = tiles * STREAM_ELEMENTS * choice.group_values // 4
@@ -105,7 +105,7 @@ def test_plan_covers_n(n: int, narrow: tuple[int, int], wide: tuple[int, int]) -
 
 
 def test_wide_blocks_take_windows_of_x_as_tiles() -> None:
-    """For 33 columns of x and more, where registers can be shared out; the tuner tries two of 32 as well."""
+    """For 33 or more columns of x, where registers can be redistributed; the tuner also tries two blocks of 32."""
     w = packed((300, 1000), 0.05)
     wide = slot24.default_choice(w, 33, arch="90a")
     assert wide.n_block == slot24.WIDE
@@ -129,7 +129,7 @@ def test_reason_names_the_window() -> None:
 
 
 def test_the_instance_is_one_for_the_shape_of_parts_of_the_weight() -> None:
-    """Whichever is found or forced; what is measured for one shape is not found for the other."""
+    """Whether it is found or forced; what is measured for one shape is not used for the other."""
     low, high = (packed(density=0.05, part_rows=rows) for rows in (32, 64))
     assert packed(density=0.05).part_rows == 64
     forced = plan(low, 16, device=H100).choice
@@ -167,7 +167,7 @@ def test_choices_of_a_file_are_checked() -> None:
 
 @pytest.mark.parametrize("columns", [9, 512])
 def test_candidates_differ_in_blocks(columns: int) -> None:
-    """For any K: one instance is for all."""
+    """For any K, since one instance serves all."""
     w = packed((256, columns))
     found = list(slot24.candidates(w, 8, arch="90a"))
     assert found[0] == slot24.default_choice(w, 8, arch="90a")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory for images of x: as much as the device code uses, which shares its constants with the host."""
+"""Memory for images of x: as much as the device code uses, with which the host shares constants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def found(pattern: str, path: str) -> int:
 
 
 def counter_bytes(images: int, group: int, column_blocks: int) -> int:
-    """What ``XImages::counter_bytes`` says, whose text is taken over."""
+    """The value of ``XImages::counter_bytes``, evaluated from its source text."""
     (formula,) = re.findall(r"counter_bytes\(int images\) {\n        return (.*?);", text("flashllm/x_images.cuh"))
     groups = -(-images // group)
     names = {"groups": lambda _: groups, "images": images, "column_blocks": column_blocks}
@@ -93,7 +93,7 @@ def test_wide_blocks_have_larger_images() -> None:
 @pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
 @pytest.mark.parametrize(("n", "block"), [(1, 8), (16, 16), (17, 32), (32, 32), (40, 64), (64, 64), (70, 64)])
 def test_bitmap_has_an_image_of_every_tile_of_many_columns(n: int, block: int, device: Any) -> None:
-    """Where it multiplies by wgmma."""
+    """Where it multiplies with wgmma."""
     least = found(r"kImages = kWarpgroup && kN >= (\d+);", "spmm/bitmap.cu")
     w = Bitmap.from_dense(weight("uniform", (300, 1001), 0.3, "fp16"))
     split: Any = _split(w, n, device)

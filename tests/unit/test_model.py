@@ -29,7 +29,7 @@ def rows() -> list[fit_model.Row]:
 
 
 def test_times_are_close_to_every_committed_row(rows: list[fit_model.Row]) -> None:
-    """From 32 columns on the clock falls under load, which the model does not know."""
+    """From 32 columns on, the clock drops under load, which the model does not know."""
     for quality in fit_model.errors(rows, model.committed()):
         assert quality.mean < 0.06, quality
         assert quality.largest < 0.14, quality
@@ -43,10 +43,10 @@ def test_the_choice_loses_next_to_nothing(rows: list[fit_model.Row]) -> None:
 
 
 def test_regret_counts_what_a_bad_choice_loses(rows: list[fit_model.Row]) -> None:
-    """A Tiled-CSL that costs nothing to start is taken everywhere, and that must show."""
+    """A Tiled-CSL kernel that costs nothing to start is chosen everywhere, and that must show."""
     committed = model.committed()
     free = {n: replace(c, start_us=-1000.0) for n, c in committed.kernels["tiled-csl"].items()}
-    rows = [row for row in rows if row.system == "cublas" or row.sparsity > 0.75]  # of which Tiled-CSL was measured
+    rows = [row for row in rows if row.system == "cublas" or row.sparsity > 0.75]  # for which Tiled-CSL was measured
     made = fit_model.choices(rows, replace(committed, kernels={**committed.kernels, "tiled-csl": free}))
     assert {choice.taken for choice in made} == {"tiled-csl"}
     assert fmean(choice.regret for choice in made) > 0.05
@@ -121,7 +121,7 @@ def test_more_bytes_more_stored_elements_and_less_gpu_take_longer() -> None:
 
 
 def test_slots_of_small_windows_cost_decoding_too() -> None:
-    """At the same density, a matrix in windows of 128 has twice the tiles of one in windows of 256."""
+    """At the same density, a matrix in windows of 128 has twice as many tiles as one in windows of 256."""
     nnz = 0.05 * 4096 * 4096
     tile_bytes = model.committed().tile_bytes["slot24"]
     few, many = (int(2 * nnz + tiles * tile_bytes) for tiles in (1024, 2048))

@@ -169,7 +169,7 @@ def test_windows() -> None:
     assert refused("mistral", sliding_window=True).field == "sliding_window"
     for window in (None, 320, 4096):
         assert read("mistral", sliding_window=window) == read("mistral")
-    # A file that does not say it means 4096, null means none.
+    # A file without the entry means 4096; null means none.
     assert refused("mistral", max_position_embeddings=4097).field == "sliding_window"
     long = {**config_of("mistral", max_position_embeddings=4097), "sliding_window": None}
     assert model_config(long).positions == 4097
@@ -187,7 +187,7 @@ def test_kinds_of_rope_scaling(field: str, key: str) -> None:
         assert refused("llama", **{field: {key: kind, "factor": 2.0}}).field == field
     assert read("llama", **{field: {key: "default", "factor": 2.0}}) == read("llama")
     assert read("llama", **{field: {}}) == read("llama")
-    # The kind is what would say what to do with the factor.
+    # Only the kind would say what to do with the factor.
     assert refused("llama", **{field: {"factor": 2.0}}).field == field
     linear = read("llama", **{field: {key: "linear", "factor": 2}})
     assert (linear.rope_linear, linear.rope_llama3) == (2.0, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences in threads of their own give what they give one after the other."""
+"""Sequences in separate threads give the same results as one after the other."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of NCCL, in which order, by a pretended CuPy."""
+"""Which NCCL calls are made, and in which order, seen by a fake CuPy."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> Any:
     cupy.cuda = cuda  # type: ignore[attr-defined]
     for name, module in (("cupy", cupy), ("cupy.cuda", cuda), ("cupy.cuda.nccl", fake)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")  # so that it is put back
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")  # so that it is restored
     monkeypatch.delenv("NCCL_NVLS_ENABLE")
     monkeypatch.setattr(wrapper, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr("flashllm.device.device_count", lambda: (2, None))
@@ -103,7 +103,7 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Second:
-    """The rendezvous of a rank 1 that is told NCCL's name for the group."""
+    """The rendezvous of a rank 1, which receives NCCL's name for the group."""
 
     rank, count = 1, 2
 
@@ -122,7 +122,7 @@ class Second:
 
 
 def test_calls_of_a_rank(nccl: Any) -> None:
-    """A rank gives its own part, which is in its place: bytes, whatever they are."""
+    """A rank contributes its own part, which is already in its place, as bytes, whatever they are."""
     communicator = NcclCommunicator(Second())  # type: ignore[arg-type]
     halves, brains = array(2, 3, 5), array(2, 7, dtype=np.uint16)
     communicator.all_gather(halves)
@@ -195,7 +195,7 @@ def test_an_error_behind_a_call_fails_the_group(nccl: Any) -> None:
 
 @pytest.mark.parametrize("end", ["leave", "abort"])
 def test_nothing_is_asked_of_a_communicator_that_was_left(nccl: Any, end: str) -> None:
-    """Whoever asks for errors has ended before NCCL gives anything up."""
+    """The thread that asks for errors has ended before NCCL releases anything."""
     nccl.stuck.set()
     rendezvous = meet(Place())
     communicator = NcclCommunicator(rendezvous)
@@ -257,7 +257,7 @@ def test_no_nccl(nccl: Any) -> None:
 
 
 def test_a_rank_uses_its_own_gpu(nccl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says which one that is, before NCCL connects it."""
+    """And says which one it is before NCCL connects it."""
     monkeypatch.setattr("flashllm.device.device_facts", lambda: types.SimpleNamespace(name=f"after {nccl.calls}"))
     monkeypatch.setattr("flashllm.baselines.cublas_api.version", lambda: "13.1.0")
     rendezvous: Any = Second()

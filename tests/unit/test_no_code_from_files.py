@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No module of the package can run what it reads: no pickle, no eval, no shell."""
+"""No module of the package can execute what it reads: no pickle, no eval, no shell."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebooks of experiments/notebooks: they are those of their sources, execute, and tell nothing of the machine."""
+"""The notebooks of experiments/notebooks match their sources, execute, and reveal nothing about the machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pictures(notebook: Any) -> int:
 
 
 def check_outputs(notebook: Any) -> None:
-    """Every code cell was executed, in order; there are pictures, and neither errors, warnings nor paths."""
+    """Every code cell was executed, in order; there are pictures, and no errors, warnings or paths."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert pictures(notebook) >= 1

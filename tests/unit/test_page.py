@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flashllm report`: a page that needs no network, opened and clicked in a browser; and the committed one."""
+"""`flashllm report`: a page that needs no network, opened and clicked in a browser; also the committed page."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def rows() -> list[results.Row]:
-    """Two formats at two sparsities, each beside cuBLAS, and a model with a name that is no text.
+    """Two formats at two sparsities, each beside cuBLAS, and a model whose name is not plain text.
 
-    Seeds are integers that JavaScript's numbers have no room for.
+    Seeds are integers that are too large for JavaScript's numbers.
     """
     found = []
     for n in (8, 16):
@@ -78,7 +78,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def browser_page(report: Path, browser: Any) -> Iterator[Any]:
-    """The report, opened anew; no request leaves the page and nothing in it fails."""
+    """The report, opened afresh; no request leaves the page and nothing in it fails."""
     opened = browser.new_page(viewport={"width": 1280, "height": 1700})
     asked: list[str] = []
     failed: list[str] = []
@@ -94,7 +94,7 @@ def browser_page(report: Path, browser: Any) -> Iterator[Any]:
 
 
 def table(opened: Any, heading: str) -> list[dict[str, str]]:
-    """Cells by heading of the table that has a column ``heading``."""
+    """Cells, by heading, of the table that has a column ``heading``."""
     return opened.evaluate(  # type: ignore[no-any-return]
         """heading => {
             const all = root => [root, ...[...root.querySelectorAll("*")].filter(e => e.shadowRoot)
@@ -216,7 +216,7 @@ def test_packed_columns_hold_each_value_once_or_one_for_each_row(rows: list[resu
 
 
 def test_the_committed_page_has_the_committed_rows() -> None:
-    """Where this fails: the `flashllm report` in experiments/results/README.md."""
+    """If this fails: the `flashllm report` in experiments/results/README.md."""
     text = (REPOSITORY / "docs" / "reports" / "h200-systems.html").read_text(encoding="utf-8")
     assert len(text) < 1_600_000
     (columns,) = re.findall(r'id="rows">(.*?)</script>', text)
@@ -232,7 +232,7 @@ def test_no_rows_are_an_error() -> None:
 
 
 def test_rows_without_times_or_speedups_are_shown(rows: list[results.Row]) -> None:
-    """As of a machine without a GPU."""
+    """As from a machine without a GPU."""
     bare = {"backend": "reference", "gpu": None, "median_us": None, "speedup": None, "cublas_us": None, "gbps": None,
             "roofline_fraction": None, "read_gbps": None}  # fmt: skip
     text = page.render([page.Sourced(row=row(**bare), file="a.jsonl", line=1)])

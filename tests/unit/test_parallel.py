@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process in a group: its place, and what commands make of that. No GPU is needed."""
+"""A process in a group: its place, and what commands do with it. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def program(tp: int) -> None:
 
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Not in a rank, with two GPUs and without any NCCL."""
+    """A process that is not a rank, with two GPUs and without NCCL."""
     for name in (*TORCHRUN, *MPIRUN, *OURS, "NCCL_NVLS_ENABLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("flashllm.device.device_count", lambda: (2, None))
@@ -222,7 +222,7 @@ program()
 
 @pytest.mark.parametrize("arguments", [[], ["--tp", "2"]])
 def test_ranks_of_torchrun_need_no_launcher(arguments: list[str]) -> None:
-    """Each rank is silent but the first, even where nobody hides its output."""
+    """Every rank except the first is silent, even where nothing hides its output."""
     from flashllm.engine.rendezvous import free_port
 
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}

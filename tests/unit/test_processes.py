@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a group: how they are started, what they hear of each other, and that they end together."""
+"""Processes of a group: how they are started, what they learn about each other, and that they end together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flashllm.engine import processes
 from flashllm.engine.processes import launch_ranks
 
 SOON = 8.0
-"""Seconds in which all ranks end once one has, on a busy machine too."""
+"""Seconds within which all ranks end once one has, even on a busy machine."""
 
 
 # What a rank runs: WORK is a statement for inside the block, BUSY whether a library does not end.
@@ -48,7 +48,7 @@ def command(work: str, *, busy: bool = False) -> list[str]:
 
 
 def run(count: int, work: str) -> tuple[int, float]:
-    """Exit status and how long it took."""
+    """Exit status, and how long the run took."""
     start = time.monotonic()
     return launch_ranks(count, command(work)), time.monotonic() - start
 
@@ -73,7 +73,7 @@ def test_groups_run_at_the_same_time() -> None:
 
 
 def test_a_rank_that_is_killed_ends_one_that_cannot_hear(capfd: pytest.CaptureFixture[str]) -> None:
-    """Rank 0 sleeps where another waits for its GPU: it runs nothing of ours. The others wait for a message."""
+    """Rank 0 sleeps where a real one waits for its GPU: it runs none of our code. The others wait for a message."""
     status, seconds = run(
         3,
         "rank == 1 and os.kill(os.getpid(), signal.SIGKILL); rank == 0 and time.sleep(60); group.rendezvous.barrier()",
@@ -126,7 +126,7 @@ CTRL_C_TWICE = (
 def test_libraries_are_not_taken_down_beside_one_that_is_busy(
     busy: bool, ending: str, status: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What was said is shown first, and the status is that of the error."""
+    """The message is shown first, and the exit status is that of the error."""
     *python, code = command(f"print('said', end=' '); {ending}", busy=busy)
     assert launch_ranks(2, [*python, f"import atexit; atexit.register(print, 'taken down')\n{code}"]) == status
     assert capfd.readouterr().out == ("said " if busy else "said taken down\n")
@@ -146,7 +146,7 @@ def test_an_error_of_rank_0_alone_is_shown_once(capfd: pytest.CaptureFixture[str
 
 
 def test_a_rank_that_never_comes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 does not hear of it: it is ended."""
+    """Rank 0 does not learn of it; it is terminated."""
     monkeypatch.setattr(processes, "_PEERS_SECONDS", 0.2)
     start = time.monotonic()
     code = "import os, sys; int(os.environ['RANK']) and sys.exit(4); import time; time.sleep(60)"
@@ -177,10 +177,10 @@ def test_nothing_is_left_of_a_rank_that_ignores_the_end(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("stop", ["terminal", "launcher", "killed"])
 def test_all_end_with_the_launcher(stop: str) -> None:
-    """Ctrl-C of a terminal reaches all processes, a signal of another process the launcher alone."""
+    """Ctrl-C in a terminal reaches all processes; a signal from another process reaches only the launcher."""
     work = command("print(group.rendezvous.gather(os.getpid()), flush=True); time.sleep(60)")
     code = (
-        # A shell that runs the tests behind & has them ignore it.
+        # A shell that runs the tests in the background with & makes them ignore it.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"from flashllm.engine.processes import launch_ranks; sys.exit(launch_ranks(2, {work!r}))"
     )
@@ -195,7 +195,7 @@ def test_all_end_with_the_launcher(stop: str) -> None:
         os.killpg(launcher.pid, signal.SIGINT)
     else:
         launcher.send_signal(signal.SIGINT if stop == "launcher" else signal.SIGKILL)
-    _, errors = launcher.communicate(timeout=30)  # ends once rank 0 has closed its output, too
+    _, errors = launcher.communicate(timeout=30)  # ends only once rank 0 has closed its output, too
     assert launcher.returncode == (-signal.SIGKILL if stop == "killed" else 130)
     assert ("the process that started the ranks has ended" in errors) == (stop == "killed")
     _eventually(lambda: not any(map(_is_running, ranks)))

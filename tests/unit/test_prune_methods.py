@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which elements each method takes, and what becomes of the others."""
+"""Which elements each method removes, and what becomes of the others."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
 
 @pytest.mark.parametrize("columns", [8, 130])
 def test_sparsegpt_answers_a_mask_as_well_as_can_be_in_its_order(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its mask, column by column: what follows takes over the error of a column, as least squares would have it."""
+    """For its mask, column by column: the following columns absorb a column's error in the least-squares sense."""
     monkeypatch.setattr(sparsegpt, "DAMPING", 1e-6)
     w, x = _random(3, columns), _random(4 * columns, columns, seed=5)
     pruned = sparsegpt.sparsegpt(w, _gram(x), 0.5)
@@ -106,7 +106,7 @@ def test_sparsegpt_answers_a_mask_as_well_as_can_be_in_its_order(columns: int, m
         want = row.copy()
         for j in range(columns):
             if got[j] == 0:
-                # Least squares of what is left, with the columns before j as they are: theirs is done.
+                # Least squares of what is left, with the columns before j unchanged: they are done.
                 if j + 1 < columns:
                     rest = hessian[j + 1 :, j + 1 :]
                     want[j + 1 :] += np.linalg.solve(rest, hessian[j + 1 :, j]) * want[j]

@@ -36,7 +36,7 @@ def test_rows_there_and_back(tmp_path: Path) -> None:
         quality_rows.append(path, one)
     assert quality_rows.read(path) == wanted
     assert path.read_bytes().count(b"\n") == 3
-    # What a crash has cut short is no row, and goes before the next one.
+    # A line that a crash has cut short is not a row, and is removed before the next one is added.
     with path.open("ab") as file:
         file.write(b'{"schema":1,')
     assert quality_rows.read(path) == wanted

@@ -39,7 +39,7 @@ def test_every_committed_row_is_valid_and_passed() -> None:
 
 
 def _anchors(path: Path) -> set[str]:
-    """Of the headings, as GitHub makes them: ``"## Rows of decoding"`` -> ``"rows-of-decoding"``."""
+    """Anchors of the headings as GitHub makes them: ``"## Rows of decoding"`` -> ``"rows-of-decoding"``."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -35,7 +35,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model(script: ModuleType) -> Iterator[ModuleType]:
-    """The script, opening the model once: that takes seconds, for the vocabulary in it."""
+    """The script, opening the model only once: that takes seconds because of its vocabulary."""
     import gguf.gguf_reader
 
     with pytest.MonkeyPatch.context() as patch:

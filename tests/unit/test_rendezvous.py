@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks find each other, what they exchange, and what they hear of one that fails."""
+"""How ranks find each other, what they exchange, and what they learn about one that fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flashllm.engine.rendezvous import PORTS, Place, Rendezvous, free_port, meet
 from flashllm.errors import ArgumentError
 
 AT_ONCE = 2.0
-"""Seconds: far below every limit that ranks wait by default."""
+"""Seconds: far below every default limit on how long ranks wait."""
 
 
 def together(count: int, work: Callable[[Rendezvous], Any], *, port: int | None = None, key: str = "") -> list[Any]:
@@ -88,7 +88,7 @@ def test_values_come_as_they_were(count: int) -> None:
     ],
 )
 def test_ranks_that_must_be_equal(other: dict[str, Any], message: str | None) -> None:
-    """Rank 0 hears the difference, the others hear of it from rank 0."""
+    """Rank 0 notices the difference, and the others learn of it from rank 0."""
 
     def work(here: Rendezvous) -> str | None:
         facts: dict[str, Any] = {"GPU": "A", "--layers": None, "model": "a3"}
@@ -251,7 +251,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
     with pytest.raises(CommunicationError, match=rf"rank 1: no rank 0 at 127\.0\.0\.1, ports {port} to .* 0\.1 s"):
         meet(Place(rank=1, count=3, port=port), seconds=0.1)
     with pytest.raises(CommunicationError, match=r"rank 0 cannot listen at 192\.0\.2\.1"):
-        meet(Place(rank=0, count=2, port=port, host="192.0.2.1"), seconds=0.1)  # an address that nobody has
+        meet(Place(rank=0, count=2, port=port, host="192.0.2.1"), seconds=0.1)  # an address that is assigned to nobody
 
 
 def test_groups_that_were_given_the_same_port_do_not_mix() -> None:
@@ -272,7 +272,7 @@ def test_groups_that_were_given_the_same_port_do_not_mix() -> None:
 
 def test_all_ports_in_use() -> None:
     with contextlib.ExitStack() as stack:
-        first = 61100  # above those that systems give out
+        first = 61100  # above those that systems assign
         for port in range(first, first + PORTS):
             with contextlib.suppress(OSError):
                 stack.enter_context(socket.create_server(("127.0.0.1", port)))

@@ -114,7 +114,7 @@ def test_latest_keeps_the_last_of_each_case() -> None:
 
 
 def test_the_environment_knows_better_than_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of a checkout may lie in a repository that knows nothing of its commit."""
+    """A copy of a checkout may lie in a repository that knows nothing about its commit."""
     monkeypatch.setenv("FLASHLLM_COMMIT", "abc")
     monkeypatch.setenv("FLASHLLM_DIRTY", "1")
     assert environment.commit_and_dirty() == ("abc", True)

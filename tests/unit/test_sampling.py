@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of sampling, and the reference by which tokens are chosen."""
+"""The sampling options, and the reference implementation that chooses tokens."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
         (0, 1.0, {0, 1, 2, 3, 4}),
         (1, 1.0, {1}),
         (2, 1.0, {1, 2}),
-        (4, 1.0, {0, 1, 2, 3, 4}),  # the fourth has an equal
+        (4, 1.0, {0, 1, 2, 3, 4}),  # the fourth is tied with another
         (9, 1.0, {0, 1, 2, 3, 4}),
         (0, 0.01, {1}),
         (0, 0.49, {1}),
         (0, 0.74, {1, 2}),
         (0, 0.76, {1, 2, 4}),
         (0, 0.9, {0, 1, 2, 3, 4}),
-        (2, 0.6, {1}),  # a share of what top-k has left, of which token 1 has two thirds
+        (2, 0.6, {1}),  # a share of what top-k leaves, of which token 1 has two thirds
         (2, 0.7, {1, 2}),
         (3, 0.8, {1, 2}),
     ],

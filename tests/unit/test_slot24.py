@@ -31,7 +31,7 @@ from products import every_pair
 
 some_columns = st.one_of(st.sampled_from([1, 2, 127, 128, 129, 247, 248, 255, 256, 257]), st.integers(1, 600))
 some_rows = st.one_of(st.sampled_from([1, 2, 127, 128, 129, 255, 256, 257]), st.integers(1, 260))
-"""Up to three strips, which nothing connects: more take longer, and that is all."""
+"""Up to three strips, which are independent of each other: more would only take longer."""
 densities = st.one_of(st.sampled_from([0.0, 1e-4, 0.2, 0.25, 1.0]), st.floats(0, 0.5))
 windows = st.sampled_from([None, None, 128, 136, 200, 248, 256])
 shapes_of_parts = st.sampled_from([None, 32, 64])
@@ -157,7 +157,7 @@ def test_bytes_equal_the_written_format_in_every_pattern(
 def test_product_as_the_instruction_reads_it(
     window: int | None, density: float, group_values: int, part_rows: int
 ) -> None:
-    """Metadata out of the picks, operands by the logical columns: what the sparse instruction would add up."""
+    """Metadata from the picks, operands by the logical columns: what the sparse instruction would add up."""
     a = cases.mask("uniform", 130, 500, density, 3) * np.random.default_rng(4).integers(-3, 4, (130, 500))
     w = Slot24.from_dense(a.astype(np.float16), window=window, part_rows=part_rows, group_values=group_values)
     x = np.random.default_rng(5).integers(-4, 5, 500)
@@ -193,7 +193,7 @@ def test_bytes_are_estimated(density: float) -> None:
 
 
 def test_columns_that_are_used_up_evenly_need_no_more_zeros_than_a_bitmap() -> None:
-    """With a window of 128 every slot is one column's; the dummies may not sort heavy columns to one lane."""
+    """With a window of 128 every slot has one column; the dummies must not gather heavy columns in one lane."""
     a = (np.random.default_rng(1).random((1024, 1024)) < 0.5).astype(np.float16)
     w = Slot24.from_dense(a)
     assert w.window == 128
@@ -270,7 +270,7 @@ def test_slots_are_a_bitmap_that_shares_the_buffers(part_rows: int) -> None:
 
 
 def test_the_order_of_slots_in_a_tile() -> None:
-    """Each of the two shapes, against the written one; arrays and single places say the same."""
+    """Each of the two shapes, against the written format; arrays and single places agree."""
     tiles = np.arange(128 * 192, dtype=np.uint16).reshape(128, 192)
     for rows, parts in PARTS_OF.items():
         stored = parts.stored(tiles)
@@ -294,7 +294,7 @@ def test_layouts_of_the_source() -> None:
 
 @cache
 def from_dense(a: bytes, dtype: str, **options: int) -> Slot24:
-    """Of the integers [300, 150]: the same for all layouts and types of values."""
+    """Weights of the integers [300, 150]: the same for all layouts and value types."""
     dense = np.frombuffer(a, np.int64).reshape(300, 150)
     return Slot24.from_dense(dense.astype(cases.NUMPY_DTYPE[dtype]), **options)
 

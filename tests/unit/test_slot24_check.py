@@ -52,7 +52,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[Parts], Any]]] = {}
 
 
 def mutation(field: str) -> Callable[[Callable[[Parts], Any]], Callable[[Parts], Any]]:
-    """A change of the parts of a weight that ``field`` is blamed for; it may return the index."""
+    """A change to the parts of a weight for which ``field`` is blamed; it may return the index."""
 
     def add(change: Callable[[Parts], Any]) -> Callable[[Parts], Any]:
         MUTATIONS[change.__name__] = (field, change)
@@ -149,7 +149,7 @@ def column_twice_in_a_window(p: Parts) -> int:
 
 @mutation("columns")
 def dummy_four_times(p: Parts) -> int:
-    """The last of them is named."""
+    """The last of the four is named."""
     flat = p["columns"].reshape(-1)
     at = [byte_of(tile, 3, pair, 1) for tile in (6, 7) for pair in range(64)]
     one, other = (next(index for index in at if flat[index] == WINDOW + dummy) for dummy in (5, 6))
@@ -170,7 +170,7 @@ def halves_of_two_windows_exchanged(p: Parts) -> None:
 
 @mutation("columns")
 def value_in_a_dummy(p: Parts) -> int:
-    """A dummy and a real column are exchanged in one part: the values of one lie in the other."""
+    """A dummy and a real column are swapped in one part: the values of one lie in the other."""
     flat = p["columns"].reshape(-1)
     at = [byte_of(tile, 0, pair, 0) for tile in (0, 1) for pair in range(64)]
     real = at[0]
@@ -181,7 +181,7 @@ def value_in_a_dummy(p: Parts) -> int:
 
 @mutation("columns")
 def value_beyond_the_last_column(p: Parts) -> int:
-    """Window 2 has 136 columns in the matrix; one of them is exchanged with a column behind them."""
+    """Window 2 has 136 columns in the matrix; one of them is swapped with a column after them."""
     flat = p["columns"].reshape(-1)
     at = [byte_of(tile, 2, pair, 1) for tile in (4, 5) for pair in range(64)]
     real = next(index for index in at if flat[index] < 136)
@@ -191,7 +191,7 @@ def value_beyond_the_last_column(p: Parts) -> int:
 
 
 def flip_pick(name: str, stored: bool, tile: int, row: int, field: str) -> None:
-    """The pick of the first slot of a row of a tile that has a value, or has none, is another."""
+    """The pick of the first slot that has a value (or none) in a row of a tile is flipped."""
 
     def change(p: Parts) -> int:
         w = weight()
@@ -214,7 +214,7 @@ flip_pick("pick_at_the_bottom_of_the_tiles", False, 11, 127, "picks")
 
 @mutation("columns")
 def pick_of_a_dummy(p: Parts) -> int:
-    """The value of a left that has a dummy beside it goes there."""
+    """The value of a left whose right is a dummy goes to the dummy."""
     flat = p["columns"].reshape(-1)
     slots = slots_of(weight())
     row, slot = next(
@@ -270,7 +270,7 @@ def test_mutation_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("part_rows", [32, 64])
 def test_places_are_named(part_rows: int) -> None:
-    """Of a column, of a pick and of a value behind the last row, wherever they stand."""
+    """The place of a column, of a pick and of a value past the last row, wherever they are."""
     w = weight(part_rows)
     slots = reference_slots(w)
     rng = np.random.default_rng(4)
@@ -337,7 +337,7 @@ def test_any_pairing_in_any_order_is_valid(part_rows: int) -> None:
     lefts, rights = reference.lists_of(128)
     pairs = {}
     for strip, number, band in np.ndindex(2, 3, 128 // part_rows):
-        alone = [(lefts[n], rights[127 - n]) for n in range(128)]  # real ones with dummies: both lists end with these
+        alone = [(lefts[n], rights[127 - n]) for n in range(128)]  # real ones with dummies, which end both lists
         pairs[strip, number, band] = [alone[n] for n in rng.permutation(128)]
     written = reference.write(bits, 128, part_rows, pairs)
     w = Slot24(

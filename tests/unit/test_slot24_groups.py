@@ -22,7 +22,7 @@ both_parts = pytest.mark.parametrize("part_rows", [32, 64])
 
 @dataclasses.dataclass
 class Attempts:
-    """For each attempt of the encoder whether it kept equal residues apart, and how many problems it solved, or not."""
+    """For each attempt of the encoder: whether it kept equal residues apart, how many problems it solved and left."""
 
     careful: list[bool]
     found: list[int]
@@ -31,7 +31,7 @@ class Attempts:
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
-    """Of all encodings in a test."""
+    """The attempts of all encodings in a test."""
     seen = Attempts([], [], [])
     arrange = slot24_groups._arrange
 
@@ -107,7 +107,7 @@ def test_the_number_of_values_in_a_group_is_what_the_words_say(part_rows: int) -
 
 
 def test_what_is_tried() -> None:
-    """Groups of two first, in large windows alone unless they are asked for, and where slots are not too full."""
+    """Groups of two first, only in large windows unless they are requested, and where slots are not too full."""
     for window in (None, 128, 232, 248, 256):
         for part_rows in (None, 32, 64):
             for values in (None, 2, 4):
@@ -150,7 +150,7 @@ def test_groups_that_are_too_full_are_found(full: int, part_rows: int) -> None:
 
 
 def test_a_group_of_three_is_found_where_all_else_is_right() -> None:
-    """A weight with groups of up to four values that says it has two."""
+    """A weight with groups of up to four values that claims to have at most two."""
     w = weight()
     dataclasses.replace(w, group_values=4).validate()
     words = w.masks.reshape(-1)

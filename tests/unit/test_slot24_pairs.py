@@ -98,7 +98,7 @@ def test_the_largest_window_in_which_all_columns_pair_up(dense: int) -> None:
     w = Slot24.from_dense(a)
     w.validate()
     np.testing.assert_array_equal(w.to_dense(), a)
-    # The dense columns may lie in two windows; then each of the two needs fewer.
+    # The dense columns may lie in two windows; then each of these needs fewer dummies.
     fitting = [
         c for c in slot24_pairs.WINDOWS if (256 - c) // 2 >= max(np.bincount(np.flatnonzero(a[0]) // c, minlength=1))
     ]

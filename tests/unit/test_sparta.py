@@ -57,7 +57,7 @@ def test_third_and_fourth_nonzeros_are_the_residual() -> None:
 
 
 def test_residual_is_as_dense_as_the_pattern_says() -> None:
-    """Of independent elements, a share of (4 d^3 (1 - d) + 2 d^4) / 4."""
+    """For independent elements, a fraction of (4 d^3 (1 - d) + 2 d^4) / 4."""
     for density in (0.1, 0.3, 0.5):
         w = matrix("uniform", 1024, 1024, density, 1, "fp16")
         d = np.count_nonzero(pruned(w)) / w.size

@@ -28,7 +28,7 @@ class Bytes:
 
 
 class Words:
-    """Tokens are words with a space before, which the first of a text has not; 0 is a special token."""
+    """Tokens are words with a leading space, except for the first of a text; 0 is a special token."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(f"w{token}" for token in ids if token)
@@ -45,7 +45,7 @@ def test_a_character_comes_with_its_last_byte() -> None:
 
 def test_an_incomplete_character_comes_at_the_end() -> None:
     stream = TextStream(Bytes([bytes([i]) for i in range(256)]))
-    for _ in range(2):  # nothing is left of the text before
+    for _ in range(2):  # nothing is left of the previous text
         assert pieces(stream, list(b"a\xf0\x9f")) == ["a", "", "", "�"]
 
 
@@ -74,14 +74,14 @@ def test_whatever_the_bytes(tokens: list[bytes]) -> None:
         text += stream.push(i)
         whole = tokenizer.decode(range(i + 1))
         assert whole.startswith(text)
-        assert text == whole or whole.endswith("�")  # or nothing is held back
+        assert text == whole or whole.endswith("�")  # otherwise nothing is held back
     assert text + stream.finish() == tokenizer.decode(range(len(tokens)))
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from(BROKEN), max_size=30), st.integers(0, 30))
 def test_behind_a_prompt_comes_what_it_has_not(tokens: list[bytes], length: int) -> None:
-    """Wherever the prompt ends: of a character that it breaks off, nothing twice and nothing too little."""
+    """Wherever the prompt ends: of a character that it cuts off, nothing comes twice and nothing is missing."""
     tokenizer, end = Bytes(tokens), min(length, len(tokens))
     stream, text = TextStream(tokenizer, range(end)), ""
     before = tokenizer.decode(range(end))
@@ -136,7 +136,7 @@ def byte_level(tokenizers: Any) -> Any:
 
 
 def byte_fallback(tokenizers: Any) -> Any:
-    """As of Llama 2: characters are tokens, those of no token are their bytes."""
+    """As in Llama 2: characters are tokens, and those without a token are their bytes."""
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Greweltdnaïvx,!"]
     vocab = {name: i for i, name in enumerate(names)}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
@@ -167,7 +167,7 @@ def test_text_of_the_package_tokenizers(make: Any) -> None:
 
 
 def test_spaces_before_the_first_word() -> None:
-    """The decoder takes away one of them, wherever text begins."""
+    """The decoder removes one of them, wherever text begins."""
     from flashllm.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(byte_fallback(pytest.importorskip("tokenizers")))

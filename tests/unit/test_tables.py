@@ -31,7 +31,7 @@ ROWS = [
 
 
 def shown(parts: Iterable[RenderableType], width: int) -> list[str]:
-    """The lines, all of one console."""
+    """The lines that one console shows."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)

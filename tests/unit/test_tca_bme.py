@@ -22,7 +22,7 @@ DENSITIES = {"full": 1.0, "empty": 0.0}
 
 
 def by_element(w: NDArray[Any]) -> dict[str, list[int]]:
-    """The arrays of ``w``, element by element after the format's description."""
+    """The arrays of ``w``, element by element according to the format's description."""
     bits = pruned(w)
     rows, columns = w.shape
     values: list[int] = []
@@ -215,7 +215,7 @@ def test_every_kernel_of_a_product_is_listed() -> None:
     for spec in specs:
         for arch in ALL_ARCHS:
             assert spec.supports(arch)
-            # Five blocks share an SM wherever there is as much shared memory as on a GPU for servers.
+            # Five blocks share an SM wherever there is as much shared memory as on a server GPU.
             assert 5 * (spec.shared_bytes + 1024) <= (shared_limit(arch) or 0) or arch in ("86", "89", "120a")
 
 

@@ -236,7 +236,7 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 
 def test_room_of_the_header(tmp_path: Path) -> None:
-    """All that is expected fits, however large its shapes; what is far beyond is refused, and the rest written."""
+    """Everything expected fits, however large its shapes; what is far beyond is refused, and the rest is written."""
     names = [f"layer.{i}.{'x' * (i % 50)}" for i in range(200)]
     most = np.empty((10**17, 0, *[1] * 6), np.float16)
     with TensorWriter(tmp_path / "a.safetensors", metadata={"k": "v"}, expected=names) as writer:

@@ -48,7 +48,7 @@ def test_prefix() -> None:
     assert Tokenizer(by_bytes()).prefix == ()
     assert Tokenizer(by_bytes(begin=True)).prefix == (256,)
     assert Tokenizer(by_bytes(begin=True, end=True)).prefix == (256,)
-    # An end has no place before a text.
+    # An end token has no place before a text.
     assert Tokenizer(by_bytes(end=True)).prefix == ()
 
 
@@ -102,7 +102,7 @@ def test_windows_are_spread_over_the_text() -> None:
 
 
 def test_bytes_of_letters_of_many_bytes() -> None:
-    """A letter counts with the token that completes it."""
+    """A letter is counted with the token that completes it."""
     sizes = [len(letter.encode()) for letter in TEXT]
     credit = [0 if later else size for size in sizes for later in range(size - 1, -1, -1)]
     assert {1, 2, 3, 4} <= set(sizes)
@@ -213,7 +213,7 @@ def fields_of(
 
 
 def cut(pre: str | None, text: str) -> list[str]:
-    """``text``, no letter of it twice, in the pieces that merging stays within: all of a piece becomes one token."""
+    """``text``, which has no letter twice, in the pieces that merges do not cross: each piece becomes one token."""
     letters = [BYTES[BYTES.index({" ": "Ġ", "\n": "Ċ"}.get(letter, letter))] for letter in text]
     assert len(set(letters)) == len(text)
     names, merges = [], []
@@ -260,7 +260,7 @@ def test_the_first_token_of_gguf() -> None:
     assert of_gguf(fields_of("gpt-2", bos_token_id=256, add_bos_token=True)).prefix == (256,)
     assert of_gguf(fields_of("gpt-2", bos_token_id=256, add_bos_token=False)).prefix == ()
     assert of_gguf(fields_of("qwen2", bos_token_id=256)).prefix == ()
-    # llama.cpp puts it before texts of Llama 3 where the file does not say.
+    # llama.cpp puts it before texts of Llama 3 if the file does not say.
     assert of_gguf(fields_of("llama-bpe", bos_token_id=256)).prefix == (256,)
     assert of_gguf(fields_of("llama-bpe", bos_token_id=256, add_bos_token=False)).prefix == ()
     odd = fields_of("gpt-2", bos_token_id=0, add_bos_token=True)
@@ -273,7 +273,7 @@ def test_the_first_token_of_gguf() -> None:
 
 
 def test_whole_words_of_llama_3() -> None:
-    """That no pairs lead to."""
+    """Whole words that no merges of pairs lead to."""
     assert of_gguf(fields_of("llama-bpe", more=["abc"], add_bos_token=False)).encode("abc").ids == (256,)
     assert len(of_gguf(fields_of("gpt-2", more=["abc"])).encode("abc").ids) == 3
 
@@ -326,7 +326,7 @@ def test_gguf_as_a_tokenizer_json(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_of_a_gguf_file_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is pruned or converted can be evaluated without the file that it came from."""
+    """A pruned or converted model can be evaluated without the file that it came from."""
     fields = fields_of("llama-bpe", more=["ab"], merges=["a b"], bos_token_id=257)
     wanted = of_gguf(fields)
     with open_checkpoint(write_checkpoint(tmp_path / "model", "llama")) as checkpoint:

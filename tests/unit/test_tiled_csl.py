@@ -117,7 +117,7 @@ def test_bank_order(pattern: str, density: float) -> None:
         assert rounds[number] == list(range(32)), f"clean round {number}"
     passes = reference.wavefronts(bank.words)
     assert passes <= reference.wavefronts(row.words)
-    # No order can do with fewer passes than words in one bank, or than rounds.
+    # No order can manage with fewer passes than there are words in one bank, or rounds.
     assert passes <= max(per_bank.max(), len(rounds)) + 12
 
 

@@ -20,7 +20,7 @@ Parts = dict[str, Any]
 
 
 def weight() -> TiledCSL:
-    """200 x 100, so that tiles reach over both edges; every tile has padding and some elements."""
+    """200 x 100, so that tiles extend beyond both edges; every tile has padding and some elements."""
     a = cases.matrix("uniform", 200, 100, 0.1, 21, "fp16")
     w = TiledCSL.from_dense(a, order="row")
     counts = np.diff(w.tile_offsets)[:-1]

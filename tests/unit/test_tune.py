@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuner's own logic, on a pretended GPU."""
+"""The tuner's own logic, on a fake GPU."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ DENSITIES = {"full": 1.0, "empty": 0.0}
 
 
 def first_two_of(w: NDArray[Any]) -> NDArray[np.uint16]:
-    """Bits of ``w`` with all but the first two nonzeros of every group of four columns zero: element by element."""
+    """Bits of ``w``, element by element: in every group of four columns, all but the first two nonzeros are zero."""
     out = pruned(w)
     for row in out:
         for first in range(0, len(row), 4):
@@ -173,7 +173,7 @@ def test_a_copy_has_buffers_of_its_own() -> None:
 
 
 def _empty(rows: int, columns: int) -> TwoFour:
-    """A weight of that shape whose tiles nobody reads."""
+    """A weight of that shape whose tiles are never read."""
     tiles = np.broadcast_to(np.uint16(0), (-(-rows // 128), -(-columns // 64), TILE_VALUES + TILE_METADATA))
     return TwoFour(shape=(rows, columns), tiles=tiles)
 

@@ -54,7 +54,7 @@ def _last(all_cases: list[cases.Case]) -> run.Outcome:
 
 
 def test_reference_passes_everything() -> None:
-    """With one of the two value types in turn: nothing but conversions depends on them."""
+    """With one of the two value types in turn: only conversions depend on them."""
     chosen = [case for i, case in enumerate(_cases()) if case.data.dtype == DTYPES[i % 2]]
     assert len({replace(case.data, dtype="fp16") for case in _cases()}) == len(chosen)
     outcomes = list(run.run_cases(chosen, products.ReferenceMultiplier()))
@@ -101,7 +101,7 @@ def test_one_unit_in_the_last_place_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("operands", ["integers", "random", "special"])
 def test_elements_nobody_writes_are_caught(monkeypatch: pytest.MonkeyPatch, operands: str) -> None:
-    """Those that special values make NaN anyway are not asked for."""
+    """The element reported is not one that special values make NaN anyway."""
 
     def change(y: NDArray[Any]) -> None:
         y[:, 20] = np.nan

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiled-CSL written down a second time, element by element, from docs/formats/tiled_csl.md alone.
+"""Tiled-CSL written a second time, element by element, from docs/formats/tiled_csl.md alone.
 
-Slow and simple on purpose; imports nothing from the package, so that the encoders have something to be wrong against.
+Slow and simple on purpose; imports nothing from the package, so that it is independent of the encoders it checks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def place_of(row: int, column: int) -> int:
-    """Location of a row and a column of a tile."""
+    """Location of an element by its row and column in a tile."""
     chunk, inside = divmod(column, 8)
     return 64 * row + 8 * (chunk ^ (row % 8)) + inside
 

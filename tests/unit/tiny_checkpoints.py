@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of tiny models with zeros, and what must come back of them."""
+"""Checkpoints of tiny models with zeros, and a check of what converting back must give."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 
 def tensors_of(kind: str, dtype: str, density: float = 0.3) -> dict[str, NDArray[Any]]:
-    """All tensors of a tiny model: matrices of linear layers with zeros of both signs, NaN and infinities."""
+    """All tensors of a tiny model; matrices of linear layers have zeros of both signs, NaN and infinities."""
     found = {}
     for seed, (name, shape) in enumerate(tensor_shapes(model_config(CONFIGS[kind])).items()):
         rows, columns = shape if len(shape) == 2 else (1, shape[0])
@@ -59,7 +59,7 @@ def read(directory: Path) -> dict[str, NDArray[Any]]:
 
 
 def check_back(sparse: Path, out: Path, tensors: Mapping[str, NDArray[Any]], **options: Any) -> None:
-    """The directory turns back into ``tensors``, pruned places positive in linear layers."""
+    """The directory turns back into ``tensors``, with every zero positive in packed linear layers."""
     to_hugging_face(sparse, out, **options)
     back = read(out)
     assert set(back) == set(tensors)

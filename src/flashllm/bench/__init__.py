@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases x systems -> timing -> rows -> tables. ``docs/measurement.md`` says how and why it measures so."""
+"""Cases x systems -> timing -> rows -> tables. ``docs/measurement.md`` explains the method and the reasons for it."""

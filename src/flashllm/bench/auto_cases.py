@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format each case of a group takes when none is named."""
+"""Chooses the format for each case of a group when none is named."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from flashllm.matmul import auto
 from flashllm.matmul.sample import Contents, estimated, representative, sampled
 
 _PART = (1024, 8192)
-"""Rows and columns, at most, of the random matrix that stands for one with the same pattern of zeros."""
+"""Largest number of rows and columns of the random matrix that stands in for one with the same pattern of zeros."""
 
 
 def choose_formats(group: Group, source: Source, *, gpu: Gpu) -> Group:
-    """``group`` with the format for every sparsity and N that takes least time on ``gpu``; each N by itself.
+    """``group`` with the format that takes the least time on ``gpu`` for every sparsity and, separately, every N.
 
-    By density for uniform zeros, by packing a part of the matrix for others and for files.
+    Packed sizes are estimated from the density for uniform zeros; for other patterns and for files, a part of the
+    matrix is packed.
     """
     names = auto.usable_formats(None, gpu)
     chosen = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the read bandwidth of the GPU's memory (``cuda/bench/read.cu``), the roofline of all times."""
+"""Measures the read bandwidth of the GPU's memory (``cuda/bench/read.cu``), the roofline for all times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WARMUP_MS = 200.0  # the first measurement of a run also brings the clocks up
 
 
 def spec() -> KernelSpec:
-    """The kernel that reads."""
+    """The kernel that reads the buffer."""
     return KernelSpec(name="read_bandwidth", source="bench/read.cu", function="flashllm::read_bandwidth", threads=512)
 
 
@@ -42,9 +42,9 @@ class _Read:
 
 
 def read_gbps(stream: Any, *, buffer_bytes: int = BUFFER_BYTES) -> float:
-    """Bandwidth in 10^9 bytes per second, by the same graphs and medians as every other measurement.
+    """Bandwidth in 10^9 bytes per second, measured with the same graphs and medians as everything else.
 
-    Raises :class:`VerificationError` when what the kernel read is not what the buffer holds.
+    Raises :class:`VerificationError` when the kernel did not read what the buffer holds.
     """
     import cupy
 

@@ -17,7 +17,7 @@ DEFAULT_SPARSITIES: tuple[float, ...] = (0.7, 0.8, 0.9)
 DEFAULT_BATCHES: tuple[int, ...] = (8, 16, 32)
 MAX_DIMENSION = 2**31 - 1
 SMALL_SHAPES: tuple[tuple[int, int], ...] = ((512, 256), (1024, 512), (2048, 1024))
-"""Shapes of a run without a GPU when none is asked for."""
+"""Shapes of a run without a GPU when no shape is requested."""
 SMALL_ELEMENTS = 2**19
 """Without a GPU, a model's layers are scaled down to at most this many elements."""
 
@@ -26,7 +26,7 @@ SMALL_ELEMENTS = 2**19
 class Group:
     """All cases that share the shape ``W[m, k]``: one batch of weights on the device, measured together.
 
-    ``sparsities`` are fractions of zeros asked for; the single value ``None`` stands for a matrix read from a
+    ``sparsities`` are the requested fractions of zeros; the single value ``None`` stands for a matrix read from a
     file, whose own fraction is ``zeros``.
     """
 
@@ -43,8 +43,8 @@ class Group:
     formats: tuple[str, ...] = (DEFAULT_FORMAT,)
     """Formats to pack the weights in; each is a system of its own."""
     chosen: tuple[tuple[float | None, int, str], ...] | None = None
-    """Where ``auto`` chose: the format for each sparsity and N, all of them in ``formats``; ``None``: every case in
-    every format."""
+    """Where ``auto`` chose: the format for each sparsity and N, all of them in ``formats``. ``None``: every case runs
+    in every format."""
 
     @property
     def title(self) -> str:
@@ -59,12 +59,12 @@ class Group:
         return tuple((s, n, name) for s in self.sparsities for n in self.batches for name in self.formats)
 
     def formats_for(self, sparsity: float | None) -> tuple[str, ...]:
-        """The formats that the matrix of ``sparsity`` is packed in, for some N or for all."""
+        """The formats that the matrix of ``sparsity`` is packed in for at least one N."""
         used = {name for s, _, name in self.cases if s == sparsity}
         return tuple(name for name in self.formats if name in used)
 
     def choice(self, source: str) -> str:
-        """What a row says of the choice: ``source`` of the plan, and whether ``auto`` chose the format too."""
+        """The ``choice`` field of a row: ``source`` of the plan, marked where ``auto`` chose the format too."""
         return source if self.chosen is None else f"{source}-format"
 
     @property

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is an output right? The promised error bound, per element, and a looser comparison of whole outputs.
 
-Every function takes NumPy arrays or CuPy arrays alike.
+Every function takes either NumPy or CuPy arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BASELINE_LIMIT = Way.error_limit
 
 @dataclass(frozen=True, kw_only=True)
 class OutputType:
-    """Rounding of an output type: half a last-place unit, half the smallest step, where it overflows."""
+    """Rounding of an output type: half a unit in the last place, half the smallest step, and the overflow limit."""
 
     unit: float
     smallest: float
@@ -74,7 +74,7 @@ def make_reference(x64: Any, w64: Any, rows: Any, dtype: str) -> Reference:
 
 
 def bounds(reference: Reference) -> Any:
-    """The promised u |ref| + 2^-20 |x||W| + s of every element, [N, len(rows)] float64."""
+    """The promised bound u |ref| + 2^-20 |x||W| + s of every element, [N, len(rows)] float64."""
     kind = OUTPUT_TYPES[reference.dtype]
     with np.errstate(invalid="ignore", over="ignore"):
         return kind.unit * abs(reference.values) + ACCUMULATION * reference.magnitude + kind.smallest
@@ -94,7 +94,7 @@ def error_ratios(y64: Any, reference: Reference) -> Any:
         ratio = xp.where(bound > 0, error / bound, xp.where(error == 0, 0.0, np.inf))
         infinite = xp.where(got == xp.copysign(xp.full_like(want, np.inf), want), 0.0, np.inf)
         # Near the overflow limit the fp32 sum may round either way: there both results are right.
-        # An infinite reference needs no margin: it comes of an infinite weight, not of rounding.
+        # An infinite reference needs no margin: it comes from an infinite weight, not from rounding.
         certain = (abs(want) == np.inf) | (abs(want) - ACCUMULATION * reference.magnitude >= kind.overflow)
         possible = abs(want) + ACCUMULATION * reference.magnitude >= kind.overflow
         ratio = xp.where(certain, infinite, xp.where(possible, xp.minimum(ratio, infinite), ratio))

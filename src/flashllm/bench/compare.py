@@ -25,13 +25,13 @@ class Change:
     before: Row
     after: Row
     ratio: float
-    """Of the times compared, after / before: below 1 is faster."""
+    """The compared times, after / before: below 1 is faster."""
     noise: float
-    """Relative difference that says nothing: the threshold, or the spread of the launches where that is wider."""
+    """Relative difference that counts as noise: the threshold, or the spread of the launches where that is wider."""
     verdict: Verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """For a line of JSON: the case, both times, and what they mean."""
+        """The content of a line of JSON: the case, both times, and what they mean."""
         row = self.after
         return {
             "system": row.system,
@@ -55,13 +55,13 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All cases of both sets, and those that only one has."""
+    """The cases that both sets have, and those that only one has."""
 
     changes: tuple[Change, ...]
     only_before: tuple[Row, ...]
     only_after: tuple[Row, ...]
     relative: bool
-    """Whether times were taken in units of cuBLAS in the same run."""
+    """Whether times are in units of cuBLAS's time in the same run."""
 
     def count(self, verdict: Verdict) -> int:
         """Cases with this verdict."""
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def failures(self) -> tuple[Change, ...]:
-        """Cases that are wrong now, or slower; what cuBLAS takes is not ours to fail for."""
+        """Cases that are now wrong or slower; a slower cuBLAS is not our failure and does not count."""
         return tuple(
             change
             for change in self.changes
@@ -77,12 +77,12 @@ class Comparison:
         )
 
     def of_system(self, *, baseline: bool) -> list[Change]:
-        """The cases of cuBLAS, or of all other systems."""
+        """The cases of cuBLAS (``baseline``), or those of all other systems."""
         return [change for change in self.changes if (change.after.system == BASELINE) == baseline]
 
 
 def geometric_mean(changes: Sequence[Change]) -> float | None:
-    """Of the ratios; ``None`` of none."""
+    """Geometric mean of the ratios; ``None`` if there are none."""
     if not changes:
         return None
     return math.exp(math.fsum(math.log(change.ratio) for change in changes) / len(changes))
@@ -93,12 +93,12 @@ def compare(
 ) -> Comparison:
     """Match the timed rows of two sets by case, GPU and format, and judge each pair.
 
-    Rows whose format was chosen (``auto``) match each other, whichever it was. A case is slower or faster where its
-    median changed by more than ``threshold`` and by more than half of the spread from the 20th to the 80th
-    percentile in each set, added up; it is wrong where the later result failed its check. ``relative``: times count in
-    units of cuBLAS in the same run, which takes out what a slower clock did to both; rows without one are left out, and
-    those of cuBLAS itself. Of repeated measurements in a set the last counts. Raises :class:`ArgumentError` for a
-    threshold outside 0 to 1 and where no case is in both sets.
+    Rows whose format was chosen (``auto``) match each other, whichever format it was. A case is slower or faster if
+    its median changed by more than ``threshold`` and by more than the noise of both sets together, where the noise of
+    a set is half of its spread from the 20th to the 80th percentile; it is wrong if the later result failed its check.
+    With ``relative``, times are in units of cuBLAS's time in the same run, which cancels the effect of a slower clock
+    on both; rows without a cuBLAS time, and those of cuBLAS itself, are left out. Of repeated measurements in a set
+    the last counts. Raises :class:`ArgumentError` for a threshold outside 0 to 1 and if no case is in both sets.
     """
     if not 0 <= threshold < 1:
         raise ArgumentError("threshold", expected="a fraction from 0 to below 1", got=f"{threshold}")
@@ -117,7 +117,7 @@ def compare(
 
 
 def lines(comparison: Comparison, *, every: bool = False) -> list[str]:
-    """Markdown for people: a summary, and the cases that changed; ``every``: the others too."""
+    """Markdown for people: a summary and the cases that changed, with ``every`` the others too."""
     unit = "time / cuBLAS" if comparison.relative else "time"
     text = [
         f"{len(comparison.changes)} cases in both: "
@@ -147,7 +147,7 @@ def case_of(row: Row) -> str:
 
 
 def _by_case(rows: Iterable[Row], relative: bool) -> dict[Key, Row]:
-    """The last timed row of each case; how its format was come by is part of the case, not which one that gave."""
+    """The last timed row of each case. Rows whose format ``auto`` chose are one case, whichever format it chose."""
     timed = [row for row in rows if row.median_us and (not relative or (row.cublas_us and row.system != BASELINE))]
     found: dict[Key, Row] = {}
     for row in timed:
@@ -164,7 +164,7 @@ def _time(row: Row, relative: bool) -> float:
 
 
 def _spread(row: Row) -> float:
-    """Half of the way from the 20th to the 80th percentile, relative to the median."""
+    """Half of the distance from the 20th to the 80th percentile, relative to the median."""
     if row.p20_us is None or row.p80_us is None or not row.median_us:
         return 0.0
     return (row.p80_us - row.p20_us) / 2 / row.median_us

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems we compare with, beside cuBLAS: their weights for a group of cases and the best that each can do."""
+"""The systems we compare with besides cuBLAS: their weights for a group of cases, and the fastest way to run each."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from flashllm.bench.runs import Compared, Prepared, Run
 from flashllm.errors import ArgumentError
 
 Prepare = Callable[[Group, "float | None", Any, dict[int, Any]], Prepared]
-"""``prepare(group, sparsity, dense, inputs)``: what products of a matrix must give."""
+"""``prepare(group, sparsity, dense, inputs)``: the results that products with a matrix must give."""
 
 
 def check_group(group: Group, names: Sequence[str]) -> None:
-    """Raise :class:`ArgumentError` where ``names`` are to run on another type than fp16."""
+    """Raise :class:`ArgumentError` if systems ``names`` are to run on a type other than fp16."""
     if names and group.dtype != "fp16":
         raise ArgumentError("systems", expected="fp16: the other systems have no other type", got=group.dtype)
 
 
 def parts(group: Group, names: Sequence[str]) -> list[tuple[Group, tuple[str, ...]]]:
-    """``group`` a sparsity at a time, with the systems to run there, so that no two matrices' weights are on the GPU
-    together. Systems that do not take the matrix of the case run with the first one.
+    """``group`` split by sparsity, each part with the systems to run on it, so that the weights of only one matrix
+    are on the GPU at a time. Systems that do not use the matrix of the case run with the first part only.
     """
     if not names:
         return [(group, ())]
@@ -41,7 +41,7 @@ def parts(group: Group, names: Sequence[str]) -> list[tuple[Group, tuple[str, ..
 
 
 def estimated_bytes(group: Group, density: float, names: Sequence[str], rotated: Callable[[int], int]) -> int:
-    """Device bytes of the systems' weights, and of what making them takes."""
+    """Device bytes of the systems' weights, including what making them takes."""
     elements = group.m * group.k
     weights = sum(rotated(int(SYSTEMS[name].bytes_per_element(density) * elements)) for name in names)
     return weights + (4 * group.dense_bytes if names else 0)
@@ -59,8 +59,8 @@ def load(
 ) -> dict[str, Compared]:
     """Weights of every system of ``names`` but cuBLAS.
 
-    ``dense`` is the matrix of the case and ``item`` what its products must give; ``copies(nbytes)`` says how many to
-    rotate over. A system that the shape does not suit is left out.
+    ``dense`` is the matrix of the case and ``item`` what its products must give; ``copies(nbytes)`` is the number of
+    copies to rotate over. A system that cannot run the shape is left out.
     """
     found: dict[str, Compared] = {}
     matrices, items = {"given": dense}, {"given": item}
@@ -75,7 +75,7 @@ def load(
         try:
             weight = made.from_dense(matrices[kind])
         except ArgumentError:
-            if kind == "given" and not entry.needs:  # that system takes every shape: something else is wrong
+            if kind == "given" and not entry.needs:  # such a system takes every shape: something else is wrong
                 raise
             continue
         its_inputs = inputs
@@ -109,7 +109,7 @@ def run_of(compared: Compared, n: int, stream: Any) -> Run | None:
 
 
 def _group(group: Group, name: str) -> Group:
-    """What rows of the system say of the case."""
+    """The group as the rows of the system describe it."""
     entry = SYSTEMS[name]
     if entry.matrix == "given":
         return group

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random sparse matrices, the same bytes on the host (NumPy) and on the device (``cuda/bench/weights.cu``).
+"""Random sparse matrices with the same bytes on the host (NumPy) and on the device (``cuda/bench/weights.cu``).
 
 Every element is a pure function of (seed, row, column). On the device bf16 is held as its uint16 bits.
 """
@@ -78,7 +78,7 @@ def row_thresholds(rows: int, columns: int, *, density: float, pattern: str, see
 
 
 def _equal_thresholds(rows: int, columns: int, count: int, seed: int, device: bool) -> Any:
-    """One more than the ``count``-th smallest bits of each row; of equal bits there, all are kept."""
+    """One more than the ``count``-th smallest bits of each row; elements that tie with these bits are all kept."""
     if device:
         import cupy as xp
     else:
@@ -108,7 +108,7 @@ def random_matrix(
     """Matrix [rows, columns] with bell-shaped zero-mean values of standard deviation ``std``, the rest zero.
 
     Patterns: ``uniform`` keeps each element with probability ``density``; ``columns`` keeps whole columns;
-    ``block`` keeps whole 32 x 32 blocks; ``row-equal``, ``per-row`` and ``skewed`` see :func:`row_thresholds`.
+    ``block`` keeps whole 32 x 32 blocks; for ``row-equal``, ``per-row`` and ``skewed`` see :func:`row_thresholds`.
     Host: NumPy float16 or ml_dtypes.bfloat16; device: CuPy float16, or uint16 bits for bf16.
     """
     if not 0.0 <= density <= 1.0:
@@ -185,19 +185,19 @@ def make_weights(group: Group, sparsity: float, *, device: bool) -> Any:
 
 
 def make_inputs(group: Group, n: int, *, device: bool) -> Any:
-    """Dense ``x[n, k]`` of standard deviation 1, drawn apart from the weights."""
+    """Dense ``x[n, k]`` of standard deviation 1, drawn independently of the weights."""
     return random_matrix(n, group.k, seed=group.seed + _X_SEED + n, dtype=group.dtype, device=device)
 
 
 def to_float64(array: Any, dtype: str) -> Any:
-    """``array`` as float64, on the side it is on; bf16 may come as uint16 bits."""
+    """``array`` as float64, on the host or device as before; bf16 may come as uint16 bits."""
     if dtype == "bf16" and array.dtype == np.uint16:
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)
 
 
 def largest_magnitude(array: Any, dtype: DType) -> float:
-    """Largest finite absolute value of a 16-bit matrix, found in its bit patterns a strip at a time."""
+    """Largest finite absolute value of a 16-bit matrix, found from its bit patterns one strip at a time."""
     bits, infinity = array.view(np.uint16), np.uint16(INFINITY[dtype])
     strip = max(1, (1 << 24) // max(1, array.shape[1]))
     largest = 0

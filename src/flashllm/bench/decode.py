@@ -36,14 +36,14 @@ SYSTEMS = {
     "hf-static": "hf-static",
     "torch-2:4": "torch-2:4",
 }
-"""Names of systems in rows, by those of the command."""
+"""Names of systems in rows, by their names on the command line."""
 OURS = ("sparse", "dense")
-"""Of them, our engine."""
+"""Those among them that are our engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is decoded: ``batch`` prompts of equal length, each with ``output`` tokens behind it."""
+    """What is decoded: ``batch`` prompts of equal length, each followed by ``output`` tokens."""
 
     batch: int
     prompt: int = 64
@@ -51,22 +51,22 @@ class Case:
 
     @property
     def capacity(self) -> int:
-        """Positions of a sequence."""
+        """Positions that a sequence needs."""
         return self.prompt + self.output
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Of one case, in milliseconds."""
+    """Times of one case, in milliseconds."""
 
     total: float
     first: float
     step: float | None = None
-    """A step in the middle of the output; ``None`` where it is not timed apart."""
+    """A step in the middle of the output; ``None`` where it is not timed separately."""
     kinds: Mapping[Kind, float] = field(default_factory=dict)
-    """Its launches of each kind alone."""
+    """How much of that step its launches of each kind take."""
     reading: Reading = field(default_factory=Reading)
-    """Of clock, temperature and power, under way."""
+    """Clock, temperature and power during the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +74,10 @@ class Sizes:
     """Bytes on one GPU."""
 
     matrices: int
-    """Of all blocks."""
+    """Matrices of all blocks."""
     head: int
     weights: int
-    """All of them, these two among them."""
+    """All weights, including these two."""
     cache: int
     workspace: int
 
@@ -85,7 +85,7 @@ class Sizes:
 def choose_formats(
     config: ModelConfig, sparsity: float, batches: Sequence[int], *, dtype: str, shard: Shard, format: str = "auto"
 ) -> dict[str, str]:
-    """The format of each matrix of a block; ``auto`` takes what the time model expects to be fastest."""
+    """The format of each matrix of a block; ``auto`` takes the one that the time model expects to be fastest."""
     from flashllm.matmul.auto import rank_formats
 
     if format != "auto":
@@ -98,7 +98,7 @@ def choose_formats(
 
 
 def open_engine(weights: Weights, runtime: Runtime, case: Case, communicator: Communicator | None = None) -> Engine:
-    """An engine for the case, which has decoded a few tokens: kernels are loaded, the step is captured."""
+    """An engine for the case that has decoded a few tokens, so that kernels are loaded and the step is captured."""
     engine = Engine(
         weights,
         runtime,
@@ -115,7 +115,7 @@ def open_engine(weights: Weights, runtime: Runtime, case: Case, communicator: Co
 
 
 def measure(engine: Engine, case: Case) -> Times:
-    """Decode the case once from prompts to last token, then time the kinds of launches of a step in the middle."""
+    """Decode the case once from the prompts to the last token, then time each kind of launch in a middle step."""
     runtime = engine.runtime
     prompts, options = random_prompts(engine.weights.config.vocab, case), _options(case)
     runtime.wait()
@@ -139,7 +139,7 @@ def measure(engine: Engine, case: Case) -> Times:
 
 
 def bound_ms(weights: Weights, case: Case, read_gbps: float) -> float:
-    """Milliseconds that a step in the middle of the output takes only to read what it must."""
+    """Milliseconds that a step in the middle of the output needs merely to read what it must."""
     read = weights.matrix_bytes + int(weights.head.nbytes)
     return _bound_ms(weights.config, weights.shard, read, case, read_gbps)
 
@@ -212,7 +212,7 @@ def fill_row(
     reading: Reading | None = None,
     peak_bytes: int | None = None,
 ) -> DecodeRow:
-    """The row of a case that any system has decoded: what follows from its times and sizes is computed here."""
+    """The row of a case decoded by any system; everything that follows from its times and sizes is computed here."""
     gpus = shard.count
     per_s = case.batch * case.output / times.total * 1e3 if times else None
     bound = _bound_ms(config, shard, sizes.matrices + sizes.head, case, read_gbps) if read_gbps else None
@@ -281,11 +281,11 @@ def _options(case: Case) -> list[SamplingOptions]:
 
 
 def _replayed_ms(engine: Engine, case: Case) -> tuple[float, dict[Kind, float]]:
-    """Milliseconds of one replay of a step, and what of it its launches of each kind take, in the middle of the output.
+    """Milliseconds of one replay of a step in the middle of the output, and how much of it each kind of launch takes.
 
-    Alone, launches of one kind overlap more with one another than in a step; what a step takes less without them has in
-    it what others wait for them. A kind's part is the mean of both. Replays take turns: at the limit of its power a GPU
-    changes its clock from one moment to the next.
+    Launches of one kind alone overlap each other more than they do in a step. The time that a step saves without them
+    includes the time that other launches spend waiting for them. A kind's part is the mean of the two. Replays of the
+    graphs alternate, because a GPU at its power limit changes its clock from one moment to the next.
     """
     from flashllm import graphs
 
@@ -302,11 +302,11 @@ def _replayed_ms(engine: Engine, case: Case) -> tuple[float, dict[Kind, float]]:
         times: dict[frozenset[Kind], list[float]] = {kinds: [] for kinds in captured}
         for _ in range(1 + _REPLAYS):
             for kinds, graph in captured.items():
-                # A step moves on: each replay has to begin where the others did.
+                # A step advances the state: each replay has to begin where the others did.
                 engine.state.positions.fill(case.prompt + case.output // 2)
                 engine.state.counts.fill(case.output // 2)
                 engine.state.finished.fill(0)
-                # Ranks of a group drift apart where nothing waits for others; what is timed begins where all have met.
+                # Ranks of a group drift apart where none waits for the others; timing begins once all have met.
                 if meeting is not None:
                     meeting.launch(runtime.stream)
                 times[kinds].append(graphs.replay_us(graph, runtime.stream, 1))

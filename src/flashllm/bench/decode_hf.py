@@ -20,11 +20,11 @@ from flashllm.models.config import ModelConfig
 from flashllm.progress import Advance
 
 _DEVICE = "cuda"
-_WARM_RUNS = 2  # each has a cache of its own: where that takes other memory, graphs are recorded anew
+_WARM_RUNS = 2  # each allocates its own cache: where that is other memory than before, graphs are recorded again
 
 
 class HfSystem:
-    """Fulfils :class:`flashllm.bench.decode_systems.System`. Between two steps, each a CUDA graph, Python runs."""
+    """Implements :class:`flashllm.bench.decode_systems.System`. Each step is a CUDA graph; Python runs between them."""
 
     label = "hf-static"
 
@@ -36,7 +36,7 @@ class HfSystem:
         self._free = 0
 
     def plan(self, case: Case) -> MemoryPlan:
-        """As :class:`System` says. Prompts are read all at once."""
+        """As :class:`System` says. All prompts are read at once."""
         return torch_plan(self._subject.config, case, rows=case.batch * case.prompt)
 
     def load(self, advance: Advance) -> None:
@@ -91,7 +91,7 @@ class HfSystem:
         )
 
     def _forget(self) -> None:
-        """Drop compiled steps, whose graphs hold memory, and give what nothing uses any more to the driver."""
+        """Drop compiled steps, whose graphs hold memory, and return memory that is no longer used to the driver."""
         self._torch.compiler.reset()
         if self._model is not None:
             self._model.__dict__.pop("_compiled_call", None)
@@ -100,11 +100,11 @@ class HfSystem:
 
 
 class _FirstToken:
-    """A criterion that stops nothing and sees when the first token is there: the one time that it waits."""
+    """A stopping criterion that never stops; it records when the first token is there, the only time it waits."""
 
     def __init__(self) -> None:
         self.seen = 0.0
-        """Seconds of ``time.perf_counter``."""
+        """Time of the first token, in seconds of ``time.perf_counter``."""
 
     def __call__(self, tokens: Any, scores: Any, **options: Any) -> Any:
         if not self.seen:
@@ -114,7 +114,7 @@ class _FirstToken:
 
 
 def generate(model: Any, prompts: Any, output: int) -> tuple[Any, Times]:
-    """``prompts`` [B, T] with ``output`` tokens behind each, a tensor, and how long that took."""
+    """A tensor of ``prompts`` [B, T], each followed by ``output`` tokens, and how long generating it took."""
     clock = _FirstToken()
     _wait_for(prompts)
     begun = time.perf_counter()
@@ -137,17 +137,17 @@ def _wait_for(tensor: Any) -> None:
 
 
 def new_model(config: ModelConfig, kind: Any) -> Any:
-    """A model of the package with random weights of PyTorch's type ``kind``, on the default device of PyTorch."""
+    """A model of the package with random weights of PyTorch's type ``kind``, on PyTorch's default device."""
     transformers = import_transformers()
     made = transformers.AutoConfig.for_model(**hf_config(config))
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=kind, attn_implementation="sdpa").eval()
-    # Random models end, or pad, wherever they like.
+    # A random model may choose the end or padding token anywhere.
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """What ``config.json`` of the package transformers says of a model."""
+    """The content of ``config.json`` that describes a model to the package transformers."""
     common: dict[str, Any] = {
         "model_type": config.model_type,
         "vocab_size": config.vocab,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding a model takes of a GPU's memory, reckoned before anything is allocated."""
+"""How much GPU memory decoding a model takes, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flashllm.registry import weight_class
 
 _CUBLAS_BYTES = 2 * (32 << 20)  # a handle for dense matrices, one for expanded ones
 _KERNEL_BYTES = 1 << 30
-"""Kernels' code, partial sums of products and of attention, what the driver keeps."""
+"""Code of kernels, partial sums of products and of attention, and what the driver keeps."""
 _RESTS = 0.02
-"""Of packed weights: parts of the pool's blocks, from which their encoders' memory was cut, that nothing else fits
-into. On an H200 0.9 GB of 37.9 and 1.9 of 99.9 were seen."""
+"""Fraction of the packed weights' bytes for remainders of pool blocks that encoders allocated from and that are too
+small for anything else. On an H200, 0.9 GB of 37.9 and 1.9 of 99.9 were observed."""
 _LEAST_EXPANDED_ROWS = 65
 
 
@@ -37,19 +37,19 @@ class MemoryPlan:
     """A dense matrix, and what its encoder needs, while the last weight is made."""
     cache: int
     activations: int
-    """And logits."""
+    """Activations and logits."""
     workspace: int
     rests: int
-    """Of the memory pool, and of kernels and the driver."""
+    """Unusable remainders in the memory pool, and what kernels and the driver take."""
 
     @property
     def needed(self) -> int:
-        """The most at a time."""
+        """Peak memory: the most that is needed at any time."""
         weights = self.matrices + self.other_weights + self.rests
         return weights + max(self.making, self.cache + self.activations + self.workspace)
 
     def lines(self) -> str:
-        """The sum, for people."""
+        """The sum as text for people."""
         parts = {
             "matrices": self.matrices,
             "other weights": self.other_weights,
@@ -73,7 +73,7 @@ def plan_memory(
     output: int,
     shard: Shard,
 ) -> MemoryPlan:
-    """What ``batch`` sequences of ``prompt`` and ``output`` tokens take with random weights of these formats."""
+    """The memory for ``batch`` sequences of ``prompt`` and ``output`` tokens with random weights of these formats."""
     sizes = {part: shard.shape(config, part) for part in PARTS}
     stored = {
         part: 2 * m * k if formats[part] == DENSE else weight_class(formats[part]).estimated_bytes((m, k), 1 - sparsity)
@@ -84,9 +84,9 @@ def plan_memory(
     tables = config.vocab * (1 if config.tied else 2) + (config.positions + OPT_POSITION_OFFSET if config.is_opt else 0)
     vectors = 2 * config.hidden + config.layers * (4 * config.hidden + sum(m for m, _ in sizes.values()))
     rows = max(batch, min(PREFILL_ROWS, batch * prompt))
-    # x, the residual stream in fp32, q, k and v twice over, what heads give, up and active.
+    # x, the residual stream in fp32, q, k and v twice, the output of the heads, up and active.
     per_row = 6 * config.hidden + 2 * (2 * sizes["qkv"][0] + sizes["out"][1] + sizes["up"][0] + sizes["down"][1])
-    last = 6 * config.hidden * batch  # the residual stream again, of the rows whose logits are wanted
+    last = 6 * config.hidden * batch  # x and the residual stream again, for rows whose logits are wanted
     y = 2 * sum(math.prod(parts_shape(count, config.hidden, shard.count)) for count in (rows, batch))
     expanded = max(packed) if packed and batch * prompt >= _LEAST_EXPANDED_ROWS else 0
     matrices = config.layers * sum(stored.values())
@@ -102,6 +102,6 @@ def plan_memory(
 
 
 def check_memory(plan: MemoryPlan, free: int, what: str) -> None:
-    """Raise ``DeviceMemoryError`` that shows the sum where ``what`` does not fit into ``free`` bytes."""
+    """Raise a ``DeviceMemoryError`` that shows the sum if ``what`` does not fit into ``free`` bytes."""
     if plan.needed > free:
         raise DeviceMemoryError(f"{what}: {plan.lines()}", needed=plan.needed, free=free)

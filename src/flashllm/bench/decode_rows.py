@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of decoding a whole model: their fields, and files of them (JSON Lines)."""
+"""Result rows of decoding a whole model: their fields, and files of them (JSON Lines)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRow(FlatRow):
-    """One measurement of prefill and decoding. ``None``: does not apply. Sizes are 10^9 bytes of one GPU."""
+    """One measurement of prefill and decoding. ``None``: does not apply. Sizes are in 10^9 bytes on one GPU."""
 
     schema: int
     kind: str
@@ -40,17 +40,17 @@ class DecodeRow(FlatRow):
     power_w: float | None
     model: str
     layers: int
-    """Blocks that were run: fewer than the model's are a test."""
+    """Number of blocks that were run; a run of fewer than the model has is a test."""
     dtype: str
     system: str
     """``flashllm``: sparse matrices; ``flashllm-dense``: the same engine with cuBLAS. ``torch-compile``, ``torch-2:4``
-    and ``hf-static``: decoders of others, whose steps are not timed in parts."""
+    and ``hf-static``: other decoders, whose steps are not timed in parts."""
     format: str
-    """Of the matrices, with commas where they differ; of others ``dense`` or ``2:4``."""
+    """Formats of the matrices, comma-separated where they differ; ``dense`` or ``2:4`` for the other decoders."""
     choice: str
     """``auto``, or ``forced``."""
     sparsity: float
-    """Fraction of zeros asked for; 0 where matrices are dense."""
+    """Requested fraction of zeros; 0 where matrices are dense."""
     sparsity_real: float
     gpus: int
     tp: int
@@ -65,18 +65,19 @@ class DecodeRow(FlatRow):
     """batch * output / seconds."""
     tokens_per_gpu_s: float | None
     ttft_ms: float | None
-    """To the first token of every sequence."""
+    """Time to the first token of every sequence."""
     tpot_ms: float | None
-    """Mean of the steps behind it."""
+    """Mean time of the steps after it."""
     linear_ms: float | None
-    """Of a step in the middle of the output, by graphs of some of its launches: products with matrices, head too."""
+    """Products with matrices, including the head, in a step in the middle of the output. This and the next three are
+    measured with graphs of some of the step's launches."""
     attention_ms: float | None
     comm_ms: float | None
     other_ms: float | None
     step_ms: float | None
-    """The whole step there."""
+    """That whole step."""
     bound_ms: float | None
-    """Reading all matrices, the head and the keys and values of that step at ``read_gbps``."""
+    """Time to read all matrices, the head and the keys and values of that step at ``read_gbps``."""
     bound_fraction: float | None
     """``bound_ms / step_ms``."""
     read_gbps: float | None
@@ -85,18 +86,18 @@ class DecodeRow(FlatRow):
     """Matrices, embeddings, head, norms, biases."""
     kv_gb: float
     workspace_gb: float
-    """Activations, logits, memory of products; of PyTorch all that its pool has, beside weights and cache."""
+    """Activations, logits, workspaces of products; for PyTorch everything in its pool except weights and cache."""
     peak_gb: float | None
-    """All memory of the process on the GPU at the end, as the driver counts it, less what was used before."""
+    """All memory of the process on the GPU at the end, as the driver counts it, minus what was in use before."""
     kernels: str
-    """What computes the matrices of a block, in the order of a pass; of others what computes a step."""
+    """What multiplies the matrices of a block, in the order of a pass; for the other decoders, what computes a step."""
     launch: str | None
-    """``graph-pdl`` where kernels may start before the one in front of them ends, else ``graph``; ``stream`` without
-    a CUDA graph."""
+    """``graph-pdl`` where kernels may start before the preceding one ends, else ``graph``; ``stream`` without a CUDA
+    graph."""
     launches: int | None
-    """Operations of a step, where it is known."""
+    """Number of operations in a step, where it is known."""
 
 
 def read(path: Path) -> list[DecodeRow]:
-    """Rows of a file, as :func:`flashllm.bench.flat_rows.read` does."""
+    """Rows of a file, read as by :func:`flashllm.bench.flat_rows.read`."""
     return flat_rows.read(path, DecodeRow, schema=SCHEMA, kind="e2e")

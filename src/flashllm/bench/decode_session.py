@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the cases of ``flashllm decode-bench``: weights once for each system and sparsity, an engine for each batch."""
+"""Runs the cases of ``flashllm decode-bench``: weights once per system and sparsity, an engine per batch."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Sweep:
     layers: int | None = None
     backend: str | None = None
     group: Group = field(default_factory=alone)
-    """Of GPUs that share the model, of which this process has one."""
+    """The GPUs that share the model; this process has one of them."""
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model, with ``layers`` blocks. Raises ``ArgumentError``."""
+        """The model's configuration, with ``layers`` blocks. Raises ``ArgumentError``."""
         config = known_config(self.model)
         if self.layers is not None and self.layers > config.layers:
             raise ArgumentError("layers", expected=f"at most {config.layers}", got=str(self.layers))
@@ -54,24 +54,24 @@ class Sweep:
 
     @property
     def cases(self) -> list[Case]:
-        """By batch."""
+        """One case for each batch."""
         return [Case(batch=batch, prompt=self.prompt, output=self.output) for batch in self.batches]
 
     @property
     def variants(self) -> list[tuple[str, float]]:
-        """Systems with the sparsity of their weights."""
+        """Pairs of a system and the sparsity of its weights."""
         found = [("sparse", sparsity) for sparsity in self.sparsities if "sparse" in self.systems]
         return found + [(name, 0.0) for name in decode.SYSTEMS if name != "sparse" and name in self.systems]
 
     @property
     def steps(self) -> int:
-        """Of progress: weights of a block are one, a case is one."""
+        """Number of progress steps: one for the weights of each block and one for each case."""
         return len(self.variants) * (self.config.layers + len(self.batches))
 
     def rows(
         self, *, advance: Advance = ignore, note: Callable[[str], None] = lambda text: None
     ) -> Iterator[DecodeRow]:
-        """A row for every case that fits; ``note`` gets the sum of one that does not. Raises ``ArgumentError``."""
+        """A row for every case that fits; ``note`` gets the memory sum of any other. Raises ``ArgumentError``."""
         from flashllm.backends import select
 
         config, name = self.config, select(self.backend).name
@@ -119,13 +119,13 @@ class Sweep:
             dtype=self.dtype,
             read_gbps=read_gbps(cupy.cuda.Stream(non_blocking=True)),
         )
-        # All are opened first: missing packages show before anything is measured.
+        # All systems are opened first, so that missing packages show before anything is measured.
         for system in [self._open(name, sparsity, subject) for name, sparsity in self.variants]:
             free_pool()
             yield from self._measure(system, advance, note)
 
     def _measure(self, system: System, advance: Advance, note: Callable[[str], None]) -> Iterator[DecodeRow]:
-        """A row for every case that fits, by one system."""
+        """A row for every case of one system that fits."""
         from flashllm.device import free_memory
 
         # The ranks of a group must agree on what they leave out.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decodes the cases of a sweep on the current GPU: our engine here, those of others in modules of their own."""
+"""The systems that decode the cases of a sweep on the current GPU: our engine; others have modules of their own."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ class LeftOut(FlashLLMError):
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What all systems of a sweep decode, and what all of their rows say."""
+    """What all systems of a sweep decode, and what all of their rows have in common."""
 
     facts: Environment
     model: str
-    """Its name."""
+    """Name of the model."""
     config: ModelConfig
     dtype: DType
     read_gbps: float
-    """Of the GPU's memory."""
+    """Read bandwidth of the GPU's memory."""
 
 
 class System(Protocol):
-    """One system, with weights of one sparsity. ``load`` comes before ``row``, ``close`` behind both, always."""
+    """One system, with weights of one sparsity. ``load`` is called before ``row``, and ``close`` last, in any event."""
 
     label: str
-    """For people."""
+    """Name shown to people."""
 
     def plan(self, case: Case) -> MemoryPlan:
-        """What the case takes."""
+        """The memory that the case takes."""
 
     def load(self, advance: Advance) -> None:
-        """Make the weights, a step of progress for each block. Raises ``LeftOut``."""
+        """Make the weights, with a step of progress for each block. Raises ``LeftOut``."""
 
     def row(self, case: Case) -> DecodeRow:
-        """Decode a case, and give back what only it needed. Raises ``LeftOut``."""
+        """Decode a case, and free what only this case needed. Raises ``LeftOut``."""
 
     def close(self) -> None:
-        """Give everything back to the driver."""
+        """Return all memory to the driver."""
 
 
 class EngineSystem:
@@ -119,7 +119,7 @@ class EngineSystem:
         try:
             engine = decode.open_engine(self._weights, self._runtime, case, self._communicator)
             times = decode.measure(engine, case)
-        # The plan was short of what the pool could not use; not every allocation says what it was for.
+        # The plan fell short by memory that the pool could not use; not every allocation says what it was for.
         except (DeviceMemoryError, cupy.cuda.memory.OutOfMemoryError) as error:
             if self._communicator is not None:
                 raise  # the other ranks go on
@@ -150,7 +150,7 @@ class EngineSystem:
 
 
 def taken_since(free: int) -> int:
-    """Bytes that the driver has given away since ``free`` were free."""
+    """Bytes that the driver has handed out since ``free`` bytes were free."""
     import cupy
 
     from flashllm.device import free_memory
@@ -159,7 +159,7 @@ def taken_since(free: int) -> int:
 
 
 def free_pool() -> None:
-    """Give what CuPy holds and nothing uses back to the driver: others do not take it from CuPy's pool."""
+    """Return unused memory in CuPy's pool to the driver, since other libraries do not allocate from that pool."""
     import cupy
 
     gc.collect()

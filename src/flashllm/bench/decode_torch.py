@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dense decoder in PyTorch, to compare with: static cache, and the whole step compiled into one CUDA graph.
 
-The idea is that of gpt-fast (github.com/meta-pytorch/gpt-fast), for any batch: nothing runs in Python within a step,
-no shape changes from step to step. Matrices are joined as in our engine. Activations have the type of the weights, the
-residual stream too, as is usual in PyTorch.
+The idea is that of gpt-fast (github.com/meta-pytorch/gpt-fast), for any batch: no Python runs within a step, and no
+shape changes from step to step. Matrices are fused as in our engine. Activations, including the residual stream, have
+the type of the weights, as is usual in PyTorch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from flashllm.models.forward import rope_frequencies
 from flashllm.models.layout import OPT_POSITION_OFFSET
 
 MODE = "reduce-overhead"
-"""Of ``torch.compile``: CUDA graphs, and no search for the fastest kernels."""
-_ALIGNED = 16  # elements: fused attention wants such rows of masks, else PyTorch pads a copy of them in every step
+"""Mode of ``torch.compile``: CUDA graphs, and no search for the fastest kernels."""
+_ALIGNED = 16  # elements: fused attention needs mask rows aligned so, else PyTorch pads a copy of them in every step
 
 Attend = Callable[[Any, Any, Any, Any, Any], Any]
-"""``attend(keys, values, q, k, v)``: k and v [B, kv_heads, T, head_dim] go into the cache of a block, and q
-[B, heads, T, head_dim] attends to what is there: [B, heads, T, head_dim]."""
+"""``attend(keys, values, q, k, v)``: k and v [B, kv_heads, T, head_dim] are written into the cache of a block, and q
+[B, heads, T, head_dim] attends to what it then holds; returns [B, heads, T, head_dim]."""
 
 
 def import_torch() -> Any:
@@ -40,7 +40,7 @@ def import_torch() -> Any:
 
 
 def to_torch(weights: Weights) -> Weights:
-    """The same weights as tensors on the same memory; ``weights`` are whole, and their matrices dense."""
+    """The same weights as tensors that share their memory; ``weights`` are whole (no shard), their matrices dense."""
     torch = import_torch()
     kind = torch.float16 if weights.dtype == "fp16" else torch.bfloat16
     made: dict[int, Any] = {}
@@ -58,23 +58,23 @@ def to_torch(weights: Weights) -> Weights:
 
 
 def aligned_capacity(capacity: int) -> int:
-    """Positions of the cache of a decoder that needs ``capacity``."""
+    """Positions in the cache of a decoder that needs ``capacity`` of them."""
     return -(-capacity // _ALIGNED) * _ALIGNED
 
 
 def prefill_rows(batch: int, prompt: int) -> int:
-    """Tokens of prompts in one pass of a decoder: whole prompts."""
+    """Prompt tokens in one pass of a decoder, which takes whole prompts."""
     return min(batch, max(1, PREFILL_ROWS // prompt)) * prompt
 
 
 class TorchDecoder:
-    """Decodes ``batch`` sequences greedily, whose prompts are equally long; output follows up to ``capacity`` tokens.
+    """Greedily decodes ``batch`` sequences with prompts of equal length, up to ``capacity`` tokens with the output.
 
-    Everything is allocated here, on the device of the weights. Attention of a step reads the whole cache, under a mask.
+    Everything is allocated here, on the device of the weights. In a step, attention reads the whole cache under a mask.
     """
 
     def __init__(self, weights: Weights, *, batch: int, capacity: int, compiled: bool = True) -> None:
-        """``weights`` are tensors, of :func:`to_torch`. ``compiled``: by ``torch.compile`` when the first step runs.
+        """``weights`` are tensors, from :func:`to_torch`. ``compiled``: by ``torch.compile``, when the first step runs.
 
         Raises ``ArgumentError`` for sizes that the model cannot have.
         """
@@ -85,7 +85,7 @@ class TorchDecoder:
         self._torch, self._functional = torch, torch.nn.functional
         places = aligned_capacity(capacity)
         make = partial(torch.zeros, device=weights.embedding.device)
-        # A tensor for each: PyTorch has to find out that a compiled step may write in place, which views make hard.
+        # A tensor for each: PyTorch has to recognise that a compiled step may write in place, which views make hard.
         shape, kind = (batch, config.kv_heads, places, config.head_dim), weights.embedding.dtype
         self.cache = tuple((make(shape, dtype=kind), make(shape, dtype=kind)) for _ in range(config.layers))
         """Keys and values of each block: [batch, kv_heads, positions, head_dim]."""
@@ -98,17 +98,17 @@ class TorchDecoder:
         for tensor in self._lasting():
             torch._dynamo.mark_static_address(tensor)  # else a graph copies it into memory of its own in every step
         self.step: Callable[[], None] = self._step
-        """One token more for every sequence. Does not wait for it."""
+        """Decodes one more token of every sequence. Does not wait for it."""
         if compiled:
             self.step = torch.compile(self._step, mode=MODE, fullgraph=True, dynamic=False)
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys and values."""
+        """Bytes of keys and values."""
         return sum(int(one.nbytes) for layer in self.cache for one in layer)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts, one for each sequence, and choose the first token of each. Nothing of it is compiled.
+        """Read the prompts, one for each sequence, and choose the first token of each. None of this is compiled.
 
         Raises ``ArgumentError`` for prompts that are not equally long, too long, or have tokens unknown to the model.
         """
@@ -152,14 +152,14 @@ class TorchDecoder:
     def _attend_cache(self, position: Any, seen: Any, keys: Any, values: Any, q: Any, k: Any, v: Any) -> Any:
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
-        # Heads that share keys see the same of them, as queries of one head would. With enable_gqa keys would be copied
-        # for each: the fused kernels that know masks do not know shared keys.
+        # Query heads that share keys see the same positions, as several queries of one head would. With enable_gqa the
+        # keys would be copied for each head: the fused kernels that support masks do not support shared keys.
         grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])
         mixed = self._functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
         return mixed.reshape(q.shape)
 
     def _blocks(self, tokens: Any, positions: Any, attend: Attend) -> Any:
-        """Hidden states [B * T, hidden] behind all blocks, of ``tokens`` [B, T] at ``positions`` [T]."""
+        """Hidden states [B * T, hidden] after all blocks, for ``tokens`` [B, T] at ``positions`` [T]."""
         weights, functional = self.weights, self._functional
         hidden = functional.embedding(tokens, weights.embedding)
         if weights.positions is not None:
@@ -177,12 +177,12 @@ class TorchDecoder:
         return hidden
 
     def _head(self, hidden: Any) -> Any:
-        """Logits [B, vocab] behind hidden states [B, hidden]."""
+        """Logits [B, vocab] from hidden states [B, hidden]."""
         x = self._norm(hidden, self.weights.norm, self.weights.norm_bias)
         return self._functional.linear(x, self.weights.head)
 
     def _heads(self, block: Block, qkv: Any, shape: Sequence[int], rotation: Any) -> tuple[Any, Any, Any]:
-        """q, k and v [B, heads, T, head_dim], normalised and rotated as the model has it, of rows of ``qkv``."""
+        """q, k and v [B, heads, T, head_dim] from rows of ``qkv``, normalised and rotated as the model requires."""
         config = self.weights.config
         split = qkv.view(*shape, -1, config.head_dim).transpose(1, 2)
         q, k, v = split.split((config.heads, config.kv_heads, config.kv_heads), dim=1)

@@ -28,17 +28,17 @@ from flashllm.progress import Advance
 
 _WARM_STEPS = 5  # the first ones compile, run and record the graph
 _COPIES = 2
-"""Times what our engine takes for activations: operations that are not compiled make new tensors."""
+"""Multiple of what our engine takes for activations: operations that are not compiled make new tensors."""
 _POOL_BYTES = 1 << 30
-"""PyTorch's libraries, memory of its products, and rests of blocks of its pool."""
+"""PyTorch's libraries, workspaces of its products, and unusable remainders of blocks in its pool."""
 _DENSE_FORMATS = dict.fromkeys(PARTS, DENSE)
 
 
 class TorchSystem:
-    """Fulfils :class:`flashllm.bench.decode_systems.System` with :class:`~flashllm.bench.decode_torch.TorchDecoder`.
+    """Implements :class:`flashllm.bench.decode_systems.System` with :class:`~flashllm.bench.decode_torch.TorchDecoder`.
 
-    ``pruned``: matrices of blocks keep the two largest of every four values, as ``to_sparse_semi_structured`` packs
-    them, and are multiplied by what PyTorch has for that, with the algorithm that it takes by default.
+    ``pruned``: matrices of blocks keep the two largest of every four values and are packed by
+    ``to_sparse_semi_structured``; PyTorch's own products for such matrices multiply them, with its default algorithm.
     """
 
     def __init__(self, subject: Subject, *, pruned: bool) -> None:
@@ -54,7 +54,7 @@ class TorchSystem:
         plan = torch_plan(self._subject.config, case, rows=prefill_rows(case.batch, case.prompt))
         if not self._pruned:
             return plan
-        # Half of the values, and 2 bits for the place of each. One block is dense, twice over, while it is made.
+        # Half of the values, and 2 bits for the position of each. While a block is made, it is there twice, dense.
         making = 2 * plan.matrices // self._subject.config.layers
         return replace(plan, matrices=plan.matrices * 9 // 16, making=making)
 
@@ -110,7 +110,7 @@ class TorchSystem:
         torch.cuda.synchronize()
         ended = time.perf_counter()
         backend = f", {type(weights.blocks[0].qkv).__name__}" if self._pruned else ""
-        others = weights.nbytes - weights.matrix_bytes  # of packed matrices PyTorch says what they were before
+        others = weights.nbytes - weights.matrix_bytes  # for packed matrices PyTorch reports their dense size
         return row_of_torch(
             self._subject,
             case,
@@ -132,7 +132,7 @@ class TorchSystem:
         )
 
     def _forget(self) -> None:
-        """Drop compiled steps, whose graphs hold memory, and give what nothing uses any more to the driver."""
+        """Drop compiled steps, whose graphs hold memory, and return memory that is no longer used to the driver."""
         self._torch.compiler.reset()
         gc.collect()
         self._torch.cuda.empty_cache()
@@ -147,7 +147,7 @@ def torch_on_gpu() -> Any:
 
 
 def torch_plan(config: ModelConfig, case: Case, *, rows: int) -> MemoryPlan:
-    """What a dense decoder in PyTorch takes that reads ``rows`` tokens of prompts at a time."""
+    """The memory of a dense decoder in PyTorch that reads ``rows`` prompt tokens at a time."""
     plan = plan_memory(
         config,
         _DENSE_FORMATS,
@@ -163,7 +163,7 @@ def torch_plan(config: ModelConfig, case: Case, *, rows: int) -> MemoryPlan:
 
 
 def two_of_four_weights(config: ModelConfig, dtype: DType, advance: Advance) -> Weights:
-    """Random weights as tensors, the matrices of blocks pruned and packed: one block is dense at a time.
+    """Random weights as tensors, the matrices of blocks pruned and packed; only one block is dense at a time.
 
     Raises ``RuntimeError`` where PyTorch cannot pack them.
     """

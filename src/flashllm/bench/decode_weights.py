@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights of a whole model, made on the device one matrix at a time and packed there: speed needs no others."""
+"""Random weights of a whole model, made and packed on the device one matrix at a time: enough to measure speed."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def random_weights(
     seed: int = 0,
     advance: Advance = ignore,
 ) -> Weights:
-    """Weights of ``config``, or of one shard, as arrays of ``xp``, NumPy or CuPy on the current device.
+    """Weights of ``config``, or of one shard, as arrays of ``xp``: NumPy, or CuPy on the current device.
 
     ``formats`` has ``dense`` or the name of a format for each of :data:`PARTS`. ``sparsity`` is the fraction of zeros,
-    in dense matrices too, where it changes nothing. Values keep activations of about 1.
+    also in dense matrices, where it changes nothing. Values are scaled to keep activations at about 1.
     """
     device = xp is not np
     blocks = []
@@ -64,7 +64,7 @@ def random_weights(
                 matrices[part] = weight_class(formats[part]).from_dense(dense, dtype=dtype)
             del dense
             if device:
-                # Else later weights would be cut out of the dense matrix's memory, and the next one needs it whole.
+                # Else later weights would be carved out of the dense matrix's memory, which the next one needs whole.
                 xp.get_default_memory_pool().free_all_blocks()
         blocks.append(Block(**matrices, **_vectors(config, shard, xp, dtype)))
         advance(f"block {layer}", 1)

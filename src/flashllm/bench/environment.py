@@ -43,9 +43,9 @@ def utc_now() -> str:
 def commit_and_dirty(package: Path | None = None) -> tuple[str | None, bool | None]:
     """The commit this code comes from and whether it has been changed since.
 
-    From ``FLASHLLM_COMMIT`` and ``FLASHLLM_DIRTY`` (0 or 1) where the first is set, as for a copy of a checkout that
-    git knows nothing of or something else; else from git, where the package lies in a checkout of its own; else
-    unknown. Files outside src and cuda do not make it dirty.
+    From ``FLASHLLM_COMMIT`` and ``FLASHLLM_DIRTY`` (0 or 1) where the first is set, for example for a copy of a
+    checkout about which git knows nothing or something else; otherwise from git, if the package lies in a checkout of
+    its own; otherwise unknown. Files outside src and cuda do not make it dirty.
     """
     if told := os.environ.get("FLASHLLM_COMMIT"):
         dirty = os.environ.get("FLASHLLM_DIRTY")
@@ -72,7 +72,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def collect(backend: str, *, sweep_id: str | None = None) -> Environment:
-    """Facts of this run; of the current GPU too when ``backend`` is ``"cuda"``."""
+    """Facts about this run, and about the current GPU when ``backend`` is ``"cuda"``."""
     run_id = secrets.token_hex(6)
     commit, dirty = commit_and_dirty()
     command = shlex.join(["flashllm", *sys.argv[1:]])

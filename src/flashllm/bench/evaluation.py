@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a checkpoint, or a directory of packed weights, on a text: a row of results."""
+"""Evaluate a checkpoint, or a directory of packed weights, on a text; gives a row of results."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 _DTYPES = {**{stored: dtype for dtype, stored in LAYOUT_NAMES.items()}, "F32": "fp32"}
 _AGREE = 2.0
-"""The largest error of sparse products' logits may be this many times that of dense 16-bit ones."""
+"""The largest logit error with sparse products may be this many times that with dense 16-bit ones."""
 
 
 class Evaluation:
-    """A model that is evaluated; use with ``with``.
+    """A model under evaluation, to be used in a ``with`` statement.
 
     ``xp``: NumPy, or CuPy for the current GPU; ``backend``: what multiplies packed matrices, as ``spmm`` takes it.
-    Raises what opening a checkpoint does.
+    Raises what opening a checkpoint raises.
     """
 
     def __init__(self, path: Path, *, xp: Any = np, backend: str | None = None) -> None:
@@ -70,11 +70,11 @@ class Evaluation:
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """Configuration of the model."""
         return self._model.config
 
     def windows(self, text: Path, *, part: tuple[float, float], count: int, length: int) -> Windows:
-        """Windows of a text file, by the model's tokenizer. Raises ``ArgumentError``, ``FormatError``."""
+        """Windows of a text file, tokenized by the model's tokenizer. Raises ``ArgumentError``, ``FormatError``."""
         if length > self.config.positions:
             raise ArgumentError("length", expected=f"at most {self.config.positions} positions", got=str(length))
         tokenizer = load_tokenizer(self._checkpoint)
@@ -85,12 +85,12 @@ class Evaluation:
         return found
 
     def measure(self, given: Windows, *, text: str, check: bool = False, advance: Advance = ignore) -> QualityRow:
-        """Predict ``given``; ``text`` is a name for it. With ``check`` compare logits of the first window."""
+        """Predict ``given``; ``text`` is a name for it. With ``check``, also compare logits of the first window."""
         record = read_record(self._path)
-        # A record without settings is of a model that was trained here, and pruned elsewhere.
+        # A record without settings belongs to a model that was trained here but pruned elsewhere.
         settings = record.get("settings", {} if record else {"method": "none", "sparsity": 0.0})
         started = time.perf_counter()
-        with np.errstate(over="ignore", invalid="ignore"):  # what is no number in the end is told
+        with np.errstate(over="ignore", invalid="ignore"):  # results that are not finite are reported as such
             found = evaluate(self._model, given, advance=advance)
             seconds = time.perf_counter() - started
             errors = self._logit_errors(given.tokens[:1], advance) if check else None
@@ -148,7 +148,7 @@ class Evaluation:
         return ",".join(sorted({weight.format for weight in self._packed.manifest.weights.values()}))
 
     def _zeros(self) -> tuple[int, int, str]:
-        """Zeros and elements of the matrices of blocks, and their types, with commas."""
+        """Numbers of zeros and elements in the matrices of blocks, and their types, comma-separated."""
         if self._packed is not None:
             stored = list(self._packed.manifest.weights.values())
             elements = sum(weight.elements for weight in stored)
@@ -170,7 +170,7 @@ def _finite(value: float) -> float | None:
 
 
 def _verdict(packed: float, dense: float) -> str:
-    """Of the largest errors of logits; those that are no numbers agree with nothing."""
+    """The verdict on the largest logit errors; a packed error that is not finite fails."""
     return "pass" if math.isfinite(packed) and packed <= _AGREE * dense else "fail"
 
 

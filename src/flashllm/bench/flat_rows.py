@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of rows (JSON Lines) whose fields are those of a dataclass, each of its type."""
+"""Files of rows (JSON Lines) whose fields are those of a dataclass, each of the declared type."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class FlatRow:
 
 def append(path: Path, row: FlatRow) -> None:
     """Add ``row`` to a file, as :func:`flashllm.bench.results.append` does. Raises ``OSError``."""
-    results.append(path, cast(Any, row))  # of a row it needs its line alone
+    results.append(path, cast(Any, row))  # all it needs of a row is its line
 
 
 def read(path: Path, made: type[RowType], *, schema: int, kind: str) -> list[RowType]:
     """Rows of a file, in order; a last line that a crash has cut short is left out.
 
-    Raises ``FormatError`` that names line and field, ``OSError``.
+    Raises ``FormatError``, which names the line and the field, and ``OSError``.
     """
     with open_regular(path) as file:
         lines = file.read().split(b"\n")[:-1]
@@ -61,7 +61,7 @@ def _check(given: dict[str, Any], made: type[Any], kind: str, where: str) -> Non
         raise FormatError(field="row", expected=f"the fields of a row of kind {kind}", got=got, path=where)
     for name, value in given.items():
         kinds = get_args(hints[name]) or (hints[name],)
-        # bool is an int to Python, never here; an int is a fine float.
+        # To Python a bool is an int; here it is not. An int may stand for a float.
         if not (type(value) in kinds or (float in kinds and type(value) is int)):
             expected = " or ".join(one.__name__ for one in kinds)
             raise FormatError(field=name, expected=expected, got=brief(value), path=where)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result rows as one web page that needs no network: sortable tables, charts, and behind each number its row.
+"""Result rows as one web page that needs no network: sortable tables, charts, and the row behind each number.
 
 Bokeh draws it, with its scripts inside the page (``report_html.py``). Tables and charts share one source of data: what
-is selected in one is selected in the others, and its whole rows are shown below.
+is selected in one is selected in the others, and the whole selected rows are shown below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flashllm.bench.report_html import document
 from flashllm.bench.results import Row
 from flashllm.errors import ArgumentError, MissingDependencyError
 
-# First those of Okabe and Ito (2008), which colour-blind readers tell apart; more for runs of many systems.
+# First those of Okabe and Ito (2008), which colour-blind readers can tell apart; then more, for runs of many systems.
 _COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#222222", "#999999"),
     *("#882255", "#44aa99", "#332288", "#ddcc77", "#117733"),
@@ -105,7 +105,7 @@ def _environment(rows: Sequence[Sourced]) -> str:
 
 
 def _name(row: Row, several: bool) -> str:
-    """The system, and of ours the format or that it was chosen, where there are several."""
+    """The system; where there are ``several`` formats, ours with its format, or ``auto`` if that was chosen."""
     return f"{row.system} {label_of(row)}" if several and row.system.startswith(OURS) else row.system
 
 
@@ -149,7 +149,7 @@ _FILTERS = (("system", "system"), ("N", "N"), ("zeros", "zeros, %"), ("shape", "
 
 
 def _filters(cases: Any) -> tuple[list[Any], Any]:
-    """Widgets that choose, and the view of ``cases`` that they leave."""
+    """The filter widgets, and the view of ``cases`` that they let through."""
     from bokeh.models import CDSView, CustomJS, CustomJSFilter, Select
 
     widgets = []
@@ -273,7 +273,7 @@ def _speedups(cases: Any, view: Any) -> Any:
 
 
 def _roofline(rows: Sequence[Sourced], cases: Any, view: Any) -> Any:
-    """Time against bytes, and the times that the bytes alone take at the bandwidths measured."""
+    """Time against bytes, and the times that the bytes alone take at the measured bandwidths."""
     from bokeh.plotting import figure
 
     chart = figure(

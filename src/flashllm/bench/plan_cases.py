@@ -50,11 +50,11 @@ def plan_work(
 ) -> Work:
     """Check the options together and build the groups; ``None`` and empty mean: not given.
 
-    ``formats`` are names, comma-separated, or ``"auto"``: for each case the format that takes least time on ``gpu``,
-    or, where that is ``None``, every format there is. By default a packed weight keeps its own, others are ``"auto"``.
-    Without models, shapes and weights: the 12 shapes of the paper, or three small ones where ``backend`` is
-    not ``"cuda"``. Without a GPU a model's layers are scaled down. Raises ``ArgumentError``, ``FormatError``,
-    ``OSError``.
+    ``formats`` are names, comma-separated, or ``"auto"``: for each case the format that takes the least time on
+    ``gpu``, or every format if ``gpu`` is ``None``. By default a packed weight keeps its own format, and everything
+    else is ``"auto"``. Without models, shapes and weights: the 12 shapes of the paper, or three small ones where
+    ``backend`` is not ``"cuda"``. Without a GPU, a model's layers are scaled down. Raises ``ArgumentError``,
+    ``FormatError``, ``OSError``.
     """
     batches = cases.parse_batches(n) if n is not None else cases.DEFAULT_BATCHES
     kind = None if dtype is None else check_dtype(dtype)

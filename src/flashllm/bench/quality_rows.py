@@ -33,44 +33,44 @@ class QualityRow(FlatRow):
     """Name of its directory or file."""
     model_type: str
     method: str | None
-    """What pruned it; ``none`` for a model as it came."""
+    """Method that pruned it; ``none`` for a model without a record of pruning or training."""
     ratios: str | None
     sparsity: float | None
-    """Fraction of zeros asked for."""
+    """Requested fraction of zeros."""
     sparsity_real: float
-    """Of the linear layers of blocks."""
+    """Actual fraction of zeros in the linear layers of blocks."""
     calibration: str | None
-    """Text that it was pruned with, and its part."""
+    """Name of the text that it was calibrated with, and the part of it."""
     prune_seconds: float | None
-    """That pruning took, on ``prune_device``."""
+    """Time that pruning took on ``prune_device``."""
     prune_device: str | None
-    """The GPU's name, or ``2 CPUs``."""
+    """The GPU's name, or e.g. ``2 CPUs``."""
     finetuned_tokens: int
-    """Trained on since, with the zeros fixed."""
+    """Number of tokens it was trained on after pruning, with the zeros fixed."""
     format: str
-    """``dense``, or formats of the packed matrices, with commas."""
+    """``dense``, or the formats of the packed matrices, comma-separated."""
     dtype: str
     text: str
-    """Name of the file and its part."""
+    """Name of the text file, and the part of it."""
     text_sha256: str
-    """Of the tokens of all windows, as little-endian int64."""
+    """SHA-256 of the tokens of all windows, as little-endian int64."""
     windows: int
     length: int
     tokens: int
-    """Predicted."""
+    """Number of tokens that were predicted."""
     ppl: float | None
-    """``None`` where it is no float."""
+    """``None`` where it is not finite."""
     bits_per_byte: float | None
-    """``None`` where it is no float."""
+    """``None`` where it is not finite."""
     seconds: float
     logit_error: float | None
-    """Largest difference to logits in float64 of the same weights, over one window; ``None`` where it is no float."""
+    """Largest difference from the float64 logits of the same weights, over one window; ``None`` where not finite."""
     logit_error_dense: float | None
-    """The same of dense 16-bit products."""
+    """The same for dense 16-bit products."""
     check: str | None
-    """``pass`` where ``logit_error`` is a float and at most twice ``logit_error_dense``, else ``fail``."""
+    """``pass`` where ``logit_error`` is finite and at most twice ``logit_error_dense``, else ``fail``."""
 
 
 def read(path: Path) -> list[QualityRow]:
-    """Rows of a file, as :func:`flashllm.bench.flat_rows.read` does."""
+    """Rows of a file, read as by :func:`flashllm.bench.flat_rows.read`."""
     return flat_rows.read(path, QualityRow, schema=SCHEMA, kind="quality")

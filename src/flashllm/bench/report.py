@@ -22,7 +22,7 @@ OURS = "flashllm"
 class Means:
     """Speed-ups over cuBLAS of all cases of one format at one sparsity and N (``None``: at all N).
 
-    ``format`` is ``"auto"`` for cases each of which took the format chosen for it.
+    ``format`` is ``"auto"`` for cases that each took the format chosen for them.
     """
 
     format: str
@@ -35,8 +35,8 @@ class Means:
 
 
 def speedup_means(rows: Iterable[Row]) -> list[Means]:
-    """Geometric mean, lowest and highest speed-up per format, sparsity and N and per format and sparsity, of right
-    results.
+    """Geometric mean, lowest and highest speed-up of right results: per format, sparsity and N, and per format and
+    sparsity.
     """
     found: dict[tuple[str, float | None, int | None], list[float]] = {}
     for row in rows:
@@ -65,31 +65,31 @@ def title_of(row: Row) -> str:
 
 
 def weight_of(row: Row) -> str:
-    """Model, layer and shape, of what is there."""
+    """Model, layer and shape, as far as the row has them."""
     return f"{title_of(row)} {row.M}x{row.K}".lstrip()
 
 
 def label_of(row: Row) -> str:
-    """What a mean over rows like this is called: their format, or ``"auto"`` where that was chosen for each."""
+    """The name of a mean over rows like this one: their format, or ``"auto"`` where it was chosen for each."""
     return "auto" if row.choice.endswith("-format") else row.format
 
 
 def several_formats(rows: Iterable[Row]) -> bool:
-    """Whether our rows are of more than one format, named or chosen, so that a table must tell them apart."""
+    """Whether our rows have more than one format, named or chosen, so that a table must tell them apart."""
     return len({name for row in rows if row.system.startswith(OURS) for name in {row.format, label_of(row)}}) > 1
 
 
 def several_means(rows: Iterable[Row]) -> bool:
-    """Whether our rows give means of their own for several formats."""
+    """Whether our rows give separate means for several formats."""
     return len({label_of(row) for row in rows if row.system.startswith(OURS)}) > 1
 
 
 def _system(row: Row, *, several: bool) -> str:
-    """``several``: there are several formats, so ours say which is theirs."""
+    """The system as a table names it; with ``several`` formats, ours with its format."""
     name = f"{row.system} {row.format}" if several and row.system.startswith(OURS) else row.system
-    if row.system in (OURS, f"{OURS}-pdl"):  # the kernel instance is in the rows, and the same in both
+    if row.system in (OURS, f"{OURS}-pdl"):  # the rows hold the kernel instance, the same for both
         return name
-    # An ablation is known by the idea that was left out, which its kernel's name begins with.
+    # An ablation is identified by the idea that was left out, with which its kernel's name begins.
     return f"{name} " + (row.kernel.partition(":")[0] if row.system == f"{OURS}-ablation" else row.kernel)
 
 
@@ -98,7 +98,7 @@ def _fixed(value: float | None, digits: int) -> str:
 
 
 def sparsity_of(row: Row) -> str:
-    """The fraction of zeros asked for; of a file, the one found."""
+    """The requested fraction of zeros; for a file, the actual one."""
     return f"{row.sparsity_real if row.sparsity is None else row.sparsity:.3g}"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table of what emulated kernels did."""
+"""Table of the counts from emulated kernels."""
 
 from __future__ import annotations
 

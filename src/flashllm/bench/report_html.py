@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file that a page of results is: one HTML text with rows and scripts inside, both packed.
+"""The file of a page of results: one HTML text with rows and scripts inside, both packed.
 
-Rows have some sixty fields, most of them the same all over a sweep. So each column is named once and its values stand
-in an array; where values repeat, each stands once and rows have its number. Bokeh's scripts are larger than that by
-far; they are deflated, and browsers inflate them by ``DecompressionStream`` (all of them do since 2023).
+Rows have some sixty fields, most of them constant over a sweep. So each column is named once, followed by its values;
+where values repeat, each is stored once and rows refer to it by number. Bokeh's scripts are far larger than that; they
+are deflated, and browsers inflate them with ``DecompressionStream`` (all of them can since 2023).
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def document(parts: Any, rows: Sequence[Row], *, title: str) -> str:
 def packed(rows: Sequence[Row]) -> list[list[Any]]:
     """Columns ``[name, values]`` or ``[name, values, places]``: the JSON texts of a field, on lines of ``values``.
 
-    One line stands for all rows; else each row has a line of its own or, where that is shorter, the place of one.
-    Texts and not numbers, so that a row is shown with the digits of its file, and integers of any size.
+    A single line stands for all rows; otherwise each row has its own line or, where that is shorter, the number of a
+    line in ``places``. Values are texts, not numbers, so that a row is shown with the digits of its file and integers
+    can have any size.
     """
     columns: list[list[Any]] = []
     fields = [asdict(row) for row in rows]
@@ -99,5 +100,5 @@ def _compact(value: Any) -> str:
 
 
 def _inside(value: Any) -> str:
-    """JSON for an element ``script``: no end tag, whatever texts it has."""
+    """JSON for a ``script`` element: whatever texts it has, none contains an end tag."""
     return _compact(value).replace("<", "\\u003c")

@@ -27,7 +27,7 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "kind": ("kernel", "e2e", "quality", "encode"),
     "dtype": ("fp16", "bf16"),
     "pattern": ("uniform", "row-equal", "per-row", "skewed", "columns", "block", "2:4", "file"),
-    # Of the kernel; with "-format", the format was chosen by `auto` too, else it was named.
+    # How the kernel was chosen; with "-format", `auto` chose the format too, else it was named.
     "choice": ("auto", "tuned", "forced", "auto-format", "tuned-format"),
     "l2": ("cold", "warm"),
     "launch": ("graph", "graph-pdl", "stream"),
@@ -77,7 +77,7 @@ class Row:
     N: int
     dtype: str
     sparsity: float | None
-    """Fraction of zeros asked for; ``None`` for a file. Dense systems run on the sparsest matrix."""
+    """Requested fraction of zeros; ``None`` for a file. Dense systems run on the sparsest matrix."""
     sparsity_real: float
     pattern: str
     seed: int
@@ -103,7 +103,7 @@ class Row:
     cublas_us: float | None
     speedup: float | None
     max_err_over_bound: float | None
-    """Largest error in units of the promised bound; ``None`` with ``check`` = fail: not a number."""
+    """Largest error in units of the promised bound; ``None``, with ``check`` = fail, if it is not finite."""
     reference: str
     check: str
 
@@ -126,7 +126,7 @@ def _types() -> dict[str, tuple[type, ...]]:
 
 
 def validate(row: dict[str, Any], *, where: str | None = None) -> None:
-    """Check that ``row`` has every field of the schema and no other, each of its type and among its values.
+    """Check that ``row`` has every field of the schema and no other, each of its type and with an allowed value.
 
     Raises :class:`FormatError`; ``where`` (a file and line) is put in front of the message.
     """
@@ -143,7 +143,7 @@ def validate(row: dict[str, Any], *, where: str | None = None) -> None:
         refuse(field, "only fields of the schema", "an unknown field")
     for field, allowed in expected_types.items():
         value = row[field]
-        # bool is an int to Python, never to this schema; an int is a fine float.
+        # To Python a bool is an int; to this schema it is not. An int may stand for a float.
         good = type(value) in allowed or (float in allowed and type(value) is int)
         if not good:
             names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
@@ -165,9 +165,9 @@ def from_dict(row: dict[str, Any], *, where: str | None = None) -> Row:
 
 
 def ensure_writable(path: Path) -> None:
-    """``OSError`` now, not after the first measurement, if the file cannot be written; makes its folder if absent."""
+    """Raise ``OSError`` now, not after the first measurement, if the file cannot be written; make an absent folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Nothing by that name is made: a run that ends before its first row leaves no empty file.
+    # No file of that name is made: a run that ends before its first row leaves no empty file.
     with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
         pass
 
@@ -175,7 +175,7 @@ def ensure_writable(path: Path) -> None:
 def append(path: str | Path, row: Row) -> None:
     """Add ``row`` to the file, made if absent: one write of one whole line, on disk before this returns.
 
-    Processes may add to one file at the same time. A torn line that a crash left there goes first.
+    Processes may add to one file at the same time. A torn line left there by a crash is removed first.
     """
     data = (row.to_json() + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -196,7 +196,7 @@ def read(path: str | Path) -> list[Row]:
     """Kernel rows of one file, in order; rows of another ``kind`` are skipped.
 
     A last line without its line end was cut short by a crash and is left out. Raises :class:`FormatError`
-    (file, line, field) for anything else that is no row, and ``OSError`` when the file cannot be read.
+    (file, line, field) for anything else that is not a row, and ``OSError`` when the file cannot be read.
     """
     return [row for _, row in read_numbered(path)]
 
@@ -222,12 +222,12 @@ def read_numbered(path: str | Path) -> list[tuple[int, Row]]:
 
 def drop_torn_line(path: str | Path) -> bool:
     """Cut off a last line that a crash left without its line end; say whether there was one."""
-    with Path(path).open("r+b") as file, locked(file.fileno()):  # without the lock, another's row may be half there
+    with Path(path).open("r+b") as file, locked(file.fileno()):  # without the lock, another's row may be half written
         return os.fstat(file.fileno()).st_size > _cut_torn_line(file.fileno())
 
 
 def _cut_torn_line(handle: int) -> int:
-    """Cut the open file after its last line end and return its size then."""
+    """Cut the open file after its last line end and return its new size."""
     size = end = os.fstat(handle).st_size
     while end:
         start = max(0, end - (1 << 16))
@@ -276,12 +276,12 @@ def case_key(row: Row) -> Key:
 
 
 def zeros_key(row: Row) -> tuple[float | None, float | None]:
-    """Zeros asked for, or, for a matrix from a file, the ones it has: the file may be another one under that name."""
+    """The requested fraction of zeros or, for a file, the actual one: another file may have the same name."""
     return row.sparsity, row.sparsity_real if row.sparsity is None else None
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """Of rows with the same :func:`case_key` on the same GPU model only the last, in order."""
+    """Only the last of the rows with the same :func:`case_key` on the same GPU model, in order."""
     last: dict[Key, Row] = {}
     for row in rows:
         key = (row.gpu, *case_key(row))

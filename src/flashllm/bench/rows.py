@@ -99,5 +99,5 @@ def make_row(
 
 
 def rounded(value: float | None, digits: int) -> float | None:
-    """``value`` with so many digits behind the point; ``None`` stays."""
+    """``value`` rounded to ``digits`` decimal places; ``None`` stays ``None``."""
     return None if value is None else round(value, digits)

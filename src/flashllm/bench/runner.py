@@ -35,20 +35,20 @@ class Settings:
     layouts: tuple[Layout, ...] = systems.LAYOUTS_BOTH
     check_rows: int = 512
     ablation: bool = False
-    """Measure our kernel without each of its ideas too, where such instances exist (fp16, N = 9 to 16)."""
+    """Also measure our kernel without each of its ideas, where such instances exist (fp16, N = 9 to 16)."""
     pdl: bool = False
-    """Measure launches of our kernel that may overlap each other too, in graphs."""
+    """Also measure launches of our kernel that may overlap each other, in graphs."""
     compared: tuple[str, ...] = ()
-    """Systems of :data:`flashllm.baselines.SYSTEMS` to measure too."""
+    """Systems of :data:`flashllm.baselines.SYSTEMS` to measure as well."""
 
 
 Packing = tuple["float | None", str, str]
-"""Sparsity, format, and which of its ``ENCODINGS``: other than the default for the ablation only."""
+"""Sparsity, format, and which of its ``ENCODINGS``; only the ablation uses any but the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """Everything of one group that lies on the device."""
+    """Everything of one group that is on the device."""
 
     group: Group
     inputs: dict[int, Any]
@@ -57,14 +57,14 @@ class _Loaded:
     packed: dict[Packing, list[SparseWeight]]
     """Rotating copies of the packed weights."""
     dense: dict[str, list[Any]]
-    """Rotating copies of the dense weights, by layout; of the last entry of ``prepared``."""
+    """Rotating copies of the dense weights of the last entry of ``prepared``, by layout."""
     dense_item: Prepared
     compared: dict[str, Compared]
-    """Weights of other systems, by their name."""
+    """Weights of other systems, by name."""
 
 
 def required_bytes(group: Group, source: Source, settings: Settings, l2_bytes: int) -> int:
-    """Device bytes that measuring ``group`` takes at most, about."""
+    """Approximate maximum of the device bytes that measuring ``group`` takes."""
     parts = comparisons.parts(group, settings.compared)
     return max(_required_bytes(part, names, source, settings, l2_bytes) for part, names in parts)
 
@@ -230,7 +230,7 @@ class CudaRunner:
         )
 
     def _ablation(self, loaded: _Loaded, ours: systems.FlashLLM, packing: tuple[float | None, str]) -> list[Run]:
-        """Our kernel without one idea at a time: on other encodings of the weight, then its own variants."""
+        """Our kernel without one idea at a time: first on other encodings of the weight, then in its own variants."""
         sparsity, name = packing
         dtype, item, choice = loaded.group.dtype, loaded.prepared[sparsity], ours.plan.choice
         variants = kernel(name).ablation(choice) if self._settings.ablation else {}
@@ -302,7 +302,7 @@ class CudaRunner:
             under_load=lambda: readings.append(telemetry.read()),
         )
         for run in runs:
-            if run.overlaps:  # what a graph of them has left: one launch alone overlaps nothing
+            if run.overlaps:  # check the output that a whole graph has left: a single launch overlaps nothing
                 run.compare()
             run.check(run.system.copies - 1, self._stream)
         for run, result in zip(runs, timings, strict=True):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flashllm.backends.emulator_counts import Counts
 
 NoteCounts = Callable[[Row, "Counts"], None]
-"""Takes what the emulated kernel of a row did."""
+"""Takes a row and the counts from its emulated kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class EmulatorMultiplier:
         emulator.preload(dict.fromkeys(specs), build=self._build)
 
     def multiply(self, x: Any, w: SparseWeight) -> Product:
-        """The planned kernel's product; the emulator poisons the output before."""
+        """The planned kernel's product; the emulator poisons the output beforehand."""
         from flashllm.backends import emulator
         from flashllm.matmul import planning
 
@@ -92,7 +92,7 @@ class EmulatorMultiplier:
 
 
 def multiplier(backend: str, *, seed: int = 0) -> Multiplier:
-    """For backend ``"emulator"`` or ``"reference"``; ``seed`` draws the emulated schedule."""
+    """The multiplier for backend ``"emulator"`` or ``"reference"``; ``seed`` determines the emulated schedule."""
     return EmulatorMultiplier(seed=seed) if backend == "emulator" else ReferenceMultiplier()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a runner is given to report with."""
+"""Callbacks that tell a runner which cases to measure, and take its rows."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ class Run:
     """One system of one case, with the outcome of its checks so far."""
 
     group: Group
-    """What its row says of the case."""
+    """The case as its row describes it."""
     x: Any
-    """As it is multiplied."""
+    """x as it is multiplied."""
     name: str
     format: str
     kernel: str
@@ -158,7 +158,7 @@ class Run:
         self.compare()
 
     def compare(self) -> None:
-        """Compare what the last launch has left with both references and keep the worst ratios."""
+        """Compare the output of the last launch with both references and keep the worst ratios."""
         x, dtype = self.x, self.group.dtype
         n, item = x.shape[0], self.item
         y64 = to_float64(self.output(), dtype)
@@ -184,6 +184,6 @@ class Run:
             passed=self.ratio <= self.limit and self.whole_ratio <= max(1.0, self.limit / check.BASELINE_LIMIT),
             reference=f"float64 on {rows} rows, cublas on all",
             timing=result,
-            cublas_us=None if self.overlaps else cublas_us,  # cuBLAS's launches do not
+            cublas_us=None if self.overlaps else cublas_us,  # cuBLAS's launches do not overlap
             overlaps=self.overlaps,
         )

@@ -48,20 +48,20 @@ class FileSource:
     def __init__(self, path: Path, tensor: str | None, dtype: DType | None) -> None:
         """Read ``path``; ``dtype`` None means the type of a packed weight, else fp16.
 
-        Raises ``ArgumentError``, ``FormatError`` or ``OSError`` with one line that says why; for NaN and infinities
-        too, which leave no bound on the error of a product.
+        Raises ``ArgumentError``, ``FormatError`` or ``OSError`` with one line that says why, also for NaN and
+        infinities, which leave no bound on the error of a product.
         """
         from flashllm.io.container import CONTAINER_FORMAT, load_weight
         from flashllm.io.matrices import read_matrix
         from flashllm.io.safetensors_file import read_header
 
         self.format: str | None = None
-        """Of a packed weight."""
+        """Format of a packed weight; ``None`` for other files."""
         holds_tensors = path.suffix.lower() == ".safetensors" and path.is_file()
         if holds_tensors and read_header(path).metadata.get("format") == CONTAINER_FORMAT:
             try:
                 weight = load_weight(path, name=tensor)
-            except ArgumentError as error:  # its name is our tensor
+            except ArgumentError as error:  # its ``name`` is our ``tensor``
                 raise ArgumentError("tensor", expected=error.expected, got=error.got) from error
             if dtype is not None and dtype != weight.dtype:
                 raise ArgumentError("dtype", expected=f"{weight.dtype}, the type of the packed weight", got=dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems a GPU run times, each with its own copies of the weights, and the search for cuBLAS's best."""
+"""The systems that a GPU run times, each with its own copies of the weights, and the search for the best of cuBLAS."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def empty_output(n: int, m: int, dtype: str) -> Any:
 class FlashLLM:
     """Our kernel: one plan, one workspace, rotating weights. ``choice`` forces an instance of the kernel.
 
-    With ``overlaps`` a launch may begin before the one before has ended, though both use the workspace and the output.
+    With ``overlaps``, a launch may begin before the previous one has ended, although both use the same workspace and
+    output.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class FlashLLM:
 
 
 class CublasSystem:
-    """One cuBLAS candidate; ``weights`` are stored as its layout asks."""
+    """One cuBLAS candidate; ``weights`` are stored as its layout requires."""
 
     def __init__(self, candidate: Candidate, weights: Sequence[Any], x: Any, y: Any) -> None:
         self.candidate, self.copies, self.y = candidate, len(weights), y
@@ -123,7 +124,7 @@ class CupyMatmul:
 
 
 def best_cupy(weights: Sequence[Any], x: Any, dtype: str, *, stream: Any) -> CupyMatmul:
-    """The faster of both orders, by a short look. ``weights``: copies of W [M, K]."""
+    """The faster of the two orders, by a short measurement. ``weights``: copies of W [M, K]."""
     orders = [CupyMatmul(weights, x, dtype, transposed=transposed) for transposed in (False, True)]
     look = timing.Method(launch="stream", warmup_ms=1.0, cap_s=0.02)
     times = [result.median_us for result in timing.measure(orders, look, stream=stream)]
@@ -152,7 +153,7 @@ def best_cublas(
     stream: Any,
     tensor_cores: bool = True,
 ) -> CublasSystem:
-    """The fastest candidate on these buffers: one short look at all, then three more at the best four.
+    """The fastest candidate on these buffers: one short measurement of all, then three more of the best four.
 
     ``weights`` come from :func:`dense_copies`; ``x`` is [N, K], ``y`` holds N * M elements.
     """

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _READABLE = 30
-"""Characters a line that a folding column should have; with fewer the table does without lines between its columns."""
+"""Characters per line that a folding column should have; with fewer, the table has no lines between its columns."""
 _LEAST = 12
-"""Characters a line that a folding column has at least."""
+"""Characters per line that a folding column has at least."""
 _UNBOUNDED = 100_000
 
 
@@ -21,8 +21,8 @@ def show(console: Console, parts: Iterable[RenderableType], *, file_width: int) 
     """Print ``parts``, which may be tables, each below the one before.
 
     Columns with ``overflow="fold"`` share what the others leave of the line; the others keep each cell in one piece.
-    Where that is wider than the console, lines come out longer than it, for the terminal to break. ``file_width`` is
-    the width, in characters, where the console is no terminal.
+    If that is wider than the console, lines are printed longer than it and the terminal wraps them. ``file_width`` is
+    the width, in characters, used when the console is not a terminal.
     """
     from rich.table import Table
 

@@ -16,7 +16,7 @@ MAX_BATCH = 1024  # launches per batch
 MIN_SAMPLES = 8
 COLD_BYTES = 500_000_000
 COLD_L2_FACTOR = 5
-MAX_COPIES = 4096  # 500 MB of 122 KB weights; a smaller weight is bound by its launch, from wherever it is read
+MAX_COPIES = 4096  # 500 MB of 122 KB weights; a smaller weight is bound by its launch, wherever it is read from
 _STREAM_PROBE_LAUNCHES = 3
 
 

@@ -2,14 +2,14 @@
 # %% [markdown]
 # # Compare with cuBLAS
 #
-# While a language model decodes, a few activations `x [N, K]` meet large weights `W [M, K]`: `y = x Wᵀ`. N is the
-# batch, and reading W is what takes the time. If W has been pruned without structure, most of what is read are zeros.
-# flashllm keeps W compressed in GPU memory, expands it on chip, tile by tile, and multiplies the tiles on the tensor
-# cores.
+# While a language model decodes, a few activations `x [N, K]` are multiplied by large weights `W [M, K]`: `y = x Wᵀ`.
+# N is the batch size, and reading W dominates the time. If W has been pruned without structure, most of what is read is
+# zeros. flashllm keeps W compressed in GPU memory, expands it on chip, tile by tile, and multiplies the tiles on the
+# tensor cores.
 #
 # This notebook packs a weight, checks a product against NumPy, and compares times with cuBLAS and other systems. On a
 # machine with a GPU it measures a few cases here. Elsewhere it takes the newest rows in `experiments/results`, and
-# products run on the CPU emulator: the GPU's kernels, compiled for the CPU.
+# products run on the CPU emulator, which executes the GPU's kernels compiled for the CPU.
 
 # %%
 import tempfile
@@ -41,7 +41,7 @@ print("products run on:", BACKEND)
 # ## One product
 #
 # `pack` chooses the format that suits the matrix and N; `spmm` multiplies. The error is given in units of the bound
-# that flashllm promises for every element: rounding of y, and of the fp32 sums.
+# that flashllm promises for every element, which covers the rounding of y and of the fp32 sums.
 
 # %%
 random = np.random.default_rng(0)
@@ -68,9 +68,9 @@ print(f"max error over bound  {check.error_over_bound(y.astype(float), reference
 # %% [markdown]
 # ## Speed-up over zeros
 #
-# One launch of the packed weight in the format that `auto` takes, over one launch of the fastest of cuBLAS's and
-# cublasLt's algorithms and layouts in the same run: fp16, zeros at random places, CUDA graphs, weights not in the L2
-# cache (`docs/measurement.md`).
+# The time of one launch of the fastest of cuBLAS's and cublasLt's algorithms and layouts is divided by that of one
+# launch of the packed weight, in the format that `auto` takes, in the same run: fp16, zeros at random places, CUDA
+# graphs, weights not in the L2 cache (`docs/measurement.md`).
 
 
 # %%
@@ -85,7 +85,7 @@ def bench(*options):
 
 
 def by_system(measured):
-    """Rows as the functions of ``experiments.figures.rows`` give them."""
+    """Rows in the form that the functions of ``experiments.figures.rows`` return."""
     found = {}
     for row in measured:
         if row.median_us is None or row.cublas_us is None or row.sparsity is None or row.check != "pass":
@@ -118,7 +118,7 @@ SHADES = {8: "#0072b2", 16: "#009e73", 32: "#e69f00", 64: "#d55e00"}  # of N
 
 
 def speedups(cases, n, zeros):
-    """Of all shapes."""
+    """The speed-ups of all shapes."""
     return [row.speedup for case, row in cases.items() if (case.N, case.zeros) == (n, zeros)]
 
 
@@ -141,24 +141,24 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# Lines are geometric means over the shapes, shades reach from the slowest to the fastest shape. The gain grows with
-# the zeros, since fewer bytes are read, and falls with N, since every expanded tile is multiplied by more columns.
-# Where a GPU has more bandwidth for the same multiprocessors, expanding takes a larger part of the time, and the gain
-# is smaller.
+# Lines are geometric means over the shapes; shaded bands reach from the slowest to the fastest shape. The gain grows
+# with the fraction of zeros, since fewer bytes are read, and falls with N, since every expanded tile is multiplied by
+# more columns. On a GPU with more bandwidth for the same multiprocessors, expanding takes a larger part of the time,
+# and the gain is smaller.
 #
 # ## All systems side by side
 #
-# All systems are measured beside each other, and each stands over cuBLAS of the same run. `docs/baselines.md` says
+# All systems are measured side by side, and each is compared with cuBLAS of the same run. `docs/baselines.md` says
 # what each one is and whose code is measured.
 
 # %%
 SPARSE = ("flashllm", "tca-bme", "sparta", "sparta-cusparselt", "sputnik", "cusparse")
-OTHERS = ("torch-int4", "torch-fp8", "mma-2:4", "cusparselt-2:4", "cublas-notc")  # other matrices, or no use of zeros
+OTHERS = ("torch-int4", "torch-fp8", "mma-2:4", "cusparselt-2:4", "cublas-notc")  # other matrices, or zeros unused
 ZEROS = tuple(style.ZEROS)
 
 
 def mean(one, system, n, zeros=None):
-    """Geometric mean of the speed-ups of a system; nothing where it was not measured."""
+    """Geometric mean of the speed-ups of a system; NaN if it was not measured."""
     cases = one.systems.get(system, {})
     found = [row.speedup for case, row in cases.items() if n == case.N and zeros in (None, case.zeros)]
     return geometric_mean(found) if found else float("nan")
@@ -190,9 +190,9 @@ with style.applied():
         show(figure)
 
 # %% [markdown]
-# Left of the vertical line are systems for unstructured zeros. Right of it are rivals with another trade of accuracy:
-# 2:4 keeps two of every four weights, fp8 and int4 are dense matrices of fewer bits; and cuBLAS without tensor cores.
-# Grey is cuBLAS. The same numbers:
+# Left of the vertical line are systems for unstructured zeros. Right of it are rivals that trade accuracy differently
+# (2:4 keeps two of every four weights, fp8 and int4 are dense matrices of fewer bits), and cuBLAS without tensor cores.
+# The horizontal grey line is cuBLAS. The same numbers as a table:
 
 # %%
 for one in compared:
@@ -209,8 +209,8 @@ for one in compared:
 # %% [markdown]
 # ## Where it loses
 #
-# **Wide x and few zeros.** Each entry is the geometric mean over the shapes, and how many of them are slower than
-# cuBLAS.
+# **Wide x and few zeros.** Each entry gives the geometric mean over the shapes, and for how many of them flashllm is
+# slower than cuBLAS.
 
 # %%
 for gpu, cases in chosen.items():
@@ -223,8 +223,8 @@ for gpu, cases in chosen.items():
     table(["N", *(f"{100 * z:g} %" for z in ZEROS)], lines)
 
 # %% [markdown]
-# **Fewer bits.** A dense fp8 matrix is a rival wherever its accuracy is enough. From how many zeros on flashllm is
-# faster than each system on the right, by the means above:
+# **Fewer bits.** A dense fp8 matrix is a rival wherever its accuracy is sufficient. The table gives the fraction of
+# zeros from which flashllm is faster than each 2:4, fp8 or int4 system, by the means above:
 
 # %%
 for one in compared:
@@ -239,9 +239,9 @@ for one in compared:
     table(["N", *(style.SYSTEMS[name][0] for name in rivals)], lines)
 
 # %% [markdown]
-# **Small matrices.** A launch has a fixed cost, which a small matrix does not earn back. Measured: a layer of
-# SmolLM2-135M, whose rows are the newest of that name, or squares on this GPU. Lines are those of the time model
-# (`docs/auto.md`) for squares with as many zeros, in the format it would take.
+# **Small matrices.** A launch has a fixed cost, which a small matrix does not recover. The points are measured: square
+# matrices on this GPU or, without one, the newest rows of a layer of SmolLM2-135M. The lines are the predictions of the
+# time model (`docs/auto.md`) for square matrices with the same fraction of zeros, in the format that it would take.
 
 # %%
 if LIVE:
@@ -276,8 +276,8 @@ lines = [[f"{row.M}x{row.K}", row.N, row.format, row.median_us, row.cublas_us, f
 table(["MxK", "N", "format", "flashllm, us", "cuBLAS, us", "speed-up"], lines)
 
 # %% [markdown]
-# **Very many zeros.** Formats that keep something for every tile, or for every element, stop shrinking; a format that
-# keeps an index for every value does not. One shape, from few zeros to nearly none left:
+# **Very many zeros.** Formats that store something for every tile, or for every element, stop shrinking; a format that
+# stores an index for every value does not. One shape, up to a fraction of zeros that leaves hardly any values:
 
 # %%
 if LIVE:
@@ -317,5 +317,5 @@ with style.applied():
 table(["GPU", "zeros", "flashllm, us", "fastest", "its us"], lines)
 
 # %% [markdown]
-# The table names the fastest system for each fraction of zeros. Where it is not flashllm, so few products are left
-# that a kernel without tensor cores is through sooner: matrices pruned that far are sparse in the classical sense.
+# The table names the fastest system for each fraction of zeros. Where it is not flashllm, so few multiplications are
+# left that a kernel without tensor cores finishes sooner: matrices pruned that far are sparse in the classical sense.

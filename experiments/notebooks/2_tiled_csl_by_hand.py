@@ -2,10 +2,10 @@
 # %% [markdown]
 # # Tiled-CSL by hand
 #
-# Tiled-CSL is the format of the Flash-LLM paper: one 32-bit word for each stored element, half of it the value, half
-# of it the place in the tile. This notebook takes one tile of a pruned matrix apart: which elements it has, what its
-# words say, which banks of shared memory they go to, and what their order is worth. Then the GPU's kernel multiplies
-# the tile on the CPU emulator, which counts bank conflicts by itself. Needs no GPU. The format's page:
+# Tiled-CSL is the format of the Flash-LLM paper: one 32-bit word for each stored element, half of it the value and half
+# the place in the tile. This notebook takes one tile of a pruned matrix apart: which elements it has, what its words
+# encode, which banks of shared memory they are stored to, and what their order gains. Then the GPU's kernel multiplies
+# the tile on the CPU emulator, which counts bank conflicts independently. No GPU is needed. The format is specified in
 # `docs/formats/tiled_csl.md`.
 
 # %%
@@ -28,8 +28,8 @@ COLORS = {"row": "#0072b2", "bank": "#d55e00"}  # of the two orders
 # %% [markdown]
 # ## The tile
 #
-# A matrix with rows of different scale, pruned by magnitude over the whole matrix, as one-shot pruning does. Its tiles
-# are 128 rows by 64 columns; this is the first.
+# The matrix has rows of different scale and is pruned by magnitude over the whole matrix, as one-shot pruning does. Its
+# tiles are 128 rows by 64 columns; this is the first one.
 
 # %%
 random = np.random.default_rng(7)
@@ -56,8 +56,8 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# The mask, turned by a quarter: white elements are zeros and are not stored. Rows of a large scale keep more than
-# others, so the tile is not evenly filled.
+# The tile is drawn transposed; white elements are zeros and are not stored. Rows of a large scale keep more elements
+# than others, so the tile is not evenly filled.
 #
 # ## A word
 #
@@ -68,9 +68,9 @@ with style.applied():
 # +----------------+----------------+
 # ```
 #
-# The location is where the value goes in shared memory, counted in 2-byte values. It is row-major, but the eight
-# chunks of eight columns trade places by the row number, so that the tensor cores' reads of a column of chunks meet
-# different banks. The exclusive or undoes itself, so a reader gets row and column back by the same rule.
+# The location is where the value goes in shared memory, counted in 2-byte values. It is row-major, except that the
+# eight chunks of eight columns are permuted by the row number, so that the tensor cores' reads of a column of chunks
+# hit different banks. The exclusive or is its own inverse, so a reader recovers row and column by the same rule.
 
 # %%
 packed = {order: flashllm.TiledCSL.from_dense(tile, order=order) for order in ("row", "bank")}
@@ -91,9 +91,9 @@ for word in packed["row"].words[:12]:
 table(["word", "location", ">> 6", "& 63", "(r & 7) * 8", "row", "column", "value", "in the tile"], lines)
 
 # %% [markdown]
-# The first words in row order. Now all words of both orders: every element is there once, with its 16 bits. The words
-# are filled up to a multiple of four, since a thread loads four at a time; a padding word stores a zero where a zero
-# is.
+# These are the first words in row order. Now all words of both orders are decoded: every element is there once, with
+# its 16 bits. The words are padded to a multiple of four, since a thread loads four at a time; a padding word stores a
+# zero where the tile has a zero anyway.
 
 # %%
 for order, w in packed.items():
@@ -129,13 +129,13 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# Numbers are chunks of the matrix (columns 8 i to 8 i + 7) where they lie in shared memory, for the first eight rows;
-# the rows below repeat this. Each chunk stands once in every column of the picture: eight rows of one chunk are in all
-# banks.
+# The numbers are chunks i of the matrix (columns 8 i to 8 i + 7), shown where they lie in shared memory, for the first
+# eight rows; the rows below repeat this pattern. Each chunk appears once in every column of the picture, so eight rows
+# of one chunk cover all banks.
 #
 # ## 32 lanes, 32 banks
 #
-# A warp reads 128 words at a time, lane l the words 4 l to 4 l + 3, and stores them in four rounds: in round v each
+# A warp loads 128 words at a time, lane l the words 4 l to 4 l + 3, and stores them in four rounds: in round v each
 # lane stores its word v. Shared memory has 32 banks of four bytes. In one pass it serves one four-byte word of every
 # bank, so a round takes as many passes as its busiest bank has words. (Two values in the two halves of one four-byte
 # word are served together.)
@@ -143,13 +143,13 @@ with style.applied():
 
 # %%
 def rounds_of(words):
-    """For each round the four-byte words that its lanes store to, lane by lane."""
+    """For each round, the four-byte words that its lanes store to, lane by lane."""
     groups = [words[start : start + 4 * BANKS] for start in range(0, len(words), 4 * BANKS)]
     return [[(int(word) >> 16) // 2 for word in group[v::4]] for group in groups for v in range(4)]
 
 
 def bank_counts(targets):
-    """Different four-byte words in each bank."""
+    """Number of different four-byte words in each bank."""
     count = Counter(target % BANKS for target in set(targets))
     return np.array([count[bank] for bank in range(BANKS)])
 
@@ -180,14 +180,14 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# The first store of a warp in both orders: a point is a lane and the bank it hits. In row order the lanes hit what the
-# mask gives them. In bank order lane and bank are the same, and one pass serves all.
+# The first store of a warp in both orders; each point is a lane and the bank that it hits. In row order the mask
+# decides which banks the lanes hit. In bank order lane and bank have the same number, and one pass serves all lanes.
 #
 # ## All rounds
 #
 # The encoder gives round k the k-th word of every bank, as long as all banks have one, and lets the rest wrap around,
-# so that words of one bank meet only when they must. Apart from values that share a four-byte word, no order can do
-# with fewer passes than the fullest bank has words.
+# so that words of one bank share a round only when they must. Apart from values that share a four-byte word, no order
+# can manage with fewer passes than the fullest bank has words.
 
 # %%
 with style.applied():
@@ -213,9 +213,9 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# A line is a round, a square one bank of it, coloured by how many words the round stores there; bars are the passes
-# that the round takes. In row order some bank is hit several times in nearly every round, while others are idle. In
-# bank order each bank has one word, until at the end only the fuller banks are left.
+# Each line is a round and each square one of its banks, coloured by how many words the round stores there; the bars
+# show the passes that the round takes. In row order some bank is hit several times in nearly every round, while others
+# are idle. In bank order each bank receives one word per round, until at the end only the fuller banks are left.
 
 # %%
 locations = packed["bank"].words >> 16
@@ -230,8 +230,8 @@ table(["order", "rounds", "words of the fullest bank", "passes", "over the fulle
 #
 # Now the kernel itself: the emulator runs the GPU's source on the CPU, lane by lane, and counts requests (one
 # instruction of a warp) and wavefronts (passes) of its 2-byte stores. Threads past the end of the tile load its last
-# four words once more; their stores all go to one place and take a pass each. What is lost to conflicts must be the
-# same by hand.
+# four words again; their stores all go to one place and take one pass each. The passes lost to conflicts must equal
+# those counted by hand.
 
 # %%
 x = random.standard_normal((16, COLUMNS)).astype(np.float16)
@@ -251,8 +251,8 @@ table(head, lines)
 
 # %% [markdown]
 # Both orders give the same bits of y: the order changes when a value is stored, not what is added up. The error
-# against NumPy's float64 product is the rounding of y to fp16. In a longer walk every tile is stored twice, the second
-# time as zeros that clear it, so each conflict counts twice. The whole matrix, by fraction of zeros:
+# against NumPy's float64 product is the rounding of y to fp16. In a walk over several tiles every tile is stored twice,
+# the second time as zeros that clear it, so each conflict counts twice. For the whole matrix, by fraction of zeros:
 
 # %%
 full = random.standard_normal(W.shape)
@@ -279,8 +279,8 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# Passes of all 2-byte stores over their instructions, counted by the emulator; at the grey line there are no
-# conflicts. What the order is worth in time is in `3_where_the_time_goes`.
+# Passes of all 2-byte stores divided by their instructions, counted by the emulator; at the grey line there are no
+# conflicts. `3_where_the_time_goes` shows what the order gains in time.
 #
 # On a machine with a GPU the same tile is multiplied there too:
 

@@ -2,10 +2,11 @@
 # %% [markdown]
 # # Where the time goes
 #
-# A product `y = x Wᵀ` with a packed W has a floor: its bytes at the bandwidth of a pure read. This notebook shows how
-# far above it the kernels of all formats are, and what keeps them there: decoding, measured by leaving ideas out and
-# counted on the CPU emulator, and the fixed cost of a launch. Times are the newest rows in `experiments/results`, on a
-# machine with a GPU those of a few cases measured here. Counts are the emulator's everywhere.
+# The time of a product `y = x Wᵀ` with a packed W has a floor: its bytes at the bandwidth of a pure read. This notebook
+# shows how far above it the kernels of all formats are, and what keeps them there: decoding, measured by leaving ideas
+# out and counted on the CPU emulator, and the fixed cost of a launch. Times come from the newest rows in
+# `experiments/results` or, on a machine with a GPU, from a few cases measured here. Counts always come from the
+# emulator.
 
 # %%
 import tempfile
@@ -47,7 +48,7 @@ def bench(*options):
 
 
 def final(row):
-    """A row as ``experiments.figures.rows`` gives it."""
+    """A row in the form that ``experiments.figures.rows`` returns."""
     return Final(
         us=row.median_us,
         cublas_us=row.cublas_us,
@@ -80,15 +81,15 @@ for gpu in gpus:
 # %% [markdown]
 # ## Bytes against time
 #
-# A roofline with time on both axes. To the right: what reading W and x and writing y take at the read bandwidth that
-# the same run measured. Upwards: what the product takes.
+# This is a roofline with time on both axes. The horizontal axis is the time for reading W and x and writing y at the
+# read bandwidth that the same run measured. The vertical axis is the time of the product.
 
 # %%
 BATCHES = (8, 32, 64)
 
 
 def dense_floor(case, row):
-    """Microseconds of the bytes of the dense product at the bandwidth of the row's run."""
+    """Microseconds that the bytes of the dense product take at the bandwidth of the row's run."""
     return 2 * (case.M * case.K + case.N * (case.M + case.K)) * row.floor_us / row.bytes
 
 
@@ -126,9 +127,9 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# On the diagonal memory alone decides. cuBLAS is close to it. Packed weights move to the left, since they have fewer
-# bytes, but not down by as much: the more zeros and the more columns of x, the further they are above the diagonal. In
-# numbers, time over the time of the bytes, geometric means over the shapes:
+# On the diagonal memory alone determines the time. cuBLAS is close to it. Packed weights move to the left, since they
+# have fewer bytes, but not down by as much: the more zeros and the more columns of x, the further they are above the
+# diagonal. In numbers, the time divided by the time of the bytes, as geometric means over the shapes:
 
 # %%
 lines = []
@@ -146,9 +147,9 @@ table(["GPU", "format", "N", *(f"{100 * zeros:g} %" for zeros in ZEROS)], lines)
 # %% [markdown]
 # ## Leaving ideas out
 #
-# The Tiled-CSL kernel without one of its ideas at a time: words in row order instead of bank order; loading,
-# scattering and multiplying one after the other instead of at the same time; clearing whole tiles instead of what was
-# written.
+# The Tiled-CSL kernel is measured without one of its ideas at a time: words in row order instead of bank order;
+# loading, scattering and multiplying one after the other instead of overlapped; clearing whole tiles instead of only
+# what was written.
 
 # %%
 if LIVE:
@@ -183,12 +184,13 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# Bars are time without the idea over time with all, geometric means over the shapes: above one the idea pays. The rows
-# are of the builds they name, and a build of today may differ. Why order matters is drawn in `2_tiled_csl_by_hand`.
+# Bars are the time without the idea divided by the time with all ideas, as geometric means over the shapes: above one
+# the idea pays off. The rows come from the builds that they name, and a current build may differ.
+# `2_tiled_csl_by_hand` shows why the order matters.
 #
 # ## What a tile costs
 #
-# The emulator runs the kernels' own source and counts. For every 128 x 64 elements of W, at N = 16:
+# The emulator runs the kernels' own source and counts what it does. For every 128 x 64 elements of W, at N = 16:
 
 # %%
 M, K, N = 1024, 1024, 16
@@ -225,13 +227,13 @@ table([*head, "wavefronts of 2-byte stores", "of ldmatrix"], lines)
 
 # %% [markdown]
 # A wavefront is one pass through shared memory. Multiply-adds with pruned zeros are wasted, but tensor cores have them
-# to spare at this N; slot24 wastes fewer where its columns pair up, on the sparse tensor cores. Tiled-CSL stores every
-# value into a dense tile, and a zero over it afterwards, and reads the tile back by `ldmatrix`. bitmap and slot24
-# decode into registers; what they load of masks and values passes by none of the counters, so the emulator says
-# nothing of its cost.
+# to spare at this N; slot24, on the sparse tensor cores, wastes fewer where its columns pair up. Tiled-CSL stores every
+# value into a dense tile, later stores a zero over it, and reads the tile back with `ldmatrix`. bitmap and slot24
+# decode into registers; none of the counters sees their loads of masks and values, so the emulator says nothing about
+# the cost of these loads.
 #
-# What Tiled-CSL does in shared memory the counters see, so it can be set against DRAM: a multiprocessor moves one
-# wavefront in a cycle, and gets its share of the bandwidth.
+# The counters do see what Tiled-CSL does in shared memory, so it can be compared with DRAM: a multiprocessor moves one
+# wavefront per cycle, and gets its share of the bandwidth.
 
 # %%
 PARTS = {
@@ -251,7 +253,7 @@ dram = {
 
 
 def wavefronts(counts, zeros):
-    """Of a tile, as ``PARTS``; 128 bytes of words are one."""
+    """Wavefronts of a tile, in the order of ``PARTS``; 128 bytes of words are one."""
     scatter = counts.scatter
     parts = (scatter.ideal, scatter.conflicts, counts.store16.wavefronts, counts.ldmatrix.wavefronts)
     return (counted["tiled-csl", zeros] / 128, *(part / TILES for part in parts))
@@ -279,15 +281,16 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# Bars: wavefronts of a tile in bank order and in row order, stacked. Lines: the cycles in which DRAM delivers the
-# bytes of the tile to one of the multiprocessors. By these counts reading sets the time where a bar is below the line;
-# where it is above, the way through shared memory does, and fewer bytes no longer help. With more bandwidth the line
-# is lower. Measured, the change comes sooner, since neither side runs without gaps (`docs/kernels/tiled_csl.md`).
+# The stacked bars are the wavefronts of a tile in bank order and in row order. The lines are the cycles in which DRAM
+# delivers the bytes of the tile to one of the multiprocessors. By these counts reading determines the time where a bar
+# is below the line; where it is above, the way through shared memory does, and fewer bytes no longer help. With more
+# bandwidth the line is lower. In measurements the change comes sooner, since neither side runs without gaps
+# (`docs/kernels/tiled_csl.md`).
 #
 # ## The fixed cost of a launch
 #
-# A launch takes time before the first bytes come and after the last products are done. Below, the measured rows of all
-# shapes at 80 % zeros and N = 8, and the time model (`docs/auto.md`) down to small squares.
+# A launch takes time before the first bytes arrive and after the last products are done. Below are the measured rows of
+# all shapes at 80 % zeros and N = 8, and the time model (`docs/auto.md`) down to small square matrices.
 
 # %%
 FORMAT_COLORS = {"tiled-csl": "#0072b2", "bitmap": "#009e73", "slot24": "#d55e00"}
@@ -299,14 +302,14 @@ sides = np.geomspace(512, 24576, 40)
 
 
 def predicted(name, side):
-    """What the model says of a square at 80 % zeros, N = 8."""
+    """The model's prediction for a square matrix at 80 % zeros, N = 8."""
     side = int(side) // 64 * 64
     nbytes = flashllm.registry.weight_class(name).estimated_bytes((side, side), 0.2)
     return model.predict(name, m=side, k=side, n=8, weight_bytes=nbytes, density=0.2, gpu=modelled)
 
 
 def line_through(floors, times):
-    """Slope and intercept of the line with the least squares of relative errors."""
+    """Slope and intercept of the line that minimises the squares of the relative errors."""
     return np.polyfit(floors, times, 1, w=1 / np.array(times))
 
 
@@ -350,10 +353,11 @@ with style.applied():
 table(["", "start-up of the model, us", "intercept of the rows, us", "slope"], lines)
 
 # %% [markdown]
-# Lines are the model, points are measured. To the left all lines run flat: a small matrix takes about the start-up,
-# which is longer for the kernels here than for cuBLAS, so packing does not pay there. The table has the model's
-# start-up, and a straight line through the measured points, by relative errors: time over the time of the bytes. Part
-# of the fixed cost can be hidden behind the launch before (`docs/kernels/pdl.md`). The newest rows of that:
+# Lines are the model; points are measured. Towards the left all lines become flat: a small matrix takes about as long
+# as the start-up, which is longer for the kernels here than for cuBLAS, so packing does not pay off there. The table
+# has the model's start-up, and the intercept and slope of a straight line of the time against the time of the bytes,
+# fitted to the measured points by relative errors. Part of the fixed cost can be hidden behind the previous launch
+# (`docs/kernels/pdl.md`). The newest rows that show this:
 
 # %%
 if LIVE and device_facts().cc >= (9, 0):

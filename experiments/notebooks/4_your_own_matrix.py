@@ -3,9 +3,9 @@
 # # Your own matrix
 #
 # From a file to a packed weight: read a matrix, look at its zeros, pack it in every format, see which one `auto` takes
-# and why, check a product, save and load. The matrix is made here, low-rank plus noise and pruned by magnitude; to use
-# another one, set `FILE` to a `.npy`, a `.npz` of SciPy or a `.safetensors` file. Needs no GPU; with one, the product
-# runs there.
+# and why, check a product, save and load. The matrix is generated here, low-rank plus noise and pruned by magnitude; to
+# use another one, set `FILE` to a `.npy` file, a `.npz` file of SciPy or a `.safetensors` file. No GPU is needed; if
+# there is one, the product runs on it.
 
 # %%
 import os
@@ -32,7 +32,7 @@ from flashllm.io.safetensors_file import read_header
 from flashllm.matmul import auto, model, sample
 
 FILE, TENSOR = None, None  # your file, and the name of the tensor if it is a .safetensors with several
-SCRATCH = tempfile.TemporaryDirectory()  # goes with the kernel
+SCRATCH = tempfile.TemporaryDirectory()  # removed when the notebook's kernel ends
 FOLDER = Path(SCRATCH.name)
 BACKEND = backends.select(None).name
 FORMAT_COLORS = {"tiled-csl": "#0072b2", "bitmap": "#009e73", "slot24": "#d55e00"}
@@ -41,8 +41,8 @@ GPUS = {name: find_gpu(name) for name in ("H100 80GB", "H200")}
 # %% [markdown]
 # ## A matrix, in three kinds of files
 #
-# Low rank plus noise, as weights often are, with rows of different scale. Pruning keeps the largest elements of the
-# whole matrix.
+# The matrix is low rank plus noise, as weights often are, with rows of different scale. Pruning keeps the largest
+# elements of the whole matrix.
 
 # %%
 random = np.random.default_rng(11)
@@ -53,7 +53,7 @@ dense = (0.02 * dense).astype(np.float32)
 
 
 def prune(a, zeros):
-    """Without the elements of smallest magnitude."""
+    """``a`` with its elements of smallest magnitude set to zero."""
     return np.where(np.abs(a) < np.quantile(np.abs(a), zeros), 0, a)
 
 
@@ -70,8 +70,8 @@ for name, tensor in (("layer.npy", None), ("layer.npz", None), ("model.safetenso
 table(["file", "tensor", "read as", "type", "shape", "the same values"], lines)
 
 # %% [markdown]
-# `read_matrix` gives what the file holds. `FileSource`, which `flashllm bench --weights FILE` uses, also rounds it to
-# fp16 or bf16, refuses NaN and infinities, and counts what rounding changed.
+# `read_matrix` returns what the file holds. `FileSource`, which `flashllm bench --weights FILE` uses, also rounds it to
+# fp16 or bf16, rejects NaN and infinities, and counts the values that rounding changed.
 
 # %%
 source = FileSource(Path(FILE) if FILE else FOLDER / "layer.npz", TENSOR, "fp16")
@@ -105,12 +105,12 @@ with style.applied():
 
 # %% [markdown]
 # Left: stored elements in black. Middle: how full each tile is. Right: how many rows keep which share of their
-# elements. Pruning over the whole matrix leaves rows uneven, and each format takes unevenness in its own way.
+# elements. Pruning over the whole matrix leaves rows uneven, and each format copes with unevenness in its own way.
 #
 # ## Every format
 #
-# Tiled-CSL has four bytes for each stored element. A bitmap has a bit for every element and two bytes for each stored
-# one. slot24 lets two columns share a slot where no row has an element in both, and keeps a bit for every slot.
+# Tiled-CSL takes four bytes for each stored element. bitmap takes one bit for every element and two bytes for each
+# stored one. slot24 lets two columns share a slot if no row has an element in both, and keeps a bit for every slot.
 
 # %%
 packed = {name: flashllm.pack(W, format=name) for name in FORMAT_COLORS}
@@ -150,14 +150,14 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# Half of the rows of the matrix made above, pruned to other fractions of zeros; stars are the matrix that was read.
-# Below the grey line a format is smaller than the dense matrix. Fewest bytes is not yet fastest: a format must also be
-# decoded.
+# The lines are half of the rows of the matrix generated above, pruned to other fractions of zeros; the stars are the
+# matrix that was read. Below the grey line a format is smaller than the dense matrix. The format with the fewest bytes
+# is not always the fastest: it must also be decoded.
 #
 # ## Which one `auto` takes
 #
-# `auto` packs some rows in every format and puts bytes and density into a time model, fitted to measured rows: a
-# start-up, and the longer of reading and decoding. `rank_formats_of` gives the whole ranking.
+# `auto` packs some rows in every format and feeds bytes and density into a time model that was fitted to measured rows:
+# a start-up, plus the longer of reading and decoding. `rank_formats_of` returns the whole ranking.
 
 # %%
 BATCHES = (8, 16, 32, 64)
@@ -179,8 +179,9 @@ for name, gpu in GPUS.items():
     ranking_table(ranking)
 
 # %% [markdown]
-# A matrix of this size is nearly all start-up, which cuBLAS has less of: a number below one says that packing does not
-# pay. In the shape of a large model's layer, everywhere like this matrix, it is another matter:
+# For a matrix of this size nearly all the time is start-up, of which cuBLAS has less: a number below one says that
+# packing does not pay off. A matrix of the shape of a large model's layer, with zeros distributed as in this one, is a
+# different matter:
 
 # %%
 LARGE = (28672, 8192)
@@ -224,11 +225,11 @@ with style.applied():
     show(figure)
 
 # %% [markdown]
-# Bars are the time at each N, written at their feet; marks say what reading or decoding alone would take after the
-# start-up. The higher mark decides. A format with few bytes and costly decoding wins while decoding hides behind
-# reading.
+# Bars are the times for each N, which is written at their feet; marks show the start-up plus reading or decoding alone.
+# The higher mark determines the time. A format with few bytes and costly decoding wins as long as decoding is hidden
+# behind reading.
 #
-# `flashllm inspect FILE` prints the same for any file, and the plan of each product:
+# `flashllm inspect FILE` prints the same for any file, along with the plan of each product:
 
 # %%
 name = Path(FILE).resolve() if FILE else "layer.npz"
@@ -238,7 +239,7 @@ plain = {**os.environ, "FORCE_COLOR": ""}  # notebooks ask for colours
 print(subprocess.run(command, cwd=FOLDER, env=plain, capture_output=True, text=True, check=True).stdout)
 
 # %% [markdown]
-# In Python the facts are `inspection.inspect_matrix`; `inspection.as_json` has them as plain values.
+# In Python, `inspection.inspect_matrix` returns these facts, and `inspection.as_json` turns them into plain values.
 
 # %%
 target = inspection.Target(gpu=GPUS["H200"], facts=facts_of(GPUS["H200"]))
@@ -248,8 +249,8 @@ print({key: facts[key] for key in ("format", "bytes", "bytes_per_element", "tile
 # %% [markdown]
 # ## Is the product right?
 #
-# Every format, N = 16, against NumPy in float64. Errors are in units of the bound that flashllm promises for every
-# element; one is the limit. Whole numbers show more: small integers must come out exactly.
+# Every format is checked at N = 16 against NumPy in float64. Errors are in units of the bound that flashllm promises
+# for every element; one is the limit. Whole numbers are a stricter test: with small integers the result must be exact.
 
 
 # %%

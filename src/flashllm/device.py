@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """What does not change about one GPU; sizes in bytes."""
+    """Constant facts about one GPU; sizes in bytes."""
 
     index: int
     name: str
@@ -36,7 +36,7 @@ class DeviceFacts:
     sm_count: int
     l2_bytes: int
     shared_per_block: int
-    """Most static + dynamic shared memory one block may ask for."""
+    """Maximum static + dynamic shared memory that one block may request."""
     shared_per_sm: int
     memory_bytes: int
     clock_mhz: float
@@ -65,7 +65,7 @@ def gpu_problem() -> str | None:
 
 
 def device_count() -> tuple[int, str | None]:
-    """How many GPUs CuPy sees and, where that is none, why in one line. Says nothing of what they can do."""
+    """How many GPUs CuPy sees and, if none, why in one line. Does not check what they can do."""
     try:
         import cupy
     except ImportError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exceptions of the package. Each message names what was expected and what came."""
+"""Exceptions of the package. Each message names what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BRIEF.maxstring = _BRIEF.maxother = 80
 
 
 def brief(value: object) -> str:
-    """``repr`` of anything from a file: cut short, and no recursion into what is nested deeply."""
+    """``repr`` of anything from a file, cut short and without recursion into deep nesting."""
     try:
         return _BRIEF.repr(value)
     except ValueError:  # Python refuses to print integers of many digits
@@ -85,4 +85,4 @@ USAGE_ERRORS = (
     UnsupportedDeviceError,
     OSError,
 )
-"""What tells a user that something asked for cannot be: about arguments, files, memory, packages, GPU."""
+"""Errors that tell a user why a request cannot be fulfilled: arguments, files, memory, packages or the GPU."""

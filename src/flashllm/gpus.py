@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU models whose speed can be reckoned without having one."""
+"""GPU models whose speed can be estimated without having one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Gpu:
 
     @property
     def tensor_flops(self) -> float:
-        """10^12 dense fp16 operations per second with fp32 sums, at most."""
+        """Peak dense fp16 operations with fp32 sums, in 10^12 per second."""
         return _FLOPS_PER_CYCLE.get(self.arch, _FLOPS_PER_CYCLE["80"]) * self.sm_count * self.clock_mhz * 1e-6
 
 
@@ -67,7 +67,7 @@ def find_gpu(name: str, *, argument: str = "gpu") -> Gpu:
 
 
 def model_of(device_name: str) -> Gpu | None:
-    """The model of :data:`GPUS` that a device of this name is, such as ``"NVIDIA H100 80GB HBM3"``; none if unknown."""
+    """The model in :data:`GPUS` of a device with a name such as ``"NVIDIA H100 80GB HBM3"``; ``None`` if unknown."""
     words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
     return next((gpu for key, gpu in GPUS.items() if words.issuperset(key.split())), None)
 
@@ -75,8 +75,8 @@ def model_of(device_name: str) -> Gpu | None:
 def gpu_of(facts: DeviceFacts) -> Gpu:
     """The model of the GPU that ``facts`` describe: its own multiprocessors and clock, and the known bandwidth.
 
-    A GPU that is not in :data:`GPUS` is taken to read as much per multiprocessor as :data:`DEFAULT_GPU`; ``source``
-    says so.
+    A GPU that is not in :data:`GPUS` is assumed to read as much per multiprocessor as :data:`DEFAULT_GPU`;
+    ``source`` says so.
     """
     default = GPUS[DEFAULT_GPU.lower()]
     known = model_of(facts.name)
@@ -96,7 +96,7 @@ def gpu_of(facts: DeviceFacts) -> Gpu:
 
 
 def facts_of(gpu: Gpu) -> DeviceFacts:
-    """A device to plan for that need not be there. Sizes of memories, which no plan looks at, are 0 where unknown."""
+    """Facts to plan for a GPU that need not be present. Unknown memory sizes are 0, since no plan uses them."""
     from flashllm.device import DeviceFacts
     from flashllm.jit.spec import shared_limit
 

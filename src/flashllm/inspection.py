@@ -30,7 +30,7 @@ _TILE_ELEMENTS = TILE_M * TILE_K
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The GPU to reckon for."""
+    """The GPU for which times are estimated."""
 
     gpu: Gpu
     facts: DeviceFacts
@@ -38,7 +38,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
-    """Stored elements of a tile over its elements, padding counted as stored."""
+    """Stored elements of a tile divided by all its elements, with padding counted as stored."""
 
     least: float
     mean: float
@@ -47,7 +47,7 @@ class Fill:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan and the time the model gives it; ``None`` for a format without constants."""
+    """A plan and the time that the model predicts, which is ``None`` for a format without fitted constants."""
 
     plan: Plan
     expected: Expected | None
@@ -61,9 +61,9 @@ class Inspection:
     contents: Contents
     ranking: Ranking
     weight: SparseWeight | None
-    """As it is in the file, or packed in the best format; ``None`` where there is only a shape."""
+    """As stored in the file, or packed in the best format; ``None`` if there is only a shape."""
     packed_here: bool
-    """The file holds the matrix dense."""
+    """Whether the matrix was packed here because the file holds it dense."""
     fill: Fill | None
     plans: dict[int, Planned]
     """By N, for ``weight``."""
@@ -72,9 +72,9 @@ class Inspection:
 def inspect_file(path: Path, tensor: str | None, n: Sequence[int], *, target: Target, sample: bool) -> list[Inspection]:
     """Everything in a file of packed weights (or ``tensor`` of it), or one matrix of another file.
 
-    Packed weights are looked at as they are, their other formats reckoned for zeros at random places; with ``sample``
-    they are decoded, and some rows packed in every format, as those of a dense matrix are. Their buffers are mapped
-    and checked for structure only. Raises :class:`ArgumentError`, :class:`FormatError`, ``OSError``.
+    Packed weights are inspected as they are, and other formats estimated for zeros at random places; with ``sample``
+    they are decoded and some rows packed in every format, as for a dense matrix. Their buffers are memory-mapped, and
+    only their structure is checked. Raises :class:`ArgumentError`, :class:`FormatError`, ``OSError``.
     """
     from flashllm.io.container import CONTAINER_FORMAT, load_weight, load_weights
     from flashllm.io.matrices import read_matrix
@@ -92,10 +92,10 @@ def inspect_file(path: Path, tensor: str | None, n: Sequence[int], *, target: Ta
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """Matrices of a directory of sparse weights that are alike: the same layer of several blocks."""
+    """Similar matrices in a directory of sparse weights: the same layer of several blocks."""
 
     name: str
-    """Of the layer, the number of the block left out: ``model.layers.*.mlp.down_proj``."""
+    """Name of the layer without the number of the block: ``model.layers.*.mlp.down_proj``."""
     shape: tuple[int, int]
     dtype: DType
     format: str
@@ -104,10 +104,10 @@ class LayerKind:
     least_sparsity: float
     most_sparsity: float
     bytes_stored: int
-    """Of all of them together."""
+    """Bytes of all these matrices together."""
     bytes_dense: int
     whys: tuple[str, ...]
-    """What decided about the format, each reason once."""
+    """What decided the format, each reason once."""
 
 
 def layer_kinds(manifest: Manifest) -> list[LayerKind]:
@@ -136,7 +136,7 @@ def layer_kinds(manifest: Manifest) -> list[LayerKind]:
 def inspect_weight(
     name: str, w: SparseWeight, n: Sequence[int], *, target: Target, sample: bool = False
 ) -> Inspection:  # fmt: skip
-    """A packed weight, on the host."""
+    """Inspect a packed weight, on the host."""
     formats = auto.usable_formats(None, target.gpu)
     if sample:
         contents = sampled(w.to_dense(), formats, dtype=w.dtype)
@@ -146,7 +146,7 @@ def inspect_weight(
 
 
 def inspect_matrix(name: str, a: Any, n: Sequence[int], *, target: Target) -> Inspection:
-    """A dense NumPy or ``scipy.sparse`` matrix: ranked by a sample, then packed whole in the best format."""
+    """Inspect a dense NumPy or ``scipy.sparse`` matrix: rank formats by a sample, then pack it whole in the best."""
     ranking = auto.rank_formats_of(a, n, gpu=target.gpu)
     w = auto.pack(a, format=ranking.best.format, n=n)
     return _of_weight(name, w, ranking.contents, n, target=target, packed_here=True)
@@ -155,7 +155,7 @@ def inspect_matrix(name: str, a: Any, n: Sequence[int], *, target: Target) -> In
 def _of_weight(
     name: str, w: SparseWeight, contents: Contents, n: Sequence[int], *, target: Target, packed_here: bool
 ) -> Inspection:
-    """What is known of ``w``, with the bytes that it really takes among those of the formats."""
+    """What is known of ``w``, with its actual bytes in place of the estimate for its format."""
     if w.format in contents.weight_bytes:
         contents = replace(contents, weight_bytes={**contents.weight_bytes, w.format: w.nbytes})
     return Inspection(
@@ -172,7 +172,7 @@ def _of_weight(
 def inspect_shape(
     shape: tuple[int, int], density: float, n: Sequence[int], *, target: Target, dtype: str
 ) -> Inspection:
-    """A matrix of which only shape and density are known."""
+    """Inspect a matrix of which only shape and density are known."""
     ranking = auto.rank_formats(shape, density, n, dtype=dtype, gpu=target.gpu)
     return Inspection(
         name=f"{shape[0]}x{shape[1]}",
@@ -198,7 +198,7 @@ def tile_fill(w: SparseWeight) -> Fill | None:
 
 
 def _counts(arrays: dict[str, Any]) -> NDArray[np.int64] | None:
-    """Elements of each tile that have a place in the buffers."""
+    """Number of elements in each tile that have a place in the buffers."""
     counts: NDArray[np.int64] | None = None
     if "tile_offsets" in arrays:
         from flashllm.formats.tiled_csl import WORDS_PER_VECTOR
@@ -229,7 +229,7 @@ def _plans(w: SparseWeight, n: Sequence[int], target: Target) -> dict[int, Plann
 
 
 def as_json(found: Inspection) -> dict[str, Any]:
-    """``found`` as JSON can hold it; times in microseconds, sizes in bytes."""
+    """``found`` as values that JSON can hold; times in microseconds, sizes in bytes."""
     contents, ranking, gpu = found.contents, found.ranking, found.ranking.gpu
     m, k = contents.shape
     w = found.weight

@@ -26,7 +26,7 @@ class FormatEntry:
     weight: str
     """``"module:Class"`` of the :class:`~flashllm.formats.weight.SparseWeight`."""
     kernel: str
-    """Module that fulfils :class:`~flashllm.matmul.kernel.Kernel`."""
+    """Module that implements :class:`~flashllm.matmul.kernel.Kernel`."""
     encoder: str | None = None
     """Module of the device encoder, ``None`` where there is none: ``specs()`` lists its kernels, ``decode(w, out=...)``
     writes the dense matrix and allocates nothing."""
@@ -55,7 +55,7 @@ DEFAULT_FORMAT = "tiled-csl"
 
 
 def entry(name: str) -> FormatEntry:
-    """The entry of format ``name``; :class:`ArgumentError` with the known names for another."""
+    """The entry of format ``name``. Raises :class:`ArgumentError` with the known names for any other name."""
     found = FORMATS.get(name)
     if found is None:
         raise ArgumentError("format", expected=f"one of {', '.join(FORMATS)}", got=repr(name))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exit statuses of processes beside 0 (fine) and 1 (a failure)."""
+"""Exit statuses of processes other than 0 (fine) and 1 (a failure)."""
 
 from __future__ import annotations
 
 BAD_USAGE = 2
-"""Something the user asked for cannot be."""
+"""A request that cannot be fulfilled."""
 PEER_FAILED = 75
-"""Of a rank that ends because another has failed."""
+"""A rank ended because another one failed."""
 INTERRUPTED = 130
 """After Ctrl-C, as a shell reports it."""

@@ -17,7 +17,7 @@ from flashllm.statuses import BAD_USAGE
 
 
 class BadUsage(click.ClickException):
-    """Something the user asked for cannot be: one line, exit status 2."""
+    """A request that cannot be fulfilled: one line, exit status 2."""
 
     exit_code = BAD_USAGE
 
@@ -64,12 +64,12 @@ format_option = click.option(
 
 
 class ToRead(click.Path):
-    """A path at which something must be; what is not there is said in one line."""
+    """A path that must exist; a missing one is reported in one line."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
-        """Raises :class:`BadUsage` where nothing is there."""
+        """Raises :class:`BadUsage` if nothing exists at the path."""
         path = super().convert(value, param, ctx)
         if param is not None and not Path(os.fsdecode(path)).exists():
             name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.strip("[].")
@@ -78,7 +78,7 @@ class ToRead(click.Path):
 
 
 READ_FILE = ToRead(path_type=Path, dir_okay=False)
-"""Of options and arguments that name a file to read."""
+"""Type of options and arguments that name a file to read."""
 
 _CASE_OPTIONS = (
     click.option(

@@ -23,7 +23,7 @@ _WIDTH = 120
 def show_directory(directory: Path, *, as_json: bool) -> None:
     """Print the manifest of ``directory`` as JSON, or a table of its layers and the totals.
 
-    Raises ``ArgumentError`` for another directory, ``FormatError``, ``OSError``.
+    Raises ``ArgumentError`` for any other directory, ``FormatError`` and ``OSError``.
     """
     from flashllm.io.sparse_model import SparseModel
 
@@ -75,7 +75,7 @@ def _table(kinds: list[LayerKind]) -> Table:
 
 
 def _reasons(kinds: list[LayerKind]) -> list[str]:
-    """Why ``auto`` left matrices dense: one reason for each kind, as they differ in numbers only."""
+    """Why ``auto`` left matrices dense: one reason for each kind, as reasons of a kind differ only in numbers."""
     dense = [kind for kind in kinds if kind.format == DENSE and not kind.whys[0].startswith(ASKED_FOR)]
     return [f"dense: {kind.name}: {kind.whys[0]}" for kind in dense]
 

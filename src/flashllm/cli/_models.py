@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands for whole models share: options, and refusing those that would have no effect."""
+"""What the commands for whole models share: options, and the rejection of options that would have no effect."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def array_module(device: str) -> Any:
 
 
 def given_options(names: Iterable[str]) -> list[str]:
-    """Which of these parameters the command line gave, as it spells them: ``["--to"]``."""
+    """Which of these parameters were given on the command line, by their option names: ``["--to"]``."""
     context = click.get_current_context()
     found = [name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     return [next(one.opts[0] for one in context.command.params if one.name == name) for name in found]
 
 
 def refuse_options(names: Iterable[str], beside: str) -> None:
-    """Raise :class:`BadUsage` where one of these parameters was given: it has no effect ``beside`` ("with --to hf")."""
+    """Raise :class:`BadUsage` if one of these parameters was given: it has no effect ``beside`` ("with --to hf")."""
     for option in given_options(names):
         raise BadUsage(f"{option}: expected nothing {beside}")
 
 
 def refuse_packed(model: Path) -> None:
-    """Raise :class:`BadUsage` for a directory of sparse weights, where a checkpoint is asked for."""
+    """Raise :class:`BadUsage` for a directory of sparse weights, where a checkpoint is expected."""
     from flashllm.io.sparse_model import is_sparse_model
 
     if is_sparse_model(model):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The option of commands that divide a model among GPUs, and what becomes of it."""
+"""The option of commands that divide a model among GPUs, and the group that it creates."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ tensor_parallel_option = click.option(
 def tensor_parallel(count: int) -> Iterator[Group]:
     """The group for ``--tp count``, in each of its processes; only rank 0 prints.
 
-    Where nothing has started processes for more than one rank, this runs the command line of this process again in
-    each of them and exits with their status. Raises ``ArgumentError`` for more ranks than GPUs.
+    If there are several ranks and nothing has started their processes, this runs this process's command line again in
+    a process for each rank and exits with their status. Raises ``ArgumentError`` for more ranks than GPUs.
     """
     from flashllm.engine.communicator import CommunicationError
     from flashllm.engine.nccl import without_multicast

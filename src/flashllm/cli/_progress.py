@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(notes: Console, total: int) -> Iterator[Callable[[str, int], None]]:
-    """Shows a bar on ``notes`` where it is a terminal; gives a function that takes what is done now and how many cases
-    have been finished since the last call.
+    """Shows a bar on ``notes`` if it is a terminal. Yields a function that takes what is being done now and how many
+    cases have been finished since the last call.
     """
-    if not notes.is_terminal:  # there a disabled bar of older versions of rich ends with an empty line
+    if not notes.is_terminal:  # older versions of rich would end even a disabled bar with an empty line
         yield lambda title, cases: None
         return
     from rich.progress import (

@@ -173,10 +173,10 @@ def command(
 ) -> None:
     """Measure the sparse product against cuBLAS, shape by shape.
 
-    Without options: the 12 weight shapes of OPT-30B, 66B and 175B at 70, 80 and 90 % zeros, N = 8, 16 and
+    Without options it measures the 12 weight shapes of OPT-30B, 66B and 175B at 70, 80 and 90 % zeros, N = 8, 16 and
     32, each in the format that suits it best (docs/auto.md). Every result is checked before and after it is timed.
     Without a GPU the same command runs the same kernels on a CPU emulator, on small shapes: it checks the numerics,
-    counts what the kernels do and says what the bytes would cost; it claims no times.
+    counts what the kernels do and models what the bytes would cost; it reports no measured times.
     """
     from rich.console import Console
 
@@ -275,7 +275,7 @@ def command(
 
 
 def _remaining(work: Work, session: Session, notes: Console, wanted: Wanted) -> int:
-    """How many cases are to be measured; says how many are skipped."""
+    """How many cases are still to be measured; prints how many are skipped."""
     cases = [(group, *case) for group in work.groups for case in group.cases]
     left = sum(wanted(*case) for case in cases)
     if left < len(cases):
@@ -365,7 +365,7 @@ def _run_host(
 def _finish(
     session: Session, console: Console, gpu: Any, csv_file: Path | None, counted: list[tuple[Row, Counts]]
 ) -> None:
-    """Write the CSV file and show the rows, earlier ones of a resumed file included if the method is the same."""
+    """Write the CSV file and show the rows, including earlier ones of a resumed file if their method is the same."""
     from flashllm.bench import report, results, tables
     from flashllm.bench.report_counts import counts_table
 
@@ -386,8 +386,8 @@ def _finish(
 
 
 def _method(row: Row, last: Row) -> tuple[object, ...]:
-    """What rows of one table have in common with ``last``; overlapping launches, systems of their own, stand beside it,
-    and so do the systems we compare with, which may have types and patterns of their own.
+    """What the rows of one table share with ``last``. Overlapping launches, which are systems of their own, stand in
+    the same table, and so do the systems we compare with, which may have types and patterns of their own.
     """
     case = last if row.system in SYSTEMS else row
     return row.backend, case.dtype, case.pattern, row.l2, row.launch and row.launch.removesuffix("-pdl")

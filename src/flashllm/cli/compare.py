@@ -39,8 +39,8 @@ def command(
     """Say what got faster or slower between two result files.
 
     BEFORE and AFTER are files that `flashllm bench --out` or --save wrote. Cases match by system, format (or that it
-    was chosen), weights, N, zeros, launch mode and GPU. Exits with status 1 when a case is slower beyond noise, wrong,
-    or missing from AFTER, for continuous integration; that cuBLAS is slower is shown, but no failure.
+    was chosen automatically), weights, N, zeros, launch mode and GPU. For continuous integration, exits with status 1
+    when a case is slower beyond noise, wrong, or missing from AFTER; a slower cuBLAS is shown but is no failure.
     """
     with usage_errors():
         from flashllm.bench import compare, results

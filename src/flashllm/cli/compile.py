@@ -51,7 +51,7 @@ def command(
     else:
         wanted = (_own_arch(),)
     if dump_sass is not None:
-        find_disassembler()  # say so before the work, not after
+        find_disassembler()  # fails before the work, not after, if there is none
     specs = [spec for spec in registry.all_specs() if pattern in spec.label]
     jobs = [(spec, arch) for spec in specs for arch in wanted if spec.supports(arch)]
     if not jobs:

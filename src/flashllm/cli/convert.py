@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flashllm.convert.run import Conversion
 
 _OPTIONS = ("format", "n", "dtype", "no_fuse", "gpu", "device", "resume")
-"""Of a conversion to sparse weights, which --to hf has no use for."""
+"""Options of a conversion to sparse weights that --to hf does not use."""
 
 
 @click.command(
@@ -76,8 +76,8 @@ def command(
 ) -> None:
     """Convert a pruned checkpoint to a directory of sparse weights, or such a directory back.
 
-    MODEL is a directory of Hugging Face with safetensors, or a .gguf file; its zeros are what was pruned, whoever
-    pruned it. OUT gets a file for each block, and flashllm.json, which `flashllm inspect OUT` shows.
+    MODEL is a Hugging Face directory with safetensors, or a .gguf file; its zeros are what was pruned, by whatever
+    tool. OUT receives one file for each block, and flashllm.json, which `flashllm inspect OUT` shows.
     """
     from rich.console import Console
 

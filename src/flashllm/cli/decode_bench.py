@@ -76,15 +76,15 @@ def command(
 ) -> None:
     """Measure how fast a model decodes with sparse and with dense weights, all else equal.
 
-    Weights are random, made on the GPU in the shapes of the model: speed depends on the shapes and the zeros alone.
-    Each case reads all prompts at once and decodes greedily, a captured graph for each step. What a case takes of the
-    GPU's memory is reckoned first; one that does not fit is left out, with the sum. Without a GPU the emulator runs the
-    case, with no times: that takes hours, for any of these models.
+    Weights are random, generated on the GPU in the model's shapes: speed depends only on the shapes and the zeros. Each
+    case prefills all prompts at once and decodes greedily, replaying a captured graph for each step. The GPU memory of
+    a case is computed first; a case that does not fit is left out, and the sum is shown. Without a GPU the emulator
+    runs the case and reports no times, which takes hours for any of these models.
 
-    Decoders of others, which pip install "flashllm[finetune]" brings, run on one GPU. torch-compile: a loop in PyTorch
-    with a static cache and the same dense weights, its step compiled into one CUDA graph. torch-2:4: that with 2:4
+    Other decoders, which pip install "flashllm[finetune]" provides, run on one GPU. torch-compile: a PyTorch loop with
+    a static cache and the same dense weights, whose step is compiled into one CUDA graph. torch-2:4: the same with 2:4
     matrices, in fp16. hf-static: generate() of the package transformers with a static cache. They compile anew for each
-    batch, which takes long for many blocks; what one cannot run is left out, with the reason.
+    batch size, which takes long for many blocks; cases that one of them cannot run are left out, with the reason.
     """
     from rich.console import Console
 

@@ -155,7 +155,7 @@ def driver_cuda_version() -> int | None:
 
 
 def _cuda_major(driver: int | None) -> int:
-    """CUDA 12 or 13: what to install for this driver, or beside the packages already there."""
+    """CUDA 12 or 13: which to install for this driver, or, without one, beside the packages already installed."""
     if driver is not None:
         return 13 if driver >= 13000 else 12
     from importlib.metadata import PackageNotFoundError, version
@@ -167,7 +167,7 @@ def _cuda_major(driver: int | None) -> int:
 
 
 def _guarded(name: str, look: Callable[[], str], *, fix: str, needed_for: str) -> Check:
-    """``look`` returns what it found or raises to say what is wrong."""
+    """Call ``look``, which returns what it found or raises to say what is wrong."""
     try:
         found = look()
     except Exception as error:  # a broken installation can fail in any way; the report goes on

@@ -46,9 +46,9 @@ def command(
 ) -> None:
     """Measure how well a model predicts a text: perplexity and bits per byte.
 
-    MODEL is a directory of Hugging Face with safetensors, a GGUF file, or what `flashllm convert` made, whose packed
-    matrices are then multiplied as they are. Bits per byte compare models with different tokenizers. Take text that the
-    model was not pruned with: --part 0:0.5 for `flashllm prune`, --part 0.5:1 here.
+    MODEL is a Hugging Face directory with safetensors, a GGUF file, or a directory that `flashllm convert` wrote, whose
+    packed matrices are multiplied in packed form. Bits per byte can be compared between models with different
+    tokenizers. Use text that the model was not pruned with: --part 0:0.5 for `flashllm prune`, --part 0.5:1 here.
     """
     from rich.console import Console
 

@@ -61,8 +61,8 @@ def command(
 ) -> None:
     """Draw the figures NAME (all when none is given) and print the tables behind them.
 
-    First the cases are measured that experiments/results does not have for this GPU, driver and commit: all of a figure
-    takes minutes to half an hour, and may be interrupted. --from-results draws what is committed.
+    Cases that experiments/results does not have for this GPU, driver and commit are measured first: a whole figure
+    takes minutes to half an hour, and may be interrupted. --from-results draws the committed rows.
     """
     experiments = _experiments()
     if str(experiments.parent) not in sys.path:
@@ -125,6 +125,6 @@ def _quick_root(experiments: Path, out: Path) -> Path:
 
 
 def _summary(name: str) -> str:
-    """The first sentence of what its module says of a figure."""
+    """The first paragraph of the docstring of a figure's module."""
     text = import_module(f"experiments.figures.{name}").__doc__ or ""
     return text.split("\n\n")[0].replace("\n", " ").replace("``", "`")

@@ -55,8 +55,8 @@ def command(
 ) -> None:
     """Train a pruned model with its zeros fixed.
 
-    MODEL is a directory of Hugging Face, as `flashllm prune` writes. Pruned weights stay zeros, everything else is
-    trained. Ctrl-C and --minutes save what was done; run the same command again to go on. Needs PyTorch and
+    MODEL is a Hugging Face directory, as `flashllm prune` writes. Pruned weights stay zero; everything else is
+    trained. Ctrl-C and --minutes save the state; run the same command again to continue. Needs PyTorch and
     transformers: pip install "flashllm[finetune]".
     """
     from rich.console import Console

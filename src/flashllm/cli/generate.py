@@ -69,10 +69,10 @@ def command(
 ) -> None:
     """Continue prompts with a model.
 
-    MODEL is what `flashllm convert` made, whose packed matrices are multiplied as they are, a directory of Hugging Face
-    with safetensors, or a GGUF file. The text of one prompt is printed as it comes; those of several, which are
-    continued together, one after the other. Times go to stderr. Without a GPU the emulator runs the same kernels on the
-    CPU: for tiny models.
+    MODEL is a directory that `flashllm convert` wrote, whose packed matrices are multiplied in packed form, a Hugging
+    Face directory with safetensors, or a GGUF file. The continuation of a single prompt is printed as it is generated.
+    Several prompts are continued together, and their texts printed one after another at the end. Times go to stderr.
+    Without a GPU the emulator runs the same kernels on the CPU, which suits only tiny models.
     """
     from rich.console import Console
 
@@ -95,7 +95,7 @@ def command(
             ]
             return found, [asdict(one) for one in each]
 
-        # All ranks compute what rank 0 was asked: FILE need not be there for the others.
+        # All ranks compute what rank 0 was asked to: FILE need not exist for the others.
         texts, sampling = group.of_rank_0(read_prompts, name="--prompts")
         options = [SamplingOptions(**one) for one in sampling]
         with ModelFiles(model, dtype=cast("DType | None", dtype), dense=dense) as files:
@@ -134,12 +134,12 @@ def command(
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> list[str]:
-    """Those of the options, then the lines of the file that are not empty."""
+    """The prompts of the options, then the lines of the file that are not empty."""
     from flashllm.io.files import read_utf8
 
     try:
         lines = "" if file is None else read_utf8(file, most_bytes=_MOST_BYTES).replace("\r\n", "\n")
-    except FileNotFoundError:  # said here and not by click: on other machines of a group there need be no such file
+    except FileNotFoundError:  # reported here and not by click: other machines of a group need not have the file
         raise BadUsage(f"--prompts: expected a file, found none at '{file}'") from None
     found = [*given, *filter(None, lines.split("\n"))]
     if not found:

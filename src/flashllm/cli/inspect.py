@@ -52,10 +52,10 @@ def command(
 ) -> None:
     """Show what is in a weight, how its products would run, and which format suits it.
 
-    FILE is a .safetensors of packed weights, of which all are shown, or a dense matrix: .npy, .npz (SciPy) or a tensor
-    of a .safetensors, which is packed in the best format; or a directory of `flashllm convert`, of which the layers are
-    listed and --json gives the manifest. Times are those of the model in docs/auto.md, or, marked *,
-    measured by `flashllm tune` on this GPU. Needs no GPU.
+    FILE is a .safetensors file of packed weights, all of which are shown; a dense matrix (.npy, .npz of SciPy, or a
+    tensor of a .safetensors file), which is packed in the best format; or a directory that `flashllm convert` wrote,
+    whose layers are listed, or with --json its manifest. Times come from the model in docs/auto.md or, if marked *,
+    were measured by `flashllm tune` on this GPU. Needs no GPU.
     """
     with usage_errors():
         from flashllm import inspection
@@ -196,7 +196,7 @@ def _plan_table(plans: dict[int, Planned]) -> RenderableType:
 
 
 def _advice(found: Inspection) -> list[str]:
-    """Where the sizes come from; which format to take, and by how much."""
+    """Where the sizes come from, which format to take, and how much faster it is."""
     ranking, best = found.ranking, found.ranking.best
     if found.contents.packed_rows:
         lines = [f"MB of formats not packed whole: from packing {found.contents.packed_rows:,} rows"]

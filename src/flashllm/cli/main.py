@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
             if ctx.params.get("traceback"):
                 raise
             raise BadUsage(str(error)) from error
-        except MemoryError as error:  # NumPy's says how much was asked for
+        except MemoryError as error:  # NumPy's message says how much was requested
             if ctx.params.get("traceback"):
                 raise
             raise click.ClickException(str(error) or "out of memory") from error

@@ -49,9 +49,9 @@ def command(
 ) -> None:
     """Prune the linear layers of a model.
 
-    MODEL is a directory of Hugging Face with safetensors, or a GGUF file. wanda and sparsegpt need text: any UTF-8
-    file, like what the model is for. The result is a directory of Hugging Face; run the same command again to continue
-    what was interrupted. `flashllm convert` packs it, `flashllm eval` says what it has lost.
+    MODEL is a Hugging Face directory with safetensors, or a GGUF file. wanda and sparsegpt need text: any UTF-8 file
+    that resembles what the model is used for. The result is a Hugging Face directory; run the same command again to
+    continue an interrupted run. `flashllm convert` packs the result, `flashllm eval` measures what it has lost.
     """
     from rich.console import Console
 

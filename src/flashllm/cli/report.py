@@ -25,7 +25,7 @@ from flashllm.io.files import write_whole
 def command(files: tuple[Path, ...], out: Path, title: str) -> None:
     """Turn result files into one web page.
 
-    RESULTS are files that `flashllm bench --out` or --save wrote. The page holds all that it needs: sortable tables,
+    RESULTS are files that `flashllm bench --out` or --save wrote. The page is self-contained, with sortable tables,
     charts that can be filtered, and the whole row behind each number. Needs Bokeh: pip install "flashllm[report]".
     """
     with usage_errors():

@@ -17,8 +17,8 @@ from flashllm.cli._cases import READ_FILE, usage_errors
 def command(files: tuple[Path, ...], full: bool, allow_dirty: bool) -> None:
     """Print result files as a markdown table.
 
-    RESULTS are files that `flashllm bench --out` or --save wrote; of repeated measurements the last counts,
-    files in the order of their names. Rows that name no commit or hold a wrong result are refused.
+    RESULTS are files that `flashllm bench --out` or --save wrote. They are read in the order of their names, and of
+    repeated measurements the last one counts. Rows that name no commit or hold a wrong result are refused.
     """
     with usage_errors():
         from flashllm.bench import report, results

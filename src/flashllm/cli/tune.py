@@ -32,9 +32,9 @@ def command(
 ) -> None:
     """Measure the kernel choices for given shapes on this GPU and remember the best.
 
-    Later plans for the same format, shape, density, N and GPU use what was found, and so does the choice of the format:
-    without --format, or with `auto`, every format is measured. Needs a GPU. Without options: the 12 weight shapes of
-    OPT-30B, 66B and 175B.
+    Later plans for the same format, shape, density, N and GPU use the results, and so does the choice of the format:
+    without --format, or with `auto`, every format is measured. Needs a GPU. Without options it measures the 12 weight
+    shapes of OPT-30B, 66B and 175B.
     """
     with usage_errors():
         from flashllm import backends

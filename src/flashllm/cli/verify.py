@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check every kernel on the backend that is here; stops at the first wrong element."""
+"""Check every kernel on the available backend; stops at the first wrong element."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def command(
     device: int | None,
     as_json: bool,
 ) -> None:
-    """Check every kernel on the backend that is here; stops at the first wrong element.
+    """Check every kernel on the available backend; stops at the first wrong element.
 
-    Multiplies by every kernel instance for this GPU, or on the CPU emulator for sm_80 and sm_90a, over shapes,
+    Multiplies with every kernel instance for this GPU, or on the CPU emulator for sm_80 and sm_90a, over shapes,
     numbers of columns and patterns of zeros. Small integers must give the rounded integer result exactly, random
-    values must stay within the stated error bound, NaN and infinities must act as in a dense product. Outputs are
-    full of NaN before, with guards around them.
+    values must stay within the stated error bound, and NaN and infinities must act as in a dense product. Outputs are
+    filled with NaN beforehand and have guards around them.
     """
     from rich.console import Console
 
@@ -153,7 +153,7 @@ def _json(outcome: Outcome, backend: str) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float | str | None:
-    """JSON has neither NaN nor infinity."""
+    """``value`` for JSON, which has neither NaN nor infinity: those become text."""
     return value if value is None or math.isfinite(value) else str(value)
 
 

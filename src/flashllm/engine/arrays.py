@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from flashllm.formats.bits import bfloat16, widen
 
 ALIGNMENT = 256
-"""Bytes: of every allocation on a GPU. Kernels load 16 at once, libraries count on more."""
+"""Alignment in bytes of every GPU allocation. Kernels load 16 bytes at once; libraries rely on more."""
 
 
 def empty(xp: Any, shape: tuple[int, ...], dtype: Any, what: str) -> Any:
-    """An array of ``xp`` without content. ``DeviceMemoryError`` says that ``what`` does not fit."""
+    """An uninitialised array of ``xp``. Raises ``DeviceMemoryError``, which says that ``what`` does not fit."""
     kind = np.dtype(dtype)
     if xp is np:
         return aligned(np.empty(shape, kind))
@@ -27,7 +27,7 @@ def empty(xp: Any, shape: tuple[int, ...], dtype: Any, what: str) -> Any:
 
 
 def aligned(array: NDArray[Any]) -> NDArray[Any]:
-    """``array``, or a copy of it at an address as an allocation on a GPU has."""
+    """``array`` itself if it is aligned like a GPU allocation, otherwise a copy that is."""
     if array.ctypes.data % ALIGNMENT == 0:
         return array
     room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
@@ -38,10 +38,10 @@ def aligned(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def widened(array: NDArray[Any]) -> NDArray[np.float32]:
-    """fp32 of a NumPy array of an engine: fp16, or bf16 as their bits."""
+    """An engine's NumPy array, fp16 or the bits of bf16, converted to fp32."""
     return widen(array.view(np.uint16), "bf16" if array.dtype == np.uint16 else "fp16")
 
 
 def rounded(values: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
-    """``values`` as an engine's type: float16 or float32, or uint16 for the bits of bf16."""
+    """``values`` converted to an engine's type: float16, float32, or uint16 for the bits of bf16."""
     return values.astype(bfloat16()).view(np.uint16) if dtype == np.uint16 else values.astype(dtype)

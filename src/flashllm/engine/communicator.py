@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPUs of a tensor-parallel group give to each other: the parts of sums, of which each has one."""
+"""How the GPUs of a tensor-parallel group exchange the parts of a sum, of which each GPU computes one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Communicator(Protocol):
     """One member of a group."""
 
     def all_gather(self, parts: Any) -> object:
-        """Fill ``parts`` [members, ...], C-contiguous: each member has written its own part and gets the others'.
+        """Fill C-contiguous ``parts`` [members, ...]: each member has written its own part and receives the others'.
 
-        May be captured in a graph. Raises ``ArgumentError`` for an array that is not so, ``CommunicationError``.
+        May be captured in a graph. Raises ``ArgumentError`` for any other array, and ``CommunicationError``.
         """
 
     def check(self) -> None:
-        """Raise :class:`CommunicationError` where the group has failed: what was computed since is of no use."""
+        """Raise :class:`CommunicationError` if the group has failed: anything computed since then is invalid."""
 
 
 class CommunicationError(FlashLLMError, RuntimeError):
@@ -37,7 +37,7 @@ def check_parts(parts: Any, count: int) -> None:
 
 
 class ThreadGroup:
-    """A group of threads of one process with NumPy arrays: for models that are divided on the CPU."""
+    """A group of threads in one process that exchange NumPy arrays, for models that are divided on the CPU."""
 
     def __init__(self, count: int, *, seconds: float = 60.0) -> None:
         """``seconds``: how long a member waits for the others."""
@@ -46,11 +46,11 @@ class ThreadGroup:
         self._given: list[NDArray[Any]] = [np.empty(0)] * count
 
     def fail(self) -> None:
-        """End the wait of the others, now and later, with :class:`CommunicationError`."""
+        """Make the current and later waits of all members end with :class:`CommunicationError`."""
         self._barrier.abort()
 
     def gather(self, index: int, parts: NDArray[Any]) -> None:
-        """What member ``index`` does when parts are exchanged."""
+        """Exchange parts on behalf of member ``index``."""
         check_parts(parts, len(self.members))
         self._given[index] = parts[index]
         try:
@@ -58,7 +58,7 @@ class ThreadGroup:
             for member, given in enumerate(self._given):
                 if member != index:
                     parts[member] = given
-            self._barrier.wait()  # nobody writes before everybody has read
+            self._barrier.wait()  # no member writes before all have read
         except threading.BrokenBarrierError as error:
             raise self._failure(index) from error
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine: prompts fill the cache, then one captured step after the other adds a token to every sequence."""
+"""An engine: prompts fill the cache, then each captured step adds one token to every sequence."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from flashllm.errors import ArgumentError, brief
 from flashllm.models.config import ModelConfig
 
 PREFILL_ROWS = 2048
-"""Most tokens of prompts in one pass."""
+"""Maximum number of prompt tokens in one pass."""
 _KERNEL_ROWS = 64
-"""As many as kernels compute at a time. They go over more of them again, in the same workspace, and expanding a matrix,
-for passes of hundreds of rows, takes another."""
+"""Maximum number of rows that product kernels compute at a time. For more rows they repeat in the same workspace;
+for passes of hundreds of rows the matrix may be expanded, which takes another workspace."""
 
 
 class Engine:
     """Decodes ``batch`` sequences of up to ``capacity`` tokens, prompt and output together.
 
-    The cache, activations, logits and what products need beside their operands are allocated here. Not for several
-    threads at a time.
+    Allocates the cache, activations, logits and the memory that products need in addition to their operands. Not
+    thread-safe.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Engine:
         prefill_rows: int = PREFILL_ROWS,
         communicator: Communicator | None = None,
     ) -> None:
-        """Raises ``ArgumentError`` for sizes that the model cannot have, ``DeviceMemoryError``."""
+        """Raises ``ArgumentError`` for sizes that the model does not support, and ``DeviceMemoryError``."""
         config = weights.config
         check_sizes(config, batch=batch, capacity=capacity)
         if prefill_rows < 1:
@@ -64,9 +64,9 @@ class Engine:
             self.cache = KvCache.create(xp, config, shard, slots=batch, capacity=capacity, dtype=kind)
             self.state = SampleState.create(xp, batch=batch, capacity=capacity, stop_tokens=stop_tokens)
             self._activations = Activations(xp, weights, max(batch, self._prefill_rows))
-            self._last = Residual(xp, weights, batch)  # of rows whose logits are wanted, from passes of many
+            self._last = Residual(xp, weights, batch)  # rows whose logits are needed, taken from larger passes
             self.logits = empty(xp, (batch, config.vocab), np.float32, "logits")
-            """On the device: what the last token of each sequence was chosen from."""
+            """On the device: the logits from which the last token of each sequence was chosen."""
             self._slots = empty(xp, (batch,), np.int32, "slots")
             runtime.send(self._slots, np.arange(batch, dtype=np.int32))
             self._plan = plan_attention(
@@ -89,7 +89,7 @@ class Engine:
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory beside weights and cache."""
+        """Bytes allocated in addition to weights and cache."""
         arrays = (self.logits, self._slots, self._partials, *vars(self.state).values())
         own = sum(int(array.nbytes) for array in arrays)
         activations = self._activations.nbytes + self._last.nbytes
@@ -98,11 +98,11 @@ class Engine:
     def start(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> None:
         """Read the prompts, one for each sequence of the batch, and choose the first token of each.
 
-        Raises ``ArgumentError`` for a prompt that is empty, has tokens that the model does not know, or is too long
-        with the tokens that ``options`` ask for.
+        Raises ``ArgumentError`` for a prompt that is empty, has tokens outside the model's vocabulary, or is too long
+        together with the new tokens that ``options`` request.
         """
         self._check_prompts(prompts, options)
-        self._begun = False  # from now on the cache is neither the old prompts' nor, until the end, the new ones'
+        self._begun = False  # until all prompts are read, the cache belongs neither to the old ones nor to the new ones
         runtime, state, last = self.runtime, self.state, self._last
         with runtime.active():
             write_options(state, options)
@@ -121,7 +121,7 @@ class Engine:
         self._begun = True
 
     def step(self) -> None:
-        """One token more for every sequence that has not ended. Does not wait for it."""
+        """Add one token to every sequence that has not ended. Does not wait for the result."""
         if not self._begun:
             raise ArgumentError("engine", expected="prompts before steps: start()", got="none")
         with self.runtime.active():
@@ -133,7 +133,7 @@ class Engine:
             self._step()
 
     def decode_operations(self, kinds: Sequence[Kind] | None = None) -> list[Operation]:
-        """The launches of a step; with ``kinds`` only these, to be timed apart."""
+        """The launches of a decoding step; with ``kinds``, only those of these kinds, to time them separately."""
         if self._operations is None:
             self._forward.prepare(self.batch)
             self._forward.prepare_head(self.batch)
@@ -169,7 +169,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions], *, look_every: int = 16
     ) -> list[list[int]]:
-        """All tokens that follow each prompt; every ``look_every`` steps it is seen whether more are needed."""
+        """All tokens that follow each prompt. Every ``look_every`` steps it checks whether all sequences have ended."""
         self.start(prompts, options)
         longest = max(one.max_new_tokens for one in options)
         for first in range(1, longest, look_every):
@@ -182,10 +182,10 @@ class Engine:
     def stream(
         self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]
     ) -> Iterator[list[tuple[int, int]]]:
-        """After every step the tokens that came: sequence and token."""
+        """Yield the new tokens after every step, as pairs of sequence and token."""
         self.start(prompts, options)
         ended = np.zeros(self.batch, np.bool_)
-        for place in count():  # of a step's tokens in the output: every sequence that goes on gets one
+        for place in count():  # index of the step's tokens in the output: every unfinished sequence gets one
             with self.runtime.active():
                 found = self.runtime.xp.stack((self.state.output[:, place], self.state.finished))
             tokens, finished = self._fetch(found)
@@ -196,11 +196,11 @@ class Engine:
             self.step()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-        """Logits [tokens, vocab] behind every token of each sequence, as prompts are read."""
+        """Logits [tokens, vocab] after every token of each sequence; the sequences are read like prompts."""
         self._check_prompts(sequences, None)
         config, runtime = self.weights.config, self.runtime
         found = [np.empty((len(one), config.vocab), np.float32) for one in sequences]
-        self._begun = False  # the cache is of these from now on
+        self._begun = False  # from now on the cache holds these sequences
         with runtime.active():
             for chunk in chunks_of(sequences, self._prefill_rows):
                 a = self._prefill(chunk)
@@ -241,14 +241,14 @@ class Engine:
         return a
 
     def _fetch(self, array: Any) -> NDArray[Any]:
-        """A copy on the host of what steps have written, if the group has not failed: replays do not look at that."""
+        """A host copy of what steps have written. Checks that the group has not failed, since replays do not."""
         found = self.runtime.fetch(array)
         if self._communicator is not None:
             self._communicator.check()
         return found
 
     def _slice(self, a: Activations, first: int, rows: int) -> Residual:
-        """Copies of some rows, where each array is aligned: valid until the next ones."""
+        """Copies of some rows in aligned arrays, valid until the next call."""
         part = self._last.first(rows)
         part.residual[...] = a.residual[first : first + rows]
         part.y[:, :rows] = a.y[:, first : first + rows]
@@ -270,7 +270,7 @@ class Engine:
 
 
 def check_sizes(config: ModelConfig, *, batch: int, capacity: int) -> None:
-    """Raise ``ArgumentError`` for a batch or length that the model cannot have, and for what no kernel is made for."""
+    """Raise ``ArgumentError`` for a batch or capacity that the model does not support, or sizes that no kernel has."""
     check_heads(config.heads, config.kv_heads, config.head_dim)
     if config.vocab > MOST_VOCAB:
         raise ArgumentError("vocab", expected=f"at most {MOST_VOCAB} tokens", got=str(config.vocab))
@@ -283,8 +283,8 @@ def check_sizes(config: ModelConfig, *, batch: int, capacity: int) -> None:
 
 
 def check_prompt(prompt: Sequence[int], name: str, *, vocab: int, capacity: int, new_tokens: int) -> None:
-    """Raise ``ArgumentError`` for a prompt, called ``name``, that is no sequence of tokens of the model, is empty, or
-    is too long with ``new_tokens`` behind it.
+    """Raise ``ArgumentError`` for a prompt, called ``name``, that is not a sequence of the model's tokens, is empty, or
+    is too long once ``new_tokens`` follow it.
     """
     check_tokens(prompt, name, vocab=vocab)
     if not len(prompt):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launches of one forward pass: a list that is run as it is, captured as a graph, or run in part to be timed.
+"""The launches of one forward pass: a list that is run directly, captured as a graph, or run in part for timing.
 
-The residual stream is fp32, everything that matrices multiply and give has the type of the weights. The bias of a
-product is added by the kernel behind it. Where GPUs share a model, a product gives a part of a sum, rounded once: each
-GPU gathers all parts, and adds them to the residual stream in fp32 and in the order of the ranks.
+The residual stream and the logits are fp32; all other inputs and outputs of matrix products have the type of the
+weights. The kernel after a product adds its bias. Where GPUs share a model, a product that feeds the residual stream
+yields one part of a sum, rounded once: each GPU gathers all parts and adds them in fp32, in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ KINDS: tuple[Kind, ...] = ("linear", "attention", "communication", "other")
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """A launch, or several, of a pass."""
+    """One or more launches of a pass."""
 
     kind: Kind
     run: Callable[[], object]
 
 
 def run(operations: Iterable[Operation]) -> None:
-    """All of them, in order."""
+    """Run all operations, in order."""
     for operation in operations:
         operation.run()
 
@@ -59,7 +59,7 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Where the rows of a pass are: int32 arrays on the device."""
+    """The token, position and cache slot of each row of a pass: int32 arrays on the device."""
 
     tokens: Any
     positions: Any
@@ -67,22 +67,22 @@ class Rows:
 
 
 class Residual:
-    """Up to ``rows`` rows between two layers: the residual stream, what is still to be added, and their norm."""
+    """Up to ``rows`` rows between two layers: the residual stream, what is still to be added to it, and its norm."""
 
     def __init__(self, xp: Any, weights: Weights, rows: int) -> None:
         hidden, kind = weights.config.hidden, numpy_type(weights.dtype)
         self.residual = empty(xp, (rows, hidden), np.float32, "activations")
         self.x = empty(xp, (rows, hidden), kind, "activations")
         self.y = empty(xp, parts_shape(rows, hidden, weights.shard.count), kind, "activations")
-        """The parts of a sum, of each rank one."""
+        """The parts of a sum, one from each rank."""
 
     @property
     def nbytes(self) -> int:
-        """Of all."""
+        """Bytes of all arrays."""
         return sum(int(array.nbytes) for array in vars(self).values())
 
     def first(self, rows: int) -> Self:
-        """Views of their first rows."""
+        """Views of the first ``rows`` rows of all arrays."""
         views = object.__new__(type(self))
         views.__dict__ = {name: array[:rows] for name, array in vars(self).items() if name != "y"}
         parts, _, hidden = self.y.shape
@@ -124,17 +124,17 @@ class Forward:
 
     @property
     def nbytes(self) -> int:
-        """Of what it holds itself: rotary positions."""
+        """Bytes that this object itself holds: the table of rotary positions."""
         return 0 if self._rotation is None else int(self._rotation.nbytes)
 
     def prepare(self, rows: int) -> None:
-        """Choose how the products of passes of so many rows are computed."""
+        """Choose how products are computed in passes of ``rows`` rows."""
         parts = zip(*(block.matrices for block in self._weights.blocks), strict=True)
         self._runtime.products.prepare([w for part in parts for w in part], rows)
 
     def blocks(self, rows: Rows, a: Activations, attend: Attend) -> list[Operation]:
-        """All blocks. They leave the residual stream but for the last sum: ``a.y`` and the last ``down_bias`` still
-        have to be added, which :meth:`head` does.
+        """The operations of all blocks. They leave the residual stream without the last sum: :meth:`head` adds ``a.y``
+        and the last ``down_bias``.
         """
         launch, weights, config = self._runtime.launch, self._weights, self._config
         operations = [
@@ -165,7 +165,7 @@ class Forward:
         return operations
 
     def head(self, a: Residual, logits: Any) -> list[Operation]:
-        """Behind :meth:`blocks`: ``logits`` [R, vocab], fp32, of the rows of ``a``."""
+        """The operations after :meth:`blocks`, which write fp32 ``logits`` [R, vocab] for the rows of ``a``."""
         weights = self._weights
         last = weights.blocks[-1].down_bias
         return [
@@ -174,8 +174,8 @@ class Forward:
         ]
 
     def prepare_head(self, rows: int) -> None:
-        """As :meth:`prepare`, for the product that gives logits."""
-        # All of a group compute all logits and must choose the same tokens.
+        """As :meth:`prepare`, for the product that computes logits."""
+        # All ranks of a group compute all logits and must choose the same tokens.
         self._runtime.products.prepare([self._weights.head], rows, out="fp32", timed=self._communicator is None)
 
     def _attention(
@@ -234,7 +234,7 @@ class Forward:
         return Operation(kind="linear", run=partial(self._runtime.products.multiply, x, w, y))
 
     def _sum(self, x: Any, w: Any, y: Any) -> list[Operation]:
-        """A product of which each rank has a part, to its place in ``y``, and then the others' parts."""
+        """A product of which each rank writes its part into its place in ``y``, then gathers the others' parts."""
         operations = [self._product(x, w, y[self._weights.shard.index, : x.shape[0]])]
         if self._communicator is not None:
             operations.append(Operation(kind="communication", run=partial(self._communicator.all_gather, y)))
@@ -242,7 +242,7 @@ class Forward:
 
 
 def parts_shape(rows: int, hidden: int, parts: int) -> tuple[int, int, int]:
-    """Of the parts of a sum of ``rows`` rows: with rows behind them where the next part would not be aligned."""
+    """Shape of the parts of a sum of ``rows`` rows, padded with rows where the next part would be unaligned."""
     unit = 1 if parts == 1 else ALIGNMENT // math.gcd(ALIGNMENT, 2 * hidden)
     return parts, -(-rows // unit) * unit, hidden
 
@@ -256,5 +256,5 @@ def rotation_table(runtime: Runtime, config: ModelConfig, positions: int) -> Any
 
 
 def numpy_type(dtype: str) -> Any:
-    """The type of an engine's arrays: bf16 are their bits."""
+    """The NumPy type of an engine's arrays; bf16 values are held as their bits."""
     return np.float16 if dtype == "fp16" else np.uint16

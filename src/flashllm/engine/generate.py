@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model on disk to text: what is known of it before its weights are read, its weights, the text of a batch."""
+"""From a model on disk to text: opening its files, loading its weights, and generating the text of a batch."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ _EOS = "eos_token_id"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelText:
-    """How tokens of a model are text."""
+    """How a model's tokens map to text and back."""
 
     vocab: int
     stop_tokens: tuple[int, ...]
-    """What ends a text, as the model's files have it."""
+    """The tokens that end a text, according to the model's files."""
     tokenizer: Tokenizer | None
     problem: FlashLLMError | None = None
     """Why there is no tokenizer."""
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt, what the tokenizer puts before any text included.
+        """The tokens of a prompt, including those that the tokenizer puts before any text.
 
         Raises ``FormatError`` or ``MissingDependencyError`` without a tokenizer that fits the model.
         """
@@ -73,16 +73,16 @@ class LoadedModel:
 
 
 class ModelFiles:
-    """A model on disk: what is known before its weights are read. Use with ``with``.
+    """A model on disk: what is known before its weights are read. Use in a ``with`` statement.
 
-    ``path`` is a directory of ``flashllm convert``, one of Hugging Face, or a ``.gguf`` file.
+    ``path`` is a directory written by ``flashllm convert``, a Hugging Face directory, or a ``.gguf`` file.
     """
 
     def __init__(self, path: str | Path, *, dtype: DType | None = None, dense: bool = False) -> None:
-        """``dtype``: of weights and activations, by default as stored (fp16 where that is wider). ``dense``: expand
-        packed matrices, zeros and all; others are dense anyway.
+        """``dtype``: the type of weights and activations, by default as stored (fp16 where that is wider). ``dense``:
+        expand packed matrices, zeros included; others are dense anyway.
 
-        Raises ``ArgumentError``, ``FormatError``, ``OSError`` as opening a checkpoint does.
+        Raises ``ArgumentError``, ``FormatError`` and ``OSError`` as opening a checkpoint does.
         """
         packed = SparseModel(path) if is_sparse_model(path) else None
         self._checkpoint: Checkpoint = open_checkpoint(path) if packed is None else UnpackedModel(packed)
@@ -107,11 +107,11 @@ class ModelFiles:
 
     @property
     def fingerprint(self) -> str:
-        """Tells the model from others, as :func:`flashllm.io.fingerprint.fingerprint` does."""
+        """Identifies the model, as :func:`flashllm.io.fingerprint.fingerprint` does."""
         return fingerprint(self._checkpoint)
 
     def load(self, runtime: Runtime, *, shard: Shard = WHOLE, advance: Advance = ignore) -> LoadedModel:
-        """Read the weights, or those of ``shard``. Raises as :func:`flashllm.engine.weights.load`."""
+        """Read the weights, or those of ``shard``. Raises what :func:`flashllm.engine.weights.load` does."""
         with runtime.active():
             weights = load(self._source, runtime.xp, shard=shard, advance=advance)
         return LoadedModel(weights=weights, text=self.text, runtime=runtime)
@@ -126,13 +126,13 @@ def open_model(
     shard: Shard = WHOLE,
     advance: Advance = ignore,
 ) -> LoadedModel:
-    """The model at ``path`` on the device of ``runtime``; the rest is told in :class:`ModelFiles`."""
+    """Load the model at ``path`` onto the device of ``runtime``; :class:`ModelFiles` explains the other arguments."""
     with ModelFiles(path, dtype=dtype, dense=dense) as files:
         return files.load(runtime, shard=shard, advance=advance)
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> None:
-    """Raise ``ArgumentError`` for prompts that the model cannot continue so far. Needs no weights."""
+    """Raise ``ArgumentError`` for prompts that the model cannot continue as far as requested. Needs no weights."""
     for index, (prompt, one) in enumerate(zip(prompts, options, strict=True)):
         check_prompt(
             prompt,
@@ -146,13 +146,13 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], options
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What came last of one sequence."""
+    """The newest output of one sequence."""
 
     sequence: int
     token: int | None
-    """None for the rest of a text at its end."""
+    """None for text that was still held back at the end."""
     text: str
-    """Empty amid a character, for a stop token, and without tokenizer."""
+    """Empty inside a character, for a stop token, and without a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +161,11 @@ class Report:
 
     prompt_tokens: tuple[int, ...]
     new_tokens: tuple[int, ...]
-    """Of each sequence, a stop token included."""
+    """New tokens of each sequence, including a stop token."""
     first_token_seconds: float
-    """Until the first token of every sequence was on the host: all prompts were read."""
+    """Time until the first token of every sequence was on the host, which includes reading all prompts."""
     step_seconds: tuple[float, ...]
-    """Of each step behind, which gives every unfinished sequence a token. The first one prepares the others."""
+    """Time of each later step, which adds a token to every unfinished sequence. The first prepares the others."""
 
     @property
     def token_seconds(self) -> float | None:
@@ -175,17 +175,17 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Of everything."""
+        """Total time."""
         return self.first_token_seconds + sum(self.step_seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all sequences, over everything."""
+        """New tokens of all sequences, divided by the total time."""
         return sum(self.new_tokens) / self.seconds
 
 
 class Generation:
-    """The text of a batch while it comes: iterate over it, once, then read the rest."""
+    """The text of a batch as it is generated: iterate over it once, then read the attributes."""
 
     def __init__(
         self,
@@ -198,9 +198,9 @@ class Generation:
     ) -> None:
         self.prompts = [[int(token) for token in prompt] for prompt in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        """New ones of each sequence."""
+        """New tokens of each sequence."""
         self.texts = [""] * len(prompts)
-        """Of the new tokens."""
+        """Text of the new tokens of each sequence."""
         self._options, self._stops = options, frozenset(stop_tokens)
         self._tokenizer = model.text.tokenizer
         self._seconds: list[float] = []
@@ -230,7 +230,7 @@ class Generation:
 
     @property
     def report(self) -> Report:
-        """Of what has been iterated over; the time that a loop takes for its pieces is none of it."""
+        """Times of what has been iterated over, without the time that the caller's loop spends on the pieces."""
         if not self._seconds:
             raise ArgumentError("generation", expected="one that has been iterated over", got="nothing so far")
         return Report(
@@ -241,7 +241,7 @@ class Generation:
         )
 
     def stopped(self, sequence: int) -> bool:
-        """Whether a stop token has ended it, not the number of tokens."""
+        """Whether a stop token has ended ``sequence``, rather than the limit on new tokens."""
         return bool(self.tokens[sequence]) and self.tokens[sequence][-1] in self._stops
 
     def _piece(self, sequence: int, token: int | None, text: str) -> Piece:
@@ -267,11 +267,11 @@ def generate_text(
     stop_tokens: Sequence[int] | None = None,
     communicator: Communicator | None = None,
 ) -> Generation:
-    """A batch of prompts, each a text or tokens, whose continuations come when it is iterated over.
+    """Set up a batch of prompts, each a text or tokens; iterating over the result generates their continuations.
 
-    ``options``: of all, or of each. ``stop_tokens``: by default those of the model. ``communicator``: of the group that
-    a shard of the model belongs to, each of which generates the same. Memory is taken here. Raises
-    ``ArgumentError`` for prompts that the model cannot continue, ``DeviceMemoryError``, and what
+    ``options``: one for all prompts, or one for each. ``stop_tokens``: by default those of the model.
+    ``communicator``: for a shard of a model, that of its group, whose ranks all generate the same text. Memory is
+    allocated here. Raises ``ArgumentError`` for prompts that the model cannot continue, ``DeviceMemoryError``, and what
     :meth:`ModelText.encode` does.
     """
     if not is_list(prompts):
@@ -286,7 +286,7 @@ def generate_text(
 
 
 def _room(prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> int:
-    """Tokens of the longest sequence in the end; 1 where there are none."""
+    """Tokens of the longest sequence once it is complete; 1 if there are no sequences."""
     return max((len(prompt) + one.max_new_tokens for prompt, one in zip(prompts, options, strict=True)), default=1)
 
 
@@ -301,9 +301,9 @@ def _text(checkpoint: Checkpoint, config: ModelConfig) -> ModelText:
 
 
 def _stop_tokens(checkpoint: Checkpoint, vocab: int) -> tuple[int, ...]:
-    """``eos_token_id`` of generation_config.json or, where that has none, of config.json: a token or several.
+    """``eos_token_id`` of generation_config.json or, if that has none, of config.json: one token or several.
 
-    Of a GGUF file it is ``tokenizer.ggml.eos_token_id``. A number that is no token of the model stops nothing.
+    For a GGUF file it is ``tokenizer.ggml.eos_token_id``. Numbers outside the model's vocabulary are ignored.
     """
     place = checkpoint.companions().get(_GENERATION_NAME)
     settings = {} if place is None else read_json(place, most_bytes=MAX_CONFIG_BYTES)

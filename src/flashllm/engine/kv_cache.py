@@ -15,7 +15,7 @@ _ELEMENT_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class KvCache:
-    """Of ``slots`` sequences of up to ``capacity`` positions each. Kernels read no position that was not written."""
+    """The cache of ``slots`` sequences of up to ``capacity`` positions. Kernels read only positions already written."""
 
     slots: int
     capacity: int
@@ -24,17 +24,17 @@ class KvCache:
 
     @classmethod
     def create(cls, xp: Any, config: ModelConfig, shard: Shard, *, slots: int, capacity: int, dtype: Any) -> KvCache:
-        """Raises ``DeviceMemoryError``."""
+        """Allocate a cache. Raises ``DeviceMemoryError``."""
         shape = (config.layers, 2, slots, shard.kv_heads(config), capacity, config.head_dim)
         whole = empty(xp, shape, dtype, "cache of keys and values")
         return cls(slots=slots, capacity=capacity, layers=tuple((layer[0], layer[1]) for layer in whole))
 
     @property
     def nbytes(self) -> int:
-        """Of all blocks."""
+        """Bytes of all blocks."""
         return sum(int(one.nbytes) for layer in self.layers for one in layer)
 
 
 def cache_bytes(config: ModelConfig, shard: Shard, *, slots: int, capacity: int) -> int:
-    """What :meth:`KvCache.create` takes."""
+    """Bytes that :meth:`KvCache.create` allocates."""
     return config.layers * 2 * slots * shard.kv_heads(config) * capacity * config.head_dim * _ELEMENT_BYTES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of sums gathered over GPUs by NCCL, one process a GPU."""
+"""Gathers parts of sums across GPUs with NCCL, one process per GPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from flashllm.engine.rendezvous import Rendezvous
 from flashllm.errors import ArgumentError, MissingDependencyError
 
 MULTICAST = "NCCL_NVLS_ENABLE"
-_OLDEST = 20900  # 2.9: the first that is captured in graphs
+_OLDEST = 20900  # 2.9: the first that can be captured in graphs
 _POLL_SECONDS = 0.5
 _ABORT_SECONDS = 2.0
 
 
 def without_multicast(environment: MutableMapping[str, str]) -> None:
-    """Have NCCL leave NVLink multicast off. Raises ``ArgumentError`` where ``environment`` asks for it."""
+    """Make NCCL leave NVLink multicast off. Raises ``ArgumentError`` if ``environment`` says otherwise."""
     if environment.setdefault(MULTICAST, "0") != "0":
         raise ArgumentError(MULTICAST, expected="0 or nothing: NVLink multicast stays off", got=environment[MULTICAST])
 
@@ -28,11 +28,11 @@ def without_multicast(environment: MutableMapping[str, str]) -> None:
 class NcclCommunicator:
     """One rank of a group, on the current GPU. What it queues may be captured in CUDA graphs.
 
-    As long as nobody calls :meth:`abort`, NCCL's side of it lives until the process ends.
+    Unless :meth:`abort` is called, the underlying NCCL communicator lives until the process ends.
     """
 
     def __init__(self, rendezvous: Rendezvous) -> None:
-        """Waits for all ranks. Raises ``MissingDependencyError`` without NCCL, ``CommunicationError``."""
+        """Wait for all ranks. Raises ``MissingDependencyError`` without NCCL 2.9 or newer, ``CommunicationError``."""
         without_multicast(os.environ)  # before NCCL reads it
         from cupy.cuda import nccl
 
@@ -45,8 +45,8 @@ class NcclCommunicator:
         self._byte = nccl.NCCL_UINT8
         name = rendezvous.broadcast(None if rendezvous.rank else bytes(nccl.get_unique_id()))
         self._comm: Any = nccl.NcclCommunicator(rendezvous.count, name, rendezvous.rank)
-        # CuPy destroys a communicator that nobody holds, and NCCL then waits until no graph is left that has captured
-        # it, which at the end of a process may be for ever. So this one is held for ever.
+        # CuPy destroys a communicator that is no longer referenced, and NCCL then waits until no graph that captured it
+        # is left, which at the end of a process may be for ever. So the reference to this one is never released.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._comm))
         self._aborting: threading.Thread | None = None
         self._left = threading.Event()
@@ -54,10 +54,10 @@ class NcclCommunicator:
         self._watcher.start()
 
     def all_gather(self, parts: Any) -> None:
-        """Fill ``parts`` [ranks, ...], C-contiguous: each rank has written its own part and gets the others'.
+        """Fill C-contiguous ``parts`` [ranks, ...]: each rank has written its own part and receives the others'.
 
-        On the current stream, which must not be the null stream: an engine's does not wait for that one. Raises
-        ``ArgumentError``, and ``CommunicationError`` where the group has failed or was left.
+        Runs on the current stream, which must not be the null stream: an engine's stream does not wait for that one.
+        Raises ``ArgumentError``, and ``CommunicationError`` if the group has failed or this rank has left it.
         """
         import cupy
 
@@ -75,19 +75,19 @@ class NcclCommunicator:
         self._comm.allGather(own, parts.data.ptr, size, self._byte, stream)
 
     def check(self) -> None:
-        """Raise ``CommunicationError`` where the group has failed. Asks neither NCCL nor the GPU."""
+        """Raise ``CommunicationError`` if the group has failed. Queries neither NCCL nor the GPU."""
         self._rendezvous.check()
 
     def leave(self) -> None:
-        """Call nothing of NCCL any more. Graphs that have captured it keep what they need."""
+        """Make no further calls to NCCL. Graphs that have captured it keep what they need."""
         self._left.set()
         self._watcher.join()
 
     def abort(self) -> None:
-        """Leave, and give up what NCCL holds: kernels that wait for other ranks end, what they leave is of no use.
+        """Leave, and abort NCCL: kernels that wait for other ranks end, and their results are invalid.
 
-        NCCL then waits for the end of graphs that have captured it, and may wait for other ranks (its issue 1013):
-        after 2 s that is left to a thread.
+        NCCL then waits until no graph that captured it is left, and may wait for other ranks (its issue 1013): after
+        2 s a background thread is left to do that waiting.
         """
         self.leave()
         if self._aborting is None:
@@ -97,11 +97,11 @@ class NcclCommunicator:
 
     @property
     def is_aborting(self) -> bool:
-        """Whether NCCL is still busy with :meth:`abort`, beside which a process must not take its libraries down."""
+        """Whether NCCL is still busy with :meth:`abort`; until then the process must not unload its libraries."""
         return self._aborting is not None and self._aborting.is_alive()
 
     def _watch(self) -> None:
-        """Tell all ranks of an error that NCCL meets after a call has returned."""
+        """Tell all ranks of an error that NCCL encounters after a call has returned."""
         while not self._left.wait(_POLL_SECONDS):
             try:
                 self._comm.check_async_error()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A group of processes that share a model, as one of them sees it: its place, its partners, its end with them."""
+"""A group of processes that share a model, as one of them sees it: how it joins, connects to the others and ends."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from flashllm.errors import USAGE_ERRORS, ArgumentError, FlashLLMError
 from flashllm.statuses import BAD_USAGE, INTERRUPTED, PEER_FAILED
 
 GROUP_KEY, PARENT_PIPE = "FLASHLLM_GROUP", "FLASHLLM_PARENT"
-"""Variables of the environment that ``launch_ranks`` sets beside those of torchrun."""
+"""Environment variables that ``launch_ranks`` sets in addition to those of torchrun."""
 
-_DEFAULT_PORT = 29611  # where mpirun has started the ranks, which names none
+_DEFAULT_PORT = 29611  # for ranks started by mpirun, which names no port
 _GRACE_SECONDS = 1.0
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -30,10 +30,10 @@ _KEYS = (GROUP_KEY, "TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE")
 
 
 class GroupCommunicator(Communicator, Protocol):
-    """A communicator over processes."""
+    """A communicator between processes."""
 
     def leave(self) -> None:
-        """Call no library any more, not from other threads either."""
+        """Make no further library calls, from any thread."""
 
     def abort(self) -> None:
         """Leave, and end the waits for other ranks."""
@@ -48,7 +48,7 @@ Connect = Callable[[Place, Rendezvous], GroupCommunicator | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """What a rank needs to take part: ``Engine`` wants the communicator, ``weights.load`` the shard."""
+    """What a rank needs to take part: ``Engine`` takes the communicator, ``weights.load`` the shard."""
 
     rank: int
     count: int
@@ -62,22 +62,22 @@ class Group:
         return Shard(index=self.rank, count=self.count)
 
     def of_rank_0(self, make: Callable[[], Any], *, name: str = "value") -> Any:
-        """What ``make``, which rank 0 alone calls, returns there (JSON values), on every rank.
+        """Call ``make`` on rank 0 alone and return its result (JSON values) on every rank.
 
-        Raises ``ArgumentError``, about ``name``, on rank 0 where that is too long to send.
+        Raises ``ArgumentError``, about ``name``, on rank 0 if the result is too long to send.
         """
         return self.rendezvous.broadcast(make() if self.rank == 0 else None, seconds=None, name=name)
 
 
 def alone() -> Group:
-    """The group of this process, which has the whole model."""
+    """The group of this process alone, which has the whole model."""
     return Group(rank=0, count=1, communicator=None, rendezvous=meet(Place()))
 
 
 def place_of(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun, Open MPI's mpirun or ``launch_ranks`` gives; None where none of them started this.
+    """The place that torchrun, Open MPI's mpirun or ``launch_ranks`` assigns; None if none of them started this.
 
-    Raises ``ArgumentError`` for variables that make no sense.
+    Raises ``ArgumentError`` for variables with invalid values.
     """
     names = next((names for names in (_TORCHRUN, _MPIRUN) if all(name in environment for name in names[:2])), None)
     if names is None:
@@ -117,10 +117,10 @@ def check_gpus(count: int) -> None:
 
 
 def connect_nccl(place: Place, rendezvous: Rendezvous) -> GroupCommunicator:
-    """Make the GPU of this rank the current one and connect it with the others', which must be equal.
+    """Make the GPU of this rank the current one and connect it to those of the others, which must be of the same model.
 
-    All of a group compute all logits and must choose the same tokens: other GPUs, or another cuBLAS, may round
-    differently. Raises ``CommunicationError`` that names what differs, and as ``NcclCommunicator`` does.
+    All ranks of a group compute all logits and must choose the same tokens; a different GPU or cuBLAS may round
+    differently. Raises ``CommunicationError`` that names what differs, and what ``NcclCommunicator`` raises.
     """
     check_gpus(place.local_rank + 1)
     import cupy
@@ -143,14 +143,14 @@ def open_group(
     environment: Mapping[str, str] = os.environ,
     seconds: float = SECONDS,
 ) -> Iterator[Group]:
-    """The group of ``count`` ranks that ``environment`` puts this process into, or this process alone.
+    """The group of ``count`` ranks in which ``environment`` places this process, or this process alone.
 
-    At the end of the block each rank waits for the others. An exception in one ends the group: in the others what next
-    needs their partners raises ``CommunicationError``, and a process that does not leave the block within a second,
-    because it waits for its GPU, ends with status ``PEER_FAILED``. Behind the block nothing is asked of the libraries
-    that connect the ranks; where one is still busy with the end of a failed group when Python ends, the process ends
-    without waiting for it. Raises ``ArgumentError`` where ``count`` is not the number of ranks or a rank has no GPU,
-    ``CommunicationError`` where not all have come after ``seconds`` or they are not equal.
+    At the end of the block each rank waits for the others. An exception in one rank ends the group: in the others the
+    next operation that needs another rank raises ``CommunicationError``, and a process that does not leave the block
+    within a second, because it waits for its GPU, ends with status ``PEER_FAILED``. After the block the libraries that
+    connect the ranks are not called any more; if one is still busy ending a failed group when Python exits, the process
+    ends without waiting for it. Raises ``ArgumentError`` if ``count`` is not the number of ranks or a rank has no GPU,
+    and ``CommunicationError`` if not all ranks have arrived after ``seconds`` or they differ.
     """
     place = place_of(environment) or Place()
     if place.count != count:
@@ -176,10 +176,10 @@ def open_group(
         left.set()
         rendezvous.fail(f"rank {place.rank} has failed: {_said(error)}")
         if communicator is not None:
-            # A step that was captured lives on in the exception's frames, and NCCL waits for its end. By the time
-            # Python ends it mostly has come.
+            # The exception's frames keep a captured step alive, and NCCL waits until it is gone, as it usually is by
+            # the time Python exits.
             atexit.register(_end_beside, communicator, _status(error))
-            with contextlib.suppress(KeyboardInterrupt):  # a second one, of whoever finds that the first takes long
+            with contextlib.suppress(KeyboardInterrupt):  # a second one, from a user who finds the first slow
                 communicator.abort()
         raise
 
@@ -189,22 +189,22 @@ def _in_thread(function: Callable[..., None], *arguments: object) -> None:
 
 
 def _watch_parent(pipe: int) -> None:
-    """End with the process that has started the ranks: it holds the other end of ``pipe`` for as long as it lives."""
+    """End when the process that started the ranks ends: it holds the other end of ``pipe`` for as long as it lives."""
     os.read(pipe, 1)
     _end("Error: the process that started the ranks has ended")
 
 
 def _leave_soon(left: threading.Event, message: str) -> None:
-    """A thread that waits for its GPU cannot be told anything.
+    """End the process unless it leaves its group in time: a thread that waits for its GPU cannot be told anything.
 
-    NCCL's abort would wake it, but to go on with sums that were never finished.
+    NCCL's abort would wake the thread, but only to continue with unfinished sums.
     """
     if not left.wait(_GRACE_SECONDS):
         _end(message)
 
 
 def _end_beside(communicator: GroupCommunicator, status: int) -> None:
-    """When Python ends: libraries must not be taken down beside a thread that still runs in them."""
+    """At Python's exit, end at once if an abort is under way: libraries must not be unloaded under a running thread."""
     if communicator.is_aborting:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
@@ -227,14 +227,14 @@ def _said(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int:
-    """What a command ends with after ``error``."""
+    """The exit status of a command after ``error``."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if isinstance(error, CommunicationError):
         return PEER_FAILED
-    own = getattr(error, "exit_code", None)  # of an error that is the command line's already
+    own = getattr(error, "exit_code", None)  # errors of the command line have one
     if isinstance(own, int):
         return own
     return BAD_USAGE if isinstance(error, USAGE_ERRORS) else 1

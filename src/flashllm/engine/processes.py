@@ -29,7 +29,7 @@ class _Rank:
     index: int
     process: subprocess.Popen[bytes]
     errors: bytes = b""
-    """The last that it has written to its standard error, but for rank 0's, which is shown."""
+    """The end of its standard error, except for rank 0, whose output is shown."""
     reader: threading.Thread | None = None
 
     def read(self) -> None:
@@ -42,9 +42,10 @@ class _Rank:
 def launch_ranks(count: int, command: Sequence[str]) -> int:
     """Run ``command`` ``count`` times, each with the environment of one rank, and return an exit status.
 
-    Rank 0's output is shown, of another rank what it wrote to its standard error if it was the first to fail. Where a
-    rank ends with another status than 0 the others end within seconds; its status is returned, or 128 and the number of
-    its signal, and a line on the standard error says which it was, unless it was rank 0 or all. Ctrl-C ends all.
+    Rank 0's output is shown; of another rank, the end of its standard error is shown if it was the first to fail. If a
+    rank ends with a nonzero status, the others end within seconds. That status is returned, or 128 plus the number of
+    the signal that ended the rank, and a line on standard error names the rank unless rank 0 has already said why.
+    Ctrl-C ends all ranks.
     """
     theirs, ours = os.pipe()
     try:
@@ -60,7 +61,7 @@ def launch_ranks(count: int, command: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _started(count: int, command: Sequence[str], *, pipe: int) -> Iterator[list[_Rank]]:
-    """All ranks; none is left at the end of the block."""
+    """Start all ranks; none is left running at the end of the block."""
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(free_port()), GROUP_KEY: secrets.token_hex(16), PARENT_PIPE: str(pipe)}
     ranks: list[_Rank] = []
@@ -82,7 +83,7 @@ def _started(count: int, command: Sequence[str], *, pipe: int) -> Iterator[list[
                 rank.reader.start()
         yield ranks
     except KeyboardInterrupt:
-        # A terminal has sent it to the ranks as well, another process may have sent it only here.
+        # A terminal has sent it to the ranks as well; another process may have sent it only here.
         if not _all_end(ranks, 1.0):
             _send(ranks, signal.SIGINT)
             _all_end(ranks, _PEERS_SECONDS)
@@ -94,11 +95,11 @@ def _started(count: int, command: Sequence[str], *, pipe: int) -> Iterator[list[
                 break
         for rank in ranks:
             if rank.reader is not None:
-                rank.reader.join(1.0)  # longer where a child of the rank lives on and holds the pipe
+                rank.reader.join(1.0)  # would take longer if a child of the rank survives and holds the pipe
 
 
 def _wait(ranks: Sequence[_Rank]) -> _Rank | None:
-    """Wait until all have ended well, or one has not and the others had time to; the rank that failed first."""
+    """Wait until all succeed, or one fails and the others have had time to end; return the rank that failed first."""
     order: list[_Rank] = []
 
     def failed() -> bool:
@@ -113,9 +114,9 @@ def _wait(ranks: Sequence[_Rank]) -> _Rank | None:
 
 
 def _report(first: _Rank, ranks: Sequence[_Rank]) -> int:
-    """Say which rank has failed and why; its exit status."""
+    """Report which rank failed and why; return its exit status."""
     status = first.process.returncode
-    # Rank 0 has said why where it holds for all, or where the others have only followed it.
+    # Rank 0 has already said why if all ranks failed alike, or if the others ended only because it did.
     said_by_rank_0 = {status, PEER_FAILED} if first.index == 0 else {status}
     if status > 0 and said_by_rank_0.issuperset(rank.process.returncode for rank in ranks):
         return status
@@ -142,7 +143,7 @@ def _all_end(ranks: Sequence[_Rank], seconds: float) -> bool:
 
 
 def _until(condition: Callable[[], bool], seconds: float | None = None) -> bool:
-    """Wait for ``condition``, at most for so many ``seconds``; whether it has come."""
+    """Wait for ``condition``, for at most ``seconds``; return whether it has come true."""
     deadline = None if seconds is None else time.monotonic() + seconds
     while not condition():
         if deadline is not None and time.monotonic() > deadline:

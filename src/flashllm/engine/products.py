@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """y[R, M] = x[R, K] @ W[M, K]^T inside an engine: packed weights by ``spmm``, dense ones by cuBLAS.
 
-Each product is prepared once for its number of rows: a plan or cuBLAS's fastest algorithm is chosen, memory taken. From
-then on a product allocates nothing and can be captured. Memory may be reserved before: only packed weights need any, so
-no algorithm is timed for rows that may never come.
+Each product is prepared once for its number of rows: a plan or cuBLAS's fastest algorithm is chosen and memory is
+allocated. After that a product allocates nothing and can be captured. Memory may be reserved earlier: only packed
+weights need any, so no algorithm is timed for numbers of rows that may never occur.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flashllm.errors import ArgumentError
 from flashllm.formats.weight import SparseWeight
 
 _TIMED_WEIGHTS = 8
-"""Most matrices of a shape that a candidate multiplies by in turn: their weights must not stay in the L2."""
+"""A candidate is timed on at most this many matrices of a shape in turn, so that they do not stay in the L2."""
 _REPEATS = 3
 
 
@@ -27,16 +27,16 @@ class Products(Protocol):
     """How an engine multiplies. A matrix W is a ``SparseWeight`` or a dense [M, K] array on the engine's device."""
 
     def reserve(self, matrices: Sequence[Any], rows: Sequence[int]) -> None:
-        """Take the memory that products of each of these numbers of rows with these matrices need. Raises
+        """Allocate the memory that products with these matrices need for each of these numbers of rows. Raises
         ``DeviceMemoryError``.
         """
 
     def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """Choose how products of ``rows`` rows with these matrices are computed, and reserve their memory.
 
-        ``out="fp32"``: y is fp32, for dense matrices; else it has the type of x. Dense ones that are given together
-        should be what a pass multiplies by: candidates are timed with them. Without ``timed`` cuBLAS chooses, the same
-        on equal GPUs, which then compute the same bits.
+        ``out="fp32"``: y is fp32, for dense matrices; otherwise y has the type of x. Dense matrices that are given
+        together should be those that a pass multiplies by, since candidates are timed on them. Without ``timed`` cuBLAS
+        chooses; it chooses alike on equal GPUs, which then compute the same bits.
         """
 
     def multiply(self, x: Any, w: Any, y: Any) -> None:
@@ -44,17 +44,17 @@ class Products(Protocol):
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory taken beside operands."""
+        """Bytes allocated in addition to the operands."""
 
     def label(self, w: Any, rows: int) -> str:
-        """What computes a prepared product, for tables."""
+        """The name, for tables, of what computes a prepared product."""
 
     def close(self) -> None:
-        """Give up memory and handles."""
+        """Release memory and handles."""
 
 
 class HostProducts:
-    """Packed weights by the emulator or NumPy, dense ones by NumPy with sums in fp32."""
+    """Products on the CPU: packed weights by the emulator or NumPy, dense ones by NumPy with sums in fp32."""
 
     workspace_bytes = 0
 
@@ -69,7 +69,7 @@ class HostProducts:
 
     def multiply(self, x: Any, w: Any, y: Any) -> None:
         """As :class:`Products` says."""
-        with np.errstate(over="ignore", invalid="ignore"):  # rows that fill up a pass may hold anything
+        with np.errstate(over="ignore", invalid="ignore"):  # rows that pad a pass may hold anything
             self._multiply(x, w, y)
 
     def _multiply(self, x: Any, w: Any, y: Any) -> None:
@@ -89,7 +89,7 @@ class HostProducts:
 
 
 class GpuProducts:
-    """Of the current GPU, on one stream; ``overlap`` as for ``GpuRuntime``."""
+    """Products on the current GPU, on one stream; ``overlap`` as for ``GpuRuntime``."""
 
     def __init__(self, stream: Any, *, overlap: bool) -> None:
         from flashllm.baselines.cublas import Cublas
@@ -98,10 +98,10 @@ class GpuProducts:
         self._cublas = Cublas()
         self._dense: dict[tuple[Any, ...], Any] = {}
         self._plans: dict[tuple[int, int], tuple[SparseWeight, Any]] = {}
-        """By identity of the weight, which is kept so that no other has it, and rows."""
+        """By id of the weight and number of rows. The weight is kept so that no other object can have its id."""
         self._memory: dict[str, Any] = {}
         self._outgrown: list[Any] = []
-        """Memory that graphs captured before still use."""
+        """Replaced memory that graphs captured earlier still use."""
 
     def reserve(self, matrices: Sequence[Any], rows: Sequence[int]) -> None:
         """As :class:`Products` says."""
@@ -118,7 +118,7 @@ class GpuProducts:
                 needed[name] = max(needed.get(name, 0), size)
         for name, size in needed.items():
             self._reserve(name, size)
-        self._plans |= plans  # only now: a plan that is kept has its memory
+        self._plans |= plans  # only now, so that every plan kept has its memory
 
     def prepare(self, matrices: Sequence[Any], rows: int, *, out: str | None = None, timed: bool = True) -> None:
         """As :class:`Products` says."""
@@ -182,7 +182,7 @@ class GpuProducts:
         return (*w.shape, rows, "fp16" if w.dtype == np.float16 else "bf16", out)
 
     def _reserve(self, name: str, needed: int) -> None:
-        """Zeroed memory of at least that many bytes under ``name``."""
+        """Allocate zeroed memory under ``name`` unless it has at least ``needed`` bytes."""
         import cupy
 
         from flashllm.device import memory_errors
@@ -202,7 +202,7 @@ class GpuProducts:
         return self._cublas.gemm_ex(Layout(), m=m, k=k, n=rows, dtype=dtype, out=out)
 
     def _fastest(self, key: tuple[Any, ...], weights: Sequence[Any]) -> Any:
-        """cuBLAS's fastest way, each timed in a graph over the given weights."""
+        """cuBLAS's fastest candidate, each timed in a graph over the given weights."""
         import cupy
 
         from flashllm import graphs
@@ -233,7 +233,7 @@ class GpuProducts:
 
 
 def _workspace_of(plan: Any) -> str:
-    """An expanded matrix is left in its workspace, which kernels want zero: they share none."""
+    """Name of the workspace. Kernels need theirs zeroed, and an expansion leaves its matrix there: they share none."""
     return "kernels" if plan.expansion is None else "expanded"
 
 

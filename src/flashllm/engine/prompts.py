@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts: what may be one, and the rows of passes, one behind the other, without padding between, some at a time."""
+"""Prompts: how they are checked, and how they fill the rows of passes, one after another without padding between."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashllm.errors import ArgumentError, brief
 from flashllm.formats.check import is_int
 
 _STEP = 64
-"""Rows of a pass are a multiple of it, so that products are planned for few numbers of rows."""
+"""The rows of a pass are a multiple of this, so that products are planned for only a few numbers of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class Chunk:
 
     @property
     def longest(self) -> int:
-        """Most rows of a sequence."""
+        """Rows of the sequence that has the most of them here."""
         return int(np.diff(self.starts).max())
 
     def padded(self, rows: int) -> Chunk:
-        """The same with rows behind the last that belong to no sequence and change nothing: at position -1."""
+        """The same chunk with rows appended, at position -1, that belong to no sequence and change nothing."""
         more = rows - self.rows
         return replace(
             self,
@@ -51,7 +51,7 @@ class Chunk:
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    """Whether ``value`` is a sequence, or an array, of anything; a text is none."""
+    """Whether ``value`` is a sequence, or an array, of anything; text does not count."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
@@ -60,7 +60,7 @@ def is_list(value: object) -> TypeGuard[Sequence[Any]]:
 def check_tokens(tokens: object, name: str, *, vocab: int) -> None:
     """Raise ``ArgumentError`` unless ``tokens``, called ``name``, are a sequence of integers 0 to ``vocab - 1``.
 
-    They may be NumPy's.
+    NumPy integers are accepted.
     """
     if not is_list(tokens):
         raise ArgumentError(name, expected="a sequence of tokens", got=brief(tokens))
@@ -70,12 +70,12 @@ def check_tokens(tokens: object, name: str, *, vocab: int) -> None:
 
 
 def pad_rows(rows: int, most: int) -> int:
-    """Rows of the pass that computes ``rows`` of them."""
+    """Rows, with padding, of the pass that computes ``rows`` of them."""
     return min(most, -(-rows // _STEP) * _STEP)
 
 
 def chunks_of(prompts: Sequence[Sequence[int]], most: int) -> Iterator[Chunk]:
-    """Passes of up to ``most`` rows; a prompt may go on in the next. Prompt ``i`` is in slot ``i``."""
+    """Passes of up to ``most`` rows; a prompt may continue in the next. Prompt ``i`` is in slot ``i``."""
     rows = [(slot, position, token) for slot, prompt in enumerate(prompts) for position, token in enumerate(prompt)]
     for first in range(0, len(rows), most):
         part = np.array(rows[first : first + most], np.int32)

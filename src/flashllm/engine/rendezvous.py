@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the ranks of a group find each other and share small objects: TCP connections between rank 0 and each other rank.
 
-A message is its kind (1 byte), its length (8 bytes) and that many bytes: JSON or raw, nothing that could be run. The
-connection of a process that ends is closed by its system, whatever ended it, so the other side knows at once; probes
-tell it of a machine that has vanished.
+A message consists of its kind (1 byte), its length (8 bytes) and that many bytes, JSON or raw, nothing executable.
+However a process ends, its system closes the connection, so the other side knows at once; keep-alive probes detect a
+machine that has vanished.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from flashllm.engine.communicator import CommunicationError
 from flashllm.errors import ArgumentError
 
 PORTS = 16
-"""Rank 0 listens at the first free one of so many ports; the others look there for whoever knows their key."""
+"""Rank 0 listens on the first free one of this many ports; the others try them until one accepts their key."""
 SECONDS = 60.0
-"""How long ranks wait for each other unless told otherwise."""
+"""How long ranks wait for each other by default."""
 
 _HEADER = struct.Struct("!cQ")
 _HELLO, _WELCOME, _JSON, _BYTES, _FAILURE, _END = b"H", b"W", b"J", b"B", b"F", b"E"
 _LARGEST = 64 * 2**20
 _LARGEST_HELLO = 4096
-_GREETING_SECONDS = 2.0  # for a stranger that says nothing
+_GREETING_SECONDS = 2.0  # for a stranger that sends nothing
 _ANSWER_SECONDS = 5.0  # rank 0 may be busy with a stranger
 _RETRY_SECONDS = 0.05
-# A machine that vanishes is missed after 6 s, whether it is silent (probes: s, s, how many) or owes an answer (ms).
+# A vanished machine is noticed after 6 s, whether it is idle (probes: s, s, count) or owes an acknowledgement (ms).
 _PROBES = ((socket.TCP_KEEPIDLE, 3), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
 _UNANSWERED = (socket.TCP_USER_TIMEOUT, 6000)
 
@@ -47,12 +47,12 @@ class Place:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    """Among the ranks of its machine."""
+    """Its number among the ranks of its machine."""
     host: str = "127.0.0.1"
     port: int = 0
-    """The first of ``PORTS``."""
+    """The first of the ``PORTS`` ports."""
     key: str = ""
-    """The same for all of a group and for nobody else, where whatever started the ranks gives one."""
+    """The same for all ranks of a group and for no other process, if whatever started the ranks provides one."""
 
     @property
     def ports(self) -> range:
@@ -61,7 +61,7 @@ class Place:
 
     @property
     def address(self) -> str:
-        """For messages."""
+        """Host and ports, for messages."""
         return f"{self.host}, ports {self.ports[0]} to {self.ports[-1]}"
 
 
@@ -71,7 +71,7 @@ class _Link:
     def __init__(self, peer: int, connection: socket.socket) -> None:
         self.peer, self.connection = peer, connection
         self.inbox: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
-        """Messages in the order they came; None where no more will come."""
+        """Messages in the order of arrival; None once no more will come."""
         self._lock = threading.Lock()
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
@@ -82,12 +82,12 @@ class _Link:
 class Rendezvous:
     """One rank's side. All ranks call ``broadcast``, ``gather`` and ``barrier`` in the same order.
 
-    These raise :class:`CommunicationError` where a rank has failed, has ended, or says nothing for ``seconds``, and
+    These raise :class:`CommunicationError` if a rank has failed, has ended, or sends nothing for ``seconds``, and
     ``ArgumentError`` for a value that is too long to send.
     """
 
     def __init__(self, place: Place, connections: Mapping[int, socket.socket]) -> None:
-        """``connections``: to every other rank on rank 0, to rank 0 on the others."""
+        """``connections``: on rank 0 those to every other rank, on the others the one to rank 0."""
         self.rank, self.count = place.rank, place.count
         self._links = [_Link(peer, connections[peer]) for peer in sorted(connections)]
         self._failure: str | None = None
@@ -107,7 +107,7 @@ class Rendezvous:
             raise CommunicationError(self._failure)
 
     def on_failure(self, listener: Callable[[str], None]) -> None:
-        """Call ``listener`` with the reason, once, in any thread, where the group fails or has failed."""
+        """Call ``listener`` once, with the reason and in any thread, when the group fails or if it already has."""
         with self._lock:
             reason = self._failure
             if reason is None:
@@ -116,9 +116,9 @@ class Rendezvous:
             listener(reason)
 
     def broadcast(self, value: Any = None, *, seconds: float | None = SECONDS, name: str = "value") -> Any:
-        """Rank 0's ``value`` (bytes, or what JSON can hold) for all; the others' does not matter.
+        """Return rank 0's ``value`` (bytes, or anything JSON can hold) on all ranks; the others' values are ignored.
 
-        ``name``: of the value, for messages.
+        ``name``: what messages call the value.
         """
         self.check()
         if self.rank:
@@ -128,7 +128,7 @@ class Rendezvous:
         return value
 
     def gather(self, value: Any, *, seconds: float | None = SECONDS) -> list[Any] | None:
-        """The values of all, by rank, on rank 0; None on the others."""
+        """The values of all ranks, in rank order, on rank 0; None on the others."""
         self.check()
         if self.rank:
             self._give(self._links[0], value)
@@ -136,15 +136,15 @@ class Rendezvous:
         return [value, *(self._take(link, seconds) for link in self._links)]
 
     def all_gather(self, value: Any, *, seconds: float | None = SECONDS) -> list[Any]:
-        """The values of all, by rank, on every rank."""
+        """The values of all ranks, in rank order, on every rank."""
         found: list[Any] = self.broadcast(self.gather(value, seconds=seconds), seconds=seconds)
         return found
 
     def agree(self, facts: Mapping[str, Any], *, called: Mapping[str, str] | None = None) -> None:
-        """Have rank 0 raise :class:`CommunicationError` where another has other ``facts``: names, and JSON values.
+        """Make rank 0 raise :class:`CommunicationError` if another rank's ``facts`` (names and JSON values) differ.
 
-        ``called``: by the name of a fact whose values say nothing to a reader, what a message calls this rank's where
-        it is not rank 0's.
+        ``called``: for facts whose values mean nothing to a reader, by name, what the message calls this rank's value
+        if it differs from rank 0's.
         """
         for rank, (theirs, words) in enumerate(self.gather((facts, called or {})) or ()):
             for name, value in facts.items():
@@ -154,12 +154,12 @@ class Rendezvous:
                     raise CommunicationError(f"{name}: {found}; it must be the same on all ranks")
 
     def barrier(self, *, seconds: float | None = SECONDS) -> None:
-        """Wait until all have come here."""
+        """Wait until all ranks have called this."""
         self.gather(None, seconds=seconds)
         self.broadcast(seconds=seconds)
 
     def fail(self, reason: str) -> None:
-        """Tell all, this rank's listeners too, that the group has failed. Only the first reason counts."""
+        """Tell all ranks, and this rank's listeners, that the group has failed. Only the first reason counts."""
         with self._lock:
             if self._failure is not None:
                 return
@@ -174,7 +174,7 @@ class Rendezvous:
             listener(reason)
 
     def close(self) -> None:
-        """Leave in peace, once all others do. Raises :class:`CommunicationError` where one fails instead."""
+        """Leave the group once all other ranks do. Raises :class:`CommunicationError` if one fails instead."""
         self.check()
         with self._sending():
             if self.rank:
@@ -191,7 +191,7 @@ class Rendezvous:
             link.connection.close()
 
     def _read(self, link: _Link) -> None:
-        """Take messages from ``link`` for as long as there are any."""
+        """Receive messages from ``link`` for as long as there are any."""
         while True:
             try:
                 kind, body = _receive(link.connection, _LARGEST)
@@ -237,13 +237,13 @@ class Rendezvous:
             raise CommunicationError(self._failure or f"another rank has ended ({error})") from error
 
     def _shut(self, link: _Link) -> None:
-        """End the thread that reads; what was sent still arrives."""
+        """End the thread that reads; data already sent still arrives."""
         with contextlib.suppress(OSError):
             link.connection.shutdown(socket.SHUT_RDWR)
 
 
 def meet(place: Place, *, seconds: float = SECONDS) -> Rendezvous:
-    """Connect the ranks of a group. Raises :class:`CommunicationError` where not all have come after ``seconds``."""
+    """Connect the ranks of a group. Raises :class:`CommunicationError` if not all have arrived after ``seconds``."""
     if place.count == 1:
         return Rendezvous(place, {})
     if place.rank:
@@ -252,13 +252,13 @@ def meet(place: Place, *, seconds: float = SECONDS) -> Rendezvous:
 
 
 def free_port() -> int:
-    """A port of this machine alone that nobody uses now."""
+    """A port on the loopback address that is currently unused."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 def _wait_for_others(place: Place, seconds: float) -> dict[int, socket.socket]:
-    """Rank 0: a connection to each other rank."""
+    """On rank 0: a connection to each other rank."""
     deadline = time.monotonic() + seconds
     found: dict[int, socket.socket] = {}
     with _server(place) as server:
@@ -296,7 +296,7 @@ def _server(place: Place) -> socket.socket:
 
 
 def _greet(connection: socket.socket, place: Place) -> int | None:
-    """The rank at the other end; None for one that is not of this group."""
+    """The rank at the other end; None if it does not belong to this group."""
     connection.settimeout(_GREETING_SECONDS)
     try:
         kind, body = _receive(connection, _LARGEST_HELLO)
@@ -312,7 +312,7 @@ def _greet(connection: socket.socket, place: Place) -> int | None:
 
 
 def _find(place: Place, seconds: float) -> socket.socket:
-    """Another rank: a connection to rank 0."""
+    """On another rank: the connection to rank 0."""
     deadline = time.monotonic() + seconds
     while True:
         for port in place.ports:
@@ -325,14 +325,14 @@ def _find(place: Place, seconds: float) -> socket.socket:
 
 
 def _knock(place: Place, port: int) -> socket.socket | None:
-    """A connection to rank 0 if it is what listens at ``port``."""
+    """A connection to rank 0 if rank 0 is what listens on ``port``, else None."""
     try:
         connection = socket.create_connection((place.host, port), timeout=_ANSWER_SECONDS)
     except OSError:
         return None
     try:
         _send(connection, _HELLO, json.dumps(_hello(place, place.rank)).encode())
-        kind, _ = _receive(connection, 0)  # of another kind where a port without listener has connected to itself
+        kind, _ = _receive(connection, 0)  # not a welcome if the socket, without a listener, reached itself
     except OSError:
         kind = b""
     if kind != _WELCOME:
@@ -359,7 +359,7 @@ def _send(connection: socket.socket, kind: bytes, body: bytes) -> None:
 
 
 def _receive(connection: socket.socket, largest: int) -> tuple[bytes, bytes]:
-    """Kind and body of the next message. Raises ``OSError`` where none comes, also for one that is too long."""
+    """Kind and body of the next message. Raises ``OSError`` if none comes or it is too long."""
     kind, length = _HEADER.unpack(_receive_bytes(connection, _HEADER.size))
     if length > largest:
         raise ConnectionError(f"a message of {length} bytes")

@@ -21,22 +21,22 @@ HOST_BACKENDS = ("emulator", "reference")
 
 
 class Runtime(Protocol):
-    """Arrays, launches and products of one device. All work is in the order of one stream."""
+    """Arrays, launches and products of one device. All work runs in the order of one stream."""
 
     xp: Any
     """NumPy or CuPy."""
     sm_count: int
     products: Products
-    """Multiply by matrices."""
+    """Multiplies by matrices."""
 
     def launch(self, spec: KernelSpec, grid: Sequence[int], args: Sequence[Any]) -> object:
         """Launch a kernel."""
 
     def active(self) -> contextlib.AbstractContextManager[object]:
-        """While it is open, operations of ``xp`` go to the stream."""
+        """A context in which operations of ``xp`` go to the stream."""
 
     def capture(self, launches: Callable[[], None]) -> Callable[[], None]:
-        """What repeats ``launches``, whose kernels have run before: as one CUDA graph where there is a GPU."""
+        """A function that repeats ``launches``, whose kernels must have run before: on a GPU, as one CUDA graph."""
 
     def send(self, target: Any, values: NDArray[Any]) -> None:
         """Write host ``values`` into the array ``target`` of the same shape and type."""
@@ -45,19 +45,19 @@ class Runtime(Protocol):
         """A copy of an array on the host; waits for what was launched before."""
 
     def wait(self) -> None:
-        """Wait for all that was launched."""
+        """Wait for everything that was launched."""
 
     def close(self) -> None:
-        """Give up what products hold beside their operands. Nothing captured may run afterwards."""
+        """Release what products hold in addition to their operands. Nothing captured may run afterwards."""
 
 
 class GpuRuntime:
     """The current GPU.
 
-    ``overlap``: a kernel may start while the one before it still runs, and waits for it before it touches activations
-    (docs/kernels/pdl.md); by default where the GPU and the installed packages can do that. No launch of a pass writes
-    what the next reads before it waits: those are weights, which nothing writes, and what attention finds in the cache
-    of earlier positions.
+    ``overlap``: a kernel may start while the previous one is still running, and waits for that one before it touches
+    activations (docs/kernels/pdl.md); the default where the GPU and the installed packages support it. No launch of a
+    pass writes what the next one reads before its wait: that is weights, which nothing writes, and the cache entries of
+    earlier positions, which attention reads.
     """
 
     def __init__(self, *, overlap: bool | None = None) -> None:
@@ -119,14 +119,14 @@ class GpuRuntime:
 
 
 class HostRuntime:
-    """The CPU: kernels of the decoder on the emulator, products of packed weights there too or by NumPy."""
+    """The CPU: decoder kernels run on the emulator, products of packed weights there too or in NumPy."""
 
     def __init__(self, backend: str = "emulator") -> None:
         from flashllm.backends import select
 
         if backend not in HOST_BACKENDS:
             raise ArgumentError("backend", expected=" or ".join(HOST_BACKENDS), got=repr(backend))
-        select("emulator")  # which the kernels of the decoder need in any case
+        select("emulator")  # the decoder kernels need it in any case
         self.xp: Any = np
         self.sm_count = _EMULATED_SMS
         self.products: Products = HostProducts(backend)
@@ -135,7 +135,7 @@ class HostRuntime:
         """As :class:`Runtime` says."""
         from flashllm.backends import emulator
 
-        # The threads of a block are made anew by each worker: for few blocks one is sooner done than two.
+        # Each worker creates the threads of its blocks anew: for few blocks one worker finishes sooner than two.
         return emulator.launch(spec, grid, args, workers=1 if math.prod(grid) <= _BLOCKS_OF_A_WORKER else None)
 
     def active(self) -> contextlib.AbstractContextManager[object]:
@@ -164,7 +164,7 @@ class HostRuntime:
 def open_runtime(backend: str | None = None) -> Runtime:
     """The GPU where there is one, or what ``backend`` names: ``cuda``, ``emulator`` or ``reference``.
 
-    Raises ``MissingDependencyError`` or ``UnsupportedDeviceError`` where that is not usable, ``ArgumentError``.
+    Raises ``MissingDependencyError`` or ``UnsupportedDeviceError`` if that is not usable, and ``ArgumentError``.
     """
     from flashllm.backends import select
 

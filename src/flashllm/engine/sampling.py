@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tokens are chosen: the options, and in NumPy what cuda/decoder/sample.cu does."""
+"""How tokens are chosen: the options, and a NumPy version of cuda/decoder/sample.cu."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class SamplingOptions:
     """How the tokens of one sequence are chosen. Raises ``ArgumentError`` for values out of their ranges."""
 
     temperature: float = 0.0
-    """Divides the logits; 0: always the token of the largest one."""
+    """Divides the logits; 0: always take the token with the largest one."""
     top_k: int = 0
-    """Only the tokens with the ``top_k`` largest logits, and those equal to the last of them; 0: all."""
+    """Draw only from the tokens with the ``top_k`` largest logits, and any that tie with the last of them; 0: all."""
     top_p: float = 1.0
-    """Of these, the fewest that have this share of the probability, and those equal to the last of them; 1: all."""
+    """Of these, only the fewest that reach this share of the probability, and any that tie with the last; 1: all."""
     seed: int = 0
     """0..2^64 - 1. Equal seeds draw the same noise."""
     max_new_tokens: int = 128
@@ -53,10 +53,10 @@ class SamplingOptions:
 
 
 def write_options(state: SampleState, options: Sequence[SamplingOptions]) -> None:
-    """Limits and parameters of every row of ``state``, one of ``options`` each.
+    """Write the limits and parameters of every row of ``state``, from one of ``options`` each.
 
-    Stop tokens are of the whole state and not written. Raises ``ArgumentError`` unless there are as many options as
-    rows, none with more new tokens than ``output`` has room for.
+    Stop tokens belong to the whole state and are not written. Raises ``ArgumentError`` unless there are as many options
+    as rows, none with more new tokens than ``output`` has room for.
     """
     batch, capacity = state.output.shape
     if len(options) != batch:
@@ -79,10 +79,10 @@ def write_options(state: SampleState, options: Sequence[SamplingOptions]) -> Non
 
 
 def choose(logits: NDArray[Any], options: SamplingOptions, count: int) -> int:
-    """The token after ``count`` others, from logits [vocab]: the one that the kernel takes, computed in float64.
+    """The token that the kernel chooses after ``count`` others, from logits [vocab], computed here in float64.
 
-    Only where rounding decides may the two differ. What NaN and infinities do is told in
-    :func:`flashllm.decoder.sample.sample`.
+    The two may differ only where rounding decides. :func:`flashllm.decoder.sample.sample` says how NaN and infinities
+    are treated.
     """
     values = np.asarray(logits, np.float64)
     tokens = np.flatnonzero(~np.isnan(values))
@@ -107,7 +107,7 @@ def choose(logits: NDArray[Any], options: SamplingOptions, count: int) -> int:
 
 
 def noise(seed: int, count: int, vocab: int) -> NDArray[np.float64]:
-    """Standard Gumbel noise [vocab] of the token after ``count`` others; of token ``t`` a function of ``t`` alone."""
+    """Standard Gumbel noise [vocab] for the token after ``count`` others; that of token ``t`` depends on no other."""
     counters = np.zeros((-(-vocab // 4), 4), np.uint32)
     counters[:, 0] = np.arange(len(counters))
     counters[:, 1] = count

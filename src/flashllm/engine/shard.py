@@ -2,8 +2,9 @@
 """Which part of each matrix a GPU has under tensor parallelism.
 
 The split is Megatron-LM's (Shoeybi et al., 2019, arXiv 1909.08053, section 3): q, k, v and the first of the
-feed-forward layers by rows, so by heads and by units; the other two by columns, whose results are parts of sums that
-each GPU gathers from all. A block needs two such sums. Embeddings, norms and the head are whole on each GPU.
+feed-forward layers are split by rows, and so by heads and by units. The other two are split by columns; their results
+are parts of sums, which each GPU gathers from all. A block needs two such sums. Each GPU has the whole embeddings,
+norms and head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flashllm.models.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Part ``index`` of ``count`` equal ones."""
+    """Part ``index`` of a model that is divided into ``count`` equal parts."""
 
     index: int = 0
     count: int = 1
@@ -59,7 +60,7 @@ class Shard:
         return shapes[part]
 
     def rows(self, config: ModelConfig, part: str, whole: NDArray[Any]) -> NDArray[Any]:
-        """This part's rows of ``qkv`` or ``up``, or of their bias: of each of the layers that were joined."""
+        """This part's rows of ``qkv`` or ``up``, or of their bias, from each of the layers joined in it."""
         if self.count == 1:
             return whole
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim

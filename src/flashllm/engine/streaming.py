@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text while its tokens are still coming."""
+"""Turns tokens into text while more tokens are still being generated."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from itertools import takewhile
 from typing import Protocol
 
 _INCOMPLETE = "\ufffd"
-"""What a decoder gives for bytes that are no character, such as the first half of one."""
-_LONGEST_CHARACTER = 4  # bytes, so tokens
-_CONTEXT = 8  # tokens that are decoded again with the first new ones: of a prompt, and of what has no text
+"""What a decoder outputs for bytes that do not form a character, such as the first half of one."""
+_LONGEST_CHARACTER = 4  # in bytes, and so at most in tokens
+_CONTEXT = 8  # tokens that are decoded again with the next ones: the end of a prompt, or tokens without text
 
 
 class Decoder(Protocol):
@@ -22,15 +22,16 @@ class Decoder(Protocol):
 
 
 class TextStream:
-    """Turns one token after the other into pieces of text.
+    """Turns tokens, one after another, into pieces of text.
 
-    A token may end amid a character: its text is held back until the character is complete. For byte-level tokens the
-    pieces, joined, are the text of all tokens at once, whatever bytes they are. With a new token only a few are decoded
-    again: those held back, and those of the piece before, as the text of a token may depend on the one in front of it
-    (the first word of a text has no space there).
+    A token may end in the middle of a character; its text is then held back until the character is complete. For
+    byte-level tokens the joined pieces equal the text of all tokens decoded at once, whatever their bytes. A new token
+    causes only a few others to be decoded again: those held back and those of the previous piece, since the text of a
+    token may depend on the one before it (the first word of a text has no leading space).
 
-    Behind a ``prompt`` the pieces are what the text of all tokens has more than the prompt's. A character that the
-    prompt breaks off comes whole once it is complete; what stands for its first bytes until then does not come again.
+    After a ``prompt`` the pieces are what the text of all tokens adds to that of the prompt. A character that the
+    prompt breaks off comes whole once it is complete; the text that stands for its first bytes until then is not
+    repeated.
     """
 
     def __init__(self, tokenizer: Decoder, prompt: Sequence[int] = ()) -> None:
@@ -38,20 +39,20 @@ class TextStream:
         self._context: list[int] = []
         self._context_length = 0
         self._held: list[int] = []
-        self._known = ""  # of the text held back, what the prompt's has already
+        self._known = ""  # the part of the text held back that the prompt's text already has
         for token in self._end_of(prompt):
             self.push(token)
         self._known = self._text(self._held)
 
     def push(self, token: int) -> str:
-        """What the text has more, for certain, with this token; may be empty."""
+        """The text that this token adds for certain; may be empty."""
         self._held.append(token)
         text = self._text(self._held)
         if text.endswith(_INCOMPLETE):
             return self._new(self._settled(len(text))) if len(self._held) >= _LONGEST_CHARACTER else ""
         if text:
             self._context = self._held
-        elif self._context_length == 0:  # a space in front of a text may have none, and changes the next one's
+        elif self._context_length == 0:  # a leading space may decode to nothing, yet it changes the next token's text
             self._context = [*self._context, *self._held][-_CONTEXT:]
         self._context_length = len(self._decode(self._context))
         self._held = []
@@ -64,8 +65,8 @@ class TextStream:
         return text
 
     def _end_of(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The last tokens of a prompt, from where a character begins: of some decoders, all bytes from amid one up to
-        the next token that is none are no text. The whole prompt where that is further away.
+        """The last tokens of a prompt, from the beginning of a character on: if they began inside one, some decoders
+        would give no text for any byte up to the next token that is not a byte. The whole prompt if none is near.
         """
         for count in range(_CONTEXT, min(_CONTEXT + _LONGEST_CHARACTER, len(prompt))):
             text = self._decode(prompt[-count:])
@@ -74,20 +75,20 @@ class TextStream:
         return prompt
 
     def _new(self, text: str) -> str:
-        """What of the text that comes next is not known from the prompt."""
+        """The part of the next ``text`` that is not already known from the prompt."""
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, self._known, strict=False)))
         self._known = self._known[same:] if same == len(text) else ""
         return text[same:]
 
     def _text(self, ids: Sequence[int]) -> str:
-        """The text of tokens behind the context."""
+        """The text of ``ids`` when they follow the context."""
         return self._decode([*self._context, *ids])[self._context_length :]
 
     def _settled(self, length: int) -> str:
-        """Text of the tokens held back whose bytes will not become characters, whatever comes.
+        """Text of those held-back tokens whose bytes cannot become characters, whatever follows.
 
-        A place between tokens where a character may still go on is one where the two sides, decoded apart, give more
-        than their ``length`` together.
+        Where a character may still continue across a cut between two tokens, the two sides decoded separately give more
+        than the ``length`` that they have together.
         """
         for cut in range(len(self._held) - 1, 0, -1):
             settled = self._text(self._held[:cut])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's tensors on an engine's device: matrices packed or dense, members of a group as one, the rest dense."""
+"""A model's tensors on an engine's device: matrices packed or dense, one for each group of layers; the rest dense."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block: matrices [M, K] and vectors. Members of a group of layers are one matrix, rows below rows."""
+    """One block: matrices [M, K] and vectors. The members of a group of layers form one matrix, stacked by rows."""
 
     qkv: Any
     out: Any
     up: Any
-    """Gate and up, or the first of OPT's two."""
+    """Gate and up, or the first of OPT's two feed-forward layers."""
     down: Any
     attention_norm: Any
     ffn_norm: Any
@@ -48,7 +48,7 @@ class Block:
 
     @property
     def matrices(self) -> tuple[Any, Any, Any, Any]:
-        """In the order of a forward pass."""
+        """The matrices, in the order of a forward pass."""
         return self.qkv, self.out, self.up, self.down
 
 
@@ -57,9 +57,9 @@ class Weights:
     """All tensors of a model, or of one shard of it."""
 
     config: ModelConfig
-    """Of the whole model."""
+    """Configuration of the whole model."""
     dtype: DType
-    """Of all of them, and of what they multiply."""
+    """Type of all tensors, and of what they multiply."""
     blocks: tuple[Block, ...]
     embedding: Any
     head: Any
@@ -67,17 +67,17 @@ class Weights:
     norm: Any
     norm_bias: Any = None
     positions: Any = None
-    """OPT's embedding of positions."""
+    """OPT's position embedding."""
     shard: Shard = WHOLE
 
     @property
     def matrix_bytes(self) -> int:
-        """Of the matrices of all blocks."""
+        """Bytes of the matrices of all blocks."""
         return sum(int(w.nbytes) for block in self.blocks for w in block.matrices)
 
     @property
     def nbytes(self) -> int:
-        """Of everything."""
+        """Bytes of all tensors."""
         outside = {id(one): one for one in (self.embedding, self.head, self.norm, self.norm_bias, self.positions)}
         vectors = [v for block in self.blocks for v in vars(block).values() if v is not None]
         return sum(int(one.nbytes) for one in (*outside.values(), *vectors) if one is not None)
@@ -93,14 +93,14 @@ class Source(Protocol):
         """The matrix ``name`` (without ``.weight``), which holds layers ``members``: packed, or dense [M, K]."""
 
     def vector(self, name: str) -> NDArray[Any] | None:
-        """Another tensor by its name in a checkpoint, of ``dtype``; None where there is none."""
+        """Another tensor, of ``dtype``, by its name in a checkpoint; None if there is none."""
 
 
 def load(source: Source, xp: Any, *, shard: Shard = WHOLE, advance: Advance = ignore) -> Weights:
     """All tensors of ``source``, or those of ``shard``, as arrays of ``xp``: NumPy, or CuPy on the current device.
 
-    They are there when it returns, for any stream. A shard of a packed matrix is packed again in the same format.
-    Raises ``ArgumentError`` for a shard that the model cannot be divided into, ``DeviceMemoryError``.
+    They are complete when it returns, for any stream. A shard of a packed matrix is packed again in the same format.
+    Raises ``ArgumentError`` for a shard that the model cannot be divided into, and ``DeviceMemoryError``.
     """
     config, layout = source.config, source.config.layout
     shard.check(config)
@@ -154,10 +154,10 @@ def load(source: Source, xp: Any, *, shard: Shard = WHOLE, advance: Advance = ig
 
 
 class PackedSource:
-    """A directory that ``flashllm convert`` has made; ``dense`` expands its matrices, zeros and all."""
+    """A directory that ``flashllm convert`` wrote; ``dense`` expands its matrices, zeros included."""
 
     def __init__(self, model: SparseModel, *, dense: bool = False) -> None:
-        """Raises ``FormatError`` for layers that are not joined, and for several types."""
+        """Raises ``FormatError`` for tensors that are missing, have another shape, or are of several types."""
         self.config = model_config(model.config, path=str(model.path))
         self._model, self._dense = model, dense
         unpacked = UnpackedModel(model)
@@ -179,7 +179,7 @@ class PackedSource:
         self._unpacked = unpacked
 
     def matrix(self, name: str, members: tuple[str, ...]) -> SparseWeight | NDArray[Any]:
-        """As :class:`Source` says."""
+        """As :class:`Source` says. Raises ``FormatError`` for layers that are not joined."""
         stored = self._of_members.get(members)
         if stored is None:
             raise FormatError(
@@ -200,7 +200,7 @@ class CheckpointSource:
     """A checkpoint, as dense weights of one 16-bit type."""
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: DType | None = None) -> None:
-        """``dtype``: by default bf16 where the embedding is, else fp16."""
+        """``dtype``: by default bf16 if the embedding is bf16, else fp16."""
         self.config = model_config(checkpoint.config, path=str(checkpoint.path))
         check_tensors(checkpoint, self.config)
         self._checkpoint = checkpoint
@@ -217,7 +217,7 @@ class CheckpointSource:
 
     def _read(self, name: str) -> NDArray[Any]:
         array = self._checkpoint.read(name)
-        if str(array.dtype) not in _FLOATS:  # those of 8 bits come with scales
+        if str(array.dtype) not in _FLOATS:  # 8-bit types come with scales
             raise FormatError(
                 field=name, expected=", ".join(_FLOATS), got=str(array.dtype), path=str(self._checkpoint.path)
             )
@@ -236,7 +236,7 @@ class CheckpointSource:
 
 
 def _joined(source: Source, members: tuple[str, ...]) -> NDArray[Any] | None:
-    """The biases of layers, one behind the other; zeros for a layer without, where another has one."""
+    """The biases of layers, concatenated, with zeros for a layer that has none; None if no layer has one."""
     found = [source.vector(f"{member}.bias") for member in members]
     if all(one is None for one in found):
         return None
@@ -268,7 +268,7 @@ def _to_device(matrix: Any, xp: Any) -> Any:
 
 
 def _on_device(array: NDArray[Any], xp: Any) -> Any:
-    """An array whose bf16 are their bits: neither CuPy nor kernels of NumPy know that type everywhere."""
+    """``array`` on the device, bf16 as its bits: neither CuPy nor NumPy supports that type everywhere."""
     plain = np.ascontiguousarray(array)
     if kind_of(plain.dtype) == "bf16":
         plain = plain.view(np.uint16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's ``config.json`` says, checked: a value that is not honoured and would change results is refused."""
+"""What a model's ``config.json`` says, checked: a value that would change results but is not implemented is refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from flashllm.errors import FormatError, brief
 from flashllm.models.layout import LAYOUTS, OPT_POSITION_OFFSET, OPT_POSITIONS, Layout, layout_of
 
 _MOST = 1 << 24
-_MISTRAL_WINDOW = 4096  # where the file does not say it
+_MISTRAL_WINDOW = 4096  # if the file does not state it
 _LARGEST = sys.float_info.max  # an integer may be larger
 
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Of the frequencies of rotary positions, as Llama 3.1 has it."""
+    """Scaling of the frequencies of rotary positions, as in Llama 3.1."""
 
     factor: float
     low_freq_factor: float
@@ -40,22 +40,22 @@ class ModelConfig:
     ffn: int
     vocab: int
     positions: int
-    """Most tokens of a sequence."""
+    """Maximum number of tokens in a sequence."""
     norm_eps: float
     tied: bool
-    """The embedding is the head."""
+    """Whether the embedding is also the head."""
     activation: str
     """``silu`` or ``relu``."""
     rope_theta: float = 10000.0
     rope_linear: float = 1.0
-    """Positions are divided by it."""
+    """Positions are divided by this."""
     rope_llama3: Llama3Scaling | None = None
     qk_norm: bool = False
-    """Heads of q and k are normalised before the rotation."""
+    """Whether heads of q and k are normalised before the rotation."""
 
     @property
     def is_opt(self) -> bool:
-        """Learned positions, LayerNorm, biases; else rotary positions, RMSNorm, gated feed-forward."""
+        """If so, learned positions, LayerNorm and biases; else rotary positions, RMSNorm and gated feed-forward."""
         return self.model_type == "opt"
 
     @property
@@ -98,7 +98,7 @@ class _Reader:
         return value
 
     def must_be(self, field: str, honoured: tuple[Any, ...]) -> None:
-        """An absent entry, or one of ``honoured``."""
+        """Raise unless the entry is absent or one of ``honoured``."""
         value = self._config.get(field)
         if value is not None and not any(type(value) is type(one) and value == one for one in honoured):
             raise self.refuse(field, " or ".join(str(one) for one in honoured) + ": nothing else is implemented")
@@ -111,7 +111,7 @@ class _Reader:
 
 
 def model_config(config: Mapping[str, Any], *, path: str | None = None) -> ModelConfig:
-    """A ``config.json``, checked; ``path`` is for messages. Raises ``FormatError`` that names the entry."""
+    """Check a ``config.json``; ``path`` is for messages. Raises ``FormatError`` that names the entry."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in LAYOUTS:
         expected = f"one of {', '.join(LAYOUTS)}"
@@ -167,7 +167,7 @@ def _llama(read: _Reader, kind: str) -> ModelConfig:
     # Qwen 2 and 3 name a window that they use only where this flag says so.
     windowed = read.flag("use_sliding_window", default=False) or kind == "mistral"
     if kind == "mistral" and not read.has("sliding_window"):
-        window = _MISTRAL_WINDOW  # which null would say is none
+        window = _MISTRAL_WINDOW  # null, in contrast, means no window
     if windowed and window is not None and read.size("sliding_window", _MISTRAL_WINDOW) < positions:
         raise read.refuse("sliding_window", f"null, or at least the {positions} positions: windows are not implemented")
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
@@ -231,7 +231,7 @@ def _scaling(read: _Reader) -> tuple[float, Llama3Scaling | None]:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this model must have, with its shape.
 
-    The head is listed where it is not the embedding. Biases that only some models have are in :func:`bias_shapes`.
+    The head is listed unless it is the embedding. Biases that only some models have are in :func:`bias_shapes`.
     """
     layout, hidden = config.layout, config.hidden
     shapes: dict[str, tuple[int, ...]] = {layout.embedding: (config.vocab, hidden)}
@@ -246,7 +246,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def bias_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Biases that a checkpoint may have: they are added where it does."""
+    """Biases that a checkpoint may have; they are added if it does."""
     if config.is_opt:
         return {}
     shapes = block_shapes(config)
@@ -258,7 +258,7 @@ def bias_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Tensors of one block, without its prefix."""
+    """Shapes of the tensors of one block, by name without its prefix."""
     hidden, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
     if config.is_opt:
         weights = {

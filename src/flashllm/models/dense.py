@@ -15,10 +15,10 @@ from flashllm.models.threads import threads_of
 
 
 class DenseModel:
-    """Fulfils :class:`flashllm.models.quality.Model`; everything in ``dtype``, tensors read when they are needed.
+    """Implements :class:`flashllm.models.quality.Model` in ``dtype`` throughout; tensors are read when they are needed.
 
-    ``narrow`` (``"fp16"`` or ``"bf16"``) rounds what goes into the matrices of blocks and what comes out, as a dense
-    model on a GPU does, with sums in ``dtype``.
+    ``narrow`` (``"fp16"`` or ``"bf16"``) rounds the inputs and outputs of products with the matrices of blocks, as a
+    dense model on a GPU does; sums stay in ``dtype``.
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class DenseModel:
 
 
 def rounded(multiply: forward.Linear, dtype: str) -> forward.Linear:
-    """``multiply`` with x and y rounded to nearest even ``dtype``."""
+    """``multiply`` with x and y rounded to ``dtype``, to nearest even."""
     return lambda name, x: to_nearest(multiply(name, to_nearest(x, dtype)), dtype)
 
 
 def to_nearest(x: Any, dtype: str) -> Any:
-    """``x`` in its own type, with values that ``dtype`` (``"fp16"`` or ``"bf16"``) has."""
+    """``x`` in its own type, rounded to values that ``dtype`` (``"fp16"`` or ``"bf16"``) can represent."""
     if dtype == "fp16":
         with np.errstate(over="ignore"):  # infinity, as on a GPU
             return x.astype(np.float16).astype(x.dtype)
     xp = array_module(x)
     bits = x.astype(np.float32).view(np.uint32)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    # Adding to the bits of a NaN may make any number of it.
+    # Adding to the bits of a NaN may turn it into any number.
     return xp.where(x != x, x, bits.astype(np.uint32).view(np.float32).astype(x.dtype))

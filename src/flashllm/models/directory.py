@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside the weights in a directory of Hugging Face: the configuration, and what reads and writes text."""
+"""The files beside the weights in a Hugging Face directory: the configuration, and what reads and writes text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashllm.models.tokenizer import has_own_tokenizer, load_tokenizer
 
 _TYPE_NAMES: Mapping[DType, str] = {"fp16": "float16", "bf16": "bfloat16"}
 _TYPE_KEYS = ("torch_dtype", "dtype")
-"""Entries of ``config.json`` for the type of the tensors: older files have the first, newer the second."""
+"""Entries of ``config.json`` for the type of the tensors: older files have the first, newer ones the second."""
 
 
 def companion_names(checkpoint: Checkpoint) -> set[str]:
@@ -27,10 +27,11 @@ def companion_names(checkpoint: Checkpoint) -> set[str]:
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path, *, without: Collection[str] = ()) -> None:
-    """Copy the files beside the weights, but for names in ``without``, each whole or not at all.
+    """Copy the files beside the weights, except names in ``without``, each completely or not at all.
 
-    The tokenizer that a GGUF file holds becomes ``tokenizer.json``, where it can be read and the package ``tokenizers``
-    is there: without it the weights are no less good. Raises ``FormatError`` for no regular file, ``OSError``.
+    The tokenizer in a GGUF file becomes ``tokenizer.json`` if it can be read and the package ``tokenizers`` is
+    installed; if not, it is left out, since the weights are just as usable without it. Raises ``FormatError`` for a
+    file that is not a regular one, and ``OSError``.
     """
     for name, path in checkpoint.companions().items():
         if name not in without:
@@ -46,11 +47,11 @@ def config_text(config: Mapping[str, Any]) -> str:
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config.json``: whole, or not at all."""
+    """Write ``config.json``, completely or not at all."""
     write_text(directory / CONFIG_NAME, config_text(config))
 
 
 def with_type(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
-    """``config`` for tensors of ``dtype``."""
+    """``config`` with its type entries set to ``dtype``."""
     keys = [key for key in _TYPE_KEYS if key in config] or [_TYPE_KEYS[0]]
     return {**config, **dict.fromkeys(keys, _TYPE_NAMES[dtype])}

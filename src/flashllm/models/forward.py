@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model computes, block by block, with NumPy or CuPy: the reference of tests, pruning and evaluation.
+"""What a model computes, block by block, with NumPy or CuPy: the reference for tests, pruning and evaluation.
 
-Everything is fp32 (or fp64 where the tensors given are). Sequences are whole: there is no cache of keys and values.
+Everything is fp32 (or fp64 if the given tensors are). Sequences are processed whole: there is no KV cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Linear = Callable[[str, Any], Any]
 """``linear(name, x)``: y [T, M] = x [T, K] @ W^T of the linear layer ``name`` (without ``.weight``), without bias."""
 
 TOKENS_AT_ONCE = 4096
-"""Of a step: more only take memory."""
-_HEADS_AT_ONCE = 64  # of whose scores [queries, T] are in memory together
-_QUERIES = 128  # of a step, which looks at no keys behind its last query
+"""Tokens of one step; more would only take memory."""
+_HEADS_AT_ONCE = 64  # heads whose scores [queries, T] are in memory together
+_QUERIES = 128  # queries of one step, which reads no keys after its last query
 
 
 def embed(config: ModelConfig, tensors: Mapping[str, Any], tokens: Any) -> Any:
@@ -47,7 +47,7 @@ def block(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any, linear: 
 def block_in_place(
     config: ModelConfig, tensors: Mapping[str, Any], hidden: Any, linear: Linear, *, threads: int = 1
 ) -> None:
-    """Replace ``hidden`` by what :func:`block` makes of it, up to ``TOKENS_AT_ONCE`` at a time in each thread."""
+    """Replace ``hidden`` by the result of :func:`block`, up to ``TOKENS_AT_ONCE`` tokens at a time in each thread."""
 
     def replace(part: slice) -> None:
         hidden[part] = block(config, tensors, hidden[part], linear)
@@ -56,20 +56,20 @@ def block_in_place(
 
 
 def parts_of(hidden: Any, threads: int) -> list[slice]:
-    """Sequences of ``hidden`` [S, T, hidden] for each step: parts enough for so many threads."""
+    """The sequences of ``hidden`` [S, T, hidden] that each step takes: enough parts for ``threads`` threads."""
     each = -(-len(hidden) // threads) * hidden.shape[1]
     return split_batches(hidden, at_once=min(TOKENS_AT_ONCE, each))
 
 
 def final_norm(config: ModelConfig, tensors: Mapping[str, Any], hidden: Any) -> Any:
-    """What the head multiplies: [..., hidden]."""
+    """The normalised rows that the head multiplies: [..., hidden]."""
     if config.is_opt:
         return _layer_norm(hidden, tensors, "model.decoder.final_layer_norm", config.norm_eps)
     return _rms_norm(hidden, tensors["model.norm.weight"], config.norm_eps)
 
 
 def multiply_by(weights: Mapping[str, Any]) -> Linear:
-    """Products with dense ``weights``, by name without ``.weight``."""
+    """Products with dense ``weights``, which are named without ``.weight``."""
     return lambda name, x: x @ weights[name].T
 
 
@@ -80,7 +80,7 @@ def rope_frequencies(config: ModelConfig, xp: Any) -> Any:
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim) / config.rope_linear
     scaling = config.rope_llama3
     if scaling is not None:
-        # Long waves are stretched by the factor, short ones left, those between by a share of it.
+        # Long waves are stretched by the factor, short ones are kept, and those between are stretched in part.
         turns = scaling.original_positions * frequencies / (2 * np.pi)
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
@@ -144,7 +144,7 @@ def _attention(config: ModelConfig, q: Any, k: Any, v: Any) -> Any:
 
 
 def _rotate(config: ModelConfig, heads: Any) -> Any:
-    """Rotary positions, the halves of a head being the pairs' two elements. [B, heads, T, head_dim]."""
+    """Apply rotary positions to [B, heads, T, head_dim]; the two elements of a pair are in the two halves of a head."""
     xp = array_module(heads)
     angles = xp.arange(heads.shape[2])[:, None] * rope_frequencies(config, xp)
     cos, sin = xp.cos(angles).astype(heads.dtype), xp.sin(angles).astype(heads.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of well-known models, for measurements with random weights: what ``config.json`` says of sizes."""
+"""Configurations of well-known models, for measurements with random weights: the sizes in their ``config.json``."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2.5-72b": _qwen("qwen2", 80, 8192, 64, 29568, vocab=152064),
     "qwen3-32b": _qwen("qwen3", 64, 5120, 64, 25600, vocab=151936, positions=40960, head_dim=128),
 }
-"""By name, as in :data:`flashllm.bench.models.MODELS`, where their matrices are."""
+"""By name, as in :data:`flashllm.bench.models.MODELS`, which lists their matrices."""
 
 
 def known_config(name: str) -> ModelConfig:

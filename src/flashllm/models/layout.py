@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a model's tensors, as in checkpoints of Hugging Face, and which linear layers may be pruned."""
+"""Names of a model's tensors, as in Hugging Face checkpoints, and which linear layers may be pruned."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from dataclasses import dataclass
 from flashllm.errors import ArgumentError
 
 OPT_POSITIONS = "model.decoder.embed_positions.weight"
-"""OPT's embedding of positions."""
+"""OPT's position embedding."""
 OPT_POSITION_OFFSET = 2
-"""Its rows in front of that of position 0."""
+"""Number of its rows before that of position 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Linear layers of a block that multiply the same input, and so can be one matrix, rows below rows."""
+    """Linear layers of a block that multiply the same input, and so can form one matrix, stacked by rows."""
 
     name: str
-    """Of the fused matrix, e.g. ``self_attn.qkv_proj``; of one alone its own."""
+    """Name of the fused matrix, e.g. ``self_attn.qkv_proj``; a single layer keeps its own name."""
     members: tuple[str, ...]
     """E.g. ``self_attn.q_proj``; their weights are ``{prefix}.{member}.weight``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the tensors of an architecture are."""
+    """Names of the tensors of an architecture."""
 
     block: str
-    """Prefix of block ``i``, to be formatted with it."""
+    """Prefix of block ``i``, as a format string for ``i``."""
     groups: tuple[Group, ...]
     """In the order of a forward pass."""
     embedding: str
     head: str
-    """Absent where the embedding serves as head."""
+    """A checkpoint lacks it if the embedding serves as head."""
     outside: tuple[str, ...]
     """Other tensors outside the blocks."""
 
     def prefix(self, layer: int) -> str:
-        """E.g. ``model.layers.0``."""
+        """The prefix of block ``layer``, e.g. ``model.layers.0``."""
         return self.block.format(layer)
 
     def linears(self, layer: int) -> tuple[str, ...]:

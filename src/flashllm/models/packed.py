@@ -23,8 +23,8 @@ from flashllm.models.dense import to_nearest
 
 
 class PackedModel:
-    """Fulfils :class:`flashllm.models.quality.Model`: fp32 but for what goes into the matrices of blocks and comes out,
-    which has their type.
+    """Implements :class:`flashllm.models.quality.Model` in fp32, except that the inputs and outputs of products with
+    the matrices of blocks have the type of those matrices.
 
     ``xp``: NumPy, or CuPy for the current GPU; ``backend`` as ``spmm`` takes it.
     """
@@ -59,7 +59,7 @@ class PackedModel:
 
 
 class UnpackedModel(Checkpoint):
-    """The same directory as a checkpoint with dense matrices, zeros and all: what sparse products must agree with."""
+    """The same directory as a checkpoint of dense matrices, zeros included, with which sparse products must agree."""
 
     def __init__(self, model: SparseModel) -> None:
         self.path, self.config, self._model = model.path, model.config, model
@@ -77,23 +77,23 @@ class UnpackedModel(Checkpoint):
                 self.tensors[member.name] = TensorInfo(name=member.name, shape=shape, dtype=dtype, stored=dtype)
 
     def read(self, name: str) -> NDArray[Any]:
-        """Rows of what is stored, decoded where it is packed: the last such matrix is kept, for its other layers."""
+        """Rows of the stored tensor, decoded if packed; the last decoded matrix is kept for the other layers in it."""
         self.info(name)
         stored, rows = self._places[name]
         if stored not in self._model.manifest.weights:
             return self._model.dense(stored)[rows]
         if self._last is None or self._last[0] != stored:
-            self._last = None  # before the next takes its memory
+            self._last = None  # freed before the next one is decoded
             matrix = self._model.matrix(stored)
             self._last = stored, matrix.to_dense() if isinstance(matrix, SparseWeight) else matrix
         return self._last[1][rows]
 
     def companions(self) -> Mapping[str, Path]:
-        """As the directory has them."""
+        """The companions in the directory."""
         return self._model.companions()
 
     def close(self) -> None:
-        """Nothing stays open; the matrix that was kept is given up."""
+        """Release the matrix that was kept; nothing else stays open."""
         self._last = None
 
 
@@ -102,13 +102,13 @@ class _Products:
 
     def __init__(self, xp: Any, backend: str | None) -> None:
         self.members: dict[str, tuple[str, slice]] = {}
-        """Matrix and rows of it, by name of the layer."""
+        """The matrix that holds each layer, and the rows in it, by name of the layer."""
         self._xp, self._backend = xp, backend
         self._matrices: dict[str, tuple[Any, DType]] = {}
         self._last: tuple[str, Any, Any] | None = None
 
     def take(self, name: str, matrix: Any, dtype: DType) -> None:
-        """Multiply by ``matrix``, packed or a dense array of ``dtype``, where a member names it."""
+        """Use ``matrix``, packed or a dense array of ``dtype``, for the members that refer to ``name``."""
         if isinstance(matrix, SparseWeight):
             self._matrices[name] = (matrix if self._xp is np else matrix.to_device(), dtype)
         else:
@@ -130,7 +130,7 @@ class _Products:
 
 
 def _narrow(x: Any, dtype: DType) -> Any:
-    """fp32 [N, K] as ``spmm`` takes it."""
+    """fp32 ``x`` [N, K] in the type that ``spmm`` takes."""
     if dtype == "fp16":
         with np.errstate(over="ignore"):  # infinity, as on a GPU
             return x.astype(np.float16)
@@ -140,7 +140,7 @@ def _narrow(x: Any, dtype: DType) -> Any:
 
 
 def _wide(y: Any, dtype: DType) -> Any:
-    """What ``spmm`` gives, as fp32."""
+    """The result of ``spmm``, as fp32."""
     if dtype == "bf16" and y.dtype == np.uint16:
         return (y.astype(np.uint32) << 16).view(np.float32)
     return y.astype(np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a model predicts a text: perplexity and bits per byte, by any way to multiply its linear layers."""
+"""How well a model predicts a text: perplexity and bits per byte, whatever multiplies by its linear layers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _HEAD_TOKENS = 512  # rows of logits in memory together: [512, vocabulary]
 
 
 class Model(Protocol):
-    """A model a block at a time, as arrays of NumPy or CuPy."""
+    """A model that is read one block at a time, as NumPy or CuPy arrays."""
 
     config: ModelConfig
     xp: Any
     threads: int
-    """That may multiply by its matrices at a time."""
+    """How many threads may multiply by its matrices at the same time."""
 
     def outside(self) -> dict[str, Any]:
         """Embeddings, final norm and head, by their names in the checkpoint."""
 
     def block(self, layer: int) -> tuple[dict[str, Any], forward.Linear]:
-        """Norms and biases of block ``layer``, and how its matrices multiply."""
+        """Norms and biases of block ``layer``, and a function that multiplies by its matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +37,20 @@ class Quality:
     """How well the tokens of a text were predicted."""
 
     tokens: int
-    """Predicted."""
+    """Number of predicted tokens."""
     nats: float
-    """Sum of -log(probability) of them."""
+    """Sum of -log(probability) over them."""
     text_bytes: int
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean of nats per token; infinite where that is no float."""
+        """exp of the mean nats per token; infinite if that does not fit a float."""
         mean = self.nats / self.tokens
         return math.exp(mean) if mean < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers; not finite where the nats are not, or where no byte was predicted."""
+        """Comparable between tokenizers; not finite if the nats are not, or if no byte was predicted."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.inf
 
 
@@ -83,14 +83,14 @@ def run_blocks(model: Model, tokens: Any, *, advance: Advance = ignore) -> tuple
 
 
 def head(model: Model, outside: dict[str, Any], rows: Any) -> Iterator[tuple[int, Any]]:
-    """Logits [R, vocabulary] of ``rows`` [T, hidden], some at a time, each with the number of its first row."""
+    """Logits [R, vocabulary] of ``rows`` [T, hidden], some rows at a time, each time with the index of the first."""
     weight = outside[model.config.layout.head].T
     for first in range(0, len(rows), _HEAD_TOKENS):
         yield first, forward.final_norm(model.config, outside, rows[first : first + _HEAD_TOKENS]) @ weight
 
 
 def largest_difference(left: Any, right: Any) -> float:
-    """The largest |left - right| of two arrays of logits; infinite where a NaN stands in either."""
+    """The largest |left - right| of two arrays of logits; infinite if either contains a NaN."""
     xp = array_module(left)
     found = float(xp.abs(left.astype("float64") - right).max())
     return found if math.isfinite(found) else math.inf

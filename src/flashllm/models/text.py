@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files as windows of tokens, to calibrate with and to evaluate on."""
+"""Text files as windows of tokens, for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Windows:
     tokens: NDArray[np.int64]
     """[sequences, tokens]; each begins with what the tokenizer puts in front of a text."""
     text_bytes: int
-    """Bytes of the text that a model predicts in them: of all tokens but the first of each sequence."""
+    """Bytes of the text that a model predicts: the text of all tokens but the first of each sequence."""
 
 
 def read_text(path: str | Path, *, part: tuple[float, float] = (0.0, 1.0)) -> str:
@@ -39,7 +39,7 @@ def read_text(path: str | Path, *, part: tuple[float, float] = (0.0, 1.0)) -> st
 def windows(tokenizer: Tokenizer, text: str, *, count: int, length: int) -> Windows:
     """``count`` windows of ``length`` tokens, spread evenly over ``text``.
 
-    Raises ``ArgumentError`` where the text has fewer tokens than they need together.
+    Raises ``ArgumentError`` if the text has fewer tokens than all windows need together.
     """
     fresh = length - len(tokenizer.prefix)
     if count < 1 or fresh < 2:

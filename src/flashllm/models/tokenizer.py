@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to tokens and back, by the package ``tokenizers``, for directories of Hugging Face and GGUF files."""
+"""Text to tokens and back with the package ``tokenizers``, for Hugging Face directories and GGUF files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Tokenizer:
         return Encoded(ids=tuple(found.ids), starts=tuple(start for start, _ in found.offsets))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens, without special ones."""
         return str(self._made.decode(list(ids)))
 
     def to_json(self) -> str:
@@ -58,21 +58,21 @@ class Tokenizer:
 
 def _prefix(made: Any) -> tuple[int, ...]:
     found = made.encode("a 1.")
-    # What a tokenizer adds belongs to no text; what it adds behind one has no place before it.
+    # Tokens that a tokenizer adds belong to no text; those that it adds after the text do not belong in the prefix.
     behind = next((i for i, text in enumerate(found.sequence_ids) if text is not None), 0)
     return tuple(found.ids[: min(1, behind)])
 
 
 def has_own_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint itself holds the tokenizer, as GGUF files do, and no ``tokenizer.json`` beside it."""
+    """Whether the checkpoint itself, not a ``tokenizer.json`` beside it, holds the tokenizer, as GGUF files do."""
     return getattr(checkpoint, "tokenizer", None) is not None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
-    Raises ``MissingDependencyError`` without the package ``tokenizers``, ``FormatError`` where the checkpoint has none
-    that can be read.
+    Raises ``MissingDependencyError`` without the package ``tokenizers``, and ``FormatError`` if the checkpoint has
+    no tokenizer that can be read.
     """
     try:
         import tokenizers
@@ -118,7 +118,7 @@ def _of_gguf(tokenizers: Any, fields: Mapping[str, Any], path: str) -> Tokenizer
     pre, split = tokenizers.pre_tokenizers, tokenizers.Regex
     numbered = {token: i for i, token in enumerate(tokens)}
     try:
-        # Llama 3 takes a word that is a token as it is, whether or not pairs lead to it.
+        # Llama 3 keeps a word that is itself a token, whether or not merging pairs leads to it.
         made = tokenizers.Tokenizer(tokenizers.models.BPE(numbered, pairs, ignore_merges=cut == "llama-bpe"))
     except Exception as error:
         raise bad("merges", "pairs whose merged tokens exist", error) from error
@@ -136,11 +136,11 @@ def _of_gguf(tokenizers: Any, fields: Mapping[str, Any], path: str) -> Tokenizer
     made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
     added = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
     made.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in added])
-    if fields.get("add_bos_token", cut == "llama-bpe"):  # files of Llama 3 may leave it out and mean it
+    if fields.get("add_bos_token", cut == "llama-bpe"):  # Llama 3 files may omit it and mean true
         first = fields.get("bos_token_id")
         if not is_int(first) or not 0 <= first < len(tokens):
             raise bad("bos_token_id", f"an integer in 0..{len(tokens) - 1}, for it is put before texts", first)
-        # By another name: that of the token may be anything, and a template is parsed.
+        # Under a fixed name: the token's own may be anything, and the template is parsed.
         made.post_processor = tokenizers.processors.TemplateProcessing(
             single="bos $A",
             pair="bos $A bos $B",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a checkpoint as a forward pass wants them, a block at a time."""
+"""Tensors of a checkpoint as a forward pass needs them, one block at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Tensors of a block by name without its prefix."""
+    """Tensors of a block, named without its prefix."""
 
     small: Mapping[str, Any]
-    """Norms and biases: ``input_layernorm.weight``."""
+    """Norms and biases, e.g. ``input_layernorm.weight``."""
     linears: Mapping[str, Any]
-    """Matrices [M, K], named without ``.weight``: ``self_attn.q_proj``."""
+    """Matrices [M, K], named without ``.weight``, e.g. ``self_attn.q_proj``."""
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -40,7 +40,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def outside(checkpoint: Checkpoint, config: ModelConfig, *, xp: Any = np, dtype: Any = np.float32) -> dict[str, Any]:
-    """Embeddings, final norm and head, which is the embedding where the model ties them."""
+    """Embeddings, final norm and head, which is the embedding if the model ties them."""
     head = config.layout.head
     found = before_blocks(checkpoint, config, xp=xp, dtype=dtype)
     found[head] = found[config.layout.embedding] if config.tied else _read(checkpoint, head, xp, dtype)
@@ -50,7 +50,7 @@ def outside(checkpoint: Checkpoint, config: ModelConfig, *, xp: Any = np, dtype:
 def before_blocks(
     checkpoint: Checkpoint, config: ModelConfig, *, xp: Any = np, dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """The same without the head, for whoever needs the embeddings alone."""
+    """As :func:`outside` but without the head, for callers that need only the embeddings."""
     return {name: _read(checkpoint, name, xp, dtype) for name in (config.layout.embedding, *config.layout.outside)}
 
 
@@ -84,7 +84,7 @@ def outside_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, ...
 
 def _read(checkpoint: Checkpoint, name: str, xp: Any, dtype: Any) -> Any:
     array = checkpoint.read(name)
-    if str(array.dtype) not in _FLOATS:  # those of 8 bits come with scales
+    if str(array.dtype) not in _FLOATS:  # 8-bit types come with scales
         raise FormatError(
             field=name, expected=f"one of {', '.join(_FLOATS)}", got=str(array.dtype), path=str(checkpoint.path)
         )

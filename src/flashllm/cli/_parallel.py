@@ -23,7 +23,7 @@ tensor_parallel_option = click.option(
     default=1,
     show_default=True,
     metavar="N",
-    help="Divide the model among N GPUs, a process each. Under torchrun or mpirun: the number of their processes.",
+    help="Divide the model among N GPUs, one process per GPU. Under torchrun or mpirun: the number of their processes.",
 )
 
 

@@ -21,9 +21,13 @@ from flashllm.cli._cases import READ_FILE, usage_errors
     show_default=True,
     help="Relative change of a median that counts, where the spread of the launches is not wider.",
 )
-@click.option("--relative", is_flag=True, help="Compare times in units of cuBLAS in the same run, against clock drift.")
+@click.option(
+    "--relative",
+    is_flag=True,
+    help="Compare times as multiples of cuBLAS's in the same run, which cancels clock drift.",
+)
 @click.option("--all", "every", is_flag=True, help="Show the cases that did not change, too.")
-@click.option("--allow-missing", is_flag=True, help="Cases that only BEFORE has are no failure.")
+@click.option("--allow-missing", is_flag=True, help="Do not fail where cases of BEFORE are missing from AFTER.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
 @click.pass_context
 def command(

@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 @click.option("--arch", "archs", multiple=True, metavar="ARCH", help="One architecture, e.g. 90a; repeatable.")
 @click.option("--kernel", "pattern", default="", metavar="TEXT", help="Only kernels whose label contains TEXT.")
 @click.option(
-    "--dump-sass", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write machine code."
+    "--dump-sass",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write each kernel's machine code into DIR.",
 )
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Compile this many at a time.")
+@click.option(
+    "--workers", default=2, show_default=True, type=click.IntRange(1), help="Compile this many kernels at a time."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per kernel and architecture.")
 def command(
     everything: bool,

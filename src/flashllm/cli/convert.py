@@ -57,7 +57,7 @@ _OPTIONS = ("format", "n", "dtype", "no_fuse", "gpu", "device", "resume")
     show_default=True,
     help="keep: 16-bit tensors stay as they are, wider ones become fp16.",
 )
-@click.option("--no-fuse", is_flag=True, help="Keep q, k and v, and gate and up, matrices of their own.")
+@click.option("--no-fuse", is_flag=True, help="Keep q, k and v, and gate and up, as separate matrices.")
 @click.option(
     "--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Where to encode."
 )  # fmt: skip

@@ -30,27 +30,51 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
 
 
 @click.command(
-    epilog="Exit status: 0 fine, 2 bad usage, or all cases are left out, 130 interrupted. With --tp also that of"
-    " a rank that failed: 75 where another one had or the ranks differ, 128 and a number where a signal ended it."
+    epilog="Exit status: 0 fine, 2 bad usage, or all cases are left out, 130 interrupted. With --tp also the"
+    " status of a rank that failed: 75 if another rank failed or the ranks differ, 128 plus the number of a signal that"
+    " ended it."
 )
-@click.option("--model", default="opt-30b", show_default=True, metavar="NAME", help="Whose sizes; --list-models.")
 @click.option(
-    "--list-models", is_flag=True, is_eager=True, expose_value=False, callback=_list_models, help="Show them."
+    "--model",
+    default="opt-30b",
+    show_default=True,
+    metavar="NAME",
+    help="Model whose shapes to take; --list-models names them.",
 )
-@click.option("--sparsity", default="0.8", show_default=True, metavar="FRACTIONS", help="Of sparse weights.")
+@click.option(
+    "--list-models",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_models,
+    help="List the known models.",
+)
+@click.option(
+    "--sparsity",
+    default="0.8",
+    show_default=True,
+    metavar="FRACTIONS",
+    help="Fractions of zeros of the sparse weights.",
+)
 @click.option(
     "--systems",
     default="sparse,dense",
     show_default=True,
     metavar="NAMES",
-    help="Some of sparse, dense, torch-compile, hf-static, torch-2:4.",
+    help="What to measure, of sparse, dense, torch-compile, hf-static, torch-2:4.",
 )
-@click.option("--format", "format_name", default="auto", show_default=True, metavar="NAME", help="Of sparse weights.")
-@click.option("--batch", default="8,16,32,64", show_default=True, metavar="SIZES", help="Sequences at a time.")
-@click.option("--prompt", type=click.IntRange(1), default=64, show_default=True, help="Tokens of each prompt.")
-@click.option("--output", type=click.IntRange(2), default=512, show_default=True, help="Tokens that follow it.")
+@click.option(
+    "--format", "format_name", default="auto", show_default=True, metavar="NAME", help="Format of the sparse weights."
+)
+@click.option("--batch", default="8,16,32,64", show_default=True, metavar="SIZES", help="Batch sizes, comma-separated.")
+@click.option(
+    "--prompt", type=click.IntRange(1), default=64, show_default=True, help="Length of each prompt in tokens."
+)
+@click.option(
+    "--output", type=click.IntRange(2), default=512, show_default=True, help="Tokens to generate after each prompt."
+)
 @click.option("--dtype", type=click.Choice(["fp16", "bf16"]), default="fp16", show_default=True)
-@click.option("--layers", type=click.IntRange(1), help="Blocks to run, fewer than the model's: for a quick look.")
+@click.option("--layers", type=click.IntRange(1), help="Run only this many of the model's blocks, for a quick look.")
 @tensor_parallel_option
 @backend_option
 @click.option("--device", type=click.IntRange(0), metavar="INDEX", help="Which GPU.  [default: the current one]")

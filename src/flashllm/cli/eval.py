@@ -17,10 +17,17 @@ from flashllm.cli._models import array_module, device_option, parse_part, part_o
     " 130 interrupted."
 )
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
-@click.option("--text", required=True, type=READ_FILE, metavar="FILE", help="UTF-8 text.")
+@click.option("--text", required=True, type=READ_FILE, metavar="FILE", help="UTF-8 text to evaluate on.")
 @part_option
-@click.option("--windows", "count", type=click.IntRange(1), default=8, show_default=True, help="Windows of text.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--windows",
+    "count",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="How many windows of text to evaluate.",
+)
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Length of a window in tokens.")
 @click.option("--check", is_flag=True, help="Compare logits with dense products (converted models).")
 @device_option
 @click.option(

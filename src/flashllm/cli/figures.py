@@ -42,7 +42,7 @@ def _experiments() -> Path:
     multiple=True,
     default=_FORMATS,
     show_default=True,
-    help="Only files of this format; may be repeated.",
+    help="Write only files of this format; may be repeated.",
 )
 @click.option("--from-results", is_flag=True, help="Measure nothing: needs no GPU.")
 @click.option(

@@ -15,7 +15,14 @@ from flashllm.statuses import INTERRUPTED
 
 @click.command(epilog="Exit status: 0 fine, also where --minutes ended it, 2 bad usage, 130 interrupted.")
 @click.argument("model", type=click.Path(path_type=Path, file_okay=False), metavar="MODEL")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The trained model.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory for the trained model.",
+)
 @click.option(
     "--text",
     "texts",
@@ -30,15 +37,15 @@ from flashllm.statuses import INTERRUPTED
     "--teacher",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="The model before it was pruned: learn what it predicts, instead of the text.",
+    help="The model before pruning: learn its predictions instead of the text.",
 )
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Of training, in all.")
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Windows of a step.")
-@click.option("--length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of a window.")
-@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="The highest.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the windows.")
-@click.option("--minutes", type=float, metavar="M", help="Stop after so long; the same command goes on from there.")
-@click.option("--device", default="cuda", show_default=True, help="Of PyTorch.")
+@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Training steps in all.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Windows per step.")
+@click.option("--length", type=click.IntRange(2), default=1024, show_default=True, help="Length of a window in tokens.")
+@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the order of windows.")
+@click.option("--minutes", type=float, metavar="M", help="Stop after M minutes; the same command continues from there.")
+@click.option("--device", default="cuda", show_default=True, help="PyTorch device to train on.")
 def command(
     model: Path,
     out: Path,

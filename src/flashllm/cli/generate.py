@@ -22,20 +22,49 @@ _HEADING = 60  # characters of a prompt
 
 
 @click.command(
-    epilog="Exit status: 0 fine, 1 a failure, 2 bad usage or an unreadable file, 130 interrupted. With --tp also that"
-    " of a rank that failed: 75 where another one had or the ranks differ, 128 and a number where a signal ended it."
+    epilog="Exit status: 0 fine, 1 a failure, 2 bad usage or an unreadable file, 130 interrupted. With --tp also the"
+    " status of a rank that failed: 75 if another rank failed or the ranks differ, 128 plus the number of a signal that"
+    " ended it."
 )
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option("--prompt", "given", multiple=True, metavar="TEXT", help="What to continue; may be given several times.")
 @click.option(
-    "--prompts", "file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Prompts, one a line."
+    "--prompts", "file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Prompts, one per line."
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each prompt.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the likeliest token.")
-@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="Draw from so many; 0: from all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of the probability.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first prompt; each further one adds 1."
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="How many tokens to add to each prompt at most.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 always takes the likeliest token.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Sample from the K likeliest tokens; 0: from all.",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample from the likeliest tokens that hold this share of the probability.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the first prompt; each further prompt adds 1.",
 )
 @click.option(
     "--backend",
@@ -44,10 +73,12 @@ _HEADING = 60  # characters of a prompt
     show_default=True,
     help="auto: a GPU, or without one the emulator. reference: packed matrices by NumPy, the rest emulated.",
 )
-@click.option("--dense", is_flag=True, help="Expand packed matrices, zeros and all, to compare with.")
-@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="Of weights and activations.  [default: as stored]")
-@click.option("--no-stop", is_flag=True, help="Go on behind tokens that end a text.")
-@click.option("--raw-tokens", is_flag=True, help="Prompts and output are numbers of tokens: needs no tokenizer.")
+@click.option("--dense", is_flag=True, help="Expand packed matrices to dense ones first, for comparison.")
+@click.option(
+    "--dtype", type=click.Choice(["fp16", "bf16"]), help="Type of weights and activations.  [default: as stored]"
+)
+@click.option("--no-stop", is_flag=True, help="Continue past tokens that end a text.")
+@click.option("--raw-tokens", is_flag=True, help="Read and print token numbers instead of text: needs no tokenizer.")
 @tensor_parallel_option
 @click.option("--json", "as_json", is_flag=True, help="Print texts, tokens and times as one line of JSON.")
 def command(

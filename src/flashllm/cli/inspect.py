@@ -29,12 +29,12 @@ _MARK = {"measured": "*", "model and measured": "(*)", "model": ""}
 @click.option("--sparsity", metavar="FRACTIONS", help="With --shape: fractions of zeros.  [default: 0.8]")
 @click.option("--dtype", metavar="TYPE", help="With --shape: fp16 or bf16.  [default: fp16]")
 @click.option("--n", "n", default="8,16,32", show_default=True, metavar="SIZES", help="Batch sizes N, comma-separated.")
-@click.option("--gpu", metavar="NAME", help="GPU to reckon for.  [default: the current one, else H100 80GB]")
+@click.option("--gpu", metavar="NAME", help="GPU to estimate times for.  [default: the current one, else H100 80GB]")
 @click.option(
     "--sample",
     is_flag=True,
     help="Decode packed weights, and pack rows of them to learn what other formats would take; otherwise that is "
-    "reckoned for zeros at random places. Dense matrices are always sampled.",
+    "estimated for zeros at random places. Dense matrices are always sampled.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object per weight on stdout; the manifest of a directory."
@@ -201,7 +201,7 @@ def _advice(found: Inspection) -> list[str]:
     if found.contents.packed_rows:
         lines = [f"MB of formats not packed whole: from packing {found.contents.packed_rows:,} rows"]
     else:
-        lines = ["MB of formats not packed: reckoned for zeros at random places, on the high side"]
+        lines = ["MB of formats not packed: estimated for zeros at random places, on the high side"]
     gain = ranking.dense.mean_us / best.mean_us
     over = f"{gain:.2f} times as fast as dense"
     if gain < 1:

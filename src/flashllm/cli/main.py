@@ -66,10 +66,10 @@ def _summary(name: str) -> str:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="`flashllm COMMAND --help` tells about one command; `flashllm doctor` about this machine.",
+    epilog="`flashllm COMMAND --help` describes one command; `flashllm doctor` checks this machine.",
 )
 @click.version_option(__version__, prog_name="flashllm")
-@click.option("--traceback", is_flag=True, help="Show where in the program an error came from.")
+@click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
 def command(traceback: bool) -> None:
     """Unstructured-sparse LLM weights on GPU tensor cores."""
 

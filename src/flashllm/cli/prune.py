@@ -14,7 +14,9 @@ from flashllm.statuses import INTERRUPTED
 
 @click.command(epilog="Exit status: 0 fine, 2 bad usage or an unreadable file, 130 interrupted.")
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The pruned model.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory for the pruned model."
+)
 @click.option(
     "--method",
     type=click.Choice(["magnitude", "magnitude-row", "wanda", "sparsegpt"]),
@@ -32,8 +34,14 @@ from flashllm.statuses import INTERRUPTED
 )
 @click.option("--calib", type=READ_FILE, metavar="FILE", help="Text to calibrate with.")
 @part_option
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Windows of text.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="How many windows of text to calibrate with.",
+)
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Length of a window in tokens.")
 @device_option
 def command(
     model: Path,

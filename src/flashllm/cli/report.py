@@ -19,7 +19,7 @@ from flashllm.io.files import write_whole
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("report.html"),
     show_default=True,
-    help="The page.",
+    help="File for the page.",
 )
 @click.option("--title", default="flashllm results", show_default=True, help="Heading of the page.")
 def command(files: tuple[Path, ...], out: Path, title: str) -> None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as sparse weights, and back; docs/conversion.md."""
+"""Converts a checkpoint to sparse weights, and back; docs/conversion.md."""

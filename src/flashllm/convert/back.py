@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse weights back to a directory as Hugging Face has it: dense, one tensor for each layer."""
+"""Converts sparse weights back to a Hugging Face directory: dense, with one tensor for each layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flashllm.models.directory import with_type, write_config
 from flashllm.progress import Advance, ignore
 
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of tensors in a file, as Hugging Face's own writer has it."""
+"""Most bytes of tensors in a file, as in Hugging Face's own writer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class _Stored:
 def to_hugging_face(
     directory: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES, progress: Advance = ignore
 ) -> tuple[Path, ...]:
-    """Write the sparse weights in ``directory`` as a checkpoint of Hugging Face; the files of tensors.
+    """Write the sparse weights in ``directory`` as a Hugging Face checkpoint; returns its files of tensors.
 
-    Every value that was kept has the bits it had; a pruned one is +0.0, also where it was -0.0. Fused layers are
-    separate again. ``config.json`` is that of the source, with the type that the matrices have now. ``out`` is new or
-    empty; the file without which no reader takes it for a checkpoint is written last. A file has at most
-    ``shard_bytes`` of tensors, or one stored tensor. Memory: the largest matrix, dense and sparse. Raises
-    ``ArgumentError``, ``FormatError`` for damaged files, ``OSError``.
+    Every value that was kept has the bits it had; a pruned one is +0.0, even where it was -0.0. Fused layers are
+    separate again. ``config.json`` is that of the source, with the type that the matrices have now. ``out`` must be new
+    or empty; ``config.json``, without which no reader takes it for a checkpoint, is written last. A file has at most
+    ``shard_bytes`` of tensors, or a single stored tensor. Takes memory for the largest matrix, dense and sparse. Raises
+    ``ArgumentError``, ``FormatError`` for damaged files, and ``OSError``.
     """
     if not is_int(shard_bytes) or shard_bytes < 1:
         raise ArgumentError("shard_bytes", expected="a positive integer", got=repr(shard_bytes))

@@ -19,7 +19,7 @@ from flashllm.matmul.sample import Contents, estimated, representative, slabs_of
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A format, or ``dense``, and in one line what decided."""
+    """A format, or ``dense``, and one line on what decided it."""
 
     format: str
     why: str
@@ -28,8 +28,8 @@ class Choice:
 def choose(a: Any, found: Survey, options: Options, *, dtype: DType, gpu: Gpu | None) -> Choice:
     """The format for a matrix [M, K] of 16 bits, NumPy or CuPy. ``gpu`` is for ``auto``.
 
-    ``auto`` packs some rows in every format, ranks them by the time model, and stays dense where that is faster or
-    smaller than all of them. Raises ``ArgumentError``.
+    ``auto`` packs some rows in every format, ranks the formats by the time model, and keeps the matrix dense where that
+    is faster or smaller than all of them. Raises ``ArgumentError``.
     """
     if options.format != auto.AUTO:
         return Choice(format=options.format, why=ASKED_FOR)
@@ -43,7 +43,7 @@ def choose(a: Any, found: Survey, options: Options, *, dtype: DType, gpu: Gpu | 
 
 
 def _sampled(a: Any, found: Survey, formats: Sequence[str], dtype: DType) -> Contents:
-    """As ``matmul.sample.sampled``, from counts that are there already: that one counts in strips of many rows."""
+    """Like ``matmul.sample.sampled``, but from existing counts, as that function counts in strips of many rows."""
     rows = slabs_of(found.by_row)
     part = a if rows.size == a.shape[0] else a[rows]
     like = representative(a.shape, part, formats, dtype=dtype)

@@ -29,9 +29,9 @@ from flashllm.models.directory import companion_names, config_text, write_compan
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[Path]:
-    """Make ``directory`` if it is not there, and hold its lock: two conversions into it come one after the other.
+    """Create ``directory`` if needed and hold its lock, so that conversions into it run one after the other.
 
-    Raises ``ArgumentError`` for something else than a directory, ``OSError``.
+    Raises ``ArgumentError`` for anything but a directory, and ``OSError``.
     """
     if directory.exists() and not directory.is_dir():
         raise ArgumentError("out", expected="a directory, or nothing yet", got=f"a file at {str(directory)!r}")
@@ -47,10 +47,10 @@ def claimed(directory: Path) -> Iterator[Path]:
 def prepare(
     directory: Path, checkpoint: Checkpoint, identity: Identity, plans: Sequence[FilePlan], *, resume: bool
 ) -> dict[str, Part]:
-    """Write what stands beside the tensors; the parts of the files that are whole already, by file name.
+    """Write the files beside the tensors; returns the parts of the files that are already whole, by file name.
 
-    Raises ``ArgumentError`` for a directory that is not empty without ``resume``, and with it for one that holds
-    something else than this conversion makes; ``FormatError`` for a damaged file.
+    Raises ``ArgumentError`` for a directory that is not empty without ``resume``, and with ``resume`` for one that
+    holds anything that this conversion does not make; ``FormatError`` for a damaged file.
     """
     there = {entry.name for entry in directory.iterdir()}
     if there and not resume:
@@ -68,19 +68,19 @@ def prepare(
         raise ArgumentError("out", expected=f"the {CONFIG_NAME} of the same model", got=f"another in {directory}")
     parts = {plan.file: _kept(directory / plan.file, plan, identity) for plan in plans if plan.file in there}
     for name in torn:
-        (directory / name).unlink(missing_ok=True)  # of a run that was killed: nobody else writes, we hold the lock
+        (directory / name).unlink(missing_ok=True)  # of a run that was killed: we hold the lock, so nobody else writes
     write_companions(checkpoint, directory)
     write_config(directory, checkpoint.config)
     return parts
 
 
 def finish(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest: the directory is whole."""
+    """Write the manifest, which marks the directory as complete."""
     write_text(directory / MANIFEST_FILE, json.dumps(manifest.as_json(), indent=1) + "\n")
 
 
 def _stem(name: str) -> str:
-    """Of the name that a file has while it is written: ``.NAME.PROCESS-RANDOM.tmp``."""
+    """NAME in ``.NAME.PROCESS-RANDOM.tmp``, which is what a file is called while it is being written."""
     return name[1:].rpartition(".tmp")[0].rpartition(".")[0]
 
 

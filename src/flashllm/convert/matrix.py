@@ -27,11 +27,11 @@ _WORD_FLAGS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Elements of a matrix that are not zero."""
+    """Counts of the nonzero elements of a matrix."""
 
     nnz: int
     max_tile_nnz: int
-    """Most of them in a tile of 128 x 64."""
+    """Most nonzero elements in a tile of 128 x 64."""
     by_row: NDArray[np.int64]
 
 
@@ -44,13 +44,13 @@ class Rounder:
 
     @property
     def report(self) -> RoundingReport:
-        """Of all strips so far."""
+        """The rounding report of all strips so far."""
         return self._tally.report()
 
     def strips(self) -> Iterator[NDArray[np.uint16]]:
-        """Strips of the members, or members whole, one member after the other, each read only when its turn comes.
+        """Strips of each member, or the whole member, one member after the other, each read only when its turn comes.
 
-        Raises ``FormatError`` for a member of another shape than it is listed with, and for a value that rounds to
+        Raises ``FormatError`` for a member whose shape differs from the listed one, and for a value that rounds to
         infinity.
         """
         for member in self._source.members:
@@ -80,7 +80,7 @@ class Rounder:
         return array
 
     def mapped(self) -> NDArray[Any] | None:
-        """The tensor as the checkpoint gives it, where it is one member of the type that is wanted; else ``None``."""
+        """The tensor as the checkpoint returns it, if it is a single member of the wanted type; else ``None``."""
         if len(self._source.members) > 1:
             return None
         array = self.read(self._source.members[0].name)
@@ -92,10 +92,10 @@ class Rounder:
 
 
 def load(checkpoint: Checkpoint, source: Source, *, upload: Upload | None) -> tuple[Any, RoundingReport]:
-    """The matrix [M, K] of ``source``, of 16 bits, and what rounding changed. With ``upload`` on the current device.
+    """The 16-bit matrix [M, K] of ``source``, on the current device if ``upload`` is given; and what rounding changed.
 
-    On the host without a copy where it can be mapped. Beside the matrix, memory for one member is taken where the
-    checkpoint has to decode it, and for a strip. Raises ``FormatError``.
+    On the host, it is not copied where it can be mapped. Besides the matrix, this takes memory for a strip, and for one
+    member where the checkpoint has to decode it. Raises ``FormatError``.
     """
     rounder = Rounder(checkpoint, source)
     array: Any = rounder.mapped() if upload is None else _on_device(rounder, source, upload)
@@ -129,7 +129,7 @@ def _on_device(rounder: Rounder, source: Source, upload: Upload) -> Any:
 
 
 def survey(a: Any) -> Survey:
-    """Count the elements of a 16-bit matrix [M, K], NumPy or CuPy, that are not zero. Memory for a few strips."""
+    """Count the nonzero elements of a 16-bit matrix [M, K], NumPy or CuPy. Takes memory for a few strips."""
     on_device = is_cupy(a)
     xp: Any = importlib.import_module("cupy") if on_device else np
     step = _DEVICE_STRIP_ROWS if on_device else TILE_M
@@ -143,7 +143,7 @@ def survey(a: Any) -> Survey:
         height = -(-len(strip) // TILE_M) * TILE_M
         flags = xp.zeros((height, tiles_k * TILE_K), np.uint8)
         flags[: len(strip), :columns] = (strip & MAGNITUDE) != 0
-        # Bytes add up eight at a time: eight words of eight flags leave every byte at most 8.
+        # One 64-bit addition adds eight byte-sized flags: the sum of eight words leaves every byte at most 8.
         words = flags.view(np.uint64).reshape(height, tiles_k, _WORD_FLAGS).sum(axis=2, dtype=np.uint64)
         counts = words.view(np.uint8).reshape(height, tiles_k, _WORD_FLAGS).sum(axis=2, dtype=np.int64)
         tiles = counts.reshape(height // TILE_M, TILE_M, tiles_k).sum(axis=1)

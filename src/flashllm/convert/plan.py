@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of a checkpoint go into which file, which of them are one, and in which type."""
+"""Which tensors of a checkpoint go into which file, which of them become one, and in which type they are stored."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from flashllm.models.layout import LAYOUTS, Group, Layout, layout_of
 _FLOATS: Mapping[str, DType] = {stored: dtype for dtype, stored in LAYOUT_NAMES.items()}
 _WIDE = ("F32", "F64")
 _DERIVED = ".rotary_emb.inv_freq"
-"""Old checkpoints of Llama hold it; every reader computes it from the configuration."""
+"""Old Llama checkpoints hold it; every reader computes it from the configuration."""
 _MAX_LAYERS = 99_999
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A tensor to store: one of the checkpoint, or several of equal type, rows below rows."""
+    """A tensor to store: one of the checkpoint, or several of equal type with their rows stacked."""
 
     name: str
-    """Of a matrix without ``.weight``."""
+    """For a matrix, without ``.weight``."""
     members: tuple[Member, ...]
     shape: tuple[int, ...]
     dtype: DType
-    """In which it is stored."""
+    """The type in which it is stored."""
     note: str = ""
-    """Why it is not one with others that multiply the same input."""
+    """Why it is not fused with others that multiply the same input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,10 @@ class FilePlan:
 
 
 def plan_files(checkpoint: Checkpoint, options: Options) -> tuple[FilePlan, ...]:
-    """The files of a conversion: one for each block, then that of the tensors outside.
+    """The files of a conversion: one for each block, then one for the tensors outside the blocks.
 
-    Raises ``FormatError`` for an architecture that is not known, a linear layer that is missing or no matrix, a block
-    that the configuration does not count, and types that are no floats.
+    Raises ``FormatError`` for an unknown architecture, a linear layer that is missing or not a matrix, a block that the
+    configuration does not count, and types that are not floats.
     """
     layout, layers = _architecture(checkpoint)
     by_block: list[list[str]] = [[] for _ in range(layers)]
@@ -71,9 +71,9 @@ def plan_files(checkpoint: Checkpoint, options: Options) -> tuple[FilePlan, ...]
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
-    """What the checkpoint is. Raises ``FormatError`` for an architecture that is not known, ``OSError``."""
+    """Which checkpoint this is. Raises ``FormatError`` for an unknown architecture, and ``OSError``."""
     _, layers = _architecture(checkpoint)
-    path = Path(checkpoint.path)  # a link keeps its name: those of the cache of Hugging Face lead to hashes
+    path = Path(checkpoint.path)  # a link keeps its own name: links in the Hugging Face cache lead to hashes
     return Origin(
         model_type=str(checkpoint.config["model_type"]),
         name=(path.name if path.name.strip(".") else path.resolve().name) or "model",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole checkpoint to sparse weights, file by file; what is whole already can be kept."""
+"""Converts a whole checkpoint to sparse weights, file by file; files that are already whole can be kept."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ from flashllm.matmul.auto import AUTO, DEFAULT_N, check_batches, current_gpu
 from flashllm.progress import Advance, ignore
 from flashllm.registry import weight_class
 
-_NOTE_BYTES = 4096  # for the identity of a conversion, names of 255 characters among it
-_ENTRY_BYTES = 1024  # for a matrix or tensor in a part, beside its names
+_NOTE_BYTES = 4096  # for the identity of a conversion, including names of 255 characters
+_ENTRY_BYTES = 1024  # for a matrix or tensor in a part, besides its names
 
 
 @dataclass
 class Seconds:
-    """Where the time of the matrices went, and how many bytes they have as dense ones of 16 bits."""
+    """Where the time for the matrices went, and how many bytes they have as dense 16-bit matrices."""
 
     choosing: float = 0.0
     encoding: float = 0.0
     """From the mapped file to the encoded buffers, on the host or the device, without choosing a format."""
     whole: float = 0.0
-    """With choosing, writing and all other tensors."""
+    """Including choosing, writing and all other tensors."""
     matrix_bytes: int = 0
 
     @property
@@ -72,7 +72,7 @@ class Conversion:
 
     manifest: Manifest
     kept_files: int
-    """That were there already."""
+    """Files that were there already."""
     seconds: Seconds
 
 
@@ -91,15 +91,15 @@ def convert(
 ) -> Conversion:
     """Write the checkpoint ``source`` as a directory ``out`` of sparse weights; see docs/conversion.md.
 
-    ``format`` is ``"auto"``, a registered format or ``"dense"``; ``n`` are the numbers of rows of x, and ``gpu`` the
-    GPU, that ``auto`` chooses for, by default the current one, without one an H100 80GB. ``dtype`` is ``"keep"``,
-    ``"fp16"`` or ``"bf16"``. ``fuse`` makes layers of one input one matrix. ``device`` is ``"cpu"`` or ``"gpu"``: where
-    matrices are encoded; the bytes are the same. ``resume`` keeps the whole files of an earlier run. ``progress``
+    ``format`` is ``"auto"``, a registered format or ``"dense"``. ``auto`` chooses for ``n``, the numbers of rows of x,
+    and for ``gpu``, by default the current GPU or, if there is none, an H100 80GB. ``dtype`` is ``"keep"``, ``"fp16"``
+    or ``"bf16"``. ``fuse`` joins layers with the same input into one matrix. ``device`` is ``"cpu"`` or ``"gpu"``:
+    where matrices are encoded; the bytes are the same. ``resume`` keeps the whole files of an earlier run. ``progress``
     counts files.
 
-    ``out`` is new or empty, or with ``resume`` holds files of the same conversion. Memory: under two times the largest
-    matrix of 16 bits. Raises ``ArgumentError``, ``FormatError`` for a checkpoint that cannot be converted,
-    ``MissingDependencyError`` without a GPU that is asked for, ``OSError``.
+    ``out`` must be new or empty, or with ``resume`` hold files of the same conversion. Takes less memory than twice the
+    largest matrix in 16 bits. Raises ``ArgumentError``, ``FormatError`` for a checkpoint that cannot be converted,
+    ``MissingDependencyError`` if a GPU is requested and there is none, and ``OSError``.
     """
     checked = _check_options(format, n, dtype, fuse)
     if device not in ("cpu", "gpu"):
@@ -138,7 +138,7 @@ def _check_options(format: str, n: int | Sequence[int], dtype: str, fuse: bool) 
     for name, value, choices in (("format", format, FORMAT_CHOICES), ("dtype", dtype, DTYPE_CHOICES)):
         if value not in choices:
             raise ArgumentError(name, expected=f"one of {', '.join(choices)}", got=repr(value))
-    # Where the format is given nothing depends on N.
+    # Where the format is given, nothing depends on N.
     return Options(format=format, n=check_batches(n) if format == AUTO else (), dtype=dtype, fuse=bool(fuse))
 
 
@@ -152,7 +152,7 @@ class _Work:
         self._seconds, self._upload = seconds, upload
 
     def write(self, path: Path, plan: FilePlan, identity: Identity) -> Part:
-        """Write one file; its part of the manifest."""
+        """Write one file; returns its part of the manifest."""
         names = [len(member.name) for one in (*plan.matrices, *plan.tensors) for member in one.members]
         writer = ContainerWriter(
             path,
@@ -184,7 +184,7 @@ class _Work:
             weight = weight_class(choice.format).from_dense(array, dtype=matrix.dtype)
             _wait(array)
             self._seconds.encoding += there - started + time.perf_counter() - chosen
-            del array  # what is written needs the encoded buffers alone
+            del array  # writing needs only the encoded buffers
             writer.add_weight(matrix.name, weight)
             stored = weight.nbytes
         self._seconds.choosing += chosen - there
@@ -218,7 +218,7 @@ class _Work:
 
 
 def _wait(array: Any) -> None:
-    """For the device, if ``array`` is there, so that times are those of the work."""
+    """Wait for the device, if ``array`` is there, so that the times measured are those of the work."""
     if is_cupy(array):
         import cupy
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of large host arrays to the current device, at more than the speed of one core.
+"""Copies large host arrays to the current device faster than one core could.
 
-The driver takes mapped pages through a buffer of its own with one thread: about 6 GB/s on an H200, where page-locked
-memory goes at 55. So several threads fill page-locked buffers, one of which is copied while the other is filled.
+The driver copies mapped pages through a buffer of its own with one thread: about 6 GB/s on an H200, where page-locked
+memory reaches 55. So several threads fill page-locked buffers, one of which is copied while the other is filled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PART_BYTES = 4 << 20  # that a thread copies at a time
 
 
 class Upload:
-    """Page-locked buffers and threads; use with ``with``. ``BUFFER_BYTES`` of each of the buffers are taken."""
+    """Page-locked buffers and threads; use it in a ``with`` block. Each buffer takes ``BUFFER_BYTES``."""
 
     def __enter__(self) -> Self:
         import cupy
@@ -34,7 +34,7 @@ class Upload:
 
         self._buffers = [cupyx.empty_pinned(BUFFER_BYTES, np.uint8) for _ in range(_BUFFERS)]
         self._free = [cupy.cuda.Event() for _ in range(_BUFFERS)]
-        """When what was copied last from a buffer has arrived; an event that was not recorded yet is over."""
+        """Each completes when the last copy from its buffer has; an event not yet recorded counts as completed."""
         self._turn = 0
         threads = min(_MOST_THREADS, cores())
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="upload")
@@ -42,14 +42,14 @@ class Upload:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for event in self._free:
-            event.synchronize()  # before the buffers go
+            event.synchronize()  # before the buffers are freed
         self._threads.shutdown()
         del self._buffers
 
     def copy(self, target: Any, source: NDArray[Any]) -> None:
         """Write ``source`` into ``target``, a device array of the same type and number of elements, both C-contiguous.
 
-        In the order of the current stream; ``source`` was read when it returns.
+        The copy is in the order of the current stream; ``source`` has been read when this returns.
         """
         import cupy
 
@@ -69,5 +69,5 @@ class Upload:
     def _fill(self, buffer: NDArray[Any], piece: NDArray[Any]) -> None:
         step = max(1, _PART_BYTES // piece.itemsize)
         parts = [slice(first, first + step) for first in range(0, piece.size, step)]
-        # NumPy lets go of the interpreter while it copies.
+        # NumPy releases the GIL while it copies.
         list(self._threads.map(lambda part: np.copyto(buffer[part], piece[part]), parts))

@@ -43,7 +43,7 @@ from flashllm.jit.spec import KernelSpec
 _THREADS = PARTS * LANES
 _TOTALS = 5  # nnz, and the four fields of the rounding report
 _ROW_BYTES = 2 * STREAMS
-_DECODED_ROWS = SLACK + PLACE_TILES * STREAM_ELEMENTS + 2  # value rows that a part of PLACE_TILES tiles may need
+_DECODED_ROWS = SLACK + PLACE_TILES * STREAM_ELEMENTS + 2  # value rows that one part may need in PLACE_TILES tiles
 
 
 def _spec(name: str, *source: str, group_values: int | None = None, threads: int = _THREADS) -> KernelSpec:
@@ -58,17 +58,17 @@ def _spec(name: str, *source: str, group_values: int | None = None, threads: int
 
 
 def _run_spec(name: str) -> KernelSpec:
-    """A kernel in which a warp takes a run."""
+    """A kernel in which each warp processes one run."""
     return _spec(name, threads=LANES)
 
 
 def _decode_spec() -> KernelSpec:
-    """A block has a part of ``PLACE_TILES`` tiles, a warp one of these."""
+    """A block decodes one part of ``PLACE_TILES`` tiles; each of its warps takes one of these tiles."""
     return replace(_spec("decode", threads=PLACE_TILES * LANES), shared_bytes=_DECODED_ROWS * _ROW_BYTES)
 
 
 def specs() -> list[KernelSpec]:
-    """Every kernel that this module can launch, and those that :mod:`flashllm.encode.slot24` launches here."""
+    """Every kernel that this module can launch, including those that :mod:`flashllm.encode.slot24` needs."""
     write = [_spec("write", source, group_values=GROUP) for source in SOURCES]
     write.append(_spec("write", BITS16, group_values=2))  # slots are patterns already
     by_source = [*(_spec("count", source) for source in SOURCES), *write]
@@ -87,10 +87,10 @@ def encode(
     """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
 
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
-    ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
-    else fp16. ``report`` receives what the rounding did. Memory beside the result: 256 bytes per tile of 8192
-    elements, 4 per run. Waits for the device once, to learn the size of the result. No group of ``a`` may have more
-    than ``group_values`` elements: then the bitmap has no more either. Raises ``ArgumentError``.
+    ``dtype`` says of which type. Its rows are contiguous; any row pitch is allowed. ``dtype`` defaults to bf16 for
+    bf16, else fp16. ``report`` receives what the rounding did. Memory besides the result: 256 bytes per tile of 8192
+    elements and 4 per run. Waits for the device once, to learn the size of the result. No group of ``a`` may have more
+    than ``group_values`` elements; the groups of the bitmap then have no more either. Raises ``ArgumentError``.
     """
     import cupy
 
@@ -135,8 +135,8 @@ def decode_arguments(w: Bitmap, out: Any) -> tuple[KernelSpec, tuple[int], tuple
 def decode(w: Bitmap, *, out: Any = None) -> Any:
     """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
 
-    ``out``, a C-contiguous CuPy array of that shape and type, is written when given; then nothing is allocated. Where
-    K is no multiple of 8, or ``out`` does not start at one of 16 bytes, it takes longer. Raises ``ArgumentError``.
+    If ``out``, a C-contiguous CuPy array of that shape and type, is given, it is written and nothing is allocated.
+    Decoding takes longer if K is not a multiple of 8 or ``out`` is not aligned to 16 bytes. Raises ``ArgumentError``.
     """
     import cupy
 

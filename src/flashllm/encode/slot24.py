@@ -33,7 +33,7 @@ from flashllm.jit.spec import KernelSpec
 
 _THREADS = PARTS * LANES
 _TOTALS = 5  # nnz, and the four fields of the rounding report
-_STAGE_BYTES = 64 * (2 * PAIRS + 8) * 2  # 64 rows of a window, dense, that a block decodes
+_STAGE_BYTES = 64 * (2 * PAIRS + 8) * 2  # 64 dense rows of a window, which a block decodes
 
 
 def _spec(name: str, *template: tuple[str, str], threads: int = _THREADS) -> KernelSpec:
@@ -64,7 +64,7 @@ def _decode_spec(parts: Parts) -> KernelSpec:
 
 
 def specs() -> list[KernelSpec]:
-    """Every kernel of its own that this module can launch; those of the encoder of bitmap are used too."""
+    """Every kernel of its own that this module can launch; it also uses those of the bitmap encoder."""
     parts = PARTS_OF.values()
     fill = [_fill_spec(source, shape) for source in SOURCES for shape in parts]
     pair = [_pair_spec(shape, values) for shape in parts for values in GROUP_VALUES]
@@ -83,13 +83,14 @@ def encode(
     """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
 
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit patterns when
-    ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype`` defaults to bf16 for bf16,
-    else fp16. ``report`` receives what the rounding did. ``window``, ``part_rows`` and ``group_values`` are as
+    ``dtype`` says of which type. Its rows are contiguous; any row pitch is allowed. ``dtype`` defaults to bf16 for
+    bf16, else fp16. ``report`` receives what the rounding did. ``window``, ``part_rows`` and ``group_values`` are as
     for ``Slot24.from_dense``.
 
-    Memory beside the result: the matrix of slots, 256 bytes a row of whole tiles for each window (half the dense matrix
-    of 16 bits when windows have 256 columns), and M K / 8 bytes. Waits for the device once for each arrangement that it
-    tries, and twice more. Raises ``ArgumentError``, also when the columns do not pair up as asked.
+    Memory besides the result: the matrix of slots, which takes 256 bytes for each window of each row, padded to whole
+    tiles (half of the dense 16-bit matrix when windows have 256 columns), and M K / 8 bytes. Waits for the device once
+    for each arrangement that it tries, and twice more. Raises ``ArgumentError``, also when the columns do not pair up
+    as requested.
     """
     import cupy
 
@@ -169,8 +170,8 @@ def decode_arguments(w: Slot24, out: Any) -> tuple[KernelSpec, tuple[int], tuple
 def decode(w: Slot24, *, out: Any = None) -> Any:
     """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
 
-    ``out``, a C-contiguous CuPy array of that shape and type, is written when given; then nothing is allocated. Where
-    K is no multiple of 8, or ``out`` does not start at one of 16 bytes, it takes longer. Raises ``ArgumentError``.
+    If ``out``, a C-contiguous CuPy array of that shape and type, is given, it is written and nothing is allocated.
+    Decoding takes longer if K is not a multiple of 8 or ``out`` is not aligned to 16 bytes. Raises ``ArgumentError``.
     """
     import cupy
 

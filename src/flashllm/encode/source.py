@@ -26,7 +26,7 @@ _REPORT_FIELDS = ("total", "changed", "became_zero", "became_infinite")  # as en
 
 
 def source_of(a: Any, dtype: str | None) -> tuple[str, DType]:
-    """The kernels' source type and the value type for an input and the ``dtype`` asked for."""
+    """The kernels' source type and the value type for an input and the requested ``dtype``."""
     if not is_cupy(a):
         raise ArgumentError("a", expected="a CuPy array", got=type(a).__name__)
     wanted = check_dtype(dtype) if dtype is not None else None
@@ -48,14 +48,14 @@ def source_of(a: Any, dtype: str | None) -> tuple[str, DType]:
 
 
 def check_on_device(a: Any, argument: str) -> None:
-    """``ArgumentError`` unless ``a`` lies on the current device."""
+    """Raise ``ArgumentError`` unless ``a`` lies on the current device."""
     current = current_device()
     if int(a.device.id) != current:
         raise ArgumentError(argument, expected=f"data on the current device {current}", got=f"device {a.device.id}")
 
 
 def layout_of(a: Any) -> tuple[tuple[int, int], int]:
-    """Shape (M, K) of ``a`` and elements from row to row; ``ArgumentError`` unless rows are contiguous."""
+    """Shape (M, K) of ``a`` and its row pitch in elements; raises ``ArgumentError`` unless rows are contiguous."""
     shape = check_shape(a.shape, argument="a")
     contiguous = shape[1] == 1 or a.strides[1] == a.itemsize
     separate = shape[0] == 1 or (a.strides[0] >= shape[1] * a.itemsize and a.strides[0] % a.itemsize == 0)
@@ -65,7 +65,7 @@ def layout_of(a: Any) -> tuple[tuple[int, int], int]:
 
 
 def send_report(report: ReportCallback | None, source: str, nnz: int, rounding: Any) -> None:
-    """Call ``report`` with what ``rounding``, the counters of the kernels, says."""
+    """Call ``report`` with what ``rounding``, the kernels' counters, say."""
     if report is not None:
         # A 16-bit source is not rounded: its nonzero elements are the stored ones.
         effect = [nnz, 0, 0, 0] if source == BITS16 else [int(v) for v in rounding.get()]
@@ -73,7 +73,7 @@ def send_report(report: ReportCallback | None, source: str, nnz: int, rounding: 
 
 
 def check_decodable(w: SparseWeight) -> None:
-    """``ArgumentError`` unless ``w`` lies on the current device, with buffers that kernels copy in vectors."""
+    """Raise ``ArgumentError`` unless ``w`` lies on the current device, in buffers aligned for vector copies."""
     if not w.is_device:
         raise ArgumentError("w", expected="a weight on a device (see to_device)", got="a weight on the host")
     for name, array in w.arrays().items():
@@ -85,7 +85,7 @@ def check_decodable(w: SparseWeight) -> None:
 
 
 def check_dense_output(out: Any, shape: tuple[int, int], dtype: DType) -> None:
-    """``ArgumentError`` unless ``out`` is a C-contiguous CuPy array [M, K] of the value type."""
+    """Raise ``ArgumentError`` unless ``out`` is a C-contiguous CuPy array [M, K] of the value type."""
     wanted = numpy_dtype(dtype)
     if not is_cupy(out) or out.shape != shape or out.dtype != wanted or not out.flags.c_contiguous:
         expected = f"a C-contiguous CuPy array of {wanted} [{shape[0]}, {shape[1]}]"

@@ -63,8 +63,8 @@ def encode(a: Any, *, dtype: str | None = None, order: str = "bank", report: Rep
     """Encode a CuPy matrix [M, K] on the current device; the same bytes as the NumPy encoder.
 
     ``a`` holds float16, bfloat16 or float32 (rounded to nearest even in the kernel), or uint16 bit
-    patterns when ``dtype`` says of which type. Its rows are contiguous; the row pitch is free. ``dtype``
-    defaults to bf16 for bf16, else fp16. ``report`` receives what the rounding did. Memory beside the
+    patterns when ``dtype`` says of which type. Its rows are contiguous; any row pitch is allowed. ``dtype``
+    defaults to bf16 for bf16, else fp16. ``report`` receives what the rounding did. Memory besides the
     result: at most 20 bytes per tile. Waits for the device once, to learn the size of the result. Raises
     ``ArgumentError``.
     """
@@ -110,7 +110,7 @@ def encode(a: Any, *, dtype: str | None = None, order: str = "bank", report: Rep
 def decode(w: TiledCSL, *, out: Any = None) -> Any:
     """Dense CuPy matrix [M, K] (float16 or ml_dtypes.bfloat16) of a weight on the current device.
 
-    ``out``, a C-contiguous CuPy array of that shape and type, is written when given; then nothing is
+    If ``out``, a C-contiguous CuPy array of that shape and type, is given, it is written and nothing is
     allocated.
     """
     import cupy

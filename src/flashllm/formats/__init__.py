@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse weight formats: encode, decode, check, count bytes. No kernel is known here.
+"""Sparse weight formats: encode, decode, check, count bytes. Nothing here depends on a kernel.
 
-``weight.py`` has the base class of all; ``flashllm.registry`` knows them by name.
+``weight.py`` has their common base class; ``flashllm.registry`` knows them by name.
 """

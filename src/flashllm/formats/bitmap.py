@@ -32,19 +32,20 @@ from flashllm.formats.weight import SparseWeight
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MASK_BYTES = 0.131  # per element: 1 bit, and the fronts of tiles and places of streams
-_SMALL = 1 << 15  # rows of values that are not full at the end, bytes
+_MASK_BYTES = 0.131  # per element: 1 bit, plus the fronts of tiles and places of streams
+_SMALL = 1 << 15  # bytes: for the value rows at the end, which are not full
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bitmap(SparseWeight):
     """A sparse weight W [M, K] as masks and value streams.
 
-    ``masks`` is uint32 [tiles, 4, 32, 2], two words for each lane of the four warps that share a tile of 128 x 64;
-    ``values`` uint16 [chunks, 4, 16, 32, 2], 16 rows of values of all lanes together; ``fronts`` int32 [tiles + 1] the
-    value row that the longest stream has reached when a tile begins; ``places`` uint16 [ceil(tiles / 8), 4, 64] which
-    column each stream has from every eighth tile on, which had it before, and how many rows that is behind (``Places``
-    in bitmap_encode.py). ``nnz`` does not count the zeros that keep streams from falling behind.
+    ``masks`` is uint32 [tiles, 4, 32, 2]: two words for each lane of the four warps that share a tile of 128 x 64.
+    ``values`` is uint16 [chunks, 4, 16, 32, 2]: each chunk holds 16 value rows of each of the four parts. ``fronts`` is
+    int32 [tiles + 1]: the value row that the longest stream has reached when a tile begins. ``places`` is uint16
+    [ceil(tiles / 8), 4, 64]: for every eighth tile, the column that each stream has from there on, the stream that had
+    this column before, and how many rows the column is behind the front (``Places`` in bitmap_encode.py). ``nnz`` does
+    not count the zeros that keep streams from falling too far behind.
     """
 
     FORMAT: ClassVar[str] = "bitmap"
@@ -58,17 +59,17 @@ class Bitmap(SparseWeight):
 
     @classmethod
     def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
-        """``FormatError`` unless fields, types and lengths are legal."""
+        """Raise ``FormatError`` unless fields, types and lengths are legal."""
         check_fields(**fields, path=path)
         check_buffers(shape=tuple(fields["shape"]), **arrays, path=path)
 
     def check_content(self, *, path: str | None) -> None:
-        """``FormatError`` at the first breach of what a kernel relies on, or when values and ``nnz`` do not agree."""
+        """Raise ``FormatError`` at the first breach of what a kernel relies on, or if values and ``nnz`` disagree."""
         check_content(shape=self.shape, nnz=self.nnz, **self.arrays(), path=path)
 
     @classmethod
     def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
-        """A bit per element and 2 bytes per stored one, with what streams that end unevenly leave empty."""
+        """One bit per element and 2 bytes per stored one, plus what streams leave empty by ending unevenly."""
         return int(shape[0] * shape[1] * _MASK_BYTES) + estimated_value_bytes(tile_grid(shape), density) + _SMALL
 
     @classmethod
@@ -78,7 +79,7 @@ class Bitmap(SparseWeight):
         ``a`` is a NumPy array of float16, bfloat16 (ml_dtypes), float32 or float64, or a CuPy array of float16,
         bfloat16, float32 or, with ``dtype="bf16"``, uint16 bit patterns; a CuPy array is encoded on its device.
         ``dtype`` is ``"fp16"`` or ``"bf16"``; by default bf16 for bf16 input, else fp16. Other types are rounded to
-        nearest even; ``report`` is called once with the ``RoundingReport`` of that. Raises ``ArgumentError``.
+        nearest even; ``report`` is called once with the resulting ``RoundingReport``. Raises ``ArgumentError``.
         """
         if is_cupy(a):
             from flashllm.encode import bitmap as device
@@ -93,8 +94,8 @@ class Bitmap(SparseWeight):
     def from_scipy(cls, s: Any, *, dtype: str = "fp16", report: ReportCallback | None = None) -> Bitmap:
         """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
 
-        Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as in
-        ``from_dense``. Raises ``ArgumentError`` for another type, ``FormatError`` for index arrays that are not sound.
+        Duplicate positions are summed in the type of the source (float64 for integers), and the sums are rounded as in
+        ``from_dense``. Raises ``ArgumentError`` for any other type, ``FormatError`` for invalid index arrays.
         """
         kind = check_dtype(dtype)
         csr = canonical_csr(s)

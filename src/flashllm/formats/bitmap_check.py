@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bitmap: check of every invariant, in time linear in the number of tiles and values.
+"""Bitmap: checks every invariant in time linear in the number of tiles and values.
 
-A kernel follows masks, fronts and places without looking, so data from outside must pass here first.
+A kernel follows masks, fronts and places without checking them, so data from outside must pass these checks first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CHUNK_TILES = 1024  # tiles checked at once: 8 MiB of flags
 
 
 def check_fields(*, shape: Any, dtype: Any, nnz: Any, path: str | None = None) -> None:
-    """``FormatError`` unless the scalar fields have legal types and ranges."""
+    """Raise ``FormatError`` unless the scalar fields have legal types and ranges."""
     check_shape_and_type(shape=shape, dtype=dtype, path=path)
     check_nnz(nnz, shape=shape, path=path)
 
@@ -47,7 +47,7 @@ def check_fields(*, shape: Any, dtype: Any, nnz: Any, path: str | None = None) -
 def check_buffers(
     *, shape: tuple[int, int], masks: Any, values: Any, fronts: Any, places: Any, path: str | None = None
 ) -> None:
-    """``FormatError`` unless the buffers (NumPy or CuPy) have the types and shapes the matrix asks for."""
+    """Raise ``FormatError`` unless the buffers (NumPy or CuPy) have the types and shapes that the matrix requires."""
     tiles_m, tiles_k = tile_grid(shape)
     tiles = tiles_m * tiles_k
     wanted: dict[str, tuple[Any, Any, tuple[int | None, ...]]] = {
@@ -70,9 +70,9 @@ def check_content(
     places: NDArray[np.uint16],
     path: str | None = None,
 ) -> None:
-    """``FormatError`` unless masks, fronts, places, values and ``nnz`` agree.
+    """Raise ``FormatError`` unless masks, fronts, places, values and ``nnz`` agree.
 
-    Call ``check_fields`` and ``check_buffers`` first. An index counts the entries of a buffer from its beginning.
+    Call ``check_fields`` and ``check_buffers`` first. The index in an error counts entries of the flattened buffer.
     """
     _check_fronts(fronts, len(values), path)
     if np.any(values == 0x8000):
@@ -132,7 +132,7 @@ def _check_fronts(fronts: NDArray[np.int32], chunks: int, path: str | None) -> N
 
 
 def _check_lanes(places: NDArray[np.uint16], path: str | None) -> None:
-    """In each half of a part every lane has one column."""
+    """Check that in each half of a part every lane's column belongs to exactly one stream."""
     lanes = Places.unpack(places).lanes.reshape(len(places), PARTS, LANES, 2)
     sound = (np.sort(lanes, axis=2) == np.arange(LANES)[:, None]).all(axis=(1, 2, 3))
     if sound.all():
@@ -153,7 +153,7 @@ def _check_lanes(places: NDArray[np.uint16], path: str | None) -> None:
 
 
 def _check_places(places: NDArray[np.uint16], tiles: NDArray[np.int64], want: Places, path: str | None) -> None:
-    """Of the multiples of ``PLACE_TILES`` among ``tiles``: columns go on where they ended, in no other order."""
+    """Check the places of the multiples of ``PLACE_TILES`` among ``tiles``: columns continue where they ended."""
     first = -(-int(tiles[0]) // PLACE_TILES)
     found = places[first : first + len(want.lanes)]
     if (found == want.pack()).all():
@@ -180,7 +180,7 @@ def _check_streams(
     fronts: NDArray[np.int32],
     path: str | None,
 ) -> None:
-    """After each tile the longest stream is at the front and none more than the slack behind."""
+    """Check that after each tile the longest stream is at the front and none is more than ``SLACK`` rows behind."""
     behind = fronts[tiles + 1].astype(np.int64)[:, None, None] - (starts + counts)
     for wrong, expected in (
         (behind.min(axis=(1, 2)) != 0, "the value row that the longest stream reaches by its masks"),
@@ -199,7 +199,7 @@ def _check_inside(
     stored: NDArray[np.bool_],
     path: str | None,
 ) -> None:
-    """Values that are not zero lie inside the matrix; padding may lie anywhere in a tile."""
+    """Check that nonzero values lie inside the matrix; padding may lie anywhere in a tile."""
     tiles_k = tile_grid(shape)[1]
     rows, columns = shape[0] - tiles // tiles_k * TILE_M, shape[1] - tiles % tiles_k * TILE_K
     if rows.min() >= TILE_M and columns.min() >= TILE_K:

@@ -23,19 +23,19 @@ from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid, whole_tiles
 PARTS = 4
 LANES = 32
 STREAMS = 2 * LANES
-"""Streams of a part; number 2 * lane + (0 first, 1 second half of the columns of a step)."""
+"""Streams of a part. Number 2 * lane + h is half h of the columns of a step: 0 is the first half, 1 the second."""
 STREAM_ELEMENTS = TILE_M * TILE_K // PARTS // STREAMS
 """Elements of one stream in one tile."""
 GROUP = 4
 """Elements of a group, which are neighbours in a stream: two rows by two columns of a fragment."""
 PLACE_TILES = 8
-"""Tiles after which streams trade columns; their places are stored there."""
+"""Streams trade columns after this many tiles; their places are stored there."""
 SLACK = 31
-"""Value rows that a stream may lag behind the longest."""
+"""Value rows by which a stream may lag behind the longest."""
 CHUNK_ROWS = 16
-"""Value rows of all parts that lie together: what a block of the kernel copies at one time."""
+"""Value rows of each part in a chunk, which a block of the kernel copies at a time."""
 MAX_ROWS = 2**31 - 1
-"""Value rows of a matrix: their numbers are int32."""
+"""Most value rows of a matrix: row numbers are int32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ class EncodedBitmap:
     values: NDArray[np.uint16]
     """[chunks, 4 parts, 16 value rows, 32 lanes, 2]: patterns of the first and second halves of steps.
 
-    A stream has one of the 32 columns of its half. At least two rows follow the last front: a stream that is through
-    may read its next two values.
+    A stream has one of the 32 columns of its half. At least two rows follow the last front, because a stream that has
+    ended may still read its next two values.
     """
     fronts: NDArray[np.int32]
-    """[tiles + 1]: value row behind the longest stream when a tile begins; last, at the end."""
+    """[tiles + 1]: the value row that the longest stream has reached when a tile begins and, last, at the end."""
     places: NDArray[np.uint16]
-    """[ceil(tiles / 8), 4 parts, 64 streams]: where each stream goes on at every eighth tile; see :class:`Places`."""
+    """[ceil(tiles / 8), 4 parts, 64 streams]: where each stream continues at every eighth tile; see :class:`Places`."""
     nnz: int
 
 
@@ -92,15 +92,15 @@ def unpack_masks(masks: NDArray[np.uint32]) -> NDArray[np.bool_]:
 
 
 def flag_counts(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """True flags of each stream of ``kept`` [tiles, 4, 64, 32]."""
-    # Bytes add up eight at a time: four words of eight flags leave every byte at most 4.
+    """Number of true flags in each stream of ``kept`` [tiles, 4, 64, 32]."""
+    # One 64-bit addition adds eight byte-sized flags: the sum of four words leaves every byte at most 4.
     partial = kept.view(np.uint64).sum(axis=-1, dtype=np.uint64)
     counts: NDArray[np.int64] = partial.view(np.uint8).reshape(*kept.shape[:3], 8).sum(axis=-1, dtype=np.int64)
     return counts
 
 
 class Places(NamedTuple):
-    """Where streams go on, each [..., 4, 64] by stream. Packed: five bits each, the last field the highest."""
+    """Where streams continue; each field is [..., 4, 64], by stream. Packed: five bits each, the last field highest."""
 
     givers: NDArray[np.integer]
     """Lanes of the streams that had the columns before."""
@@ -115,12 +115,12 @@ class Places(NamedTuple):
         return cls(packed & 31, packed >> 5 & 31, packed >> 10)
 
     def pack(self) -> NDArray[np.uint16]:
-        """As they are stored."""
+        """The packed form, as it is stored."""
         return (self.givers | self.lanes << 5 | self.lags << 10).astype(np.uint16)
 
 
 OWN_COLUMNS = np.broadcast_to(np.arange(STREAMS), (PARTS, STREAMS))
-"""The columns of streams at the begin of a run: number 2 * lane + half, as the stream's."""
+"""The columns of streams at the start of a run: each has the column of its own number, 2 * lane + half."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Position:
 
     @classmethod
     def at_front(cls, front: int) -> Position:
-        """As at the begin of a run."""
+        """The position at the start of a run: all streams at ``front``, in their own columns."""
         return cls(np.full((PARTS, STREAMS), front, np.int64), OWN_COLUMNS)
 
     @property
@@ -141,13 +141,13 @@ class Position:
         return by_column(self.rows, self.columns)
 
     def traded(self, lanes: NDArray[np.integer]) -> Position:
-        """The streams in the columns of ``lanes`` [4, 64]: each goes on where the column ended."""
+        """The streams after taking the columns of ``lanes`` [4, 64]: each continues where its new column ended."""
         columns = 2 * lanes.astype(np.int64) + np.arange(STREAMS) % 2
         return Position(np.take_along_axis(self.heights, columns, axis=1), columns)
 
 
 def by_column(of_streams: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What ``of_streams`` [..., 64] says of streams, by the ``columns`` [..., 64] that they have."""
+    """Reorder ``of_streams`` [..., 64] from by stream to by column; ``columns`` [..., 64] are those of the streams."""
     out = np.empty_like(columns)
     np.put_along_axis(out, columns, of_streams, axis=-1)
     return out
@@ -161,10 +161,10 @@ def places_at(
     before: NDArray[np.int64],
     restarts: NDArray[np.int64],
 ) -> Places:
-    """What is stored of the multiples of ``PLACE_TILES`` among consecutive ``tiles``.
+    """The places to store for the multiples of ``PLACE_TILES`` among consecutive ``tiles``.
 
-    ``fronts`` [tiles], ``starts`` and ``columns`` [tiles, 4, 64] are of these tiles, ``before`` [4, 64] are the columns
-    that streams had before the first. Where a run begins, no stream gave its column to another.
+    ``fronts`` [tiles], ``starts`` and ``columns`` [tiles, 4, 64] are those of these tiles; ``before`` [4, 64] are the
+    columns that streams had before the first. Where a run begins, no stream takes over the column of another.
     """
     stored = np.flatnonzero(tiles % PLACE_TILES == 0)
     had = np.concatenate([before[None], columns])[stored]
@@ -183,8 +183,9 @@ def stream_starts(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row and column [tiles, 4, 64] where each stream stands before each of the tiles from ``first`` on.
 
-    ``counts`` [tiles, 4, 64] values are in the tiles. ``position`` is where the streams stand before them, and then
-    behind them; ``fronts``, ``places`` and ``restarts`` are those of the matrix.
+    ``counts`` [tiles, 4, 64] are the numbers of values in these tiles. ``position`` is where the streams stand before
+    the tiles and is moved to where they stand after them. ``fronts``, ``places`` and ``restarts`` are those of the
+    matrix.
     """
     tiles = len(counts)
     starts = np.cumsum(counts, axis=0) - counts
@@ -207,9 +208,9 @@ def stream_starts(
 
 
 def value_places(counts: NDArray[np.int64], starts: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index in the flat values of every value, stream by stream.
+    """Index of every value in the flattened values, stream by stream.
 
-    ``counts`` [tiles, 4, 64] values are in the streams, from the rows ``starts`` on in ``columns``.
+    Each stream has ``counts`` [tiles, 4, 64] values, from row ``starts`` on, in its column of ``columns``.
     """
     runs = counts.ravel()
     first = np.cumsum(runs) - runs
@@ -227,17 +228,21 @@ def read_streams(
     starts: NDArray[np.int64],
     columns: NDArray[np.int64],
 ) -> NDArray[np.uint16]:
-    """The elements of whole tiles as streams [tiles, 4, 64, 32]: those ``kept``, from ``starts`` on in ``columns``."""
+    """The elements of whole tiles as streams [tiles, 4, 64, 32].
+
+    The ``kept`` ones are read from rows ``starts`` on in ``columns``; the others are zero.
+    """
     out = np.zeros(kept.shape, np.uint16)
     out.reshape(-1)[np.flatnonzero(kept)] = values.reshape(-1)[value_places(counts, starts, columns)]
     return out
 
 
 def estimated_value_bytes(grid: tuple[int, int], density: float) -> int:
-    """Bytes of the values of random elements in ``grid`` tiles along M and along K; ``density`` is of the elements.
+    """Bytes of the values for random elements of ``density`` in ``grid`` tiles along M and along K.
 
-    In a run the longest of the 256 streams is some standard deviations ahead of the mean, until they trade columns:
-    then columns are as far apart as a stream gets in so many tiles. Within 5 % at densities from 0.05 to 0.9.
+    In a run, the longest of the 256 streams is some standard deviations ahead of the mean. Since streams trade columns,
+    the columns drift only as far apart as streams do in ``PLACE_TILES`` tiles. Accurate within 5 % at densities from
+    0.05 to 0.9.
     """
     runs = runs_of(grid)
     tiles = grid[0] * grid[1] / runs.count
@@ -248,16 +253,16 @@ def estimated_value_bytes(grid: tuple[int, int], density: float) -> int:
 
 
 def chunks_for(front: int) -> int:
-    """Chunks of values whose streams end at the row ``front``: two more rows may be read."""
+    """Chunks of values when the longest stream ends at row ``front``; two more rows may be read."""
     return (front + 1) // CHUNK_ROWS + 1
 
 
 def encode_strips(
     strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int], *, group_values: int = GROUP
 ) -> EncodedBitmap:
-    """Encode a matrix given as strips [rows, K] of 16-bit patterns, ``TILE_M`` rows each but the last.
+    """Encode a matrix given as strips [rows, K] of 16-bit patterns, each of ``TILE_M`` rows except perhaps the last.
 
-    No group of the matrix has more than ``group_values`` elements, nor will it with the zeros that are added.
+    No group of the matrix may have more than ``group_values`` elements; with the zeros that are added, none will.
     """
     tiles_m, tiles_k = tile_grid(shape)
     tiles = tiles_m * tiles_k
@@ -297,12 +302,12 @@ def _advance(
     first: int,
     restarts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Row and column where each stream stands before each tile, and the zeros that it must add in it.
+    """Row and column where each stream stands before each tile, and how many zeros it must add in the tile.
 
-    Moves ``position`` on, and fills ``fronts`` [tiles + 1] behind its first, which is that of tile ``first``. At a
-    restart all streams go on at the front, each in its own column. At every other multiple of ``PLACE_TILES`` they
-    trade columns. A stream that would be more than ``SLACK`` rows behind the longest after a tile catches up with
-    zeros; there is room for them, as the longest gains at most what a tile holds.
+    Advances ``position`` and fills ``fronts`` [tiles + 1] after its first entry, which is that of tile ``first``. At a
+    restart, all streams continue at the front, each in its own column. At every other multiple of ``PLACE_TILES``, they
+    trade columns. A stream that would be more than ``SLACK`` rows behind the longest after a tile adds zeros to catch
+    up; there is room for them, as the longest gains at most the elements that every stream has in a tile.
     """
     starts = np.empty_like(counts)
     columns = np.empty_like(counts)
@@ -326,10 +331,10 @@ def _advance(
 
 
 def _lanes_to_trade(heights: NDArray[np.int64], coming: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The lanes [4, 64] whose columns the streams get, which have ``coming`` [4, 64] values to come.
+    """The lanes [4, 64] whose columns the streams get; ``coming`` [4, 64] counts the values that each has to come.
 
-    In each half of a part the stream with the most values gets the column that is furthest behind, and so on; of
-    equals the lower lane comes first.
+    In each half of a part, the stream with the most values gets the column that is furthest behind, and so on; among
+    equals, the lower lane comes first.
     """
     lowest = np.argsort(heights.reshape(PARTS, LANES, 2), axis=1, kind="stable")
     longest = np.argsort(-coming.reshape(PARTS, LANES, 2), axis=1, kind="stable")
@@ -339,7 +344,7 @@ def _lanes_to_trade(heights: NDArray[np.int64], coming: NDArray[np.int64]) -> ND
 
 
 def _pad(kept: NDArray[np.bool_], padding: NDArray[np.int64], group_values: int) -> None:
-    """Set the flags of the first ``padding`` zeros of every stream of every tile that their groups have room for."""
+    """In every stream of every tile, set the flags of the first ``padding`` zeros whose groups have room for them."""
     where = np.nonzero(padding)
     if where[0].size:
         flags = kept[where]
@@ -354,7 +359,7 @@ _CHUNK_VALUES = PARTS * CHUNK_ROWS * STREAMS
 
 
 class _Values:
-    """Values [chunks, 4, 16, 64], which grow."""
+    """A growing array of values [chunks, 4, 16, 64]."""
 
     def __init__(self) -> None:
         self._flat = np.zeros(0, np.uint16)
@@ -371,7 +376,8 @@ class _Values:
     ) -> None:
         """Store the kept elements of streams [tiles, 4, 64, 32] at the places ``where``.
 
-        They end below row ``end``, and with them ``done`` of the matrix is stored: so much there will be.
+        They end below row ``end``. ``done`` is the fraction of the matrix that is then stored; the final size is
+        estimated from it.
         """
         self._used = chunks_for(end)
         if self._used * _CHUNK_VALUES > self._flat.size:

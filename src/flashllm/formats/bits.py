@@ -26,7 +26,7 @@ _QUIET_NAN = {"fp16": 0x7E00, "bf16": 0x7FC0}
 
 
 def check_dtype(dtype: str | None) -> DType:
-    """``dtype`` itself when it names a value type, else ``ArgumentError``."""
+    """``dtype`` itself if it names a value type; raises ``ArgumentError`` otherwise."""
     for known in DTYPES:
         if dtype == known:
             return known
@@ -120,8 +120,8 @@ def _round_float64(a: NDArray[np.float64], dtype: DType) -> NDArray[np.uint16]:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if dtype == "fp16":
             return _quiet_nans(a, a.astype(np.float16).view(np.uint16), dtype)
-        # Two roundings to nearest could differ from one. So the first goes to odd: toward zero, then the
-        # last bit set when anything was lost; this keeps the second from mistaking a near tie for a tie.
+        # Two roundings to nearest could differ from one. So the first rounds to odd: toward zero, and then the
+        # last bit is set if anything was lost. This keeps the second from mistaking a near tie for a tie.
         narrow = a.astype(np.float32)
         wide = narrow.view(np.uint32)
         back = narrow.astype(np.float64)

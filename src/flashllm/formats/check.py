@@ -17,12 +17,12 @@ def refuse(field: str, expected: str, got: Any, path: str | None) -> NoReturn:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is an integer; a bool is none."""
+    """Whether ``value`` is an integer; a bool does not count as one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_shape_and_type(*, shape: Any, dtype: Any, path: str | None) -> None:
-    """``FormatError`` unless ``shape`` is (M, K) in range, a tuple or a list, and ``dtype`` a value type."""
+    """Raise ``FormatError`` unless ``shape`` is a tuple or list (M, K) in range and ``dtype`` is a value type."""
     if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(is_int(d) for d in shape):
         refuse("shape", "two integers (M, K)", shape, path)
     if not all(1 <= d <= MAX_DIMENSION for d in shape):
@@ -32,7 +32,7 @@ def check_shape_and_type(*, shape: Any, dtype: Any, path: str | None) -> None:
 
 
 def check_nnz(nnz: Any, *, shape: tuple[int, int] | list[int], path: str | None) -> None:
-    """``FormatError`` unless ``nnz`` elements fit a matrix of ``shape``."""
+    """Raise ``FormatError`` unless ``nnz`` elements fit a matrix of ``shape``."""
     if not is_int(nnz) or not 0 <= nnz <= shape[0] * shape[1]:
         refuse("nnz", f"an integer in 0..{shape[0] * shape[1]}", nnz, path)
 
@@ -40,7 +40,10 @@ def check_nnz(nnz: Any, *, shape: tuple[int, int] | list[int], path: str | None)
 def check_array(
     field: str, array: Any, dtype: Any, dimensions: tuple[int | None, ...], *, reason: str, path: str | None
 ) -> None:
-    """``FormatError`` unless ``array`` (NumPy or CuPy) is contiguous and has this type and shape; ``None`` is any."""
+    """Raise ``FormatError`` unless ``array`` (NumPy or CuPy) is contiguous and has this type and shape.
+
+    A dimension of ``None`` may have any size.
+    """
     fits = array.ndim == len(dimensions) and all(
         want in (None, size) for want, size in zip(dimensions, array.shape, strict=True)
     )

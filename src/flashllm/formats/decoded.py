@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices out of decoded strips of 16-bit patterns: what the formats' ``to_dense`` and ``to_scipy`` return."""
+"""Matrices from decoded strips of 16-bit patterns: what the formats' ``to_dense`` and ``to_scipy`` return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashllm.formats.bits import MAGNITUDE, numpy_dtype, widen
 
 
 def dense_of(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int], dtype: DType) -> NDArray[Any]:
-    """Dense [M, K], float16 or ml_dtypes.bfloat16, of strips [rows, K] from the first row on."""
+    """Dense [M, K], float16 or ml_dtypes.bfloat16, from strips [rows, K] in row order."""
     out = np.empty(shape, np.uint16)
     first = 0
     for strip in strips:
@@ -24,7 +24,7 @@ def dense_of(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int], dtype
 
 
 def csr_of(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int], dtype: DType) -> Any:
-    """``scipy.sparse.csr_array`` [M, K] of float32 with sorted indices of strips [rows, K] from the first row on."""
+    """``scipy.sparse.csr_array`` [M, K] of float32 with sorted indices, from strips [rows, K] in row order."""
     import scipy.sparse
 
     counts, indices, data = [], [], []

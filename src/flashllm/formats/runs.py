@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs: contiguous parts of a matrix's tiles, from whose begins the value streams of a bitmap do not look back.
+"""Runs: contiguous ranges of a matrix's tiles at whose start the value streams of a bitmap start afresh.
 
 A block of a kernel that starts at a run needs no value row from before it. So a matrix has as many runs as blocks work
-on it at one time on the GPUs that the format was made for: three on each of 132 multiprocessors. Other GPUs start
-anywhere, at the price of reading some rows twice. Mirrors ``cuda/flashllm/runs.cuh``.
+on it at a time on the GPUs that the format was made for: three on each of 132 multiprocessors. On other GPUs, blocks
+start anywhere, at the price of reading some rows twice. Mirrors ``cuda/flashllm/runs.cuh``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 RUNS = 396
 """Runs of a matrix that is large enough."""
-_LEAST_TILES = 8  # of a run: shorter ones cost more than they save
-_ALIGNED_ENOUGH = 0.965  # of the runs, to have none that spans two rows of tiles
+_LEAST_TILES = 8  # in a run: shorter runs cost more than they save
+_ALIGNED_ENOUGH = 0.965  # of the runs: as few as this are used if then none spans two rows of tiles
 _ROW_COST = 2
 
 
 @dataclass(frozen=True)
 class Runs:
-    """``count`` runs of ``tiles_m`` x ``tiles_k`` tiles, numbered row by row, of equal cost.
+    """``count`` runs of equal cost over ``tiles_m`` x ``tiles_k`` tiles, which are numbered row by row.
 
-    The end of a row of tiles costs like ``row_cost`` tiles.
+    The end of a row of tiles costs as much as ``row_cost`` tiles.
     """
 
     tiles_m: int
@@ -34,11 +34,11 @@ class Runs:
 
     @property
     def cost(self) -> int:
-        """Tiles in all, ends of rows included."""
+        """Total cost in tiles, ends of rows included."""
         return self.tiles_m * (self.tiles_k + self.row_cost)
 
     def first_tile(self, run: int) -> int:
-        """First tile of ``run``; of ``run + 1``, one past its last."""
+        """First tile of ``run``; that of ``run + 1`` is one past the last tile of ``run``."""
         row, column = divmod(self.cost * run // self.count, self.tiles_k + self.row_cost)
         return row * self.tiles_k + min(column, self.tiles_k)
 
@@ -52,7 +52,7 @@ class Runs:
 
 
 def runs_of(grid: tuple[int, int]) -> Runs:
-    """The runs of a matrix of ``grid`` tiles along M and along K: part of the format."""
+    """The runs of a matrix of ``grid`` tiles along M and along K; this rule is part of the format."""
     tiles_m, tiles_k = grid
     count = max(1, min(RUNS, tiles_m * tiles_k // _LEAST_TILES))
     aligned = count - count % tiles_m

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot24: pairs of columns that share the slots of 2:4 sparse tensor cores, as a bitmap; docs/formats/slot24.md."""
+"""Slot24: pairs of columns share the slots of 2:4 sparse tensor cores, stored as a bitmap; docs/formats/slot24.md."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TILE_BYTES = 1024 + 1024 + 512 + 68  # masks, picks, columns; front and places
-_TALL_SAVES = 256  # of them, where parts have 64 rows
+_TALL_SAVES = 256  # of these bytes, where parts have 64 rows
 _DENSITIES = (0.17, 0.25, 0.29, 0.35)
-_WINDOWS = (256, 240, 176, 128)  # the largest in which the columns of large random matrices pair up, about
-_TALL_DENSITY = 0.17  # up to which they pair up for 64 rows too, in windows of 248 at the least
-_SMALL = 1 << 15  # rows of values that are not full at the end, bytes
+_WINDOWS = (256, 240, 176, 128)  # about the largest in which the columns of large random matrices pair up
+_TALL_DENSITY = 0.17  # up to here they also pair up for 64 rows, in windows of at least 248
+_SMALL = 1 << 15  # bytes: for the value rows at the end, which are not full
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slot24(SparseWeight):
     """A sparse weight W [M, K] as a matrix of slots, each of which holds a value of one of two columns.
 
-    ``window`` columns of W go into 128 slots, in pairs that each band of ``part_rows`` of 128 rows, 32 or 64, has for
-    itself. ``masks``, ``values``, ``fronts`` and ``places`` are those of the ``Bitmap`` of the slots, 128 per window;
-    where bands have 64 rows, it has them in another order in each tile. No group of four of its elements has more than
-    ``group_values`` values, 2 or 4. ``picks`` is uint32 [tiles, 4, 32, 2]: a bit for each slot, 1 where its value is
-    the right column's. ``columns`` is uint8 [tiles, 4, 32, 4], for bands of 64 rows [tiles, 4, 32, 2]: for each lane
-    and step of a part, the column in the window.
+    ``window`` columns of W share 128 slots in pairs. Each band of ``part_rows`` rows, 32 or 64 of the 128 rows of a
+    tile, has its own pairs. ``masks``, ``values``, ``fronts`` and ``places`` are those of the ``Bitmap`` of the slots,
+    128 per window; where bands have 64 rows, each tile of the bitmap has its slots in another order. No group of four
+    of its elements has more than ``group_values`` values, 2 or 4. ``picks`` is uint32 [tiles, 4, 32, 2]: one bit per
+    slot, 1 where its value is from the right column. ``columns`` is uint8 [tiles, 4, 32, 4], or [tiles, 4, 32, 2] for
+    bands of 64 rows: the column in the window for each lane and step of a part.
     """
 
     FORMAT: ClassVar[str] = "slot24"
@@ -71,15 +71,15 @@ class Slot24(SparseWeight):
 
     @classmethod
     def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
-        """``FormatError`` unless fields, types and lengths are legal."""
+        """Raise ``FormatError`` unless fields, types and lengths are legal."""
         check_fields(**fields, path=path)
         shape, window, part_rows = tuple(fields["shape"]), fields["window"], fields["part_rows"]
         check_buffers(shape=shape, window=window, part_rows=part_rows, **arrays, path=path)
 
     def check_content(self, *, path: str | None) -> None:
-        """``FormatError`` at the first breach of what a kernel relies on, or when values and ``nnz`` do not agree.
+        """Raise ``FormatError`` at the first breach of what a kernel relies on, or if values and ``nnz`` disagree.
 
-        Of the order of the pairs in a window nothing is checked: results do not depend on it.
+        The order of the pairs in a window is not checked, as results do not depend on it.
         """
         check_content(
             slots=self.slots,
@@ -104,7 +104,7 @@ class Slot24(SparseWeight):
 
     @classmethod
     def densest(cls, **layout: int) -> float:
-        """Groups of two values are for thin matrices only."""
+        """Groups of two values are only for very sparse matrices."""
         return 0.08 if layout.get("group_values") == 2 else 1.0
 
     @classmethod
@@ -123,12 +123,12 @@ class Slot24(SparseWeight):
         ``a`` is a NumPy array of float16, bfloat16 (ml_dtypes), float32 or float64, or a CuPy array of float16,
         bfloat16, float32 or, with ``dtype="bf16"``, uint16 bit patterns; a CuPy array is encoded on its device.
         ``dtype`` is ``"fp16"`` or ``"bf16"``; by default bf16 for bf16 input, else fp16. Other types are rounded to
-        nearest even; ``report`` is called once with the ``RoundingReport`` of that. ``window`` is how many columns
-        share 128 slots, a multiple of 8 in 128..256; by default the largest of a list that the matrix allows.
-        ``part_rows`` is how many rows pair their columns alike, 32 or 64; by default 64 where windows can be nearly as
-        large as they get. ``group_values`` is how many values a group of four slots may have, 2 or 4; by default 2
-        where windows and the pairing allow it. Raises ``ArgumentError``, also when the columns do not pair up as these
-        ask.
+        nearest even; ``report`` is called once with the resulting ``RoundingReport``. ``window`` is how many columns
+        share 128 slots, a multiple of 8 in 128..256; by default the largest in a list that the matrix allows.
+        ``part_rows`` is how many rows pair their columns alike, 32 or 64; by default 64 where windows can then be
+        nearly as large as possible. ``group_values`` is how many values a group of four slots may have, 2 or 4; by
+        default 2 where the windows and the pairing allow it. Raises ``ArgumentError``, also when the columns do not
+        pair up as these arguments require.
         """
         check_window(window)
         check_part_rows(part_rows)
@@ -158,9 +158,9 @@ class Slot24(SparseWeight):
     ) -> Slot24:
         """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
 
-        Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as in
-        ``from_dense``, whose ``window``, ``part_rows`` and ``group_values`` this takes too. Raises ``ArgumentError``
-        for another type, ``FormatError`` for index arrays that are not sound.
+        Duplicate positions are summed in the type of the source (float64 for integers), and the sums are rounded as in
+        ``from_dense``. ``window``, ``part_rows`` and ``group_values`` are as in ``from_dense``. Raises
+        ``ArgumentError`` for any other type, ``FormatError`` for invalid index arrays.
         """
         check_window(window)
         check_part_rows(part_rows)
@@ -201,12 +201,12 @@ class Slot24(SparseWeight):
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Tiles of slots along M and along K; a window has two."""
+        """Tiles of slots along M and along K; a window has two along K."""
         return tile_grid(slots_shape(self.shape, self.window))
 
     @property
     def slots(self) -> Bitmap:
-        """The matrix of slots as it is stored, in whole tiles; it shares the buffers."""
+        """The matrix of slots as it is stored, in whole tiles; it shares the buffers of this weight."""
         return Bitmap(
             shape=slots_shape(self.shape, self.window),
             dtype=self.dtype,

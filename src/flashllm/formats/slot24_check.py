@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot24: check of every invariant, in time linear in the number of tiles and values."""
+"""Slot24: checks every invariant in time linear in the number of tiles and values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def check_fields(
     *, shape: Any, dtype: Any, nnz: Any, window: Any, part_rows: Any, group_values: Any, path: str | None = None
 ) -> None:
-    """``FormatError`` unless the scalar fields have legal types and ranges."""
+    """Raise ``FormatError`` unless the scalar fields have legal types and ranges."""
     check_shape_and_type(shape=shape, dtype=dtype, path=path)
     if not legal_window(window):
         refuse("window", LEGAL_WINDOW, window, path)
@@ -55,7 +55,7 @@ def check_buffers(
     path: str | None = None,
     **bitmap: Any,
 ) -> None:
-    """``FormatError`` unless the buffers (NumPy or CuPy) have the types and shapes the matrix asks for."""
+    """Raise ``FormatError`` unless the buffers (NumPy or CuPy) have the types and shapes that the matrix requires."""
     slots = slots_shape(shape, window)
     bitmap_check.check_buffers(shape=slots, path=path, **bitmap)
     tiles_m, tiles_k = tile_grid(slots)
@@ -78,9 +78,9 @@ def check_content(
     columns: Any,
     path: str | None,
 ) -> None:
-    """``FormatError`` unless ``slots``, as stored, is a sound bitmap, and picks and columns agree with it.
+    """Raise ``FormatError`` unless ``slots``, as stored, is a valid bitmap, and picks and columns agree with it.
 
-    Call ``check_fields`` and ``check_buffers`` first. An index counts the entries of a buffer from its beginning.
+    Call ``check_fields`` and ``check_buffers`` first. The index in an error counts entries of the flattened buffer.
     """
     slots.check_content(path=path)
     _check_groups(slots.masks, group_values, path)
@@ -115,7 +115,7 @@ def check_content(
 
 
 def _check_groups(masks: NDArray[np.uint32], group_values: int, path: str | None) -> None:
-    """No group has more than ``group_values`` bits: those 8 apart in a word."""
+    """Check that no group, the bits 8 apart in a word, has more than ``group_values`` bits set."""
     flags = np.unpackbits(np.ascontiguousarray(masks, "<u4").view(np.uint8).reshape(-1, GROUP, 1), axis=2)
     full = flags.sum(axis=1).max(axis=1) > group_values
     if full.any():
@@ -130,7 +130,7 @@ def _check_groups(masks: NDArray[np.uint32], group_values: int, path: str | None
 
 
 def _check_rows(first: int, stored: NDArray[np.bool_], shape: tuple[int, int], parts: Parts, path: str | None) -> None:
-    """Values lie in rows of the matrix; ``stored`` [128, slots] is of the row of tiles that begins with ``first``."""
+    """Check that values lie in rows of the matrix; ``stored`` [128, slots] is the row of tiles from ``first`` on."""
     rows = shape[0] - first // (stored.shape[1] // TILE_K) * TILE_M
     if stored[rows:].any():
         row, slot = np.argwhere(stored[rows:])[0].tolist()
@@ -144,7 +144,7 @@ def _check_rows(first: int, stored: NDArray[np.bool_], shape: tuple[int, int], p
 
 
 def _check_columns(first: int, listed: Columns, window: int, parts: Parts, path: str | None) -> None:
-    """Every band lists every left and right of a window as often as it has them; ``listed`` is [bands, slots, 2]."""
+    """Check that every band lists each left and right as often as a window has it; ``listed`` is [bands, slots, 2]."""
     for side, (name, wanted) in enumerate(zip(("left", "right"), column_lists(window), strict=True)):
         lists = listed[:, :, side].reshape(parts.bands, -1, PAIRS)
         wrong = (np.sort(lists, axis=-1) != np.sort(wanted)).any(axis=-1)

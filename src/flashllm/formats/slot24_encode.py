@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot24 encoder on the CPU, and the way back: a strip of 128 rows at a time; see docs/formats/slot24.md.
+"""The slot24 encoder and decoder on the CPU, for one strip of 128 rows at a time; see docs/formats/slot24.md.
 
-Two columns of a window share a slot, a left and a right one, paired anew for each band of 32 or 64 rows of a strip. The
-slots are a matrix S of 128 columns per window, which is stored as a bitmap.
+Two columns of a window, a left and a right one, share a slot; they are paired anew for each band of 32 or 64 rows of a
+strip. The slots form a matrix S of 128 columns per window, which is stored as a bitmap.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EncodedSlots:
 
     how: Arrangement
     bitmap: EncodedBitmap
-    """Of the slots."""
+    """The bitmap of the slots."""
     picks: NDArray[np.uint32]
     """[tiles, 4 parts, 32 lanes, 2 words]."""
     columns: NDArray[np.uint8]
@@ -48,7 +48,7 @@ class EncodedSlots:
 
 
 def slots_shape(shape: tuple[int, int], window: int) -> tuple[int, int]:
-    """Rows, all of whole tiles, and slots of a row: the shape of the matrix of slots."""
+    """The shape of the matrix of slots: the rows of whole tiles, and the slots of a row."""
     return -(-shape[0] // TILE_M) * TILE_M, -(-shape[1] // window) * PAIRS
 
 
@@ -60,11 +60,11 @@ def encode(
     group_values: int | None,
     tally: RoundingTally | None = None,
 ) -> EncodedSlots:
-    """Encode a matrix that ``strips`` gives as strips [rows, K] of 16-bit patterns, 128 rows each but the last.
+    """Encode a matrix that ``strips`` yields as 16-bit patterns [rows, K], of 128 rows each except perhaps the last.
 
-    It is called twice, since the window must be known before the first slot is written, and the second time with
-    ``tally``. ``window``, ``part_rows`` and ``group_values`` are legal or ``None``. ``ArgumentError`` when the columns
-    do not pair up as these ask.
+    ``strips`` is called twice, since the window must be known before the first slot is written; the second call gets
+    ``tally``. ``window``, ``part_rows`` and ``group_values`` are legal or ``None``. Raises ``ArgumentError`` when the
+    columns do not pair up as these require.
     """
     masks = [column_masks((strip & MAGNITUDE) != 0) for strip in strips(None)]
     how, pairs = _choose(masks, shape, window, part_rows, group_values)
@@ -114,7 +114,7 @@ def unpaired(window: int | None, group_values: int | None) -> ArgumentError:
 
 
 def _pair_strips(masks: list[NDArray[np.uint32]], how: Arrangement) -> list[tuple[Columns, Columns]] | None:
-    # Most windows that are too large have a column that fits nowhere, which is far cheaper to see than a matching.
+    # Most windows that are too large have a column that fits no other, and finding one is far cheaper than matching.
     if any(has_lonely_column(how.parts.band_masks(strip), how.window) for strip in masks):
         return None
     pairs = []
@@ -129,7 +129,7 @@ def _pair_strips(masks: list[NDArray[np.uint32]], how: Arrangement) -> list[tupl
 def _fill(
     strip: NDArray[np.uint16], window: int, parts: Parts, lefts: Columns, rights: Columns
 ) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    """Slots [128, 128 * windows] of a strip [rows, K], and which of them hold the right column."""
+    """Slots [128, 128 * windows] of a strip [rows, K], and which of them hold a value of the right column."""
     windows = lefts.shape[1]
     width = min(window + RESIDUES, MAX_WINDOW)  # with a copy of each dummy
     whole = np.zeros((TILE_M, windows, width), np.uint16)
@@ -174,7 +174,7 @@ def decode_strips(
     window: int,
     parts: Parts,
 ) -> Iterator[NDArray[np.uint16]]:
-    """Patterns [up to 128, K] of each row of tiles, from those of the slots as they are stored."""
+    """Patterns [up to 128, K] of each row of tiles, from the patterns of the slots as they are stored."""
     tiles_k = tile_grid(slots_shape(shape, window))[1]
     first_column = np.arange(tiles_k * TILE_K)[:, None] // PAIRS * window
     for number, strip in enumerate(stored):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of slot24 whose slots have at most two values in a group of four; see docs/formats/slot24.md.
+"""Pairing of slot24 columns such that each group of four has at most two values; see docs/formats/slot24.md.
 
-A group is two rows, eight apart, of two neighbouring slots: what a lane decodes at one time. With two values at most it
-loads two and not four. So the encoder pairs columns evenly, a heavy left with a light right, and then finds neighbours
-for the slots: one matching after the other, by the same rules, which the docs page fixes.
+A group is two rows, eight apart, of two neighbouring slots: what a lane decodes at a time. With at most two values in
+it, the lane loads two instead of four. So the encoder pairs columns evenly, a heavy left with a light right, and then
+finds neighbours for the slots. These are two matchings, one after the other, by the same rules, which the docs page
+fixes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from flashllm.formats.slot24_matching import augment
 from flashllm.formats.slot24_parts import Masks
 
 ATTEMPTS = 8
-"""Pairings that are tried for a problem: its columns are ranked in other ways each time."""
-_CAREFUL_ATTEMPTS = 6  # that keep equal residues apart
+"""Pairings that are tried for a problem: each attempt ranks its columns differently."""
+_CAREFUL_ATTEMPTS = 6  # the first ones, which keep equal residues apart
 _CLASSES = 4  # residues of lefts, and of rights, modulo 8
 _LOW_BYTES: dict[int, Any] = {4: np.uint32(0x00FF00FF), 8: np.uint64(0x00FF00FF00FF00FF)}
 
@@ -27,8 +28,8 @@ Places = NDArray[np.int64]
 
 
 def group_words(rows: Masks) -> tuple[Masks, Masks]:
-    """Two words for the rows of every slot: the first of one and the second of another slot have a bit in common
-    where the two have more than two values in a group."""
+    """Two words for the rows of every slot. The first word of one slot and the second word of another have a bit in
+    common where the two slots together have more than two values in a group."""
     low, eight = _LOW_BYTES[rows.dtype.itemsize], rows.dtype.type(8)
     upper: Masks = rows & low
     lower: Masks = rows >> eight & low
@@ -41,15 +42,15 @@ def pair_in_groups(
 ) -> tuple[Places, Places] | None:
     """Places of the lefts and of the rights [problems, 128] in the order of the slots.
 
-    For row masks [problems, 128] and the ``residues`` modulo 4 of both lists. ``None`` when no attempt succeeds for
-    one.
+    ``lefts`` and ``rights`` are row masks [problems, 128]; ``residues`` are those of both lists modulo 4. Returns
+    ``None`` if there is a problem for which no attempt succeeds.
     """
     order = np.empty((2, *lefts.shape), np.int64)
     open_problems = np.arange(len(lefts))
     for attempt in range(ATTEMPTS):
         here = lefts[open_problems], rights[open_problems]
         partner, found = match_evenly(*here, None, attempt)
-        if not found.all():  # no attempt finds more
+        if not found.all():  # no other attempt would find more
             return None
         found, arranged = _arrange(*here, partner, residues, careful=attempt < _CAREFUL_ATTEMPTS)
         order[:, open_problems[found]] = arranged
@@ -60,7 +61,7 @@ def pair_in_groups(
 
 
 def ranks(weights: NDArray[np.int64], attempt: int) -> NDArray[np.int64]:
-    """Places from light to heavy [problems, n]; later attempts take some columns for up to three elements heavier."""
+    """Places from light to heavy [problems, n]; later attempts count some columns as up to three elements heavier."""
     shift = (np.arange(weights.shape[1]) * (2 * attempt + 1) >> 3 & 3) if attempt else np.int64(0)
     return np.argsort(weights + shift, axis=1, kind="stable")
 
@@ -68,9 +69,9 @@ def ranks(weights: NDArray[np.int64], attempt: int) -> NDArray[np.int64]:
 def match_evenly(
     lefts: Masks, rights: Masks, kinds: tuple[NDArray[np.int64], NDArray[np.int64]] | None, attempt: int
 ) -> tuple[Places, NDArray[np.bool_]]:
-    """The right of each left [problems, n], and for which problems all have one.
+    """The right of each left [problems, n], and the problems in which every left has one.
 
-    A left and a right fit where their masks have no bit in common and, given ``kinds`` of both, their kinds differ.
+    A left and a right fit if their masks have no bit in common and, where ``kinds`` is given, their kinds differ.
     """
     sides = lefts, rights
     count, size = lefts.shape
@@ -113,7 +114,7 @@ def _arrange(
     *,
     careful: bool,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """The problems whose slots find neighbours, and the places [2, such problems, 128] in order."""
+    """The problems in which all slots find neighbours, and their places [2, such problems, 128] in slot order."""
     first, second = group_words(lefts | np.take_along_axis(rights, partner, axis=1))
     left_residue, right_residue = np.asarray(residues[0], np.int64), np.asarray(residues[1], np.int64)[partner]
     even, odd = (np.flatnonzero(left_residue % 2 == parity) for parity in range(2))
@@ -128,10 +129,10 @@ def _arrange(
 
 
 def _sets(lefts: NDArray[np.int64], rights: NDArray[np.int64]) -> list[int]:
-    """Pairs of neighbours, in the order in which they make sets of four slots; residues of both sides [64, 2].
+    """The order of pairs of neighbours in which two make a set of four slots; takes the residues of both sides [64, 2].
 
-    Each takes, in turn, the next that has the other residues, so that the eight of a set differ; those for which there
-    is none come last.
+    Each pair, in turn, takes the next one that has exactly the other residues, so that the eight residues of a set
+    differ. Pairs for which there is none come last.
     """
     have = 1 << lefts | 1 << _CLASSES + rights
     have = have[:, 0] | have[:, 1]

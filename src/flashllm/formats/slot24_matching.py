@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a matching that slot24's two ways to pair columns have in common; see docs/formats/slot24.md."""
+"""The part of a matching that slot24's two ways of pairing columns share; see docs/formats/slot24.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 def augment(fits: NDArray[np.bool_], left_order: Sequence[int], partner: NDArray[np.int64]) -> bool:
     """Give every left of one problem a right that ``fits`` [lefts, rights], along alternating paths.
 
-    ``partner`` has the rights of the lefts, -1 where one has none, and is changed. False when a left cannot have one.
+    ``partner`` holds the right of each left, -1 where it has none, and is updated. False if some left cannot get one.
     """
     size = len(fits)
     octets = np.packbits(fits, axis=1, bitorder="little")

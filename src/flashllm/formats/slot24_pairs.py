@@ -2,8 +2,8 @@
 """Which columns of a window share a slot: the pairing of slot24 on the CPU; see docs/formats/slot24.md.
 
 The rows of a strip fall into bands of 32 or 64 rows. A *problem* is one band of one window: 128 left and 128 right
-columns, each a mask of the band's rows. A left and a right may pair where no row has both. The docs page fixes every
-choice made here, so that another encoder can give the same bytes.
+columns, each a mask of the band's rows. A left and a right may pair if no row has an element in both. The docs page
+fixes every choice made here, so that another encoder can produce the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAIRS = 128
 """Pairs, and so slots, of a window."""
 MIN_WINDOW, MAX_WINDOW = PAIRS, 2 * PAIRS
 RESIDUES = 8
-"""Columns of a set have different numbers modulo this; the lower half of the residues are lefts."""
+"""Columns of a set have different numbers modulo this; those in the lower half of the residues are lefts."""
 SETS = 4
 """Sets of a step, and pairs of a set."""
 WINDOWS = (256, 248, 240, 232, 224, 216, 208, 192, 176, 160, 144, 128)
@@ -35,9 +35,9 @@ WINDOWS = (256, 248, 240, 232, 224, 216, 208, 192, 176, 160, 144, 128)
 GROUP_VALUES = (2, 4)
 """How many values a group may have, in the order in which they are tried."""
 _GROUP_DENSITY = 0.27
-"""Of slots, up to which random ones find neighbours with which groups have two values, at the most."""
+"""Density of slots up to which random slots find neighbours such that groups have at most two values."""
 _LARGE_WINDOW = 248
-"""From here on groups of two values, and parts of 64 rows, are tried where the encoder has the choice."""
+"""From this size on, groups of two values and parts of 64 rows are tried where the encoder has the choice."""
 LEGAL_WINDOW = f"a multiple of {RESIDUES} in {MIN_WINDOW}..{MAX_WINDOW}"
 """What :func:`legal_window` accepts, for messages."""
 
@@ -58,8 +58,8 @@ def legal_window(window: object) -> bool:
 def column_lists(window: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Window-relative columns [128] of the lefts and of the rights: real ones, then the copies of the dummies.
 
-    Copies run through the residues to and fro: dummies take their partners by weight, and were one residue to get
-    the heavy ones, the streams of its slots would outrun all others.
+    Successive copies run through the residues in alternating directions: dummies get their partners by weight, and if
+    one residue got all the heavy ones, the streams of its slots would outrun all others.
     """
     real = np.arange(window).reshape(-1, 2, _CLASSES)
     lefts = np.empty(((MAX_WINDOW - window) // RESIDUES, _CLASSES), np.int64)
@@ -81,12 +81,12 @@ class Arrangement:
 
 
 def tried(window: int | None, part_rows: int | None, group_values: int | None, density: float) -> list[Arrangement]:
-    """What an encoder tries, in this order, when these are given, for a matrix of this density.
+    """What an encoder tries, in this order, for a matrix of this density; an argument of ``None`` is left open.
 
     Groups of two values save a kernel a third of its decoding, so they come first, but not in windows that make more
-    than 3 % more tiles, nor where slots are so full that they have no chance. Parts of 64 rows halve what it gathers,
-    at the least a tenth of the shared memory's work, so they come before those of 32, but not in windows that make
-    more than 7 % more tiles than these would.
+    than 3 % more tiles, nor where slots are too full for them to have a chance. Parts of 64 rows halve what the kernel
+    gathers, which is at least a tenth of the shared memory's work, so they come before parts of 32, but not in windows
+    that make more than 7 % more tiles than parts of 32 would.
     """
     windows = WINDOWS if window is None else (window,)
     large = tuple(size for size in windows if size >= _LARGE_WINDOW)
@@ -102,7 +102,7 @@ def tried(window: int | None, part_rows: int | None, group_values: int | None, d
 
 
 def column_masks(stored: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """[4, K]: for every column the rows of each band of 32 that are ``stored`` [up to 128, K], a bit per row."""
+    """[4, K]: for each band of 32 rows and each column, the rows that are ``stored`` [up to 128, K], a bit per row."""
     rows = np.zeros((TILE_M, stored.shape[1]), np.bool_)
     rows[: len(stored)] = stored
     octets = np.packbits(rows.reshape(2, PARTS, 2, 8, -1), axis=3, bitorder="little")[:, :, :, 0]
@@ -150,9 +150,9 @@ def match(problems: Problems) -> NDArray[np.int64] | None:
 def arrange(problems: Problems, partner: NDArray[np.int64], window: int, parts: Parts) -> NDArray[np.int64]:
     """Left list positions [problems, 128] in the order of the slots: 32 sets of columns with 8 different residues.
 
-    Heavy pairs come first, so that the pairs of a set weigh about the same, and then the sets are placed by their
-    weight: a stream of values passes through one set of every step, so every second step is filled from its last set,
-    and all streams go on at one speed. Where two parts share the steps of a tile, one has the heaviest and the
+    Sets are formed from heavy pairs first, so that the pairs of a set weigh about the same, and then placed by their
+    weight. A stream of values passes through one set of every step, so every second step is filled from its last set,
+    and all streams advance at one speed. Where two parts share the steps of a tile, one part has the heaviest and the
     lightest of them.
     """
     lefts, rights = column_lists(window)
@@ -181,7 +181,7 @@ def arrange(problems: Problems, partner: NDArray[np.int64], window: int, parts: 
 def pair_up(masks: Masks, how: Arrangement) -> tuple[Columns, Columns] | None:
     """Window-relative left and right columns, each [bands, windows, 128] in the order of the slots.
 
-    For column masks [bands, K]; ``None`` when a window of some band cannot be paired up.
+    ``masks`` are column masks [bands, K]. Returns ``None`` if a window of some band cannot be paired up.
     """
     problems = problems_of(masks, how.window)
     lefts, rights = column_lists(how.window)
@@ -200,7 +200,7 @@ def pair_up(masks: Masks, how: Arrangement) -> tuple[Columns, Columns] | None:
 
 
 def has_lonely_column(masks: Masks, window: int) -> bool:
-    """Whether one of the heaviest columns of some problem fits none of the other side: then nothing pairs up."""
+    """Whether one of the heaviest columns of some problem fits none of the other side, so that pairing must fail."""
     sides = problems_of(masks, window)
     for side, other in (sides, sides[::-1]):
         heaviest = np.argpartition(-np.bitwise_count(side).astype(np.int8), _HEAVIEST, axis=1)[:, :_HEAVIEST]
@@ -212,17 +212,17 @@ def has_lonely_column(masks: Masks, window: int) -> bool:
 
 
 def legal_group_values(values: object) -> bool:
-    """Whether a group may have ``values`` values at most."""
+    """Whether ``values`` is a legal limit for the values of a group."""
     return is_int(values) and values in GROUP_VALUES
 
 
 def check_group_values(values: int | None) -> None:
-    """``ArgumentError`` unless ``values`` is ``None`` or a limit that the format has."""
+    """Raise ``ArgumentError`` unless ``values`` is ``None`` or a limit that the format has."""
     if values is not None and not legal_group_values(values):
         raise ArgumentError("group_values", expected="None, 2 or 4", got=brief(values))
 
 
 def check_window(window: int | None) -> None:
-    """``ArgumentError`` unless ``window`` is ``None`` or a size that the format has."""
+    """Raise ``ArgumentError`` unless ``window`` is ``None`` or a size that the format has."""
     if window is not None and not legal_window(window):
         raise ArgumentError("window", expected=f"None or {LEGAL_WINDOW}", got=brief(window))

@@ -2,8 +2,8 @@
 """The two shapes that a part of a slot24 tile may have: where rows, slots and columns go; see docs/formats/slot24.md.
 
 A *band* is the rows of a tile that pair their columns alike. Bands of 32 rows are the four parts of a bitmap. A band of
-64 has two parts, each of which has half of the band's slots: there the bitmap is of a matrix S' whose tiles hold those
-of S in another order. This is the only place that knows it, and ``slot24::Bands`` in cuda/flashllm/slot24.cuh.
+64 has two parts, each of which has half of the band's slots: there the bitmap is of a matrix S' whose tiles hold the
+slots of S in another order. Only this module and ``slot24::Bands`` in cuda/flashllm/slot24.cuh know that order.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from flashllm.formats.check import is_int
 from flashllm.formats.tiles import TILE_K, TILE_M
 
 STEP_PAIRS = LANES // 2
-"""Pairs of a step: the slots that one instruction multiplies, a column of each pair for every lane."""
+"""Pairs of a step: the slots that one instruction multiplies; each lane has one column of a pair."""
 STEPS = TILE_K // STEP_PAIRS
 """Steps of a tile."""
 
 _Item = TypeVar("_Item", np.uint16, np.bool_)
 Masks = NDArray[np.unsignedinteger[Any]]
-"""Rows of columns, a bit for each row of a band."""
+"""For each column, its rows: one bit for each row of a band."""
 Columns = NDArray[np.uint8]
 """Window-relative columns of the pairs of a strip: [bands, windows, 128], lefts or rights."""
 
@@ -45,7 +45,7 @@ class Parts:
 
     @property
     def halves(self) -> int:
-        """Parts of a band, which have its steps between them."""
+        """Parts of a band, which divide its steps between them."""
         return PARTS // self.bands
 
     @property
@@ -55,12 +55,12 @@ class Parts:
 
     @property
     def step_order(self) -> tuple[int, ...]:
-        """Steps of a tile from heavy to light pairs: halves get the first and the last, and those between."""
+        """Steps of a tile from heavy to light pairs: of two halves, one gets the first and last, the other the rest."""
         return (0, 1, 2, 3) if self.halves == 1 else (0, 2, 3, 1)
 
     @property
     def split_rows(self) -> tuple[int, int, int]:
-        """Rows of a tile as (runs of a band, bands, rows of a run): those of a band lie at index 1."""
+        """The rows of a tile split as (runs of a band, bands, rows of a run): index 1 selects the band."""
         run = 16 if self.halves == 1 else self.rows
         return self.rows // run, self.bands, run
 
@@ -71,7 +71,7 @@ class Parts:
         return np.arange(TILE_M) // run % self.bands
 
     def band_masks(self, masks: NDArray[np.uint32]) -> Masks:
-        """[bands, columns] of masks [4, columns] of bands of 32 rows."""
+        """The masks [bands, columns], from the masks [4, columns] of bands of 32 rows."""
         if self.halves == 1:
             return masks
         # Half word i of mask f: rows 64 i + 16 f .. 64 i + 16 f + 15.
@@ -80,7 +80,7 @@ class Parts:
         return tall.astype(np.uint64, copy=False)
 
     def stored(self, slots: NDArray[_Item]) -> NDArray[_Item]:
-        """S' out of whole tiles of slots S [128, tiles * 64]."""
+        """S' from whole tiles of slots S [128, tiles * 64]."""
         if self.halves == 1:
             return slots
         # Row 64 r + 32 w + 16 i + a, slot 32 h + 16 v + q -> row 64 i + 32 r + 16 h + a, slot 32 v + 16 w + q.
@@ -95,7 +95,7 @@ class Parts:
         return np.ascontiguousarray(split.transpose(1, 6, 0, 3, 4, 2, 5, 7)).reshape(stored.shape)
 
     def place(self, row: int, slot: int) -> tuple[int, int]:
-        """Row and slot in S' of one slot of S; the row in the tile."""
+        """Row and slot in S' of one slot of S; the row counts within the tile."""
         if self.halves == 1:
             return row, slot
         r, w, i, a = row // 64, row // 32 % 2, row // 16 % 2, row % 16
@@ -113,21 +113,21 @@ class Parts:
         return np.ascontiguousarray(split.transpose(1, 0, 2, 4, 3)).reshape(self.bands, -1, 2)
 
     def byte_of_column(self, tile: int, band: int, slot: int, side: int) -> int:
-        """Index in ``columns`` of a side of a slot, which counts from the first of ``tile``."""
+        """Index in ``columns`` of one side of a slot, which is counted from the first slot of ``tile``."""
         step, pair = divmod(slot, STEP_PAIRS)
         part, inside = divmod(step % STEPS, self.steps)
         lane = 2 * pair + side
         return (((tile + step // STEPS) * PARTS + band * self.halves + part) * LANES + lane) * self.steps + inside
 
     def word_of_pick(self, tile: int, row: int, slot: int) -> int:
-        """Index in ``picks`` of the word that has the bit of a slot in a row of the tiles, counted as above."""
+        """Index in ``picks`` of the word with the bit of a slot (counted as above) in a row of the tiles."""
         row, slot = self.place(row, slot)
         step, pair = divmod(slot, STEP_PAIRS)
         lane = row % 8 * 4 + step % 2 * 2 + pair // (STEP_PAIRS // 2)
         return (((tile + step // STEPS) * PARTS + row // 16 % PARTS) * LANES + lane) * 2 + step % STEPS // 2
 
     def word_of_mask(self, tile: int, row: int, slot: int) -> int:
-        """Index in ``masks`` of the word that has the bit of a slot in a row of the tiles, counted as above."""
+        """Index in ``masks`` of the word with the bit of a slot (counted as above) in a row of the tiles."""
         row, slot = self.place(row, slot)
         step, pair = divmod(slot, STEP_PAIRS)
         lane = row % 8 * 4 + pair % 8 // 2
@@ -135,7 +135,7 @@ class Parts:
 
 
 PARTS_OF = {rows: Parts(rows) for rows in (32, 64)}
-"""By rows, all that the format has."""
+"""All shapes of parts that the format has, by their rows."""
 
 
 def legal_part_rows(rows: object) -> bool:
@@ -144,6 +144,6 @@ def legal_part_rows(rows: object) -> bool:
 
 
 def check_part_rows(rows: int | None) -> None:
-    """``ArgumentError`` unless ``rows`` is ``None`` or what parts may have."""
+    """Raise ``ArgumentError`` unless ``rows`` is ``None`` or a number of rows that parts may have."""
     if rows is not None and not legal_part_rows(rows):
         raise ArgumentError("part_rows", expected="None, 32 or 64", got=brief(rows))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row strips of 16-bit patterns out of dense arrays and scipy.sparse matrices: what the host encoders read.
+"""Row strips of 16-bit patterns from dense arrays and scipy.sparse matrices: what the host encoders read.
 
 A strip is at most ``rows`` consecutive rows of the matrix, so an encoder never holds a dense copy of a
 large matrix.
@@ -40,7 +40,7 @@ def to_host(array: Any) -> NDArray[Any]:
 
 
 def check_shape(shape: tuple[int, ...], *, argument: str) -> tuple[int, int]:
-    """(M, K) when both are in 1..2^31-1, else ``ArgumentError``."""
+    """(M, K); raises ``ArgumentError`` unless there are two dimensions and both are in 1..2^31-1."""
     if len(shape) != 2:
         raise ArgumentError(argument, expected="a 2-D matrix [M, K]", got=f"shape {tuple(shape)}")
     rows, columns = int(shape[0]), int(shape[1])
@@ -50,7 +50,7 @@ def check_shape(shape: tuple[int, ...], *, argument: str) -> tuple[int, int]:
 
 
 def check_dense(a: Any) -> tuple[int, int]:
-    """Shape (M, K) of a dense NumPy source, or ``ArgumentError``."""
+    """Shape (M, K) of a dense NumPy source; raises ``ArgumentError`` for anything else."""
     if not isinstance(a, np.ndarray):
         raise ArgumentError(
             "a", expected="a NumPy or CuPy array (from_scipy takes sparse matrices)", got=type(a).__name__
@@ -70,7 +70,7 @@ def dense_strips(a: NDArray[Any], dtype: DType, rows: int, tally: RoundingTally 
 
 
 def scipy_strips(csr: Any, dtype: DType, rows: int, tally: RoundingTally | None) -> Strips:
-    """Strips of the matrix that ``canonical_csr`` returned; each is the same buffer, overwritten."""
+    """Strips of the matrix that ``canonical_csr`` returned; all share one buffer, which each strip overwrites."""
     bits = to_bits(csr.data[: int(csr.indptr[-1])], dtype, tally=tally)
     height, width = csr.shape
     block = np.empty((min(rows, height), width), np.uint16)
@@ -88,9 +88,9 @@ def scipy_strips(csr: Any, dtype: DType, rows: int, tally: RoundingTally | None)
 def canonical_csr(s: Any) -> Any:
     """``s`` as CSR of float32 or float64 with every position at most once (duplicates are summed).
 
-    ``s`` is a CSR, CSC or COO matrix or array of a real type; integers and booleans become float64. It
-    is left as it was. Indices are checked first, because SciPy accepts any and its conversions then read
-    outside the buffers.
+    ``s`` is a CSR, CSC or COO matrix or array of a real type; integers and booleans become float64. ``s``
+    itself is not changed. Indices are checked first, because SciPy accepts any indices and its conversions
+    would then read outside the buffers.
     """
     check_sparse(s)
     kind = kind_of(s.dtype)
@@ -109,10 +109,10 @@ def canonical_csr(s: Any) -> Any:
 
 
 def check_sparse(s: Any, *, path: str | None = None) -> tuple[int, int]:
-    """Shape (M, K) of a CSR, CSC or COO matrix whose index arrays are sound.
+    """Shape (M, K) of a CSR, CSC or COO matrix whose index arrays are valid.
 
-    Raises ``ArgumentError`` for another type, ``FormatError`` naming the array and the first bad
-    position otherwise.
+    Raises ``ArgumentError`` for any other type, and ``FormatError`` for invalid index arrays, naming the
+    array and the first bad position.
     """
     layout = getattr(s, "format", None)
     if type(s).__module__.partition(".")[0] != "scipy" or layout not in ("csr", "csc", "coo"):
@@ -135,14 +135,14 @@ def check_sparse(s: Any, *, path: str | None = None) -> tuple[int, int]:
 
 
 def check_indices(indices: NDArray[Any], *, bound: int, field: str, path: str | None = None) -> None:
-    """``FormatError`` unless every entry is in 0..bound-1."""
+    """Raise ``FormatError`` unless every entry is in 0..bound-1."""
     if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < bound):
         at = int(np.argmax((indices < 0) | (indices >= bound)))
         raise FormatError(field=field, index=at, expected=f"0..{bound - 1}", got=str(indices[at]), path=path)
 
 
 def check_indptr(indptr: NDArray[Any], *, major: int, count: int, path: str | None = None) -> None:
-    """``FormatError`` unless ``indptr`` starts ``major`` rows of ``count`` stored elements in order."""
+    """Raise ``FormatError`` unless ``indptr`` delimits ``major`` rows, in order, within ``count`` stored elements."""
     if indptr.shape != (major + 1,):
         raise FormatError(field="indptr", expected=f"shape ({major + 1},)", got=f"shape {indptr.shape}", path=path)
     if int(indptr[0]) != 0:

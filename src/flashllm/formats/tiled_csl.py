@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TILE_K", "TILE_M", "WORDS_PER_VECTOR", "Order", "TiledCSL", "check_order"]
 
-_PACKING = 1.1  # bytes over 4 per stored element: tile padding and offsets
+_PACKING = 1.1  # times 4 bytes per stored element: for tile padding and offsets
 
 
 def check_order(order: str) -> Order:
-    """``order`` itself when it names an order of the words in a tile, else ``ArgumentError``."""
+    """``order`` itself if it names an order of the words in a tile; raises ``ArgumentError`` otherwise."""
     for known in ORDERS:
         if order == known:
             return known
@@ -70,7 +70,7 @@ class TiledCSL(SparseWeight):
 
     @classmethod
     def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
-        """``FormatError`` unless fields, types and lengths are legal."""
+        """Raise ``FormatError`` unless fields, types and lengths are legal."""
         check_fields(**fields, path=path)
         check_buffers(shape=tuple(fields["shape"]), **arrays, path=path)
 
@@ -88,8 +88,8 @@ class TiledCSL(SparseWeight):
         ``a`` is a NumPy array of float16, bfloat16 (ml_dtypes), float32 or float64, or a CuPy array of
         float16, bfloat16, float32 or, with ``dtype="bf16"``, uint16 bit patterns; a CuPy array is
         encoded on its device. ``dtype`` is ``"fp16"`` or ``"bf16"``; by default bf16 for bf16 input,
-        else fp16. Other types are rounded to nearest even; ``report`` is called once with the
-        ``RoundingReport`` of that. Raises ``ArgumentError``.
+        else fp16. Other types are rounded to nearest even; ``report`` is called once with the resulting
+        ``RoundingReport``. Raises ``ArgumentError``.
         """
         if is_cupy(a):
             from flashllm.encode import tiled_csl as device
@@ -108,9 +108,9 @@ class TiledCSL(SparseWeight):
     ) -> TiledCSL:
         """Encode a CSR, CSC or COO ``scipy.sparse`` matrix or array [M, K] of real values.
 
-        Duplicate positions are summed in the type of the source (integers: float64), the sums rounded as
-        in ``from_dense``. Raises ``ArgumentError`` for another type, ``FormatError`` for index arrays
-        that are not sound.
+        Duplicate positions are summed in the type of the source (float64 for integers), and the sums are
+        rounded as in ``from_dense``. Raises ``ArgumentError`` for any other type, ``FormatError`` for invalid
+        index arrays.
         """
         kind = check_dtype(dtype)
         way = check_order(order)
@@ -148,7 +148,7 @@ class TiledCSL(SparseWeight):
         return tile_grid(self.shape)
 
     def check_content(self, *, path: str | None) -> None:
-        """``FormatError`` at the first breach. Of the order of the words in a tile nothing is checked: results do not
+        """Raise ``FormatError`` at the first breach. The order of the words in a tile is not checked, as results do not
         depend on it.
         """
         check_content(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiled-CSL: check of every invariant, in time linear in the number of words and tiles.
+"""Tiled-CSL: checks every invariant in time linear in the number of words and tiles.
 
-A kernel scatters by the stored locations without looking, so data from outside must pass here first.
+A kernel scatters by the stored locations without checking them, so data from outside must pass these checks first.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from flashllm.formats.tiled_csl_encode import (
 )
 from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid
 
-_CHUNK_TILES = 256  # tiles checked at once: a table of 8 MiB of last writers
+_CHUNK_TILES = 256  # tiles checked at once: the table of last writers takes 8 MiB
 
 
 def check_fields(*, shape: Any, dtype: Any, nnz: Any, order: Any, max_tile_words: Any, path: str | None = None) -> None:
-    """``FormatError`` unless the scalar fields have legal types and ranges."""
+    """Raise ``FormatError`` unless the scalar fields have legal types and ranges."""
     check_shape_and_type(shape=shape, dtype=dtype, path=path)
     if order not in ORDERS:
         refuse("order", " or ".join(map(repr, ORDERS)), order, path)
@@ -36,7 +36,7 @@ def check_fields(*, shape: Any, dtype: Any, nnz: Any, order: Any, max_tile_words
 
 
 def check_buffers(*, shape: tuple[int, int], words: Any, tile_offsets: Any, path: str | None = None) -> None:
-    """``FormatError`` unless the buffers (NumPy or CuPy) have the types and lengths the shape asks for."""
+    """Raise ``FormatError`` unless the buffers (NumPy or CuPy) have the types and lengths that the shape requires."""
     tiles_m, tiles_k = tile_grid(shape)
     for field, array, dtype in (("words", words, np.uint32), ("tile_offsets", tile_offsets, np.int32)):
         if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
@@ -60,7 +60,7 @@ def check_content(
     tile_offsets: NDArray[np.int32],
     path: str | None = None,
 ) -> None:
-    """``FormatError`` unless offsets, words, ``nnz`` and ``max_tile_words`` agree and locations are legal.
+    """Raise ``FormatError`` unless offsets, words, ``nnz`` and ``max_tile_words`` agree and locations are legal.
 
     Call ``check_fields`` and ``check_buffers`` first.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiled-CSL: layout constants and the NumPy encoder.
 
-The encoder needs no sort. It first permutes each tile so that the order wanted is the memory order
+The encoder needs no sort. It first permutes each tile so that the wanted order is the memory order
 (``row``: the tile's own rows; ``bank``: bank, then row, then the half of the bank), so ``flatnonzero``
 yields the elements already sorted, and the place of each word follows from its rank by arithmetic.
 docs/formats/tiled_csl.md defines the result; cuda/encode/tiled_csl.cu computes the same bytes on a
@@ -23,7 +23,7 @@ from flashllm.formats.tiles import TILE_K, TILE_M, tile_grid, whole_tiles
 
 TILE_ELEMENTS = TILE_M * TILE_K
 WORDS_PER_VECTOR = 4
-"""Words in one 16-byte load; a tile's word count is a multiple of it, and tile offsets count in it."""
+"""Words in one 16-byte load; a tile's word count is a multiple of it, and it is the unit of tile offsets."""
 BANKS = 32
 """Shared-memory banks of 4 bytes; also the lanes of a warp."""
 GROUP_WORDS = BANKS * WORDS_PER_VECTOR
@@ -61,7 +61,7 @@ def rows_and_columns(loc: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArra
 
 
 def encode_strips(strips: Iterable[NDArray[np.uint16]], shape: tuple[int, int], order: Order) -> EncodedTiles:
-    """Encode a matrix given as strips [rows, K] of 16-bit patterns, ``TILE_M`` rows each but the last.
+    """Encode a matrix given as strips [rows, K] of 16-bit patterns, each of ``TILE_M`` rows except perhaps the last.
 
     Peak memory: the result, at most an eighth more while it grows, one strip, and a few MiB.
     """
@@ -146,8 +146,8 @@ def _bank_major(block: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 
 def _counts(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """True entries of each row of ``mask`` [tiles, 8192]."""
-    # Bytes add up eight at a time: 128 words of eight flags leave every byte at most 128.
+    """Number of true entries in each row of ``mask`` [tiles, 8192]."""
+    # One 64-bit addition adds eight byte-sized flags: the sum of 128 words leaves every byte at most 128.
     partial = mask.view(np.uint64).reshape(-1, 128).sum(axis=1, dtype=np.uint64)
     counts: NDArray[np.int64] = partial.view(np.uint8).reshape(mask.shape[0], -1).sum(axis=1, dtype=np.int64)
     return counts
@@ -233,7 +233,7 @@ def wrap_around(
 ) -> NDArray[np.int64]:
     """Word index in the tile of the ``position``-th element that is not in a clean round.
 
-    ``full``: rounds of 32 lanes; the first ``clean`` of them are taken. ``rem``: lanes of the four tail
+    ``full``: rounds of 32 lanes; the first ``clean`` of them are taken. ``rem``: lanes in the four tail
     rounds.
     """
     depth = full - clean

@@ -27,19 +27,20 @@ class SparseWeight(ABC):
 
     A format is a frozen dataclass that derives from this one, names its buffers in ``BUFFERS`` and has a field for
     each; its other fields are scalars or tuples of integers, which JSON can hold. The constructor calls
-    ``check_structure``, which needs no look into the buffers; ``validate()`` checks the content too.
+    ``check_structure``, which does not look into the buffers; ``validate()`` checks the content too.
     """
 
     FORMAT: ClassVar[str]
     """Name of the format, e.g. ``"tiled-csl"``."""
     VERSION: ClassVar[int] = 1
-    """Of the format: another where the same buffers would mean something else. Files say it, and others are refused."""
+    """Version of the format, which changes when the same buffers would mean something else. Files record it, and files
+    of another version are refused."""
     BUFFERS: ClassVar[tuple[str, ...]]
     """Names of the buffers, in the order of ``arrays()``."""
     ENCODINGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
-    """Options of ``from_dense`` that give different legal encodings of a matrix, by a name for them."""
+    """Named sets of options of ``from_dense`` that give different legal encodings of a matrix."""
     LAYOUT: ClassVar[tuple[str, ...]] = ()
-    """Fields that a kernel is compiled for: its choices have them too. ``from_dense`` takes them."""
+    """Fields that a kernel is compiled for: its choices have them too, and ``from_dense`` takes them as options."""
     MULTIPLIES_ZEROS: ClassVar[bool] = True
     """Whether a product multiplies every pruned zero, so that 0 * infinity and 0 * NaN of x are NaN, as in a dense
     product. Where ``False`` it may leave any of them out; for finite x that makes no difference."""
@@ -57,24 +58,24 @@ class SparseWeight(ABC):
     @classmethod
     @abstractmethod
     def check_structure(cls, fields: Mapping[str, Any], arrays: Mapping[str, Any], *, path: str | None) -> None:
-        """``FormatError`` unless the fields have legal types and ranges and the buffers fit them.
+        """Raise ``FormatError`` unless the fields have legal types and ranges and the buffers fit them.
 
-        ``fields`` may come from a file and hold anything (``shape`` a list). Looks at types and lengths of the
-        buffers, not into them. ``path`` is for messages.
+        ``fields`` may come from a file and hold anything (``shape`` may be a list). This checks the types and lengths
+        of the buffers, not their content. ``path`` is for messages.
         """
 
     @abstractmethod
     def check_content(self, *, path: str | None) -> None:
-        """``FormatError`` at the first breach in what the buffers, on the host here, hold."""
+        """Raise ``FormatError`` at the first breach in the content of the buffers, which are on the host here."""
 
     @classmethod
     @abstractmethod
     def estimated_bytes(cls, shape: tuple[int, int], density: float) -> int:
-        """Bytes, at most, about, of a weight [M, K] with ``density`` of its elements stored at random places."""
+        """About the most bytes that a weight [M, K] takes with a fraction ``density`` stored at random places."""
 
     @classmethod
     def densest(cls, **layout: int) -> float:
-        """Density of random masks that options of ``LAYOUT`` can do with, about; 1: they can do with any mask."""
+        """About the highest density of random masks that these options of ``LAYOUT`` can encode; 1: any mask."""
         return 1.0
 
     @classmethod
@@ -83,7 +84,7 @@ class SparseWeight(ABC):
         """Encode a dense matrix [M, K]: NumPy on the host, CuPy on its device.
 
         ``dtype`` is ``"fp16"`` or ``"bf16"``, by default bf16 for bf16 input, else fp16. Other types are rounded to
-        nearest even; ``report`` is called once with the ``RoundingReport`` of that. Raises ``ArgumentError``.
+        nearest even; ``report`` is called once with the resulting ``RoundingReport``. Raises ``ArgumentError``.
         """
 
     @classmethod
@@ -134,7 +135,7 @@ class SparseWeight(ABC):
         return {name: getattr(self, name) for name in self.BUFFERS}
 
     def metadata(self) -> dict[str, Any]:
-        """All that is needed beside the buffers to rebuild the weight; values fit JSON."""
+        """All that is needed besides the buffers to rebuild the weight; values fit JSON."""
         values = ((name, getattr(self, name)) for name in self._field_names())
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
@@ -160,18 +161,18 @@ class SparseWeight(ABC):
         return cls(**whole, **buffers)
 
     def validate(self, *, path: str | None = None) -> None:
-        """Check every invariant; ``FormatError`` names field and index, what was expected and what found.
+        """Check every invariant; ``FormatError`` names the field and index, what was expected and what was found.
 
-        In time linear in the size of the weight, on the host: device buffers are copied there. ``path`` is for
+        Takes time linear in the size of the weight, on the host: device buffers are copied there. ``path`` is for
         messages.
         """
         self._check(path)
         self.to_host().check_content(path=path)
 
     def to_device(self) -> Self:
-        """The same weight on the current CUDA device (itself when it is there already).
+        """The same weight on the current CUDA device (itself if it is there already).
 
-        Raises ``MissingDependencyError`` without a usable GPU, ``DeviceMemoryError``.
+        Raises ``MissingDependencyError`` without a usable GPU, ``DeviceMemoryError`` if the weight does not fit.
         """
         from flashllm.device import current_device, gpu_problem, memory_errors
 
@@ -186,17 +187,17 @@ class SparseWeight(ABC):
             return self.with_arrays({name: cupy.asarray(array) for name, array in self.arrays().items()})
 
     def to_host(self) -> Self:
-        """The same weight with NumPy buffers (itself when they are)."""
+        """The same weight with NumPy buffers (itself if it has them already)."""
         if not self.is_device:
             return self
         return self.with_arrays({name: array.get() for name, array in self.arrays().items()})
 
     def copy(self) -> Self:
-        """The same weight in buffers of its own, on the side where the buffers are."""
+        """The same weight in buffers of its own, on the same side, host or device."""
         return self.with_arrays({name: array.copy() for name, array in self.arrays().items()})
 
     def with_arrays(self, arrays: Mapping[str, Any]) -> Self:
-        """The same weight with other arrays that hold the same: ``arrays`` by buffer name."""
+        """The same weight with other arrays of the same content; ``arrays`` is by buffer name."""
         return replace(self, **arrays)
 
     def save(self, path: str | Path, *, name: str = "weight") -> None:
@@ -207,7 +208,7 @@ class SparseWeight(ABC):
 
     @classmethod
     def load(cls, path: str | Path, *, name: str | None = None, validate: bool = True) -> Self:
-        """Read a weight of this format from a file of ``save``; see ``flashllm.io.container.load_weight``."""
+        """Read a weight of this format from a file that ``save`` wrote; see ``flashllm.io.container.load_weight``."""
         from flashllm.io.container import load_weight
 
         weight = load_weight(path, name=name, validate=validate)

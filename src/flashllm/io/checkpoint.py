@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of a language model: its configuration and tensors by the names of Hugging Face, one at a time."""
+"""A checkpoint of a language model: its configuration, and its tensors by Hugging Face name, read one at a time."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class TensorInfo:
     """What is known of a tensor before it is read."""
 
     name: str
-    """As in checkpoints of Hugging Face, e.g. ``model.layers.0.self_attn.q_proj.weight``."""
+    """As in Hugging Face checkpoints, e.g. ``model.layers.0.self_attn.q_proj.weight``."""
     shape: tuple[int, ...]
     dtype: str
-    """Of what ``read`` gives: ``F16``, ``BF16``, ``F32``, or another name of safetensors."""
+    """Type that ``read`` returns: ``F16``, ``BF16``, ``F32``, or another safetensors name."""
     stored: str
-    """Of what the file holds: the same, or a GGUF type such as ``Q4_1``."""
+    """Type that the file holds: the same, or a GGUF type such as ``Q4_1``."""
 
 
 class Checkpoint(ABC):
-    """An open checkpoint; use with ``with``. :func:`open_checkpoint` finds the class that reads a path."""
+    """An open checkpoint; use it in a ``with`` block. :func:`open_checkpoint` finds the class that reads a path."""
 
     path: Path
     config: Mapping[str, Any]
-    """The content of ``config.json``; of a GGUF file, what its metadata say in the same words."""
+    """The content of ``config.json``; for a GGUF file, its metadata in the same terms."""
     tensors: Mapping[str, TensorInfo]
     """All tensors by name, in the order of the files."""
 
@@ -44,8 +44,8 @@ class Checkpoint(ABC):
     def read(self, name: str) -> NDArray[Any]:
         """Tensor ``name``, C-contiguous, on the host: mapped read-only or a copy. bf16 is ``ml_dtypes.bfloat16``.
 
-        Nothing of it is kept here. Raises ``ArgumentError`` for an unknown name, ``FormatError`` for what cannot be
-        read.
+        The checkpoint does not keep it. Raises ``ArgumentError`` for an unknown name, ``FormatError`` for a tensor that
+        cannot be read.
         """
 
     @abstractmethod
@@ -54,7 +54,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close the files. Arrays that ``read`` gave stay valid."""
+        """Close the files. Arrays that ``read`` returned stay valid."""
 
     def __enter__(self) -> Self:
         return self
@@ -70,9 +70,10 @@ class Checkpoint(ABC):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at ``path``: a directory of Hugging Face with safetensors, or a ``.gguf`` file.
+    """The checkpoint at ``path``: a Hugging Face directory with safetensors, or a ``.gguf`` file.
 
-    Raises ``ArgumentError`` for neither, ``FormatError`` for content that breaks its format, ``FileNotFoundError``.
+    Raises ``ArgumentError`` for anything else, ``FormatError`` for content that breaks its format, and
+    ``FileNotFoundError``.
     """
     from flashllm.io.gguf_file import GgufCheckpoint
     from flashllm.io.hf_directory import HfCheckpoint

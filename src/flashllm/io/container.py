@@ -2,7 +2,7 @@
 """Files of sparse weights: safetensors with a versioned ``__metadata__``.
 
 ``__metadata__`` holds ``format`` = "flashllm-weights", ``version`` = "1" and ``weights``, a JSON object
-that gives for each weight its format, the version of that, and its scalar fields. Buffer B of weight W is
+that gives for each weight its format, the format's version, and its scalar fields. Buffer B of weight W is
 the tensor ``W.B``. Other tensors (biases, norms) may stand beside them and are left alone, as are other entries of
 ``__metadata__``. Any safetensors reader can open the file; nothing in it can execute.
 """
@@ -55,18 +55,18 @@ def save_weights(path: str | Path, weights: Mapping[str, SparseWeight]) -> None:
 
 
 class ContainerWriter:
-    """A file of weights in the making; use with ``with``. Weights and tensors are added one at a time.
+    """Writes a file of weights and tensors, which are added one at a time; use it in a ``with`` block.
 
     The file appears at ``path`` when the ``with`` block ends: whole, or not at all. Only what is being added is in
-    memory. Add weights before tensors of 16 bits: then each lies at a multiple of its item size.
+    memory. Add weights before 16-bit tensors, so that each lies at a multiple of its item size.
     """
 
     def __init__(
         self, path: str | Path, *, weights: Iterable[str], tensors: Iterable[str], note_bytes: int = 0
     ) -> None:
-        """``weights`` and ``tensors`` name what is to come, at least; ``note_bytes`` bounds all :meth:`note` together.
+        """``weights`` and ``tensors`` name at least what will be added; ``note_bytes`` bounds all notes together.
 
-        Raises ``ArgumentError`` for names that are none.
+        Raises ``ArgumentError`` for invalid names.
         """
         names = list(weights)
         buffers = {buffer for name in FORMATS for buffer in weight_class(name).BUFFERS}  # which format is not known yet
@@ -101,7 +101,7 @@ class ContainerWriter:
         self._described[name] = described
 
     def add_tensor(self, name: str, array: NDArray[Any]) -> None:
-        """Append a tensor that is no buffer of a weight. Raises ``ArgumentError``."""
+        """Append a tensor that is not a buffer of a weight. Raises ``ArgumentError``."""
         self._writer.add(name, array)
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> AbstractContextManager[TensorPart]:
@@ -109,14 +109,14 @@ class ContainerWriter:
         return self._writer.tensor(name, dtype, shape)
 
     def note(self, key: str, text: str) -> None:
-        """Put ``text`` into ``__metadata__``. Raises ``ArgumentError`` for an entry that the container itself has."""
+        """Put ``text`` into ``__metadata__``. Raises ``ArgumentError`` for a key that the container itself uses."""
         if key in _OWN_ENTRIES:
             raise ArgumentError("key", expected="none of the container's own", got=repr(key))
         self._notes[key] = text
 
 
 class ContainerFile:
-    """An open file of weights and tensors, read one at a time; use with ``with``."""
+    """An open file of weights and tensors, which are read one at a time; use it in a ``with`` block."""
 
     def __init__(self, path: str | Path) -> None:
         """Open ``path`` and check its header. Raises ``FormatError``, or ``OSError`` for an unreadable file."""
@@ -135,7 +135,7 @@ class ContainerFile:
 
     @property
     def header(self) -> Header:
-        """Of the file."""
+        """The header of the file."""
         return self._file.header
 
     @property
@@ -160,10 +160,10 @@ class ContainerFile:
 def load_weights(path: str | Path, *, validate: bool = True, mmap: bool = False) -> dict[str, SparseWeight]:
     """All weights of a file, by name.
 
-    Every weight is validated unless ``validate=False`` (only for files written by yourself: kernels
-    trust the content). ``mmap`` maps the buffers read-only instead of copying them; writing into the file
-    then changes them after they were validated, replacing the file (as ``save_weights`` does) leaves them
-    alone. Raises ``FormatError`` that names file and field.
+    Every weight is validated unless ``validate=False`` (only for files that you wrote yourself: kernels
+    trust the content). ``mmap`` maps the buffers read-only instead of copying them: writing into the file
+    then changes them after validation, whereas replacing the file (as ``save_weights`` does) leaves them
+    unchanged. Raises a ``FormatError`` that names the file and field.
     """
     with ContainerFile(path) as file:
         return {name: file.weight(name, validate=validate, mmap=mmap) for name in file.weights}
@@ -172,7 +172,7 @@ def load_weights(path: str | Path, *, validate: bool = True, mmap: bool = False)
 def load_weight(
     path: str | Path, *, name: str | None = None, validate: bool = True, mmap: bool = False
 ) -> SparseWeight:
-    """One weight of a file; ``name`` may be left out when it holds one. Options as in ``load_weights``."""
+    """One weight of a file; ``name`` may be omitted if the file holds only one. Options as in ``load_weights``."""
     with ContainerFile(path) as file:
         if name is None:
             if len(file.weights) != 1:
@@ -182,7 +182,7 @@ def load_weight(
 
 
 def _described(name: object, weight: object) -> dict[str, Any]:
-    """What ``__metadata__`` says of a weight. Raises ``ArgumentError`` for a name or a weight that is none."""
+    """The entry of a weight in ``__metadata__``. Raises ``ArgumentError`` for an invalid name or weight."""
     if not isinstance(name, str) or not name:
         raise ArgumentError("weights", expected="names that are non-empty strings", got=repr(name))
     if not isinstance(weight, SparseWeight) or weight.format not in FORMATS:
@@ -228,11 +228,11 @@ def _build(file: TensorFile, name: str, fields: dict[str, Any], *, validate: boo
         raise FormatError(
             field=f"{name}.format", expected=f"one of {', '.join(FORMATS)}", got=brief(kind), path=header.path
         )
-    # Only entries that are this weight's buffers; a weight "a" beside a weight "a.b" must not take the
-    # other's.
+    # Take only the entries that are this weight's buffers: a weight "a" beside a weight "a.b" must not
+    # take the other's.
     prefix = name + "."
     made = weight_class(kind)
-    version = fields.get("version", 1)  # older files do not say it
+    version = fields.get("version", 1)  # older files do not record it
     if not is_int(version) or version != made.VERSION:
         expected = f"{made.VERSION}, the version of {kind} that this package reads: encode the matrix again"
         raise FormatError(field=f"{name}.version", expected=expected, got=brief(version), path=header.path)

@@ -27,9 +27,9 @@ _KINDS = {
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """``path`` opened to read. Raises ``FormatError`` for all but a regular file, ``OSError`` for an unreadable one.
+    """Open ``path`` for reading. Raises ``FormatError`` unless it is a regular file, ``OSError`` if it is unreadable.
 
-    Never waits: the reader of a FIFO would, for a writer that may never come.
+    Never blocks; opening a FIFO would otherwise wait for a writer that may never come.
     """
     if "\0" in str(path):
         raise ArgumentError("path", expected="a path without zero bytes", got=repr(str(path)))
@@ -58,7 +58,7 @@ def _check_regular(mode: int, path: str | Path) -> None:
 
 
 def read_utf8(path: str | Path, *, most_bytes: int) -> str:
-    """The text of a regular file. Raises ``FormatError`` for more bytes and for no UTF-8, else as ``open_regular``."""
+    """The text of a regular file. Raises as ``open_regular``, and ``FormatError`` for more bytes or invalid UTF-8."""
     with open_regular(path) as file:
         raw = file.read(most_bytes + 1)
     if len(raw) > most_bytes:
@@ -72,7 +72,7 @@ def read_utf8(path: str | Path, *, most_bytes: int) -> str:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A new file, open to write, that takes the place of ``target`` in the end: whole and on disk, or not at all."""
+    """A new file, open for writing, that replaces ``target`` at the end: whole and on disk, or not at all."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -100,19 +100,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put a file with ``text`` in place of ``path``: whole, or not at all; readable as the user's new files are."""
+    """Replace ``path`` with a file that holds ``text``: whole, or not at all, with the default permissions."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a regular file; ``target`` appears whole. Raises ``FormatError`` for something else, ``OSError``."""
+    """Copy a regular file; ``target`` appears whole. Raises ``FormatError`` for anything else, and ``OSError``."""
     with open_regular(source) as read, replacing(target) as written:
         shutil.copyfileobj(read, written)
 
 
 def make_empty(directory: Path) -> None:
-    """Make ``directory`` where it is not there. Raises ``ArgumentError`` for a file, and where it holds anything."""
+    """Create ``directory`` if it does not exist. Raises ``ArgumentError`` if it is a file or not empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         got = f"{str(directory)!r} with files" if directory.is_dir() else f"a file at {str(directory)!r}"
         raise ArgumentError("out", expected="a new or empty directory", got=got)
@@ -120,7 +120,7 @@ def make_empty(directory: Path) -> None:
 
 
 def write_whole(path: Path, text: str, *, mode: int = 0o600) -> None:
-    """Put a file with ``text`` and permissions ``mode`` in place of ``path``: whole, on disk, or not at all."""
+    """Replace ``path`` with a file of ``text`` and permissions ``mode``: whole and on disk, or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -136,10 +136,10 @@ def write_whole(path: Path, text: str, *, mode: int = 0o600) -> None:
 
 @contextmanager
 def locked(handle: int) -> Iterator[None]:
-    """Hold the lock of an open file: processes that all take it come one after the other.
+    """Hold the lock of an open file, so that processes that take it run one after the other.
 
-    Closing the file frees it, so a process that dies does not leave it locked. On a file system without
-    locks the body runs all the same.
+    Closing the file releases the lock, so a process that dies does not leave it locked. On a file system
+    without locks, the body runs anyway.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

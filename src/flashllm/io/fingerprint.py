@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint told from others, without reading all of it: work that was interrupted goes on with the same one."""
+"""Tells checkpoints apart without reading all of them, so that interrupted work continues with the same one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SAMPLE_BYTES = 1 << 16
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of its configuration, its tensors' names and types and samples of its files, as hexadecimal digits.
+    """SHA-256 of its configuration, its tensors' names, shapes and types, and samples of its files, in hexadecimal.
 
-    Another checkpoint has another one, a copy the same. Raises ``FormatError``, ``OSError``.
+    Different checkpoints have different fingerprints; a copy has the same one. Raises ``FormatError``, ``OSError``.
     """
     digest = hashlib.sha256()
     tensors = [(info.name, list(info.shape), info.stored) for info in checkpoint.tensors.values()]

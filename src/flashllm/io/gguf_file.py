@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF file as a checkpoint: quantised matrices become float32, names and order of rows those of Hugging Face."""
+"""A GGUF file as a checkpoint: quantised matrices become float32; names and row order become those of Hugging Face."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _STRIP_ELEMENTS = 1 << 20
 
 
 class GgufCheckpoint(Checkpoint):
-    """A ``.gguf`` file, opened: architectures llama (also Mistral), qwen2 and qwen3.
+    """An open ``.gguf`` file of architecture llama (also Mistral), qwen2 or qwen3.
 
-    Tensors of F32, F16 and BF16 are given as they are stored; Q4_0, Q4_1, Q6_K and Q8_0 are dequantised to float32,
-    for which the package ``gguf`` is needed. llama.cpp has permuted the rows of q and k of llama models; ``read``
-    gives them in the order of Hugging Face.
+    F32, F16 and BF16 tensors are returned as they are stored; Q4_0, Q4_1, Q6_K and Q8_0 are dequantised to float32,
+    which needs the package ``gguf``. llama.cpp has permuted the rows of q and k of llama models; ``read`` returns them
+    in Hugging Face's order.
     """
 
     tokenizer: Mapping[str, Any]
     """The metadata ``tokenizer.ggml.*`` without that prefix: ``model``, ``pre``, ``tokens``, ``merges``,
-    ``token_type``, ``scores``, ``bos_token_id``, ``add_bos_token``, ... as far as the file has them. Strings in arrays
-    are tuples of ``str``, numbers NumPy arrays."""
+    ``token_type``, ``scores``, ``bos_token_id``, ``add_bos_token``, ... as far as the file has them. Arrays of strings
+    are tuples of ``str``, arrays of numbers NumPy arrays."""
     chat_template: str | None
     """The Jinja template of conversations, where the file has one."""
 
     def __init__(self, path: str | Path) -> None:
         """Open ``path`` and check its header.
 
-        Raises ``FormatError`` that names the field for a header that breaks the format, a type of tensor or an
-        architecture that is not read; ``OSError`` for an unreadable file.
+        Raises a ``FormatError`` that names the field for a header that breaks the format, and for a tensor type or an
+        architecture that is not supported; ``OSError`` for an unreadable file.
         """
         self.path = Path(path)
         self._file = open_regular(path)
@@ -64,9 +64,9 @@ class GgufCheckpoint(Checkpoint):
         self.chat_template = template if isinstance(template, str) else None
 
     def read(self, name: str) -> NDArray[Any]:
-        """Tensor ``name``: mapped read-only where the file holds it as it is given, else a new array.
+        """Tensor ``name``: mapped read-only if the file stores it in the form that is returned, else a new array.
 
-        Beside the array itself no more than some megabytes are taken. Raises ``MissingDependencyError`` for a
+        This takes no more than a few megabytes besides the array itself. Raises ``MissingDependencyError`` for a
         quantised tensor without the package ``gguf``.
         """
         self.info(name)
@@ -85,24 +85,24 @@ class GgufCheckpoint(Checkpoint):
         return out
 
     def companions(self) -> Mapping[str, Path]:
-        """None: all is in the one file."""
+        """None: everything is in the one file."""
         return {}
 
     def close(self) -> None:
-        """Close the file. Arrays that ``read`` gave stay valid; ``read`` gives no more."""
+        """Close the file. Arrays that ``read`` returned stay valid; further calls of ``read`` fail."""
         self._file.close()
 
     def _bytes(self, tensor: GgufTensor) -> NDArray[np.uint8]:
         return np.asarray(np.memmap(self._file, np.uint8, "r", tensor.start, (tensor.nbytes,)))
 
     def _stored(self, tensor: GgufTensor) -> NDArray[Any]:
-        """The tensor in its own dtype, mapped; of a quantised one its bytes."""
+        """The tensor in its own dtype, mapped; for a quantised one, its bytes."""
         dtypes: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": bfloat16()}
         raw = self._bytes(tensor)
         return raw.view(dtypes[tensor.type]).reshape(tensor.shape) if tensor.type in dtypes else raw
 
     def _dequantised(self, tensor: GgufTensor, places: slice | NDArray[np.intp]) -> NDArray[np.float32]:
-        """The values of a quantised tensor, row i of the file at ``places[i]`` of its first dimension."""
+        """The values of a quantised tensor, with row i of the file at ``places[i]`` of its first dimension."""
         dequantise = _dequantiser(tensor.type)
         kind = TYPES[tensor.type]
         width = tensor.shape[-1]
@@ -131,7 +131,7 @@ def _info(name: str, tensor: GgufTensor) -> TensorInfo:
 
 
 def _places_of_rows(rows: int, heads: int) -> NDArray[np.intp]:
-    """Where each row of a permuted q or k belongs: in a head the file has pairs 0, d/2, 1, d/2 + 1, ..."""
+    """Where each row of a permuted q or k belongs: within a head, the file has the rows 0, d/2, 1, d/2 + 1, ..."""
     order = np.arange(rows, dtype=np.intp).reshape(heads, 2, -1)
     return order.swapaxes(1, 2).reshape(-1)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The header of a GGUF file, checked: metadata, and where each tensor lies.
 
-GGUF, versions 2 and 3, little-endian: ``GGUF``, version, number of tensors and of metadata entries; the entries, each
-a key, a type and a value; for each tensor its name, dimensions (the fastest first), type and offset; then the tensors'
-data, each at a multiple of the alignment. Every number here is one that the file claims, so each is checked against
-what is left of the file before it is used, and what the header may take in memory is bounded.
+The layout of GGUF versions 2 and 3, little-endian: ``GGUF``, version, number of tensors and of metadata entries; the
+entries, each a key, a type and a value; for each tensor its name, dimensions (the fastest first), type and offset; then
+the tensors' data, each at a multiple of the alignment. Every number here is only the file's claim, so each is checked
+against what is left of the file before it is used, and the memory that the header may take is bounded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from flashllm.errors import FormatError, brief
 
 MAX_HEADER_BYTES = 64 << 20
-"""Of metadata and descriptions of tensors; a vocabulary of 256,000 tokens with its merges takes about 12 MB."""
+"""Limit for metadata and tensor descriptions; a vocabulary of 256,000 tokens with its merges takes about 12 MB."""
 MAX_STRINGS = 1 << 21
-"""In all arrays of strings together."""
+"""Limit for all arrays of strings together."""
 _MAX_ENTRIES = 1 << 16
 _MAX_KEY_BYTES = (1 << 16) - 1
 _MAX_NAME_BYTES = 255  # llama.cpp itself allows 63
@@ -53,10 +53,10 @@ _ITEM_BYTES = {kind: np.dtype(name).itemsize for kind, name in _SCALARS.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """How a type stores numbers: ``block`` consecutive ones of a row take ``size`` bytes."""
+    """How a type stores numbers: ``block`` consecutive numbers of a row take ``size`` bytes."""
 
     code: int
-    """In the file."""
+    """The number of the type in the file."""
     block: int
     size: int
 
@@ -70,7 +70,7 @@ TYPES: Mapping[str, Quantity] = {
     "Q6_K": Quantity(code=14, block=256, size=210),
     "BF16": Quantity(code=30, block=1, size=2),
 }
-"""The types of tensors that are read."""
+"""The tensor types that can be read."""
 _KNOWN = {quantity.code: name for name, quantity in TYPES.items()}
 _UNREAD = {
     6: "Q5_0",
@@ -129,7 +129,7 @@ class GgufHeader:
 
 
 def read_gguf_header(file: BinaryIO, path: str) -> GgufHeader:
-    """The header of an open file. Raises ``FormatError`` that names ``path`` and the field."""
+    """The header of an open file. Raises a ``FormatError`` that names ``path`` and the field."""
     size = os.fstat(file.fileno()).st_size
     if size < 24:
         raise FormatError(field="file", expected="at least 24 bytes", got=str(size), path=path)
@@ -149,7 +149,7 @@ def read_gguf_header(file: BinaryIO, path: str) -> GgufHeader:
 
 
 class _Cursor:
-    """Reads values one after the other, and nothing beyond the end."""
+    """Reads values one after the other, but nothing beyond the end."""
 
     def __init__(self, view: mmap.mmap, path: str) -> None:
         self._view, self._path = view, path
@@ -184,7 +184,7 @@ class _Cursor:
         return int.from_bytes(self.take(8, field), "little")
 
     def count(self, field: str, most: int, item_bytes: int) -> int:
-        """A number of things that take at least ``item_bytes`` each."""
+        """A number of items that take at least ``item_bytes`` each."""
         found = self.u64(field)
         most = min(most, (len(self._view) - self.position) // item_bytes)
         if found > most:
@@ -219,7 +219,7 @@ class _Cursor:
     def _strings_of(self, field: str) -> tuple[str, ...]:
         count = self.count(field, MAX_STRINGS - self._strings, 8)
         self._strings += count
-        # Token by token through `string` would take a second for a large vocabulary.
+        # Reading token by token with `string` would take a second for a large vocabulary.
         view, position, end = self._view, self.position, len(self._view)
         length_at = struct.Struct("<Q").unpack_from
         out: list[str] = []

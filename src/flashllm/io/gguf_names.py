@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GGUF file says, in the words of Hugging Face: names of tensors, and the keys of ``config.json``.
+"""Translates a GGUF file into Hugging Face's terms: names of tensors, and the keys of ``config.json``.
 
-What those words cannot say, although it changes what the model computes, is refused by name: a model that computes
-something else is worse than none.
+Metadata that change what the model computes but cannot be expressed in these terms are refused by name: a model that
+computes something else is worse than none.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Fields:
 
 
 def architecture_of(header: GgufHeader) -> str:
-    """``general.architecture``. Raises ``FormatError`` for one that is not read, and for no model or a part of one."""
+    """``general.architecture``. Raises ``FormatError`` if it is not supported, or if the file is not a whole model."""
     name = _scalar(header, "general.architecture")
     if not isinstance(name, str) or name not in _ARCHITECTURES:
         expected = f"one of {', '.join(_ARCHITECTURES)}"
@@ -124,7 +124,7 @@ def architecture_of(header: GgufHeader) -> str:
 
 
 def public_names(header: GgufHeader) -> dict[str, GgufTensor]:
-    """The tensors of ``header`` by the names of Hugging Face, in order; ``ROPE_FREQS`` is not among them.
+    """The tensors of ``header`` by their Hugging Face names, in order; ``ROPE_FREQS`` is not among them.
 
     Raises ``FormatError`` for a tensor that has no such name.
     """
@@ -161,11 +161,11 @@ def _block_name(name: str, architecture: str, blocks: int) -> str | None:
 def config_of(
     header: GgufHeader, tensors: Mapping[str, GgufTensor], rope_freqs: NDArray[np.float32] | None
 ) -> dict[str, Any]:
-    """The content of a ``config.json`` that says what the metadata say.
+    """The content of a ``config.json`` that says the same as the metadata.
 
     ``tensors`` are those of :func:`public_names`; ``rope_freqs`` is the tensor ``ROPE_FREQS`` where there is one.
-    Raises ``FormatError`` for metadata that are missing, out of range, contradict the tensors, or that
-    ``config.json`` has no words for.
+    Raises ``FormatError`` for metadata that are missing, are out of range, contradict the tensors, or cannot be
+    expressed in ``config.json``.
     """
     fields = _Fields(header, architecture_of(header))
     _refuse_what_changes_the_result(fields)
@@ -206,7 +206,7 @@ def config_of(
 
 
 def rotary_heads(public: str, config: Mapping[str, Any]) -> int | None:
-    """How many heads the rows of tensor ``public`` have where llama.cpp has permuted them, else ``None``."""
+    """Number of heads in the rows of tensor ``public`` if llama.cpp has permuted these, else ``None``."""
     if config["model_type"] not in ("llama", "mistral"):
         return None
     for part, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
@@ -255,7 +255,7 @@ def _rope_scaling(
 ) -> dict[str, Any] | None:
     kind = fields.get("rope.scaling.type")
     found: dict[str, Any] | None = None
-    if kind in (None, "linear"):  # what llama.cpp takes a lone factor for
+    if kind in (None, "linear"):  # llama.cpp takes a factor without a type as linear
         key = "rope.scaling.factor" if fields.get("rope.scaling.factor") is not None else "rope.scale_linear"
         factor = fields.get(key)
         if factor not in (None, 0, 1):
@@ -292,14 +292,14 @@ def _llama3_scaling(config: Mapping[str, Any], divisors: NDArray[np.float32], pa
         refuse(f"a factor of {factor}")
     scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     wanted = _llama3_divisors(config["rope_theta"], size, factor)
-    # Whoever wrote the file may have reckoned in float32, with another order of operations.
+    # The file may have been computed in float32, with another order of operations.
     if not np.allclose(divisors, wanted, rtol=1e-4, atol=0):
         refuse("other values")
     return scaling
 
 
 def _llama3_divisors(theta: float, size: int, factor: float) -> NDArray[np.float64]:
-    """What each rotary pair's frequency is divided by: 1 for fast ones, ``factor`` for slow, between both else."""
+    """What each rotary pair's frequency is divided by: 1 for fast ones, ``factor`` for slow ones, else in between."""
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     with np.errstate(over="ignore"):
         wavelength = 2 * math.pi * theta ** (np.arange(0, size, 2) / size)
@@ -325,7 +325,7 @@ def _add_tokens(config: dict[str, Any], header: GgufHeader) -> None:
 
 
 def _check_heads(config: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path: str) -> None:
-    """The rows of q and k are whole heads: how they are permuted depends on it."""
+    """Check that the rows of q and k are whole heads, on which their permutation depends."""
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     for public, tensor in tensors.items():
         heads = rotary_heads(public, config)
@@ -335,6 +335,6 @@ def _check_heads(config: Mapping[str, Any], tensors: Mapping[str, GgufTensor], p
 
 
 def _short(value: float) -> float:
-    """The shortest decimal that is the same float32: files have 1e-05 as 9.999999747378752e-06."""
+    """The shortest decimal for the same float32: files hold 1e-05 as 9.999999747378752e-06."""
     narrow = np.float32(value)
     return float(str(narrow)) if float(narrow) == value else value

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of Hugging Face: a directory of ``config.json`` and safetensors files.
+"""A Hugging Face checkpoint: a directory with ``config.json`` and safetensors files.
 
-The tensors are in ``model.safetensors``, or in shards of which ``model.safetensors.index.json`` says what they hold.
-Only files of the directory itself are read (they may be symbolic links, as in the cache of Hugging Face). Pickles,
-``pytorch_model.bin``, are never read: loading one runs what is in it.
+The tensors are in ``model.safetensors``, or in shards whose content ``model.safetensors.index.json`` lists. Only files
+of the directory itself are read (they may be symbolic links, as in the Hugging Face cache). Pickles, such as
+``pytorch_model.bin``, are never read, since loading one runs the code in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flashllm.io.safetensors_file import TensorEntry, TensorFile, read_json
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-"""Of the file that says which shard of a checkpoint holds which tensor."""
+"""Name of the file that says which shard of a checkpoint holds which tensor."""
 TOKENIZER_NAME = "tokenizer.json"
 RECORD_NAME = "prune.json"
 COMPANIONS = (
@@ -40,21 +40,21 @@ COMPANIONS = (
 )
 """Files beside the weights that a copy of a checkpoint needs; the last is `flashllm prune`'s own."""
 MAX_CONFIG_BYTES = 1 << 20
-_MAX_INDEX_BYTES = 8 << 20  # that of 405 billion parameters has 0.1 MB
-_MAX_SHARDS = 1000  # each is an open file; 405 billion parameters come in 191
+_MAX_INDEX_BYTES = 8 << 20  # the index of a model of 405 billion parameters has 0.1 MB
+_MAX_SHARDS = 1000  # each is an open file; a model of 405 billion parameters has 191
 
 
 class HfCheckpoint(Checkpoint):
-    """A directory in the layout of Hugging Face, opened; tensors are mapped, not read.
+    """An open directory in the Hugging Face layout; tensors are mapped, not read.
 
-    OPT checkpoints that lack the leading ``model.`` in the names of their tensors have it here.
+    OPT checkpoints whose tensor names lack the leading ``model.`` have it here.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Open the directory ``path`` and check its config, its index and the header of each shard.
 
-        Raises ``ArgumentError`` for no directory, ``FormatError`` that names file and field for content that breaks
-        the layout, ``FileNotFoundError`` for a file that is missing.
+        Raises ``ArgumentError`` if ``path`` is not a directory, a ``FormatError`` that names file and field for content
+        that breaks the layout, and ``FileNotFoundError`` for a missing file.
         """
         self.path = Path(path)
         if not self.path.is_dir():
@@ -77,7 +77,7 @@ class HfCheckpoint(Checkpoint):
         }
 
     def read(self, name: str) -> NDArray[Any]:
-        """Tensor ``name``, mapped read-only, in the dtype that is stored."""
+        """Tensor ``name``, mapped read-only, in its stored dtype."""
         self.info(name)
         if self._closed:
             raise ArgumentError("checkpoint", expected="an open one", got=f"{self.path}, closed")
@@ -89,7 +89,7 @@ class HfCheckpoint(Checkpoint):
         return {name: self.path / name for name in COMPANIONS if (self.path / name).is_file()}
 
     def close(self) -> None:
-        """Close the files. Arrays that ``read`` gave stay valid; ``read`` gives no more."""
+        """Close the files. Arrays that ``read`` returned stay valid; further calls of ``read`` fail."""
         self._closed = True
         self._files.close()
 

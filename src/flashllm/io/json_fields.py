@@ -13,10 +13,10 @@ _MOST = 2**60
 
 
 class Fields:
-    """The entries of ``value``, each taken once; every method raises ``FormatError`` that names the entry."""
+    """The entries of ``value``, each taken once; every method raises a ``FormatError`` that names the entry."""
 
     def __init__(self, value: Mapping[str, Any], where: str, path: str) -> None:
-        """``where`` is the name of the object in its file ``path``, empty for all of it."""
+        """``where`` is the name of the object in its file ``path``, empty for the whole file."""
         self._left = dict(value)
         self._where, self._path = where, path
 
@@ -25,7 +25,7 @@ class Fields:
         raise FormatError(field=self._name(key), expected=expected, got=brief(got), path=self._path)
 
     def finish(self) -> None:
-        """Refuse entries that nothing asked for."""
+        """Refuse the entries that were not taken."""
         for key in self._left:
             self.refuse(key, "no such entry", self._left[key])
 

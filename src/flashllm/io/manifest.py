@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a directory of sparse weights holds: ``flashllm.json``, and the part of it that each file has in its header.
 
-A part lists the matrices and the other tensors of one file; the manifest is all parts, after what the conversion was
-made of and with which options. Since every file has its part, the manifest can be made again from the files alone.
+A part lists the matrices and the other tensors of one file. The manifest consists of the source and the options of the
+conversion, followed by all parts. Since every file has its part, the manifest can be rebuilt from the files alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOTE = "part"
 DENSE = "dense"
 """In place of a format: the matrix is kept as it is, as the tensor ``NAME.weight``."""
 ASKED_FOR = "asked for"
-"""Why a matrix has the format that was given for all."""
+"""The reason that is recorded when one format was given for all matrices."""
 _FORMAT = "flashllm-model"
 _VERSION = 1
 _MAX_BYTES = 64 << 20
@@ -51,7 +51,7 @@ def is_model_file(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What changes the result of a conversion."""
+    """The options that change the result of a conversion."""
 
     format: str = "auto"
     """``auto``, a registered format, or ``dense``."""
@@ -74,13 +74,13 @@ class Origin:
     """Last part of its path."""
     layers: int
     fingerprint: str
-    """SHA-256 of its configuration, its tensors' names and types and samples of its files: another checkpoint has
-    another one, a copy the same."""
+    """SHA-256 of its configuration, its tensors' names, shapes and types, and samples of its files. Different
+    checkpoints have different fingerprints; a copy has the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What two conversions must agree in, so that files of one may stand among those of the other."""
+    """What two conversions must have in common for files of one to stand among those of the other."""
 
     flashllm: str
     """Version of the package."""
@@ -90,7 +90,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A tensor of the checkpoint, and its share of a stored one, whose members' rows lie below one another."""
+    """A tensor of the checkpoint and its share of a stored tensor, in which the rows of all members are stacked."""
 
     name: str
     rows: int
@@ -100,18 +100,18 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor that is no matrix of a linear layer: norms, biases, embeddings."""
+    """A tensor that is not the matrix of a linear layer: a norm, a bias or an embedding."""
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     members: tuple[Member, ...]
     changed: int
-    """Elements whose value is another since they were rounded."""
+    """Elements whose value was changed by rounding."""
 
     @property
     def nbytes(self) -> int:
-        """Of its elements."""
+        """Bytes of its elements."""
         count = 2
         for size in self.shape:
             count *= size
@@ -123,21 +123,21 @@ class StoredWeight:
     """A matrix [M, K] of one or several linear layers."""
 
     name: str
-    """Without ``.weight``; ``{prefix}.self_attn.qkv_proj`` where several are one."""
+    """Without ``.weight``; e.g. ``{prefix}.self_attn.qkv_proj`` where several layers are one matrix."""
     shape: tuple[int, int]
     dtype: DType
     members: tuple[Member, ...]
     format: str
     """A registered format, or ``dense``."""
     why: str
-    """What decided about the format."""
+    """What decided the format."""
     bytes_stored: int
     nnz: int
     """Elements that are neither +0.0 nor -0.0."""
     max_tile_nnz: int | None
-    """Most of them in a tile of 128 x 64 of the matrix; ``None`` for ``dense``, which has no tiles."""
+    """Most such elements in a 128 x 64 tile of the matrix; ``None`` for ``dense``, which has no tiles."""
     changed: int
-    """Elements whose value is another since they were rounded, ``became_zero`` among them."""
+    """Elements whose value was changed by rounding, including ``became_zero``."""
     became_zero: int
 
     @property
@@ -152,7 +152,7 @@ class StoredWeight:
 
     @property
     def bytes_dense(self) -> int:
-        """Of the matrix with all its elements, 2 each."""
+        """Bytes of the matrix with all its elements, at 2 bytes each."""
         return 2 * self.elements
 
 
@@ -167,7 +167,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What all files hold, and what they were made of."""
+    """What all files hold, and what they were made from."""
 
     identity: Identity
     parts: tuple[Part, ...]
@@ -233,7 +233,7 @@ def parse_part(text: str, *, file: str, path: str) -> tuple[Identity, Part]:
 
 
 def parse_manifest(value: Mapping[str, Any], *, path: str) -> Manifest:
-    """The manifest of parsed JSON, every field checked. Raises ``FormatError`` that names the field."""
+    """The manifest of parsed JSON, every field checked. Raises a ``FormatError`` that names the field."""
     fields = Fields(value, "", path)
     _check_version(fields)
     totals = fields.entry("totals")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a matrix to encode: scipy ``.npz``, NumPy ``.npy`` or one tensor of a ``.safetensors`` file.
 
-Nothing is unpickled, sizes are checked before memory is taken, and the indices of a sparse matrix before
+Nothing is unpickled; sizes are checked before memory is allocated, and the indices of a sparse matrix before
 it is used.
 """
 
@@ -59,9 +59,10 @@ def read_matrix(path: str | Path, tensor: str | None = None, *, max_bytes: int |
     """The matrix in ``path``: a dense NumPy array [M, K], or a ``scipy.sparse`` array for an ``.npz``.
 
     ``tensor`` names the tensor of a ``.safetensors`` file (needed when it holds several). ``max_bytes``
-    bounds what an ``.npz`` may unpack to, and its matrix as 16-bit dense; by default ``MAX_BYTES`` or half
-    the machine's memory, whichever is less. Dense files are mapped, not read. Raises ``ArgumentError`` for
-    the arguments, ``FormatError`` for the content, ``FileNotFoundError`` for a missing file.
+    bounds the unpacked size of an ``.npz``, and that of its matrix as 16-bit dense; by default ``MAX_BYTES``
+    or half the machine's memory, whichever is less. Dense files are mapped, not read. Raises
+    ``ArgumentError`` for invalid arguments, ``FormatError`` for invalid content, ``FileNotFoundError`` for a
+    missing file.
     """
     file = Path(path)
     suffix = file.suffix.lower()
@@ -126,7 +127,7 @@ def _read_npy(path: Path) -> NDArray[Any]:
 
 
 def _read_npy_header(file: IO[bytes], size: int, field: str, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether Fortran-ordered, and dtype of an .npy header that fits the ``size`` bytes of the whole entry."""
+    """Shape, whether Fortran-ordered, and dtype from an .npy header, which must fit the ``size`` bytes of the entry."""
     try:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
@@ -173,7 +174,7 @@ def _read_npz(path: Path, max_bytes: int) -> Any:
 
 
 def _check_directory(archive: zipfile.ZipFile, file: BinaryIO, path: Path, max_bytes: int) -> None:
-    """Refuse what unpacks to too much, by the sizes the archive states; no more than those is ever unpacked."""
+    """Refuse archives whose stated sizes unpack to too much; no more than the stated sizes is ever unpacked."""
     infos = archive.infolist()
     total = sum(info.file_size for info in infos)
     if total > max_bytes:
@@ -189,7 +190,7 @@ def _check_directory(archive: zipfile.ZipFile, file: BinaryIO, path: Path, max_b
         if info.compress_size > whole:
             expected = f"at most {whole:,} bytes, as in the file"
             raise FormatError(field=field, expected=expected, got=f"{info.compress_size:,}", path=str(path))
-        # Sizes that no deflated data can have are a lie; believed, they would cost memory before that is found.
+        # Sizes that no deflated data can have are false; trusting them would cost memory before that is noticed.
         most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO)
         if info.file_size > most:
             expected = f"at most {most:,} bytes from {info.compress_size:,} in the archive"

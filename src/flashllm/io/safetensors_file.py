@@ -73,9 +73,9 @@ class Header:
 
 
 class TensorFile:
-    """An open file; use with ``with``.
+    """An open file; use it in a ``with`` block.
 
-    Header and tensors come from the same file even when another process replaces it meanwhile.
+    Header and tensors come from the same file even if another process replaces it in the meantime.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -122,7 +122,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def parse_json(text: str, *, field: str, path: str) -> dict[str, Any]:
-    """The JSON object in ``text``, no name in it given twice. Raises ``FormatError``."""
+    """The JSON object in ``text``, in which no name may occur twice. Raises ``FormatError``."""
     try:
         value = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -133,7 +133,7 @@ def parse_json(text: str, *, field: str, path: str) -> dict[str, Any]:
 
 
 def read_json(path: str | Path, *, most_bytes: int) -> dict[str, Any]:
-    """The JSON object in a file. Raises ``FormatError`` for anything else and for a larger file, ``OSError``."""
+    """The JSON object in a file. Raises ``FormatError`` for anything else and for a larger file, and ``OSError``."""
     return parse_json(read_utf8(path, most_bytes=most_bytes), field="file", path=str(path))
 
 
@@ -179,7 +179,7 @@ def _entry(name: str, value: Any, base: int, size: int, path: str) -> TensorEntr
         bad("shape", "a list of non-negative integers", shape)
     if len(shape) > _MAX_RANK:
         bad("shape", f"at most {_MAX_RANK} dimensions", f"{len(shape)} dimensions")
-    # Zeros left out, as NumPy's own limit does.
+    # Zeros are left out, as in NumPy's own limit.
     if max(shape, default=0) > _MAX_ELEMENTS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         bad("shape", "fewer than 2^60 elements", shape)
     if not isinstance(span, list) or len(span) != 2 or not all(_is_size(d) for d in span):
@@ -213,7 +213,7 @@ def write_file(path: str | Path, tensors: Mapping[str, NDArray[Any]], metadata: 
     """Write a file so that ``path`` holds either what it held before or the whole new content."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    # Wide types first keeps every tensor aligned to its item size.
+    # Writing wide types first keeps every tensor aligned to its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     for name, array in ordered:
         start, end = end, end + array.nbytes

@@ -33,7 +33,7 @@ def is_sparse_model(path: str | Path) -> bool:
 
 
 class SparseModel:
-    """A directory of sparse weights: its configuration and manifest, and each tensor when it is asked for.
+    """A directory of sparse weights: its configuration and manifest, and each tensor on request.
 
     Nothing stays open or is kept in memory between calls.
     """
@@ -41,8 +41,8 @@ class SparseModel:
     def __init__(self, directory: str | Path) -> None:
         """Read ``flashllm.json`` and ``config.json``.
 
-        Raises ``ArgumentError`` for a path that is no such directory, ``FormatError`` for files that break their
-        format, ``FileNotFoundError``.
+        Raises ``ArgumentError`` for a path that is not such a directory, ``FormatError`` for files that break their
+        format, and ``FileNotFoundError``.
         """
         path = Path(directory)
         if not path.exists():
@@ -70,7 +70,7 @@ class SparseModel:
         return {path.name: path for path in found if path.is_file()}
 
     def entry(self, name: str) -> StoredWeight:
-        """What the manifest says of matrix ``name``, ``model.layers.0.mlp.down_proj`` say. Raises ``ArgumentError``."""
+        """The manifest's entry of matrix ``name``, e.g. ``model.layers.0.mlp.down_proj``. Raises ``ArgumentError``."""
         if name not in self._weights:
             raise ArgumentError("name", expected=f"a matrix of {self.path}", got=brief(name))
         return self._weights[name]
@@ -78,7 +78,8 @@ class SparseModel:
     def weight(self, name: str, *, validate: bool = True, mmap: bool = False) -> SparseWeight:
         """Matrix ``name``, which is stored sparse: on the host, and validated.
 
-        ``validate=False`` is for files written by yourself alone: kernels trust the content. ``mmap`` maps the buffers.
+        ``validate=False`` is only for files that you wrote yourself: kernels trust the content. ``mmap`` maps the
+        buffers.
         Raises ``ArgumentError`` for an unknown name and for a matrix that is stored dense,
         ``FormatError`` for a file that is damaged or does not hold what the manifest says.
         """
@@ -137,7 +138,7 @@ class SparseModel:
         return file
 
     def _check(self, file: ContainerFile, part: Part) -> None:
-        """The file is of this conversion, not of another that happens to have the same names."""
+        """Check that the file is of this conversion, not of another that happens to have the same names."""
         text = file.header.metadata.get(NOTE, "")
         identity, found = parse_part(text, file=part.file, path=file.header.path)
         if identity != self.manifest.identity or found != part:

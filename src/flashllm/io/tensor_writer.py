@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a safetensors file tensor by tensor, and the index of a checkpoint in several such files.
 
-The layout puts the header first, which says where each tensor lies. So room for it is left at the start, enough for the
-tensors that are expected, and it is written in the end; what it does not need is filled with spaces, as the layout
+In the layout, the header, which says where each tensor lies, comes first. So room for it is left at the start, enough
+for the tensors that are expected, and it is written at the end; unused room is filled with spaces, as the layout
 allows. No more than the part being added is in memory.
 """
 
@@ -68,25 +68,25 @@ class TensorPart:
 
 
 class TensorWriter:
-    """A safetensors file in the making; use with ``with``.
+    """Writes a safetensors file; use it in a ``with`` block.
 
-    The file appears at ``path`` when the ``with`` block ends: whole and on disk. When the block ends with an exception,
+    The file appears at ``path`` when the ``with`` block ends: whole and on disk. If the block ends with an exception,
     ``path`` holds what it held before, and nothing else is left.
 
-    Tensors lie in the order in which they were added, without gaps, as the layout wants. So one that follows another of
-    a narrower dtype may start at a byte that is no multiple of its item size. Readers of this package and the package
-    ``safetensors`` cope; add wide dtypes first where that matters.
+    Tensors lie in the order in which they were added, without gaps, as the layout requires. So one that follows another
+    of a narrower dtype may start at a byte that is not a multiple of its item size. The readers of this package and the
+    package ``safetensors`` can handle that; add wide dtypes first where it matters.
     """
 
     def __init__(
         self, path: str | Path, *, metadata: Mapping[str, str], expected: Iterable[str], spare_bytes: int = 0
     ) -> None:
-        """A writer for ``path``, of which nothing is touched before the ``with`` block begins.
+        """A writer for ``path``, which is not touched before the ``with`` block begins.
 
-        ``metadata`` goes into ``__metadata__``. ``expected`` names the tensors to come: they decide how much room the
-        header has. Others may be added, in any order, and fewer, as long as the header fits. ``spare_bytes`` is more
-        room, for what :meth:`describe` adds. Raises ``ArgumentError`` for names or metadata that are not strings, and
-        for a header of more than ``MAX_HEADER_BYTES``.
+        ``metadata`` goes into ``__metadata__``. ``expected`` names the tensors to come, which decide how much room the
+        header has. Other tensors, or fewer, may be added, in any order, as long as the header fits. ``spare_bytes`` is
+        extra room for what :meth:`describe` adds. Raises ``ArgumentError`` for names or metadata that are not strings,
+        and for a header of more than ``MAX_HEADER_BYTES``.
         """
         self._path = Path(path)
         self._metadata = _checked_metadata(metadata)
@@ -143,9 +143,9 @@ class TensorWriter:
     def tensor(self, name: str, dtype: str, shape: Sequence[int]) -> Iterator[TensorPart]:
         """Append a tensor in parts: ``with writer.tensor("w", "F16", (4, 8)) as out: out.write(rows)``.
 
-        ``dtype`` is the layout's name of one of the dtypes of ``DTYPE_NAMES``. One tensor at a time. Raises
-        ``ArgumentError`` for a name given twice, an unknown dtype, a shape of more than 8 dimensions, a header that
-        would not fit into its room, and, in the end, for elements that did not come. After an exception from here the
+        ``dtype`` is the layout's name of one of the dtypes of ``DTYPE_NAMES``. Only one tensor is written at a time.
+        Raises ``ArgumentError`` for a name given twice, an unknown dtype, a shape of more than 8 dimensions, a header
+        that would not fit into its room, and, at the end, for missing elements. After an exception in this block the
         file cannot be finished.
         """
         file = self._ready()
@@ -204,7 +204,7 @@ class TensorWriter:
         if len(sizes) > _MAX_RANK or not all(isinstance(d, (int, np.integer)) and 0 <= d < _MAX_BYTES for d in sizes):
             expected = f"at most {_MAX_RANK} dimensions of at least 0"
             raise ArgumentError(f"{name}: shape", expected=expected, got=brief(sizes))
-        # Zeros left out, as readers do.
+        # Zeros are left out, as readers do.
         if self._end + math.prod(int(d) for d in sizes if d) * ITEM_BYTES[dtype] > _MAX_BYTES:
             raise ArgumentError(f"{name}: shape", expected="a file of at most 2^60 bytes", got=brief(sizes))
         return math.prod(map(int, sizes))
@@ -218,11 +218,11 @@ class TensorWriter:
 
 
 def write_checkpoint_index(directory: str | Path, shards: Sequence[str]) -> Path:
-    """Write ``model.safetensors.index.json`` of ``shards``, names of safetensors files in ``directory``; its path.
+    """Write ``model.safetensors.index.json`` for ``shards``, safetensors files in ``directory``; returns its path.
 
     ``weight_map`` comes from the files themselves, ``total_size`` is the sum of their tensors in bytes. The index
-    appears whole or not at all. Raises ``ArgumentError`` for no shard, a name given twice or with a folder in it, and
-    a tensor in two shards; ``FormatError`` for a damaged shard, ``OSError`` for a missing one.
+    appears whole or not at all. Raises ``ArgumentError`` if there is no shard, for a name given twice or with a folder
+    in it, and for a tensor in two shards; ``FormatError`` for a damaged shard, ``OSError`` for a missing one.
     """
     folder = Path(directory)
     if not shards:

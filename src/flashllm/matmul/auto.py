@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format suits a matrix, the numbers of columns to come and a GPU; docs/auto.md."""
+"""Which format suits a matrix, the expected numbers of rows of x and a GPU; docs/auto.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Source = Literal["model", "measured", "model and measured"]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One format for one matrix, with what it would take."""
+    """One format for one matrix, with the time and the bytes that it would take."""
 
     format: str
     """A registered format, or ``"dense"``."""
@@ -73,10 +73,11 @@ def rank_formats(
     gpu: Gpu | None = None,
     formats: Sequence[str] | None = None,
 ) -> Ranking:
-    """Rank ``formats`` (default: all) for W [M, K] of which ``density`` is stored, at random places.
+    """Rank ``formats`` (default: all) for W [M, K] with a fraction ``density`` stored at random places.
 
-    By the geometric mean of the times over ``n``, one number of rows of x or several. ``gpu`` is by default the current
-    one, without one an H100 80GB. Formats without a kernel for it are left out. Raises :class:`ArgumentError`.
+    They are ranked by the geometric mean of the times over ``n``, one or several numbers of rows of x. ``gpu`` is by
+    default the current one or, if there is none, an H100 80GB. Formats without a kernel for it are left out. Raises
+    :class:`ArgumentError`.
     """
     gpu = gpu or current_gpu()
     names = usable_formats(formats, gpu)
@@ -91,9 +92,9 @@ def rank_formats_of(
     gpu: Gpu | None = None,
     formats: Sequence[str] | None = None,
 ) -> Ranking:
-    """:func:`rank_formats` for a matrix that is there: NumPy, CuPy or ``scipy.sparse``, as the encoders take it.
+    """:func:`rank_formats` for a given matrix: NumPy, CuPy or ``scipy.sparse``, as the encoders take it.
 
-    Some of its rows are packed in every format, so a mask that suits one badly shows. Raises as the encoders do.
+    Some of its rows are packed in every format, to detect a mask that suits one badly. Raises as the encoders do.
     """
     gpu = gpu or current_gpu()
     return rank(sampled(a, usable_formats(formats, gpu), dtype=dtype), n, gpu=gpu)
@@ -123,12 +124,12 @@ def pack(
     dtype: str | None = None,
     device: DeviceFacts | None = None,
 ) -> SparseWeight:
-    """Pack W [M, K] in the format whose products take least time for ``n`` rows of x, or in ``format``.
+    """Pack W [M, K] in the format whose products take the least time for ``n`` rows of x, or in ``format``.
 
     ``a`` is a dense NumPy or CuPy matrix or a CSR, CSC or COO ``scipy.sparse`` one; the weight is where ``a`` is.
     ``dtype`` is ``"fp16"`` or ``"bf16"``, by default bf16 for bf16 input, else fp16. ``device`` is the GPU to choose
-    for, by default the current one, without one an H100 80GB. For several ``n`` the geometric mean of the times
-    counts. Raises :class:`ArgumentError`, naming the argument.
+    for, by default the current one or, if there is none, an H100 80GB. For several ``n``, the geometric mean of the
+    times decides. Raises :class:`ArgumentError`, naming the argument.
     """
     batches = check_batches(n)
     if format == AUTO:
@@ -143,7 +144,7 @@ def pack(
 
 
 def current_gpu() -> Gpu:
-    """The GPU in use, or without one that can be used the package's default."""
+    """The GPU in use or, if none can be used, the package's default."""
     from flashllm.device import device_facts, gpu_problem
 
     return find_gpu(DEFAULT_GPU) if gpu_problem() is not None else gpu_of(device_facts())
@@ -160,7 +161,7 @@ def check_batches(n: int | Sequence[int]) -> tuple[int, ...]:
 def usable_formats(formats: Sequence[str] | None, gpu: Gpu) -> list[str]:
     """The formats among ``formats`` (default: all) that have a time model and a kernel for ``gpu``.
 
-    Raises :class:`ArgumentError` for an unknown one, and when none is left.
+    Raises :class:`ArgumentError` for an unknown format, and when none is left.
     """
     names = list(FORMATS) if formats is None else list(formats)
     for name in names:
@@ -188,7 +189,7 @@ def _candidate(name: str, contents: Contents, batches: Sequence[int], gpu: Gpu) 
         if found is None:
             us[count] = modelled.us
             bounds.setdefault("expanding" if modelled.expand else modelled.kernel.bound, []).append(count)
-        else:  # of a matrix that may have been a little denser or sparser
+        else:  # measured on a matrix that may have been a little denser or sparser
             then = _predict(name, contents, found.density, found.weight_bytes, count, gpu)
             now, before = (one.expand_us if found.expanded else one.kernel.us for one in (modelled, then))
             us[count] = found.median_us * now / before

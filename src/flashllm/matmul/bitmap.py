@@ -36,7 +36,7 @@ RING_ROWS = {8: 96, 16: 96, 32: 96, 64: 112}
 """Value rows that a block keeps in shared memory, by its columns of x."""
 _STAGES = {8: 4, 16: 4, 32: 3, 64: 3}
 # By architecture and columns of x: as many blocks as fit an SM's shared memory and, at 64 columns, its registers (two
-# on sm_100a would spill). One on the others, whose SMs have 100 KB.
+# on sm_100a would spill). Other architectures, whose SMs have 100 KB, get one.
 _RESIDENT_BLOCKS = {
     "80": {8: 2, 16: 2, 32: 2, 64: 1},
     "90a": {8: 3, 16: 3, 32: 3, 64: 2},
@@ -44,8 +44,8 @@ _RESIDENT_BLOCKS = {
 }
 # What writing the accumulators costs a block, in tiles: between 0 and 4 the time changes by less than 1 % (measured).
 _ROW_COST = 2
-_IMAGES_FROM = 32  # columns of x: from here on wgmma has x laid out once for a launch (x_images.cuh)
-_IMAGE_GROUP = 8  # tiles whose x is counted together
+_IMAGES_FROM = 32  # columns of x: from here on, x is laid out once per launch for wgmma (x_images.cuh)
+_IMAGE_GROUP = 8  # tiles whose images of x share a counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +104,14 @@ def resident_blocks(arch: str, n_block: int) -> int:
 
 
 def paths_for(n_block: int, arch: str) -> tuple[bool, ...]:
-    """Whether to multiply by wgmma, the preferred answer first: on Hopper it is ahead from 32 columns on (measured)."""
+    """Whether to multiply by wgmma, preferred answer first: on Hopper, it is faster from 32 columns on (measured)."""
     if arch != "90a":
         return (False,)
     return (True, False) if n_block == 32 else (True,) if n_block > 32 else (False, True)
 
 
 def default_choice(w: Bitmap, n: int, *, arch: str) -> Choice:
-    """What the heuristic takes for ``n`` columns of x on ``arch``."""
+    """The heuristic's choice for ``n`` columns of x on ``arch``."""
     n_block = n_block_for(n)
     return _choice(w.dtype, n_block, paths_for(n_block, arch)[0], arch, aligned=w.shape[1] % 8 == 0)
 
@@ -173,7 +173,7 @@ def candidates(w: Bitmap, n: int, *, arch: str) -> Iterator[Choice]:
 
 
 def tune_key(w: Bitmap, n: int) -> str:
-    """Class of density, in tenths, and column blocks."""
+    """Density class, in tenths, and column blocks."""
     columns = n_block_for(n)
     return f"d{round(10 * w.density)} n{columns}x{-(-n // columns)}"
 
@@ -184,13 +184,13 @@ def usable(choice: Choice) -> bool:
 
 
 def ablation(choice: Choice) -> dict[str, Choice]:
-    """None is compiled."""
+    """None: no variants are compiled."""
     return {}
 
 
 @cache
 def instances() -> tuple[Choice, ...]:
-    """One choice for every instance that a plan or the tuner can ask for."""
+    """One choice for every instance that a plan or the tuner can request."""
     choices = [
         _choice(dtype, n_block, warpgroup, arch, aligned=aligned)
         for arch in ALL_ARCHS
@@ -203,7 +203,7 @@ def instances() -> tuple[Choice, ...]:
 
 
 def typical(arch: str) -> tuple[Choice, ...]:
-    """The instances that the heuristic takes on ``arch``: for every width, type and alignment one."""
+    """The instances that the heuristic takes on ``arch``: one for every width, type and alignment."""
     return tuple(
         choice
         for choice in instances()

@@ -2,8 +2,9 @@
 """Wide x: the weight is expanded once to a dense scratch matrix, which cuBLAS multiplies.
 
 A kernel reads and decodes W anew for every block of columns of x, so its time grows with N from its widest block on;
-a dense product's hardly does until the tensor cores are busy. Above some N it is faster to write W out dense. Sums are
-then cuBLAS's, which may be a few times the error bound of our kernels away from float64 (docs/reliability.md).
+that of a dense product hardly grows until the tensor cores are busy. Above some N, it is faster to write W out dense.
+cuBLAS then computes the sums, which may differ from float64 by a few times the error bound of our kernels
+(docs/reliability.md).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ LABEL = "expand, cublas"
 """What stands for the kernel's name in tables and rows."""
 LEAST_N = N_BLOCKS[-1] + 1
 LEAST_DENSE_BYTES = 1 << 24
-"""Smaller matrices are a matter of launches, whose cost in an expansion the model does not know."""
-_MARGIN = 0.9  # of the kernel's time, that an expansion has to stay below: its own is reckoned, not fitted
+"""Launches dominate the time of smaller matrices, and the model does not know their cost in an expansion."""
+_MARGIN = 0.9  # an expansion must take less than this share of the kernel's time: its own is estimated, not fitted
 
 _handles: dict[tuple[int, int], Cublas] = {}
 _products: dict[tuple[int, int, int, int, int, str, bool], Candidate] = {}
@@ -37,21 +38,21 @@ _products: dict[tuple[int, int, int, int, int, str, bool], Candidate] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """How much scratch the dense matrix takes; at the start of the workspace."""
+    """How much scratch memory the dense matrix takes, at the start of the workspace."""
 
     scratch_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the model says of one product."""
+    """What the model predicts for one product."""
 
     kernel: Prediction
-    """By the kernel alone."""
+    """The time by the kernel alone."""
     expand_us: float
-    """By expanding the weight."""
+    """Microseconds by expanding the weight."""
     expand: bool
-    """That it pays to."""
+    """Whether expanding pays."""
 
     @property
     def us(self) -> float:
@@ -70,7 +71,10 @@ def expected(
     gpu: Gpu,
     model: Model | None = None,
 ) -> Expected:
-    """Which way y[n, m] = x[n, k] @ W[m, k]^T takes less time. Raises :class:`ArgumentError` without constants."""
+    """Which way y[n, m] = x[n, k] @ W[m, k]^T takes less time.
+
+    Raises :class:`ArgumentError` for a format without constants.
+    """
     size: dict[str, Any] = {"m": m, "k": k, "n": n, "weight_bytes": weight_bytes, "density": density}
     prediction = predict(format_name, **size, gpu=gpu, model=model)
     us = expand_us(m=m, k=k, n=n, weight_bytes=weight_bytes, gpu=gpu, model=model)
@@ -86,9 +90,10 @@ def expansion_of(w: SparseWeight) -> Expansion | None:
 
 
 def run(w: SparseWeight, x: Any, out: Any, workspace: Any, *, stream: Any = None) -> None:
-    """Expand ``w`` into ``workspace`` and multiply: checked operands, nothing allocated after the first call.
+    """Expand ``w`` into ``workspace`` and multiply checked operands; allocates nothing after the first call.
 
-    The first call for a stream makes a cuBLAS handle with 32 MB of its own, so a capture must come after it.
+    The first call for a stream makes a cuBLAS handle with a workspace of its own of 32 MB, so a capture must come after
+    that call.
     """
     import cupy
 
@@ -104,7 +109,7 @@ def run(w: SparseWeight, x: Any, out: Any, workspace: Any, *, stream: Any = None
 
 
 def release_stream(stream: int) -> None:
-    """As :func:`release`, of one stream, by its handle, which another may have once it is gone."""
+    """Like :func:`release`, for the stream with this handle, which another stream may have once it is gone."""
     for where in [where for where in _handles if where[1] == stream]:
         _handles.pop(where).close()
     for key in [key for key in _products if key[1] == stream]:
@@ -120,9 +125,9 @@ def release() -> None:
 
 
 def _product(shape: tuple[int, int], n: int, dtype: str, stream: int, *, aligned: bool) -> Candidate:
-    """cuBLAS's product: cublasLt's first choice, which adds split-K pieces in fp32, where the addresses allow it.
+    """cuBLAS's product: where the addresses allow it, cublasLt's first choice, which adds split-K pieces in fp32.
 
-    Handles are by stream, since their workspace must not be used by two products at a time.
+    Each stream has its own handle, since two products must not use the workspace of a handle at the same time.
     """
     from flashllm.baselines.cublas import Cublas, Layout
     from flashllm.device import current_device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host module of a kernel offers: all that planning, launching, tuning, verifying and measuring know of it.
+"""What the host module of a kernel offers: all that planning, launching, tuning, verifying and measuring use of it.
 
 A module such as ``matmul/tiled_csl.py`` fulfils :class:`Kernel` as it is: its functions and its class ``Choice`` are
 the members. ``flashllm.registry`` finds the module for a weight. One launch computes a product.
@@ -16,9 +16,9 @@ from flashllm.jit.spec import KernelSpec
 class KernelChoice(Protocol):
     """One compiled instance and how it is spread over the device: what the heuristic, the tuner or a caller decides.
 
-    A hashable frozen dataclass whose fields are of type ``int``, ``bool`` or ``str``, so that a file can hold it. The
-    attributes here but ``spec`` are fields; a kernel adds its own, and those that its weights name in ``LAYOUT``, which
-    planning sets to the weight's.
+    A hashable frozen dataclass whose fields are of type ``int``, ``bool`` or ``str``, so that a file can hold it. All
+    attributes here except ``spec`` are fields; a kernel adds its own, and those that its weights name in ``LAYOUT``,
+    which planning sets to the weight's values.
     """
 
     @property
@@ -64,7 +64,7 @@ class Kernel(Protocol):
         """The class of its choices, a :class:`KernelChoice`."""
 
     def default_choice(self, w: Any, n: int, *, arch: str) -> KernelChoice:
-        """What the heuristic takes for ``n`` columns of x on ``arch``."""
+        """The heuristic's choice for ``n`` columns of x on ``arch``."""
 
     def split_for(self, w: Any, n: int, choice: Any, *, sm_count: int) -> Split:
         """Blocks and workspace of ``choice`` on ``sm_count`` multiprocessors."""
@@ -82,16 +82,16 @@ class Kernel(Protocol):
         """Choices worth measuring, the heuristic's first, none twice; the spec of each is among :meth:`specs`."""
 
     def tune_key(self, w: Any, n: int) -> str:
-        """What a measured choice is valid for beside format, dtype and shape: a class of density, of ``n``."""
+        """What a measured choice is valid for besides format, dtype and shape: a class of density and of ``n``."""
 
     def usable(self, choice: Any) -> bool:
         """Whether a choice that comes from a file may be launched; its fields have the right types."""
 
     def instances(self) -> Sequence[KernelChoice]:
-        """One choice for every instance that a plan, the tuner or the ablation can ask for."""
+        """One choice for every instance that a plan, the tuner or the ablation can request."""
 
     def typical(self, arch: str) -> Sequence[KernelChoice]:
-        """The instances that the heuristic takes most on ``arch``, for every width, dtype and alignment."""
+        """The instances that the heuristic takes most often on ``arch``, for every width, dtype and alignment."""
 
     def ablation(self, choice: Any) -> Mapping[str, KernelChoice]:
         """Variants of ``choice`` that lack one idea each, by name; empty where no such instances exist."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a product takes, reckoned from bytes and decoding work; docs/auto.md says how well.
+"""How long a product takes, estimated from bytes and decoding work; docs/auto.md says how well.
 
-A kernel reads the packed weight and decodes it tile by tile while the next bytes arrive, so its time is a start-up and
-the longer of the two, rounded off where they are about equal. The constants of each format and width of a column block
-were fitted to measurements on an H200 (``model_h200.json``, written by ``experiments/fit_model.py``). On another GPU
-the cycles of a tile and the start-up are taken to be the same; multiprocessors, clock and bandwidth are that GPU's.
-That is an extrapolation.
+A kernel reads the packed weight and decodes it tile by tile while the next bytes arrive, so its time is a start-up plus
+the longer of reading and decoding, with a smooth transition where they are about equal. The constants of each format
+and width of a column block were fitted to measurements on an H200 (``model_h200.json``, written by
+``experiments/fit_model.py``). On another GPU, the cycles of a tile and the start-up are assumed to be the same;
+multiprocessors, clock and bandwidth are that GPU's. That is an extrapolation.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class Load:
     other_bytes: int
     """Bytes of x and y."""
     tiles: float
-    """Tiles that are decoded, for each block of columns."""
+    """Tiles that are decoded for each block of columns."""
     nnz: float
     """Stored elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The time of one product and what it is made of, in microseconds; ``column_blocks`` passes are in all."""
+    """The time of one product and its parts, in microseconds; all ``column_blocks`` passes are included."""
 
     us: float
     start_us: float
     read_us: float
     decode_us: float
     n_block: int
-    """Columns of x of one pass over the weight."""
+    """Columns of x in one pass over the weight."""
     column_blocks: int
 
     @property
@@ -63,7 +63,7 @@ class KernelTime:
     """Fitted constants of one format's kernel for one width of a column block."""
 
     start_us: float
-    """Launch, first bytes and last sums."""
+    """Time for the launch, the first bytes and the last sums."""
     tile_cycles: float
     """Cycles of a multiprocessor per tile, its elements not counted."""
     value_cycles: float
@@ -92,10 +92,10 @@ class DenseTime:
 
     start_us: float
     read_share: float
-    """Of the bandwidth of a pure read."""
+    """Share of the bandwidth of a pure read."""
 
     def us(self, m: int, k: int, n: int, *, gpu: Gpu) -> float:
-        """Microseconds: of the bytes, or of the operations at the peak of the tensor cores, whichever are more."""
+        """Microseconds: start-up, plus the time for the bytes or for the operations at peak, whichever is longer."""
         read = 2 * (m * k + n * (m + k)) / (gpu.read_gbps * self.read_share) * 1e-3
         multiply = 2 * m * n * k / gpu.tensor_flops * 1e-6
         return self.start_us + max(read, multiply)
@@ -108,8 +108,8 @@ class Model:
     kernels: Mapping[str, Mapping[int, KernelTime]]
     """By format and width of the column block."""
     tile_bytes: Mapping[str, int]
-    """Bytes of a tile beside its values, for formats whose number of tiles depends on where the zeros are and is known
-    from the bytes only: slot24. Others have one for 128 x 64 elements."""
+    """Bytes of a tile besides its values, for formats whose number of tiles depends on where the zeros are and is known
+    only from the bytes: slot24. Other formats have one tile for 128 x 64 elements."""
     dense: DenseTime
     gpu: str
     """GPU the rows were measured on."""
@@ -148,7 +148,7 @@ def from_json(data: Mapping[str, Any]) -> Model:
 
 
 def to_json(model: Model) -> dict[str, Any]:
-    """``model`` as JSON can hold it."""
+    """``model`` in a form that JSON can hold."""
     return {
         "gpu": model.gpu,
         "files": list(model.files),
@@ -192,8 +192,8 @@ def predict(
 ) -> Prediction:
     """The time, L2-cold in a CUDA graph, of y[n, m] = x[n, k] @ W[m, k]^T on ``gpu``.
 
-    ``weight_bytes`` are those of the packed weight, ``density`` the fraction of stored elements. ``model`` is another
-    one than the package's. Raises :class:`ArgumentError` for a format without constants.
+    ``weight_bytes`` are those of the packed weight, ``density`` the fraction of stored elements. ``model`` replaces the
+    package's. Raises :class:`ArgumentError` for a format without constants.
     """
     model = model or committed()
     kernels = model.kernels
@@ -209,8 +209,8 @@ def predict(
 def expand_us(*, m: int, k: int, n: int, weight_bytes: int, gpu: Gpu, model: Model | None = None) -> float:
     """Microseconds of expanding W to a dense matrix and multiplying that by cuBLAS.
 
-    Reckoned, not fitted: the packed weight is read and the dense matrix written at the speed of a pure read, after a
-    start-up like that of cuBLAS.
+    Estimated, not fitted: the packed weight is assumed to be read, and the dense matrix written, at the speed of a pure
+    read, after a start-up like that of cuBLAS.
     """
     model = model or committed()
     moved = weight_bytes + 2 * m * k
@@ -220,6 +220,6 @@ def expand_us(*, m: int, k: int, n: int, weight_bytes: int, gpu: Gpu, model: Mod
 def dense_us(m: int, k: int, n: int, *, gpu: Gpu, model: Model | None = None) -> float:
     """Microseconds, L2-cold in a CUDA graph, of the dense product by cuBLAS on ``gpu``.
 
-    Fitted where the bytes decide. Where the operations do (N in the hundreds) it is a lower bound.
+    Fitted where the bytes decide the time. Where the operations do (N in the hundreds), it is a lower bound.
     """
     return (model or committed()).dense.us(m, k, n, gpu=gpu)

@@ -31,13 +31,13 @@ class Plan:
     n: int
     """The N this plan is for."""
     choice: KernelChoice
-    """Of the class of the format's kernel module."""
+    """Of the class ``Choice`` of the format's kernel module."""
     split: Split
     source: Literal["auto", "tuned", "forced"]
-    """Heuristic, measured on this device, or given by the caller."""
+    """The heuristic, measured on this device, or given by the caller."""
     reason: str
     expansion: Expansion | None = None
-    """On the GPU, W is expanded and cuBLAS multiplies; ``choice`` and ``split`` are for where that cannot be."""
+    """If set, W is expanded on the GPU and cuBLAS multiplies; ``choice`` and ``split`` are for where that cannot be."""
 
     @property
     def label(self) -> str:
@@ -58,13 +58,14 @@ class Plan:
     def workspace_bytes(self) -> int:
         """Bytes of the workspace: zero it once; every call leaves it zero, so plans may share one. 0: none needed.
 
-        For an expansion, those of the dense matrix, which a call leaves there: no plan of another kind may use it then.
+        For an expansion, the bytes of the dense matrix, which a call leaves there: no plan of another kind may then use
+        that workspace.
         """
         return self.split.workspace_bytes if self.expansion is None else self.expansion.scratch_bytes
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes of scratch memory, of which nothing is asked: any product may find there what another left. 0: none."""
+        """Bytes of scratch memory, which may hold anything, such as what another product left there. 0: none needed."""
         return self.split.scratch_bytes if self.expansion is None else 0
 
 
@@ -78,14 +79,14 @@ def plan(
 ) -> Plan:
     """Plan the product of ``w`` with ``n`` rows of x.
 
-    ``device`` (default: the current GPU) may describe a GPU that is not there. ``choice``, of the class ``Choice`` of
-    the format's kernel module, forces an instance; without one, a measured choice of ``flashllm tune`` is taken, else
-    the heuristic's. ``n`` may be as large as 65,535 column blocks of the instance.
+    ``device`` (default: the current GPU) may describe a GPU that is not present. ``choice``, of the class ``Choice`` of
+    the format's kernel module, forces an instance; without it, a choice measured by ``flashllm tune`` is taken or, if
+    there is none, the heuristic's. ``n`` may be as large as 65,535 column blocks of the instance.
 
     ``expand`` says whether to expand the weight to a dense matrix in the workspace, which cuBLAS then multiplies
-    (``flashllm.matmul.expand``). By default that is done where it was measured faster than the kernel, or, with nothing
-    measured, where the time model expects it: for more than 64 columns and large matrices. ``False`` keeps the
-    workspace small and sums those of our kernels.
+    (``flashllm.matmul.expand``). By default, this is done where it was measured to be faster than the kernel or, if
+    nothing was measured, where the time model expects it to be: for more than 64 columns and large matrices. ``False``
+    keeps the workspace small and has the sums computed by our kernels.
 
     Raises :class:`ArgumentError` for an impossible ``n``, :class:`MissingDependencyError` without a GPU.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flashllm.jit.spec import KernelSpec
     from flashllm.matmul.kernel import Split
 
-_ALIGNMENT = {"x": 16, "w": 16, "out": 8, "workspace": 16}  # what every kernel may count on
+_ALIGNMENT = {"x": 16, "w": 16, "out": 8, "workspace": 16}  # what every kernel may rely on
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
@@ -41,31 +41,31 @@ def spmm(
 ) -> Any:
     """y[N, M] = x[N, K] @ W[M, K]^T, accumulated in fp32 and rounded once to W's type.
 
-    ``x`` is C-contiguous [N, K] of W's type: a CuPy array (or anything on the GPU with DLPack) for a device
-    weight, a NumPy array for a host weight, which NumPy multiplies, or with ``backend="emulator"`` the GPU's kernel
+    ``x`` is C-contiguous [N, K] of W's type: a CuPy array (or any GPU array with DLPack) for a device weight, a NumPy
+    array for a host weight. A host weight is multiplied by NumPy or, with ``backend="emulator"``, by the GPU's kernel
     on the CPU. bf16 arrays have the dtype ``ml_dtypes.bfloat16`` or hold its bits as uint16. N >= 1 is any number.
 
-    With ``plan``, ``out`` [N, M] and, where ``plan.workspace_bytes`` is not 0, a ``workspace`` (uint8, zeroed once by
-    the caller; a call leaves it zero, so one, as large as the largest, serves all products of a stream), and, where
-    ``plan.scratch_bytes`` is not 0, ``scratch`` (uint8, with anything in it; one serves all products of a stream
-    too), a call after the first allocates nothing and can be captured in a CUDA graph. For wide x a plan may expand W
-    to a dense matrix, whose product is cuBLAS's, in a workspace of its own. Runs on ``stream`` (default: CuPy's
-    current one) and does not wait for it. ``backend``: ``"cuda"``, ``"emulator"``, ``"reference"`` or ``None`` to go
-    by where the operands are.
+    Given ``plan``, ``out`` [N, M] and the memory that the plan needs, a call after the first allocates nothing and can
+    be captured in a CUDA graph. That memory is a ``workspace`` where ``plan.workspace_bytes`` is not 0 (uint8, zeroed
+    once by the caller; a call leaves it zero, so one, as large as the largest, serves all products of a stream), and
+    ``scratch`` where ``plan.scratch_bytes`` is not 0 (uint8, with any content; one serves all products of a stream
+    too). For wide x, a plan may expand W to a dense matrix in a workspace of its own, which cuBLAS multiplies. Runs on
+    ``stream`` (default: CuPy's current one) and does not wait for it. ``backend`` is ``"cuda"``, ``"emulator"``,
+    ``"reference"``, or ``None`` to go by where the weight is.
 
-    ``overlap_previous`` lets the kernel start, on a GPU of compute capability 9.0 or newer, while the one before it on
-    the stream still runs: it reads weights until that one is through, and only then x. The condition is that the launch
-    just before writes none of ``w``; it may write x, and use the same out and workspace (docs/kernels/pdl.md). An
-    expanded weight and a product on the host overlap nothing.
+    On a GPU of compute capability 9.0 or newer, ``overlap_previous`` lets the kernel start while the previous kernel on
+    the stream still runs: it reads weights until that kernel has finished, and only then x. The condition is that the
+    launch just before writes none of ``w``; it may write x, and use the same out and workspace (docs/kernels/pdl.md).
+    An expanded weight and a product on the host overlap nothing.
 
-    Stored elements, NaN and infinities too, multiply as in dense arithmetic. So does a pruned zero, where the class of
-    ``w`` says ``MULTIPLIES_ZEROS``: times an infinity or a NaN in x it gives NaN, in every output of that row of x,
-    as a dense matrix with zeros would. In other formats (slot24) any of these products may be left out: such an output
-    is what the dense product gives, or what the stored elements alone give. With finite x there is no difference.
+    Stored elements, including NaN and infinities, multiply as in dense arithmetic. So does a pruned zero if the class
+    of ``w`` has ``MULTIPLIES_ZEROS``: multiplied by an infinity or a NaN in x, it makes the output NaN, as a dense
+    matrix with zeros would. In other formats (slot24), any of these products may be left out: such an output is either
+    what the dense product gives or what the stored elements alone give. With finite x, there is no difference.
 
-    Raises :class:`ArgumentError`, naming the argument, for a wrong type, shape, dtype, layout, alignment or
-    device, :class:`DeviceMemoryError` when out or workspace does not fit, :class:`MissingDependencyError` when the
-    emulator lacks its compiler, or ``overlap_previous`` the package it launches by, and
+    Raises :class:`ArgumentError`, naming the argument, for a wrong type, shape, dtype, layout, alignment or device,
+    :class:`DeviceMemoryError` if out, workspace or scratch does not fit, :class:`MissingDependencyError` if the
+    emulator lacks its compiler or ``overlap_previous`` lacks the package that it launches with, and
     :class:`UnsupportedDeviceError` for ``overlap_previous`` on an older GPU.
     """
     if not isinstance(w, SparseWeight):
@@ -158,7 +158,7 @@ def _cuda(
 
 
 def _memory(name: str, given: Any, needed: int, facts: DeviceFacts, stream: Any, *, what: str) -> Any:
-    """Memory of ``needed`` bytes, ``None`` where that is 0: what the caller gives, or new."""
+    """What the caller gives or, if nothing, new memory of ``needed`` bytes; ``None`` if that is 0."""
     if given is None:
         return _allocate(what, (needed,), np.dtype(np.uint8), stream) if needed else None
     if not is_cupy(given) or given.nbytes < needed:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a matrix would take in each format, from packing some of its rows.
+"""How many bytes a matrix would take in each format, estimated by packing some of its rows.
 
-Random zeros follow from density alone; real masks do not: one dense row halves the windows of slot24, dense columns
-leave the streams of a bitmap uneven. So slabs of rows spread over M, and the one of the densest row, are packed, and
-the formats' estimates for random zeros corrected by what comes out.
+For zeros at random places, the density alone decides. For real masks it does not: one dense row halves the windows of
+slot24, and dense columns leave the streams of a bitmap uneven. So slabs of rows spread over M, and the slab of the
+densest row, are packed, and the formats' estimates for random zeros are corrected by the result.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from flashllm.formats.tiles import TILE_M
 from flashllm.registry import weight_class
 
 SLABS = 8
-"""Slabs of 128 rows that are packed, beside that of the densest row."""
+"""Slabs of 128 rows that are packed, besides that of the densest row."""
 _COUNTED_ROWS = 4096  # at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What is known of a matrix W [M, K] before it is packed."""
+    """What is known about a matrix W [M, K] before it is packed."""
 
     shape: tuple[int, int]
     dtype: DType
@@ -38,11 +38,11 @@ class Contents:
     weight_bytes: dict[str, int]
     """Bytes of the packed weight, by format."""
     packed_rows: int = 0
-    """Rows that were packed to learn that; 0: reckoned for zeros at random places."""
+    """Rows that were packed to learn these bytes; 0: estimated for zeros at random places."""
 
 
 def estimated(shape: tuple[int, int], density: float, formats: Sequence[str], *, dtype: DType = "fp16") -> Contents:
-    """A matrix of which only shape and density are known: zeros at random places.
+    """Contents of a matrix of which only shape and density are known, for zeros at random places.
 
     Raises :class:`ArgumentError` for an impossible shape or density.
     """
@@ -54,10 +54,10 @@ def estimated(shape: tuple[int, int], density: float, formats: Sequence[str], *,
 
 
 def sampled(a: Any, formats: Sequence[str], *, dtype: str | None = None) -> Contents:
-    """A dense NumPy or CuPy matrix, or a ``scipy.sparse`` one, as its ``from_dense`` or ``from_scipy`` takes it.
+    """Contents of a dense NumPy or CuPy matrix or a ``scipy.sparse`` one, as ``from_dense`` or ``from_scipy`` takes it.
 
-    Counts its elements and packs at most 9 slabs of 128 rows in each of ``formats``; when those are all rows there
-    are, bytes are exact. Raises :class:`ArgumentError`, :class:`FormatError` for a source that cannot be packed.
+    Counts its elements and packs at most 9 slabs of 128 rows in each of ``formats``; if the matrix has no other rows,
+    bytes are exact. Raises :class:`ArgumentError`, and :class:`FormatError` for a source that cannot be packed.
     """
     if type(a).__module__.partition(".")[0] == "scipy":
         kind = check_dtype(dtype or "fp16")
@@ -70,7 +70,7 @@ def sampled(a: Any, formats: Sequence[str], *, dtype: str | None = None) -> Cont
         _, kind = source_of(a, dtype)
         shape, _ = layout_of(a)
         if a.dtype.itemsize == 2:
-            a = a.view(np.uint16)  # bits: indexing and comparing bfloat16 is not CuPy's
+            a = a.view(np.uint16)  # bits, as CuPy does not index or compare bfloat16
     else:
         shape = check_dense(a)
         kind = check_dtype(dtype) if dtype is not None else default_dtype(a)
@@ -78,14 +78,14 @@ def sampled(a: Any, formats: Sequence[str], *, dtype: str | None = None) -> Cont
 
 
 def representative(shape: tuple[int, int], part: Any, formats: Sequence[str], *, dtype: DType) -> Contents:
-    """W [M, K] that is everywhere like ``part``, a dense matrix on the host."""
+    """Contents of W [M, K] that is everywhere like ``part``, a dense matrix on the host."""
     density = np.count_nonzero(part) / part.size
     found = {name: _scaled(name, shape, density, part, density, dtype, sparse=False) for name in formats}
     return Contents(shape=shape, dtype=dtype, density=density, weight_bytes=found, packed_rows=int(part.shape[0]))
 
 
 def slabs_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows to pack: of slabs spread evenly, the first and the last among them, and of that of the densest row."""
+    """The rows to pack: those of evenly spread slabs, including the first and last, and of the densest row's slab."""
     slabs = -(-counts.size // TILE_M)
     spread = np.linspace(0, slabs - 1, min(SLABS, slabs)).round().astype(np.int64)
     chosen = np.union1d(spread, [int(counts.argmax()) // TILE_M])
@@ -107,7 +107,7 @@ def _contents(
 def _scaled(
     name: str, shape: tuple[int, int], density: float, part: Any, part_density: float, dtype: DType, *, sparse: bool
 ) -> int:
-    """Bytes of a matrix of ``shape`` and ``density``: the estimate, times what the estimate for ``part`` is off by."""
+    """Bytes of a matrix of ``shape`` and ``density``: the estimate, times the factor by which ``part``'s is off."""
     made = weight_class(name)
     packed = made.from_scipy(part, dtype=dtype) if sparse else made.from_dense(part, dtype=dtype)
     uneven = packed.nbytes / made.estimated_bytes(packed.shape, part_density)
@@ -124,7 +124,7 @@ def _take(a: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def _nonzero_by_row(a: Any) -> NDArray[np.int64]:
-    """Elements of each row of a NumPy or CuPy matrix that are not zero."""
+    """Number of nonzero elements in each row of a NumPy or CuPy matrix."""
     counts = []
     for start in range(0, a.shape[0], _COUNTED_ROWS):
         part = a[start : start + _COUNTED_ROWS]
@@ -135,7 +135,7 @@ def _nonzero_by_row(a: Any) -> NDArray[np.int64]:
 
 
 def _stored_by_row(csr: Any) -> NDArray[np.int64]:
-    """Elements of each row of a CSR matrix that are not zero; explicit zeros are pruned."""
+    """Number of nonzero elements in each row of a CSR matrix; explicit zeros are pruned."""
     ends = np.concatenate([[0], np.cumsum(csr.data[: int(csr.indptr[-1])] != 0)])
     counts: NDArray[np.int64] = np.diff(ends[csr.indptr]).astype(np.int64)
     return counts

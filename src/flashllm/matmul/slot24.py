@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 N_BLOCKS = (8, 16, 32)
 """Columns of x one block computes, on any architecture."""
 WIDE = 64
-"""Columns of x of a block that has an SM for itself, on an architecture that can share out registers."""
+"""Columns of x of a block that has an SM to itself, on an architecture that can reallocate registers among warps."""
 _WIDE_ARCHS = ("90a",)
-_COLUMN_BYTES = {8: 16, 16: 32, 32: 80, WIDE: 128}  # of a window of x, by its rows
-_FRAGMENT_BYTES = 512  # sums on their way to a warp that has the same rows
+_COLUMN_BYTES = {8: 16, 16: 32, 32: 80, WIDE: 128}  # of each column in a window of x, by the rows of x
+_FRAGMENT_BYTES = 512  # sums that are passed to a warp with the same rows
 _ROW_COST = 2  # see matmul/bitmap.py
-# Blocks that share an SM, by columns of x: as many as its shared memory holds; one on the others, which have 100 KB.
+# Blocks that share an SM, by columns of x: as many as its shared memory holds; one on other architectures (100 KB).
 _RESIDENT_BLOCKS = {
     "80": {8: 2, 16: 2, 32: 1},
     "90a": {8: 3, 16: 3, 32: 2, WIDE: 1},
@@ -47,12 +47,13 @@ class _Room:
     ring_rows: int
     """Value rows."""
     stages: int
-    """Steps for which masks, picks and columns have room."""
+    """Steps whose masks, picks and columns have room."""
     windows: int
-    """Windows of x: one is read, the others are on their way."""
+    """Windows of x: one is read, the others are in flight."""
 
 
-# By columns of x and values of a group: steps of both tiles of a window where it is two or x is wide, else of one.
+# By columns of x and values of a group. A step covers both tiles of a window where groups have two values or x is wide,
+# and one tile otherwise.
 _ROOM = {
     (8, 2): _Room(ring_rows=96, stages=2, windows=2),
     (16, 2): _Room(ring_rows=80, stages=2, windows=2),
@@ -63,13 +64,13 @@ _ROOM = {
     (WIDE, 2): _Room(ring_rows=128, stages=4, windows=3),
     (WIDE, 4): _Room(ring_rows=128, stages=4, windows=3),
 }
-# Blocks of an SM with 100 KB have less.
+# Blocks on an SM with 100 KB have less.
 _SMALL_ROOM = _ROOM | {
     (32, 2): _Room(ring_rows=80, stages=2, windows=2),
     (32, 4): _Room(ring_rows=80, stages=3, windows=2),
 }
 MAX_RING_ROWS = max(room.ring_rows for room in _ROOM.values())
-"""Value rows that a block keeps in shared memory, at the most."""
+"""Most value rows that a block keeps in shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Choice:
     resident_blocks: int = 3
     """Blocks that share an SM."""
     aligned: bool = True
-    """K is a multiple of 8. No matter here: one instance is for any K."""
+    """K is a multiple of 8. That does not matter here: one instance serves any K."""
     blocks_per_sm: int = 3
     """Blocks launched per SM."""
 
@@ -121,7 +122,7 @@ def _spec(choice: Choice) -> KernelSpec:
             ("kWindows", str(choice.windows)),
             ("kMinBlocks", str(choice.resident_blocks)),
         ),
-        threads=(PARTS + 1 if teams == 1 else 3 * PARTS) * LANES,  # registers of two teams are given out by four warps
+        threads=(PARTS + 1 if teams == 1 else 3 * PARTS) * LANES,  # two teams take registers from four other warps
         shared_bytes=PARTS * (choice.ring_rows + MIRROR_ROWS) * ROW_BYTES
         + choice.windows * MAX_WINDOW * _COLUMN_BYTES[n]
         + choice.stages * stage_bytes
@@ -132,12 +133,12 @@ def _spec(choice: Choice) -> KernelSpec:
 
 
 def _teams(n_block: int) -> int:
-    """Of four multiplying warps, in a block."""
+    """Teams of four multiplying warps in a block."""
     return 2 if n_block == WIDE else 1
 
 
 def _sum_fragments(n_block: int, halves: int) -> int:
-    """Fragments on their way at one time: one of each pair of halves, or all of a row fragment with two teams."""
+    """Fragments in flight at a time: one of each pair of halves or, with two teams, all of a row fragment."""
     if _teams(n_block) == 1:
         return PARTS // 2 if halves == 2 else 0
     slices = 2 * halves
@@ -170,7 +171,7 @@ def resident_blocks(arch: str, n_block: int) -> int:
 
 
 def default_choice(w: Slot24, n: int, *, arch: str) -> Choice:
-    """What the heuristic takes for ``n`` columns of x on ``arch``."""
+    """The heuristic's choice for ``n`` columns of x on ``arch``."""
     layout = w.part_rows, w.group_values
     return _choice(w.dtype, n_block_for(n, widths(arch)), layout, arch, aligned=w.shape[1] % 8 == 0)
 
@@ -201,7 +202,7 @@ def split_for(w: Slot24, n: int, choice: Choice, *, sm_count: int) -> StreamK:
         "max_chain": MAX_CHAIN_STEPS // STEPS,
     }
     if _teams(choice.n_block) == 2:
-        # Windows are dealt, not tiles: both teams have as much to do.
+        # Windows are dealt, not tiles, so that both teams have the same amount of work.
         split = stream_k_for((w.tiles[0], w.tiles[1] // TILES), **how)
     else:
         split = stream_k_for_runs(runs_of(w.tiles), **how)
@@ -237,7 +238,7 @@ def candidates(w: Slot24, n: int, *, arch: str) -> Iterator[Choice]:
 
 
 def tune_key(w: Slot24, n: int) -> str:
-    """Class of density, in tenths, shape of parts and column blocks."""
+    """Density class, in tenths, layout and column blocks."""
     columns = n_block_for(n, N_BLOCKS)
     return f"d{round(10 * w.density)} r{w.part_rows} g{w.group_values} n{columns}x{-(-n // columns)}"
 
@@ -249,13 +250,13 @@ def usable(choice: Choice) -> bool:
 
 
 def ablation(choice: Choice) -> dict[str, Choice]:
-    """None is compiled."""
+    """None: no variants are compiled."""
     return {}
 
 
 @cache
 def instances() -> tuple[Choice, ...]:
-    """Choices for every instance that a plan or the tuner can ask for, one for each kind of K."""
+    """Choices for every instance that a plan or the tuner can request, one for each kind of K."""
     choices = [
         _choice(dtype, n_block, (part_rows, values), arch, aligned=aligned)
         for arch in ALL_ARCHS
@@ -269,7 +270,7 @@ def instances() -> tuple[Choice, ...]:
 
 
 def typical(arch: str) -> tuple[Choice, ...]:
-    """The instances that the heuristic takes on ``arch``: for every width, layout and type two."""
+    """The instances that the heuristic takes on ``arch``: two for every width, layout and type."""
     return tuple(choice for choice in instances() if choice.spec.supports(arch))
 
 

@@ -17,8 +17,8 @@ INDEX_LIMIT = 2**32 - 1  # the device multiplies costs by blocks in 32 bits
 SLOTS_PER_BLOCK = 2  # a block has at most two unfinished rows of tiles: its first and its last
 _MIN_TILES_PER_PIECE = 3  # a shorter piece of a row costs more to write and add than it saves
 _MIN_TILES_PER_BLOCK = 8  # from here on it pays to weigh the ends of rows
-_ALIGNED_ENOUGH = 0.965  # of the blocks that fit, to have none that spans two rows of tiles
-_RUNS_ENOUGH = 0.9  # of the blocks that fit, to take the format's runs
+_ALIGNED_ENOUGH = 0.965  # of the blocks that fit: as few as this are used if then none spans two rows of tiles
+_RUNS_ENOUGH = 0.9  # of the blocks that fit: the format's runs are used if there are at least so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class StreamK:
     max_chain: int = 1 << 30
     """Tiles a block accumulates before it writes its piece: longer rows pass through the workspace."""
     counter_bytes: int = 0
-    """Of the workspace, for what else the blocks of a launch count."""
+    """Bytes of the workspace for whatever else the blocks of a launch count."""
     scratch_bytes: int = 0
-    """Of scratch memory, which may hold anything before and after a launch."""
+    """Bytes of scratch memory, which may hold anything before and after a launch."""
 
     def __post_init__(self) -> None:
         most = min(self.tiles, self.cost // (self.row_cost + 1))
@@ -49,7 +49,7 @@ class StreamK:
 
     @property
     def tiles(self) -> int:
-        """Tiles in all."""
+        """Total number of tiles."""
         return self.tiles_m * self.tiles_k
 
     @property
@@ -59,18 +59,18 @@ class StreamK:
 
     @property
     def cost(self) -> int:
-        """Tiles in all, ends of rows included."""
+        """Total cost in tiles, ends of rows included."""
         return self.runs.cost
 
     def describe(self, sm_count: int) -> str:
-        """How the tiles are dealt on ``sm_count`` multiprocessors, for people."""
+        """How the tiles are dealt on ``sm_count`` multiprocessors, in words."""
         return (
             f"{self.tiles_m}x{self.tiles_k} tiles over {self.blocks}x{self.column_blocks} blocks "
             f"on {sm_count} SMs ({self.tiles / self.blocks:.1f} tiles each)"
         )
 
     def first_tile(self, block: int) -> int:
-        """First tile of ``block``; of ``block + 1``, one past its last."""
+        """First tile of ``block``; that of ``block + 1`` is one past the last tile of ``block``."""
         return self.runs.first_tile(block)
 
     def block_of(self, tile: int) -> int:
@@ -89,9 +89,9 @@ class StreamK:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of counters, of all slots, and of one piece more for each block where rows are longer than a chain.
+        """Bytes of counters, of all slots, and of one more piece for each block where rows are longer than a chain.
 
-        Only those of counters when one block computes each row of tiles in one chain.
+        Only counters are needed when one block computes each row of tiles in one chain.
         """
         one_chain = self.tiles_k <= self.max_chain
         if one_chain and self.tiles_m % self.blocks == 0:
@@ -105,8 +105,8 @@ def stream_k_for(
 ) -> StreamK:
     """A split of ``grid``, tiles along M and along K, over about ``blocks`` blocks, all column blocks together.
 
-    A few less if then no block spans two rows of tiles; else the ends of rows are weighed with ``row_cost``, so that
-    the blocks that do span two are not the last to finish.
+    A few blocks fewer are used if then none spans two rows of tiles; otherwise the ends of rows are weighted with
+    ``row_cost``, so that the blocks that do span two are not the last to finish.
     """
     tiles_m, tiles_k = grid
     tiles = tiles_m * tiles_k

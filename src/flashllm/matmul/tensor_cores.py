@@ -8,17 +8,17 @@ from collections.abc import Sequence
 K_STEP = 16
 """Columns of one tensor-core step."""
 MAX_CHAIN_STEPS = 384
-"""Tensor-core accumulations in a row; bounds what their truncation adds up to."""
+"""Most tensor-core accumulations in a row; bounds the sum of their truncation errors."""
 N_BLOCKS = (8, 16, 32, 64)
 """Columns of x one block computes; wider x takes several blocks of the last."""
 MAX_BLOCKS_PER_SM = 64
-"""More launched blocks per SM than this are refused when they come from a file."""
+"""Choices from a file that launch more blocks per SM than this are refused."""
 CXX_TYPE = {"fp16": "__half", "bf16": "__nv_bfloat16"}
 """Value types by dtype."""
 
 
 def n_block_for(n: int, widths: Sequence[int] = N_BLOCKS) -> int:
-    """The narrowest column block of ``widths``, ascending, that holds ``n`` columns, at most the widest."""
+    """The narrowest column block of the ascending ``widths`` that holds ``n`` columns, or the widest if none does."""
     return next((width for width in widths if width >= n), widths[-1])
 
 

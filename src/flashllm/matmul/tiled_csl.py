@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 THREADS = 128
 IMAGES = 3  # tile images, and x stages, in shared memory
 VECTORS = (2, 4, 5)
-"""Words a thread holds of one tile, in vectors of 4: tiles of up to 1024, 2048 and 2560 words at full speed."""
+"""Vectors of 4 words that a thread holds of one tile: for tiles of up to 1024, 2048 and 2560 words at full speed."""
 WARPGROUP = 0
 """Value of ``slices`` that selects wgmma."""
 X_ALIGNMENT = 16
-# K slices for mma.sync, by n_block: few accumulator registers against few re-reads of x. Two at 32 spill on sm_120a.
+# K slices for mma.sync, by n_block: few accumulator registers versus few re-reads of x. Two at 32 spill on sm_120a.
 _SLICES = {8: 2, 16: 2, 32: 1, 64: 1}
 # What writing the accumulators costs a block, in tiles, by n_block (measured).
 _ROW_COST = {8: 3, 16: 3, 32: 3, 64: 4}
@@ -62,7 +62,7 @@ class Choice:
 
     @property
     def prefetch_kib(self) -> int:
-        """Words brought to the L2 ahead of their loads: pays where a tile has few words in flight."""
+        """KiB of words prefetched into the L2 ahead of their loads, which pays where a tile has few words in flight."""
         return 8 if self.vectors < VECTORS[-1] else 0
 
     @property
@@ -97,8 +97,8 @@ def _spec(choice: Choice) -> KernelSpec:
 def paths_for(n_block: int, arch: str) -> tuple[tuple[int, int], ...]:
     """(slices, resident blocks) of the tensor-core paths on ``arch``, the preferred one first.
 
-    On Hopper wgmma needs fewer accumulators and no ldmatrix, but a proxy fence per tile: measured ahead from 32
-    columns on. Elsewhere mma.sync, with as many registers as two blocks leave.
+    On Hopper, wgmma needs fewer accumulators and no ldmatrix, but a proxy fence per tile; it was measured to be faster
+    from 32 columns on. Elsewhere mma.sync is used, with as many registers as two blocks leave.
     """
     if arch != "90a":
         return ((_SLICES[n_block], 2),)
@@ -110,8 +110,8 @@ def paths_for(n_block: int, arch: str) -> tuple[tuple[int, int], ...]:
 def vectors_for(w: TiledCSL) -> int:
     """Register vectors per thread: enough for all but the fullest tiles.
 
-    A tile over the limit is still multiplied, its excess words read twice more from memory. Sizing for the
-    fullest tile of an uneven weight would cost every tile, so the mean plus a quarter is enough.
+    A tile over the limit is still multiplied, but its excess words are read twice more from memory. Sizing for
+    the fullest tile of an uneven weight would cost every tile, so the mean plus a quarter is enough.
     """
     tiles = w.tiles[0] * w.tiles[1]
     typical = min(w.max_tile_words, int(1.25 * w.words.size / max(tiles, 1)) + 1)
@@ -120,7 +120,7 @@ def vectors_for(w: TiledCSL) -> int:
 
 
 def default_choice(w: TiledCSL, n: int, *, arch: str) -> Choice:
-    """What the heuristic takes for ``n`` columns of x on ``arch``."""
+    """The heuristic's choice for ``n`` columns of x on ``arch``."""
     n_block = n_block_for(n)
     aligned = w.shape[1] % 8 == 0
     vectors = vectors_for(w) if aligned else VECTORS[1]
@@ -184,7 +184,7 @@ def candidates(w: TiledCSL, n: int, *, arch: str) -> Iterator[Choice]:
 
 
 def tune_key(w: TiledCSL, n: int) -> str:
-    """Class of density and column blocks."""
+    """Density class and column blocks."""
     columns = n_block_for(n)
     return f"v{vectors_for(w)} n{columns}x{-(-n // columns)}"
 
@@ -207,7 +207,7 @@ def _without_one_idea(choice: Choice) -> dict[str, Choice]:
 
 @cache
 def instances() -> tuple[Choice, ...]:
-    """One choice for every instance that a plan, the tuner or the ablation can ask for."""
+    """One choice for every instance that a plan, the tuner or the ablation can request."""
     choices: list[Choice] = []
     for arch in ("80", "90a"):
         for n_block in N_BLOCKS:
@@ -221,7 +221,7 @@ def instances() -> tuple[Choice, ...]:
 
 
 def typical(arch: str) -> tuple[Choice, ...]:
-    """The instances that the heuristic takes most on ``arch``: for every width, type and alignment one."""
+    """The instances that the heuristic takes most often on ``arch``: one for every width, type and alignment."""
     return tuple(
         choice
         for choice in instances()

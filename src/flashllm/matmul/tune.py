@@ -46,10 +46,10 @@ class TuneResult:
 def tune(w: SparseWeight, n_list: Sequence[int]) -> list[TuneResult]:
     """Time every candidate for each N of ``n_list`` on the current GPU and store the best.
 
-    For N beyond the widest block of columns, so is expanding the weight for cuBLAS.
+    For N beyond the widest block of columns, expanding the weight for cuBLAS is timed too.
 
-    The protocol is the benchmark's in small: a CUDA graph of launches over copies of the weight that together
-    do not fit the L2. Needs memory for those copies (500 MB or two weights, whichever is more). Raises
+    The protocol is a small version of the benchmark's: a CUDA graph of launches over copies of the weight that
+    together do not fit the L2. Needs memory for those copies (500 MB or two weights, whichever is more). Raises
     :class:`ArgumentError` for a weight on the host, :class:`DeviceMemoryError`, ``OSError`` when the choice cannot
     be stored.
     """
@@ -101,7 +101,7 @@ def _time(candidate: Plan, x: Any, copies: Sequence[SparseWeight], stream: Any) 
         workspace = cupy.zeros(max(candidate.workspace_bytes, 16), cupy.uint8)
         scratch = cupy.empty(max(candidate.scratch_bytes, 16), cupy.uint8)
     cupy.cuda.Device().synchronize()
-    launches = max(_MIN_LAUNCHES, len(copies))  # every copy at least once, or the L2 would hold those in use
+    launches = max(_MIN_LAUNCHES, len(copies))  # every copy is used at least once, or the L2 would hold those in use
 
     def run(index: int) -> None:
         w = copies[index % len(copies)]

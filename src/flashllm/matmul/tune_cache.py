@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VERSION = 2
 _LOCK = ".lock"
 _SAME_DENSITY = 0.05
-"""Measured times are used for matrices whose density differs by less."""
+"""Measured times are used for matrices whose density differs by less than this."""
 
 
 class Kind(Protocol):
@@ -45,7 +45,7 @@ class Measurement:
     choice: KernelChoice
     """The fastest instance of the kernel."""
     expanded: bool
-    """Expanding the weight for cuBLAS was faster; ``median_us`` is the time of that."""
+    """Expanding the weight for cuBLAS was faster; ``median_us`` is then the time of that."""
     n: int
     density: float
     """Fraction of stored elements of the weight measured."""
@@ -86,9 +86,9 @@ def find(w: SparseWeight, n: int, *, device: Kind) -> Measurement | None:
 def measured(
     format_name: str, shape: tuple[int, int], n: int, *, dtype: str, density: float, device: Kind
 ) -> Measurement | None:
-    """What was measured on this kind of device for a matrix like that and exactly ``n`` rows of x, if anything.
+    """What was measured on this kind of device for such a matrix and exactly ``n`` rows of x, if anything.
 
-    Of several densities the nearest, which may differ by 0.05.
+    Of several densities, the nearest is taken; it must differ by less than 0.05.
     """
     prefix = _prefix(format_name, dtype, shape)
     similar = [
@@ -102,10 +102,10 @@ def measured(
 def store(
     w: SparseWeight, n: int, choice: KernelChoice, *, median_us: float, device: Kind, expanded: bool = False
 ) -> Path:
-    """Record ``choice``, whether to expand the weight instead, and the time of the better; return the file.
+    """Record ``choice``, whether to expand the weight instead, and the time of the faster way; return the file.
 
-    Written beside and renamed, so that readers see the old file or the new one; under a lock, so that
-    processes that record at the same time keep each other's choices.
+    The new file is written beside the old one and renamed, so that readers see one or the other; a lock
+    ensures that processes that record at the same time keep each other's choices.
     """
     path = path_for(device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def store(
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Hold the lock of all writers in ``folder``: on a file of its own, as the others are replaced."""
+    """Hold the lock of all writers in ``folder``, which is on a file of its own, as the others are replaced."""
     with (folder / _LOCK).open("ab") as lock, locked(lock.fileno()):
         yield
 
@@ -138,7 +138,7 @@ def _read(path: Path) -> dict[str, Measurement]:
         stat = path.stat()
     except OSError:
         return {}
-    # The time alone moves in steps of milliseconds: two files may share one.
+    # The modification time alone advances in steps of milliseconds, so two files may share one.
     stamp = (path, stat.st_mtime_ns, stat.st_ino, stat.st_size)
     known = _loaded.get(stamp)
     if known is None:

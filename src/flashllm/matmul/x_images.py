@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of ``cuda/flashllm/x_images.cuh``: x laid out once for a launch, in scratch memory."""
+"""Host side of ``cuda/flashllm/x_images.cuh``: x laid out once per launch, in scratch memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LINE_COUNTERS = 4
 
 
 def with_images(split: StreamK, *, images: int, image_bytes: int, group: int) -> StreamK:
-    """``split`` with room for ``images`` of x in each column block, of ``image_bytes`` each, counted in groups."""
+    """``split`` with room for ``images`` images of x per column block, of ``image_bytes`` each, counted in groups."""
     counters = -(-images // group) * split.column_blocks + 1
     return replace(
         split,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run text through a block and let statistics see what its linear layers multiply."""
+"""Runs text through a block and collects statistics on what its linear layers multiply."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flashllm.prune.statistics import Statistics
 def observe(
     config: ModelConfig, block: Block, hidden: Any, statistics: Callable[[], Statistics]
 ) -> Mapping[str, Statistics]:
-    """What each linear layer of ``block`` multiplies when ``hidden`` [S, T, hidden] comes in, by its name.
+    """Statistics on what each linear layer of ``block`` multiplies for input ``hidden`` [S, T, hidden], by layer name.
 
-    Layers that share an input share the statistics. ``hidden`` stays as it is.
+    Layers that share an input share the statistics. ``hidden`` is not changed.
     """
     first_of = {member: group.members[0] for group in config.layout.groups for member in group.members}
     multiply = forward.multiply_by(block.linears)
@@ -27,7 +27,7 @@ def observe(
     parts = forward.parts_of(hidden, threads)
 
     def observed(turn: int) -> dict[str, Statistics]:
-        """Of every ``threads``-th part, so that the same sums are added in the same order every time."""
+        """Statistics on every ``threads``-th part, so that the same sums are added in the same order every time."""
         found = {group.members[0]: statistics() for group in config.layout.groups}
 
         def linear(name: str, x: Any) -> Any:
@@ -47,6 +47,6 @@ def observe(
 
 
 def advance(config: ModelConfig, block: Block, hidden: Any) -> None:
-    """Replace ``hidden`` [S, T, hidden] by what ``block`` makes of it."""
+    """Replace ``hidden`` [S, T, hidden] with the output of ``block`` for it."""
     threads = threads_of(array_module(hidden))
     forward.block_in_place(config, block.small, hidden, forward.multiply_by(block.linears), threads=threads)

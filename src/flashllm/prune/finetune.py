@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a pruned model with its zeros fixed, so that the others make good what was lost; by PyTorch and transformers.
+"""Trains a pruned model with its zeros fixed, so that the other weights compensate; uses PyTorch and transformers.
 
-With a teacher, the model it was pruned from, it learns that one's distribution of the next token (Hinton et al.,
-"Distilling the knowledge in a neural network", 2015, at temperature 1); without, the text. Everything is trained but
-the zeros: other weights of linear layers, embeddings, norms, biases.
+With a teacher, the model it was pruned from, it learns the teacher's distribution of the next token (Hinton et al.,
+"Distilling the knowledge in a neural network", 2015, at temperature 1); without one, it learns the text. Everything but
+the zeros is trained: the other weights of linear layers, embeddings, norms and biases.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from flashllm.progress import Advance, ignore
 from flashllm.prune.record import RECORD, read_record, write_record
 
 STATE = "finetune-state.pt"
-"""In the output directory while work goes on: all that is needed to continue."""
+"""File in the output directory while work goes on: all that is needed to continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train; all of it decides the result."""
+    """How to train; all of it affects the result."""
 
     steps: int
     batch: int = 16
@@ -46,7 +46,8 @@ class Settings:
     length: int = 1024
     """Tokens of a window."""
     learning_rate: float = 2e-4
-    """The highest: it rises over the first ``warmup`` of the steps and falls to a tenth, as half a cosine."""
+    """The peak: the rate rises to it over the first ``warmup`` share of the steps, then falls to a tenth of it along
+    half a cosine."""
     warmup: float = 0.05
     seed: int = 0
 
@@ -62,11 +63,11 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Of the whole training."""
+        """Tokens of the whole training."""
         return self.steps * self.batch * self.length
 
     def rate(self, step: int) -> float:
-        """The learning rate of step ``step``, from 0 on."""
+        """The learning rate of step ``step``; steps count from 0."""
         rising = math.ceil(self.warmup * self.steps)
         if step < rising:
             return self.learning_rate * (step + 1) / rising
@@ -74,7 +75,7 @@ class Settings:
         return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def begins(self, step: int, tokens: int) -> NDArray[np.int64]:
-        """Where the windows of ``step`` begin in a text of so many tokens: the same however often it is resumed."""
+        """Where the windows of ``step`` begin in a text of ``tokens`` tokens; resuming does not change them."""
         return np.random.default_rng((self.seed, step)).integers(0, tokens - self.length, self.batch)
 
 
@@ -83,11 +84,11 @@ class Trained:
     """What a call of :func:`finetune` has done."""
 
     steps: int
-    """That are done of all."""
+    """Steps done so far, including those of earlier calls."""
     loss: float
     """Mean over the last steps, nats per token."""
     seconds: float
-    """Of this call."""
+    """Duration of this call."""
     finished: bool
 
 
@@ -104,13 +105,13 @@ def finetune(
     save_seconds: float = 300.0,
     advance: Advance = ignore,
 ) -> Trained:
-    """Train the pruned checkpoint ``model``, a directory of Hugging Face, and write it to ``out``, another.
+    """Train the pruned checkpoint ``model``, a Hugging Face directory, and write it to another directory, ``out``.
 
-    ``tokens`` [T] is the text; ``text`` a name for it, to be recorded. ``teacher``: directory of the dense model, with
-    the same tokens. After ``seconds`` it stops, as it does on Ctrl-C: what was done lies in ``out``, from time to time
-    too, and the same call goes on from there. Zeros stay zeros.
+    ``tokens`` [T] is the text; ``text`` is a name for it, to be recorded. ``teacher`` is the directory of the dense
+    model, with the same tokens. Training stops after ``seconds``, or on Ctrl-C. The state is saved in ``out`` then, and
+    every ``save_seconds`` before that; the same call continues from it. Zeros stay zeros.
 
-    Raises ``ArgumentError``, ``FormatError``, ``MissingDependencyError`` without torch and transformers.
+    Raises ``ArgumentError``, ``FormatError``, and ``MissingDependencyError`` without torch and transformers.
     """
     settings.check()
     with open_checkpoint(model) as checkpoint:
@@ -220,7 +221,7 @@ class _Work:
         return functional.kl_div(rows, teacher, reduction="batchmean", log_target=True)
 
     def _fix_zeros(self) -> None:
-        """Gradients of zeros are zero from now on, so AdamW, without decay, leaves them."""
+        """Make the gradients of zeros zero from now on, so that AdamW, without decay, leaves the zeros unchanged."""
         named = dict(self._model.named_parameters())
         for layer in range(self._config.layers):
             for name in self._config.layout.linears(layer):
@@ -243,7 +244,7 @@ class _Work:
         try:
             state = self._torch.load(path, map_location=self._device, weights_only=True)
             identity, step = str(state["identity"]), int(state["step"])
-        except Exception as error:  # PyTorch has several for files that it cannot read
+        except Exception as error:  # PyTorch raises various ones for files that it cannot read
             expected = "what an earlier call has saved"
             raise FormatError(field="file", expected=expected, got=brief(error), path=str(path)) from error
         if identity != self._identity:
@@ -263,21 +264,21 @@ class _Work:
             self._torch.save(state, file)
 
     def _write(self, text: str | None) -> None:
-        """The trained model as a directory like the one it came from, in place of the state."""
-        # A head that is the embedding has both names, and the file may hold it under both.
+        """Write the trained model as a directory like the one it came from, in place of the state."""
+        # A head that is tied to the embedding has both names, and the file may hold it under both.
         named = dict(self._model.named_parameters(remove_duplicate=False))
         names = tuple(self._checkpoint.tensors)
         write_companions(self._checkpoint, self._out, without=[RECORD])
         write_config(self._out, self._checkpoint.config)
         record = read_record(self._source)  # how it was pruned, if this package did it
-        record.pop("blocks", None)  # of a pruning that could be continued
+        record.pop("blocks", None)  # needed only to continue the pruning
         record["finetuned_tokens"] = record.get("finetuned_tokens", 0) + self._settings.tokens
         record |= {"finetuned_on": text, "finetuning": json.loads(self._identity)}
         write_record(self._out, record)
         with TensorWriter(self._out / SINGLE_NAME, metadata={"format": "pt"}, expected=names) as writer:
             for name in names:
                 old = self._checkpoint.read(name)
-                if name not in named:  # frequencies of rotary positions, say, that old files hold
+                if name not in named:  # such as the frequencies of rotary positions, which old files hold
                     writer.add(name, old)
                     continue
                 values = named[name].detach().float().cpu().numpy()
@@ -305,7 +306,7 @@ def _packages() -> tuple[Any, Any]:
 
 
 def _check_device(torch: Any, device: str) -> None:
-    """Raise ``ArgumentError`` for no device of PyTorch, ``MissingDependencyError`` for a GPU that is not there."""
+    """Raise ``ArgumentError`` unless this is a PyTorch device, ``MissingDependencyError`` for a GPU that is missing."""
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

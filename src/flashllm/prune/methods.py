@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods: which elements of a matrix become zeros, and what becomes of the others.
+"""The methods: which elements of a matrix become zeros, and what happens to the others.
 
 - ``magnitude``: those of smallest magnitude in the whole matrix, or in every row.
 - ``wanda``: those of smallest |w| * ||x_j|| in every row (Sun et al., "A simple and effective pruning approach for
@@ -26,7 +26,7 @@ class Method:
     calibrates: bool
     """It needs text."""
     statistics: Callable[[], Statistics]
-    """What it needs of the inputs."""
+    """What it needs to know about the inputs."""
     prune: Callable[[Any, Any, float], Any]
     """``prune(w, statistics, sparsity)``: a new float32 [M, K] with that fraction of zeros; kept elements may change
     where ``exact`` is not."""
@@ -45,7 +45,7 @@ def magnitude_of_rows(w: Any, _: Statistics, sparsity: float) -> Any:
 
 
 def wanda(w: Any, statistics: Norms, sparsity: float) -> Any:
-    """``w`` without the ``round(sparsity * K)`` elements of every row that add the least to outputs."""
+    """``w`` without the ``round(sparsity * K)`` elements of every row that contribute the least to outputs."""
     return _without(w, smallest_of_rows(abs(w) * statistics.norms(), round(sparsity * w.shape[1])))
 
 
@@ -55,7 +55,7 @@ METHODS: Mapping[str, Method] = {
     "wanda": Method(calibrates=True, statistics=Norms, prune=wanda),
     "sparsegpt": Method(calibrates=True, statistics=Gram, prune=sparsegpt, exact=False),
 }
-"""By name."""
+"""The methods by name."""
 
 
 def method(name: str) -> Method:

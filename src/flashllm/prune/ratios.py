@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many zeros each matrix gets: as many everywhere, more where a block has fewer outliers, or by one threshold."""
+"""How many zeros each matrix gets: a uniform share, more where a block has fewer outliers, or by a global threshold."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from flashllm.errors import ArgumentError
 
 OWL_THRESHOLD = 5.0
-"""An element is an outlier from so many times the mean score of its matrix on."""
+"""An element is an outlier if its score is above this many times the mean score of its matrix."""
 OWL_SPREAD = 0.08
-"""Half of what the most and the least sparse block differ by."""
+"""Half of the difference in sparsity between the most and the least sparse block."""
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -31,8 +31,9 @@ def outlier_share(scores: Any) -> float:
 def owl(shares: Sequence[float], sparsity: float) -> list[float]:
     """Sparsities of blocks from their ``shares`` of outliers; their mean is ``sparsity``.
 
-    Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML'24, section 3: the more outliers a block has the fewer
-    zeros it gets, linearly, over twice ``OWL_SPREAD``. Less spread where a sparsity would leave 0..1.
+    Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML'24, section 3: the more outliers a block has, the fewer
+    zeros it gets, linearly over a range of twice ``OWL_SPREAD``. The range is narrower where a sparsity would leave
+    0..1.
     """
     check_sparsity(sparsity)
     given = np.asarray(shares, np.float64)
@@ -50,14 +51,14 @@ def owl(shares: Sequence[float], sparsity: float) -> list[float]:
 
 
 def magnitude_counts(bits: NDArray[np.uint16]) -> NDArray[np.int64]:
-    """How many elements of 16-bit floats have each magnitude: int64 [32768], in rising order; the last are NaN."""
+    """How many elements of 16-bit floats have each magnitude: int64 [32768], in rising order, NaN last."""
     return np.bincount((bits & 0x7FFF).reshape(-1), minlength=1 << 15)
 
 
 def global_sparsities(counts: Mapping[str, NDArray[np.int64]], sparsity: float) -> dict[str, float]:
-    """Sparsities of matrices from their :func:`magnitude_counts`, so that the smallest of all together go.
+    """Sparsities of matrices from their :func:`magnitude_counts`, for pruning the smallest elements of all together.
 
-    Of equal magnitudes at the threshold the first matrices lose theirs.
+    Among equal magnitudes at the threshold, those of the first matrices are pruned.
     """
     check_sparsity(sparsity)
     total = sum(counts.values())

@@ -34,8 +34,8 @@ _COUNTS: Mapping[str, tuple[type, ...]] = {"zeros": (int,), "elements": (int,)}
 def read_record(directory: Path) -> dict[str, Any]:
     """The record in ``directory``, empty where there is none.
 
-    Entries that are known have the type they are written with; any may be absent, but for the counts of a block.
-    Raises ``FormatError`` that names the entry, ``OSError``.
+    Known entries have the type they are written with; any of them may be absent, except for the counts of a block.
+    Raises a ``FormatError`` that names the entry, and ``OSError``.
     """
     path = directory / RECORD
     if not path.is_file():
@@ -54,7 +54,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write it: whole, or not at all."""
+    """Write the record: whole, or not at all."""
     write_text(directory / RECORD, json.dumps(dict(record), indent=1) + "\n")
 
 

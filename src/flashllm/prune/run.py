@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune a checkpoint into a directory of Hugging Face, a block at a time; can be stopped and continued."""
+"""Prunes a checkpoint into a Hugging Face directory, a block at a time; can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PREFIX = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to do; all of it decides the result."""
+    """What to do; all of it affects the result."""
 
     method: str
     sparsity: float
@@ -57,16 +57,16 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What became of the model."""
+    """The result of :func:`prune`."""
 
     zeros: int
     elements: int
-    """Of all pruned matrices."""
+    """Those of all pruned matrices."""
     seconds: float
 
     @property
     def sparsity(self) -> float:
-        """Zeros of all elements."""
+        """The share of zeros in all elements."""
         return self.zeros / self.elements
 
 
@@ -82,10 +82,10 @@ def prune(
 ) -> Pruned:
     """Write the pruned model into directory ``out``: safetensors, one shard for each block, and ``config.json``.
 
-    ``tokens`` [S, T] is the text to calibrate with, for methods that do, and ``text`` a name for it, to be recorded;
-    ``xp``: NumPy, or CuPy for the current GPU.
-    Tensors keep their type; fp32 becomes fp16. An ``out`` that holds part of the same work is continued. Raises
-    ``ArgumentError``, ``FormatError`` for a checkpoint that is not whole, and for an ``out`` that holds something else.
+    ``tokens`` [S, T] is the text for methods that calibrate, and ``text`` is a name for it, to be recorded; ``xp`` is
+    NumPy, or CuPy for the current GPU. Tensors keep their type, except that fp32 becomes fp16. An ``out`` that holds
+    part of the same work is continued. Raises ``ArgumentError``, also for an ``out`` that holds something else, and
+    ``FormatError`` for a checkpoint that is not whole.
     """
     settings.check()
     config = model_config(checkpoint.config, path=str(checkpoint.path))
@@ -100,7 +100,7 @@ def prune(
         expected = f"[S, T] of tokens below {config.vocab}, T at most {config.positions}"
         raise ArgumentError("tokens", expected=expected, got=f"{list(tokens.shape)} of {brief(tokens)}")
     if settings.ratios == "global":
-        # Their bits are counted, and those of fp16 and bf16 do not compare.
+        # The elements are counted by their bits, and those of fp16 and bf16 cannot be compared.
         names = [name for layer in range(config.layers) for name in config.layout.linears(layer)]
         if len({checkpoint.info(name).dtype == "BF16" for name in names}) > 1:
             expected = "uniform: a global threshold is for matrices of one type"
@@ -158,7 +158,7 @@ class _Work:
         return device_facts().name
 
     def _pruned(self, layer: int, block: Block, wanted: Mapping[str, float], hidden: Any) -> Block:
-        """The block as it is stored; writes and records it."""
+        """Prune, write and record the block; returns it as it is stored."""
         seen: Mapping[str, Any] = {}
         if hidden is not None:
             seen = calibrate.observe(self._config, block, hidden, self._method.statistics)
@@ -195,7 +195,7 @@ class _Work:
         return {name: blocks[layer] for layer in layers for name in layout.linears(layer)}
 
     def _outliers(self) -> list[float]:
-        """Shares of outliers of every block of the model as it came."""
+        """The share of outliers in each block of the original model."""
         if "outliers" not in self._record:
             hidden, shares = self._embedded(), []
             for layer in range(self._config.layers):
@@ -222,7 +222,7 @@ class _Work:
         return weights.block(checkpoint, self._config, layer, xp=self._xp)
 
     def _stored(self, layer: int, block: Block) -> Block:
-        """The block as an earlier run has pruned it."""
+        """The block as an earlier run pruned it."""
         prefix = self._config.layout.prefix(layer)
         with TensorFile(self._out / self._shard(layer)) as file:
             kept = {
@@ -232,7 +232,7 @@ class _Work:
         return Block(small=block.small, linears=kept)
 
     def _as_stored(self, name: str, matrix: NDArray[Any]) -> NDArray[Any]:
-        """``matrix`` in the type of its file, fp32 as fp16. Raises ``FormatError`` where a finite value overflows."""
+        """``matrix`` in the type of its file, or fp16 for fp32. Raises ``FormatError`` if a finite value overflows."""
         kind = self._checkpoint.info(name).dtype
         if kind == "BF16":
             return np.ascontiguousarray(matrix).astype(bfloat16())
@@ -244,7 +244,7 @@ class _Work:
         return narrow
 
     def _shard(self, layer: int) -> str:
-        """File name of block ``layer``; -1: of what is in no block."""
+        """File name of block ``layer``; -1 stands for the tensors outside the blocks."""
         return f"{_PREFIX}-{layer + 2:05}-of-{self._config.layers + 1:05}.safetensors"
 
     def _write_outside(self) -> None:
@@ -254,7 +254,7 @@ class _Work:
             self._write(name, ((one, None) for one in names), names)
 
     def _write(self, shard: str, tensors: Iterator[tuple[str, NDArray[Any] | None]], names: tuple[str, ...]) -> None:
-        """``None``: the tensor of the checkpoint."""
+        """Write a shard; ``None`` stands for the tensor of the checkpoint."""
         with TensorWriter(self._out / shard, metadata={"format": "pt"}, expected=names) as writer:
             for name, array in tensors:
                 if array is None:
@@ -263,7 +263,7 @@ class _Work:
                 writer.add(name, array)
 
     def _identity(self) -> dict[str, Any]:
-        """What decides the result."""
+        """What determines the result."""
         tokens = None
         if self._tokens is not None:
             content = np.ascontiguousarray(self._tokens, dtype="<i8")
@@ -271,7 +271,7 @@ class _Work:
         return {"settings": asdict(self._settings), "model": fingerprint(self._checkpoint), "tokens": tokens}
 
     def _started(self) -> dict[str, Any]:
-        """The record of ``out``, new or that of an earlier run of the same work."""
+        """The record of ``out``: a new one, or that of an earlier run of the same work."""
         identity, record = self._identity(), read_record(self._out)
         if record:
             if {key: record.get(key) for key in identity} != identity or "blocks" not in record:
@@ -284,9 +284,9 @@ class _Work:
         return record
 
     def _finish(self) -> None:
-        write_companions(self._checkpoint, self._out, without=[RECORD])  # one there is of another pruning, before this
+        write_companions(self._checkpoint, self._out, without=[RECORD])  # the source's record is of an earlier pruning
         kinds = {self._checkpoint.info(name).dtype for name in self._config.layout.linears(0)}
         write_config(self._out, with_type(self._checkpoint.config, "bf16" if kinds == {"BF16"} else "fp16"))
         write_record(self._out, self._record)
-        # Last: before it, this is no checkpoint.
+        # Last: without the index, this is not a checkpoint.
         write_checkpoint_index(self._out, [self._shard(layer) for layer in range(-1, self._config.layers)])

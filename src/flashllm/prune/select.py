@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose exactly so many elements of smallest score: of equal ones the first, so that NumPy and CuPy agree."""
+"""Chooses exactly ``count`` elements of smallest score; among equals the first, so that NumPy and CuPy agree."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _rows(scores: Any, count: int, xp: Any) -> Any:
         return xp.zeros(scores.shape, bool)
     last = xp.partition(scores, count - 1, axis=1)[:, count - 1 : count]
     below, ties = scores < last, scores == last
-    undecided = xp.isnan(last)  # so many NaN that some must go
+    undecided = xp.isnan(last)  # so many NaN that some must be chosen
     if undecided.any():
         below, ties = below | (undecided & ~xp.isnan(scores)), ties | (undecided & xp.isnan(scores))
     missing = count - below.sum(axis=1, keepdims=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SparseGPT: prune a matrix column by column, the columns behind making good what each takes away.
+"""SparseGPT: prunes a matrix column by column, with later columns compensating for the error of each.
 
 Frantar and Alistarh, "SparseGPT: massive language models can be accurately pruned in one-shot", ICML'23, section 3 and
 algorithm 1: with H = x^T x and H^-1 = U^T U, U upper triangular, the error of zeroing element j of a row is
-(w_j / U_jj)^2, and the row's best answer is to add -(w_j / U_jj) U_j,: to what follows.
+(w_j / U_jj)^2, and the best compensation is to add -(w_j / U_jj) U_j,: to the elements of the row that follow.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from flashllm.prune.select import smallest
 from flashllm.prune.statistics import Gram
 
 COLUMNS = 128
-"""Of a block: its mask is chosen at once, when all blocks before have changed it."""
+"""Columns of a block, whose mask is chosen at once, after all earlier blocks have updated it."""
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean."""
 _ATTEMPTS = 6
 
 
 def sparsegpt(w: Any, statistics: Gram, sparsity: float) -> Any:
-    """A float32 [M, K] of that fraction of zeros, spread evenly over blocks of columns.
+    """A float32 [M, K] with the fraction ``sparsity`` of zeros, spread evenly over blocks of columns.
 
-    Raises ``ArgumentError`` where the inputs hold infinities or NaN.
+    Raises ``ArgumentError`` if the inputs hold infinities or NaN.
     """
     unused, factor = statistics.solved(_unused_and_factor)
-    # Columns as rows, which then lie whole in memory.
+    # Transposed, so that each column is contiguous in memory.
     columns = w.T.copy()
     columns[unused] = 0
     size, rows = columns.shape
@@ -43,7 +43,7 @@ def sparsegpt(w: Any, statistics: Gram, sparsity: float) -> Any:
 
 
 def _prune_block(columns: Any, factor: Any, count: int) -> Any:
-    """Zero ``count`` elements of ``columns`` [C, M] in place; what the columns behind must take over: [C, M]."""
+    """Zero ``count`` elements of ``columns`` [C, M] in place; returns the errors [C, M] for later columns to absorb."""
     xp = array_module(columns)
     diagonal = factor.diagonal()[:, None]
     mask = smallest((columns / diagonal) ** 2, count)
@@ -56,13 +56,13 @@ def _prune_block(columns: Any, factor: Any, count: int) -> Any:
 
 
 def _unused_and_factor(hessian: Any) -> tuple[Any, Any]:
-    """Which columns nothing enters, and the factor of the others: what every layer of this input needs."""
+    """Which columns have only zeros as input, and the factor for the others: what every layer of this input needs."""
     unused = hessian.diagonal() == 0
     return unused, _inverse_factor(hessian, unused)
 
 
 def _inverse_factor(hessian: Any, unused: Any) -> Any:
-    """U of H^-1 = U^T U, float32; H gets 1 on the diagonal where no input has anything, and is damped."""
+    """U of H^-1 = U^T U, float32; H gets 1 on the diagonal where all inputs are zero, and is damped."""
     xp = array_module(hessian)
     damped = hessian.astype(np.float64)
     damping = DAMPING * float(damped.diagonal().mean())

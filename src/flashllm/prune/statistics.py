@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration remembers of the inputs of a linear layer."""
+"""What calibration remembers about the inputs of a linear layer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Statistics(Protocol):
     """Sums over all rows x of a layer's input."""
 
     def add(self, x: Any) -> None:
-        """Count the rows of ``x`` [T, K] in."""
+        """Include the rows of ``x`` [T, K]."""
 
     def merge(self, other: Any) -> None:
-        """Count in what ``other``, of the same class, has seen."""
+        """Include what ``other``, of the same class, has seen."""
 
 
 class Nothing:
-    """For methods that look at weights alone."""
+    """For methods that look only at weights."""
 
     def add(self, x: Any) -> None:
         """Remembers nothing."""
 
     def merge(self, other: Nothing) -> None:
-        """Neither has anything."""
+        """Does nothing: neither has seen anything."""
 
 
 class Norms:
@@ -36,12 +36,12 @@ class Norms:
         self._sums: Any = None
 
     def add(self, x: Any) -> None:
-        """Count the rows of ``x`` in."""
+        """Include the rows of ``x``."""
         sums = (x * x).sum(axis=0, dtype="float64")
         self._sums = sums if self._sums is None else self._sums + sums
 
     def merge(self, other: Norms) -> None:
-        """Count in what ``other`` has seen; both have seen something."""
+        """Include what ``other`` has seen; both have seen something."""
         self._sums = self._sums + other._sums
 
     def norms(self) -> Any:
@@ -58,7 +58,7 @@ class Gram:
         self._solution: Any = None
 
     def add(self, x: Any) -> None:
-        """Count the rows of ``x`` in."""
+        """Include the rows of ``x``."""
         product = x.T @ x
         if self._sum is None:
             self._sum = product
@@ -66,7 +66,7 @@ class Gram:
             self._sum += product
 
     def merge(self, other: Gram) -> None:
-        """Count in what ``other`` has seen; both have seen something."""
+        """Include what ``other`` has seen; both have seen something."""
         self._sum += other._sum
 
     def matrix(self) -> Any:
@@ -74,7 +74,7 @@ class Gram:
         return self._sum
 
     def solved(self, solve: Callable[[Any], Any]) -> Any:
-        """``solve(matrix)``, once for all layers of this input; the sum, as large as it, is given up for it."""
+        """``solve(matrix)``, computed once for all layers of this input; it replaces the sum, which is as large."""
         if self._solution is None:
             self._solution, self._sum = solve(self._sum), None
         return self._solution

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks every kernel instance of a backend on shapes, patterns and values that find mistakes."""
+"""Checks every kernel instance of a backend on shapes, patterns and values that expose mistakes."""

@@ -25,13 +25,13 @@ SHAPES: dict[bool, tuple[tuple[int, int], ...]] = {
 }
 """M x K by whether K is a multiple of 8: one tile, part of one, ragged edges, rows of tiles that blocks share."""
 LARGE_SHAPES: dict[bool, tuple[int, int]] = {True: (4104, 2056), False: (4103, 2055)}
-"""On a GPU also more tiles than it has blocks."""
+"""Checked only on a GPU: more tiles than it has blocks."""
 LONG_SHAPES: dict[bool, tuple[int, int]] = {True: (72, 24840), False: (57, 24839)}
-"""Rows so long that a block ends a chain of accumulations inside them, where it has the row for itself."""
+"""Rows so long that a block that has one to itself ends a chain of accumulations inside it."""
 LONG_COLUMN_BLOCKS = 3
-"""Times the block's columns: as many as the blocks of one multiprocessor, which leaves one block per row of tiles."""
+"""N in column blocks: as many as one multiprocessor has blocks, which leaves one block per row of tiles."""
 TILE = (128, 64)
-"""Of the checkerboard pattern: the tiles of our formats."""
+"""The tile of the checkerboard pattern, which is that of our formats."""
 TYPICAL = ("uniform", 0.8)
 PATTERNS: tuple[tuple[str, float], ...] = (
     TYPICAL,
@@ -46,7 +46,7 @@ PATTERNS: tuple[tuple[str, float], ...] = (
 )
 """Where the zeros are and the fraction of them."""
 QUICK_PATTERNS = (TYPICAL, ("skewed", 0.7), ("full", 0.0))
-_HOST_COLUMNS = 8  # of x, without a kernel that has columns of its own
+_HOST_COLUMNS = 8  # columns of x where there is no kernel to determine them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Data:
     encoding: str = "default"
     """Which of the ``ENCODINGS`` of the format."""
     layout: tuple[tuple[str, int], ...] = ()
-    """Options beside it, of the ``LAYOUT`` that the kernel multiplies."""
+    """Further options: those of the ``LAYOUT`` that the kernel multiplies."""
     seed: int = 0
 
     @property
@@ -95,7 +95,7 @@ class Case:
 
     @property
     def sm_count(self) -> int | None:
-        """Multiprocessors to plan for; ``None``: those there are."""
+        """Multiprocessors to plan for; ``None``: all that there are."""
         return 1 if (self.data.m, self.data.k) in LONG_SHAPES.values() else None
 
     @property
@@ -124,7 +124,7 @@ def build_cases(
     kernel: str = "",
     seed: int = 0,
 ) -> list[Case]:
-    """All cases of ``backend`` for kernels of ``archs`` whose label contains ``kernel``, those of a kernel together.
+    """All cases of ``backend`` for kernels of ``archs`` whose label contains ``kernel``, grouped by kernel.
 
     ``formats`` are names, ``None`` for all there are. Raises :class:`ArgumentError` when no kernel is left.
     """
@@ -166,7 +166,7 @@ def _kernel_cases(name: str, arch: str, kernel: str, quick: bool, large: bool, s
 def _instances(name: str, arch: str, quick: bool) -> list[KernelChoice]:
     module = registry.kernel(name)
     found = module.typical(arch) if quick else module.instances()
-    # Kernels that multiply the same operands come after one another: expected results are kept for a while.
+    # Kernels that multiply the same operands follow one another, as expected results are cached for a while.
     return sorted(
         (choice for choice in found if choice.spec.supports(arch)),
         key=lambda choice: (choice.dtype != "fp16", choice.n_block, not choice.aligned),

@@ -30,16 +30,16 @@ class Problem:
     """[N, K]"""
     w: SparseWeight
     expected: NDArray[np.float64]
-    """[N, M]: rounded once to the output type where an exact result is asked for, else as computed."""
+    """[N, M]: rounded once to the output type where an exact result is required, else as computed."""
     reference: check.Reference | None
     """Present where an error bound applies."""
     without_zeros: NDArray[np.float64] | None = None
-    """[N, M]: what is right too, element by element, since the format may leave zeros of W out."""
+    """[N, M]: values that are right too, element by element, since the format may leave zeros of W out."""
 
 
 @lru_cache(maxsize=64)
 def make_problem(data: Data) -> Problem:
-    """Reproducible from ``data`` alone."""
+    """The problem of a case, reproducible from ``data`` alone."""
     kept = _mask(data)
     if data.operands == "random":
         w = np.where(kept, _values(data.m, data.k, data, data.seed), 0).astype(numpy_dtype(data.dtype))
@@ -72,7 +72,7 @@ def make_problem(data: Data) -> Problem:
 
 
 def _product_of_stored(x: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``x @ w.T``, but that zeros of w are not multiplied."""
+    """``x @ w.T``, except that zeros of w are not multiplied."""
     finite = np.isfinite(x).all(axis=0)
     y = x[:, finite] @ w[:, finite].T
     for column in np.flatnonzero(~finite):
@@ -107,7 +107,7 @@ def _integers(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.f
 
 
 def _add_special(w: NDArray[np.float64], x: NDArray[np.float64], data: Data) -> None:
-    """NaN and infinities among the stored values and in one row of x; a row of W whose products overflow fp16."""
+    """Put NaN and infinities into W and an infinity into x; make the products of one row of W overflow fp16."""
     w[data.m // 3, data.k // 2] = np.nan
     w[0, 0] = -np.inf
     w[-1, -1] = np.inf

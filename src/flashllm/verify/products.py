@@ -19,7 +19,7 @@ _GUARD = 512  # elements of guard on each side of an array
 _NAN_BITS = 0x7FDB  # NaN in fp16 and bf16, and not the one that conversions give
 
 Say = Callable[[str], None]
-"""Takes what is being done now."""
+"""Is told what is being done now."""
 
 
 class Multiplier(Protocol):
@@ -29,7 +29,7 @@ class Multiplier(Protocol):
         """Compile what the cases need."""
 
     def multiply(self, case: Case, problem: Problem) -> NDArray[Any]:
-        """y[N, M] of ``problem.x``'s dtype. Raises ``FlashLLMError`` when the kernel misbehaves otherwise."""
+        """y[N, M] of ``problem.x``'s dtype. Raises ``FlashLLMError`` for misbehaviour other than wrong values."""
 
 
 class ReferenceMultiplier:
@@ -39,7 +39,7 @@ class ReferenceMultiplier:
         """Nothing to do."""
 
     def multiply(self, case: Case, problem: Problem) -> NDArray[Any]:
-        """Into an output full of NaN."""
+        """Multiplies into an output full of NaN."""
         from flashllm.matmul import spmm
 
         y = np.empty((problem.x.shape[0], problem.w.shape[0]), problem.x.dtype)
@@ -135,7 +135,7 @@ class CudaMultiplier:
 
 
 def multiplier(backend: str) -> Multiplier:
-    """For ``"cuda"``, ``"emulator"`` or ``"reference"``."""
+    """The multiplier for ``"cuda"``, ``"emulator"`` or ``"reference"``."""
     if backend == "cuda":
         return CudaMultiplier()
     return EmulatorMultiplier() if backend == "emulator" else ReferenceMultiplier()

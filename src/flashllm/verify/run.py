@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases on a backend and says which element is wrong first."""
+"""Runs cases on a backend and reports the first wrong element."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WrongElement:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a case."""
+    """The outcome of a case."""
 
     case: Case
     error_over_bound: float | None = None
@@ -65,8 +65,8 @@ def run_cases(
 ) -> Iterator[Outcome]:
     """Outcomes in the order of ``cases``, the last one being the first that failed.
 
-    ``say`` takes what is being done and how many cases have been finished since the last call. Raises
-    ``CompileError`` when a kernel does not compile, and what stands between this machine and the backend.
+    ``say`` is told what is being done and how many cases have been finished since the last call. Raises
+    ``CompileError`` if a kernel does not compile, and an error if this machine cannot use the backend.
     """
     made.prepare(cases, lambda text: say(text, 0))
     for case in cases:

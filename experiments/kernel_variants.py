@@ -13,7 +13,7 @@ parameters of the kernel that correspond to no field (``kPrefetch``), or ``sourc
 kernel of the same name and parameters. All variants of a case are interleaved, L2-cold, in CUDA graphs
 (docs/measurement.md), and their outputs are compared with float64: a wrong one is marked ``!``, as expected of a
 variant that leaves something out to see what it costs. A variant that spills is left out. The first system of a round
-is measured about half a percent slow, so the first variant is measured once more before it, unreported.
+is measured about half a percent slow, so the first variant runs an extra time at the start, unreported.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def placed(xp: Any, array: NDArray[Any]) -> Any:
 
 
 def plan_of(case: Case, rows: int, splits: int | None = None, common: int | None = None) -> AttentionPlan:
-    """A plan for a GPU of four multiprocessors; ``splits`` replaces its number of splits, ``common`` the common one."""
+    """A plan for a GPU of four multiprocessors, or with ``splits``, of which any row uses all, or only ``common``."""
     plan = plan_attention(
         rows=rows,
         heads=case.heads,

@@ -60,7 +60,7 @@ def special(w: NDArray[Any], n: int) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def assert_special(name: str, got: NDArray[Any], x: NDArray[Any], w: NDArray[Any]) -> None:
-    """fp16 ``got`` is the dense product; if format ``name`` leaves zeros out, elements may be those without zeros."""
+    """fp16 ``got`` is the dense product; if format ``name`` leaves zeros out, some elements lack those terms."""
     wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         dense = (wide_x @ wide_w.T).astype(np.float16)

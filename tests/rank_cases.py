@@ -89,7 +89,7 @@ def engine(group: Group, folder: str, kind: str, dtype: Any, format: str) -> Non
 
 
 def killed(group: Group) -> None:
-    """The last rank is killed while all ranks replay a graph of gathers as fast as they can, and say so first."""
+    """The last rank is killed while all replay a graph of gathers as fast as they can. Rank 0 says when they begin."""
     gather, stream, _parts = _captured(group)
     print("replaying", flush=True)
     if group.rank == group.count - 1:

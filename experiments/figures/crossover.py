@@ -23,7 +23,8 @@ BATCHES = (8, 16, 32, 64)
 ZEROS = tuple(style.ZEROS)
 SPARSE = ("flashllm", "tca-bme", "sparta", "sparta-cusparselt", "sputnik", "cusparse")
 DENSE = ("mma-2:4", "cusparselt-2:4", "torch-fp8", "torch-int4", "cublas-notc")
-"""Systems whose time does not depend on the zeros of the case: 2:4 has half zeros; fp8 and int4 have fewer bits."""
+"""Systems whose time does not depend on the zeros of the case: 2:4 has half zeros, the others none; fp8 and int4 have
+fewer bits."""
 
 CAPTION = (
     "fp16, random zeros, CUDA graphs, L2 cold, all systems beside each other in one sweep; geometric mean over the"

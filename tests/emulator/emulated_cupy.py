@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """As much of CuPy as the host side of an encoder needs, in NumPy; launches go to the emulator.
 
-Tests what no other test without a GPU runs: which kernels are launched, with which arguments, and how results are used.
+For tests of what no other test without a GPU runs: which kernels are launched, with which arguments, and how their
+results are used.
 """
 
 from __future__ import annotations

@@ -66,7 +66,10 @@ def encode(
     seed: int = 0,
     sanitize: bool = False,
 ) -> tuple[Bitmap, NDArray[np.uint64]]:
-    """Encode as flashllm.encode does on a GPU, and tell what the rounding did. ``shape``: of the matrix in ``a``."""
+    """Encode as flashllm.encode does on a GPU; also returns what the rounding did.
+
+    ``shape``: of the matrix that ``a`` begins with.
+    """
     source = ROUNDING[dtype] if a.dtype == np.float32 else BITS16
     rows, columns = shape or a.shape
     tiles_m, tiles_k = tile_grid((rows, columns))

@@ -43,7 +43,7 @@ def test_exact_while_the_ring_turns(pattern: str, arch: str) -> None:
 @every_arch
 @pytest.mark.parametrize("pattern", ["uniform", "skewed", "column", "empty-tiles"])
 def test_exact_for_runs_that_start_at_any_tile(pattern: str, arch: str) -> None:
-    """At every tile after the last one with stored places, with streams that lag by anything up to the slack."""
+    """At any number of tiles after places were last stored, with streams that lag by anything up to the slack."""
     tiles = 19
     for seed, (density, blocks) in enumerate(((0.5, tiles), (0.3, 2 * tiles), (0.9, 11), (0.1, 7))):
         w = weight(pattern, (256, 64 * tiles), density, "bf16", seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How small the bitmap kernel's ring of value rows may be: no weight stalls it, but one chunk less would stall."""
+"""How small the bitmap kernel's ring of value rows may be: no weight deadlocks it, but one chunk less would."""
 
 from __future__ import annotations
 

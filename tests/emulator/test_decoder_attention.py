@@ -168,7 +168,7 @@ def test_prefill_is_within_the_bound(case: Case) -> None:
     ],
 )
 def test_prompts_that_are_left_out(changes: dict[str, tuple[int, int]], left_out: tuple[int, ...]) -> None:
-    """Prompts with rows, a slot or positions that do not exist: nothing is written, and others stay as they were."""
+    """Prompts with rows, a slot or positions that do not exist: nothing is written, and others are unaffected."""
     case = PREFILL[5]
     given = operands(case)
     assert (given.keys.shape[0], given.starts.tolist()) == (6, [0, 5, 6, 72, 89])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every mutation still finds its text in the source; by default only few of them are built."""
+"""Every mutation still finds its text in the source; by default only a few of them are built."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def encode(
 ) -> tuple[Slot24 | None, NDArray[np.uint64]]:
     """Encode as flashllm.encode does on a GPU; also returns what the rounding did. ``None``: columns do not pair up.
 
-    ``shape``: of the matrix in ``a``.
+    ``shape``: of the matrix that ``a`` begins with.
     """
     source = ROUNDING[dtype] if a.dtype == np.float32 else BITS16
     rows, columns = shape or a.shape
@@ -120,7 +120,7 @@ def same_bytes(
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_same_bytes_for_every_pattern(pattern: str) -> None:
-    """Also for every shape; the number of rows that pair alike takes turns."""
+    """Also for every shape; the number of rows that pair alike varies."""
     for seed, (shape, density) in enumerate(zip(SHAPES, (1.0, 0.2, 0.02, 0.24, 0.1), strict=True)):
         part_rows = (None, 32, 64)[(seed + PATTERNS.index(pattern)) % 3]
         a = bits(pattern, *shape, density, seed)
@@ -162,7 +162,7 @@ def test_same_bytes_where_greedy_pairs_must_change(part_rows: int, monkeypatch: 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_same_bytes_with_two_values_in_a_group(pattern: str) -> None:
-    """Also in windows with dummies, whose copies alternate in direction, and where there is no such pairing."""
+    """Also in windows with dummies, whose copies go to and fro over the residues, and where no such pairing exists."""
     for seed, (window, density) in enumerate(((256, 0.08), (248, 0.1), (232, 0.12), (136, 0.2), (128, 0.05))):
         part_rows = (32, 64)[(seed + PATTERNS.index(pattern)) % 2]
         options: dict[str, Any] = {"window": window, "part_rows": part_rows, "group_values": 2}

@@ -22,7 +22,7 @@ from products import NUMPY_DTYPE, assert_exact, every_pair, exact, integers, nar
 
 CHUNK_BYTES = 8192
 COLUMN_BYTES = {8: 16, 16: 32, 32: 80}
-"""Bytes of a window of x, by its rows."""
+"""Bytes of one column of a window of x, by its rows."""
 pytestmark = pytest.mark.usefixtures("kernels")
 every_arch = pytest.mark.parametrize("arch", ["80", "90a", "120a"])
 both_parts = pytest.mark.parametrize("part_rows", [32, 64])
@@ -67,7 +67,7 @@ def encoded(
 ) -> tuple[NDArray[Any], Slot24]:
     """A weight that many instances multiply, and its slots, cached: packing takes as long as a product.
 
-    It is as dense as a weight of the layout can be.
+    It is at most as dense as a weight of the layout can be.
     """
     part_rows, group_values = layout
     if group_values == 2:
@@ -109,7 +109,7 @@ def runs(sparse: Slot24, blocks: int, row_cost: int = 0) -> list[tuple[int, int]
 def test_exact_for_every_instance(arch: str, choice: slot24.Choice) -> None:
     """Runs of one tile, of a few and of all tiles, beginning in the first and in the second tile of a window.
 
-    One kernel serves any K; each is tested with one K, so that both kinds of K meet every width, layout and type.
+    A kernel serves any K; each is tested with one K, so that both kinds of K meet every width, layout and type.
     """
     columns, layout = 1024 if choice.aligned else 1021, (choice.part_rows, choice.group_values)
     for seed, (pattern, density, window) in enumerate(
@@ -155,7 +155,7 @@ def test_exact_for_every_width_of_the_last_window(part_rows: int, arch: str) -> 
 
 @every_pair("layout, arch, pattern", LAYOUTS, PATHS, ("uniform", "skewed"))
 def test_exact_for_runs_that_start_at_any_tile(pattern: str, layout: tuple[int, int], arch: str) -> None:
-    """At both tiles of a window, at every tile after stored places, with streams that lag by up to the slack."""
+    """At both tiles of a window, at any number of tiles after stored places, with streams that lag up to the slack."""
     for seed, (density, columns) in enumerate(((0.5, 1300), (0.2, 2400), (0.1, 2400), (0.03, 2400))):
         w, sparse = encoded(pattern, (256, columns), density, "bf16", seed, None, layout)
         assert layout[1] == 2 or seed == 3 or np.unique(Places.unpack(sparse.places[1:]).lags).size > 10

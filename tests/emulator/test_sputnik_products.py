@@ -115,7 +115,7 @@ def test_exact_for_rows_of_every_length(swizzle: bool, seed: int) -> None:
 
 
 def test_computes_the_rows_that_the_order_names() -> None:
-    """Any order gives the same y, so one that names a row twice and omits others shows that the order is obeyed."""
+    """Any order gives the same y, so one that repeats a row and omits the others shows that the order is obeyed."""
     w = weight("uniform", (9, 50), 0.5, "fp16")
     packed = replace(Sputnik.from_dense(w), row_indices=np.full(9, 4, np.int32))
     x = integers(np.random.default_rng(4), (16, 50), "fp16")

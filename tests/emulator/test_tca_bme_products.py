@@ -72,7 +72,7 @@ def multiply(
 
 
 def check(w: NDArray[Any], n: int, choice: Choice | int, *, arch: str, seed: int) -> None:
-    """The product with n columns of integers is exact, for ``choice`` or by default the choice for that n."""
+    """The product with n columns of integers is exact, for ``choice`` or the choice of that number."""
     x = integers(np.random.default_rng(n + seed), (n, w.shape[1]), "fp16")
     encoded = TcaBme.from_dense(w)
     if isinstance(choice, int):
@@ -115,7 +115,7 @@ def test_exact_for_every_pattern(pattern: str, arch: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1024, 2304, 2305, 4088, 4089, 4096])
 def test_exact_around_the_room_for_values(count: int) -> None:
-    """Numbers of values around what there is room for, in tiles next to empty ones and at full width."""
+    """Numbers of values around what there is room for, up to full tiles, next to empty tiles and to each other."""
     rng = np.random.default_rng(count)
     w = np.zeros((64, 64 * 5), np.float16)
     for tile in (0, 2, 3):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x laid out once for a launch: shared among all blocks, by those that cannot wait, for several column blocks."""
+"""x laid out once for a launch: in shares by all blocks, by those that cannot wait, for several column blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def encoded(layout: str, shape: tuple[int, int], seed: int = 0) -> tuple[NDArray
 
 
 def check(layout: str, shape: tuple[int, int], n: int, arch: str, seed: int = 0, **split: int) -> emulator.Counts:
-    """The product is exact; the workspace ends up zero, and nothing is written after the scratch memory."""
+    """The product is exact; the emulator finds the workspace zero and nothing written after the scratch memory."""
     w, sparse = encoded(layout, shape)
     x = integers(np.random.default_rng(seed), (n, shape[1]), "fp16")
     got, counts = emulator.spmm(x, sparse, arch=arch, seed=seed, **split)
@@ -144,7 +144,7 @@ TELL = ("        if (has_share) tell(warp);\n", "")
 def test_both_ways_are_taken(layout: str, arch: str, tmp_path: Path) -> None:
     """Blocks that run together copy what they have laid out together; if no share is announced, warps lay out all.
 
-    A feeding warp that lays out an image then reads outside every argument, as the emulator reports.
+    In the trapped build, a feeding warp that lays out an image reads outside every argument; the emulator reports it.
     """
     w, sparse = encoded(layout, (256, 1801))
     x = integers(np.random.default_rng(1), (32, 1801), "fp16")

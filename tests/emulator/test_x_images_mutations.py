@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes steps, waits and bounds out of how x is laid out for a launch, one at a time: the tests must notice.
 
-With the bitmap kernel and 32 columns, whose images are tiles, and where stated with the slot24 kernel, whose images are
-windows; several column blocks, more pieces than warps, rows of more images than a warp looks at at one time, and blocks
-that others wait for although they have not begun.
+With the bitmap kernel and 32 columns, whose images are tiles, and, where stated, with the slot24 kernel, whose images
+are windows; several column blocks, more pieces than warps, rows of more images than a warp looks at at one time, and
+blocks that others wait for although they have not begun.
 
 Not here: whatever makes a feeding warp lay out an image although others have, which only costs time (that a share is
 counted, to which group, and how many pieces a group has). Rows of x are bounded for memory safety, which
@@ -37,7 +37,7 @@ SEEDS = 8
 
 
 def tiles(name: str, file: str, old: str, new: str = "") -> Mutation:
-    """Mutations with the bitmap kernel, where only wgmma has images."""
+    """A mutation with the bitmap kernel, where only wgmma has images."""
     return Mutation(name, file, old, new, WGMMA)
 
 

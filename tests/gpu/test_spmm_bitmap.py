@@ -35,7 +35,7 @@ def test_exact_while_the_ring_turns(cp: Any, pattern: str) -> None:
 
 @pytest.mark.parametrize("n", [8, 24, 64])
 def test_exact_for_runs_that_start_at_any_tile(cp: Any, n: int) -> None:
-    """At every tile after the last one with stored places, with streams that lag by anything up to the slack."""
+    """At any number of tiles after places were last stored, with streams that lag by anything up to the slack."""
     tiles = 67
     for seed, (pattern, density) in enumerate(
         (("uniform", 0.5), ("skewed", 0.3), ("column", 0.1), ("even-columns", 0.9))

@@ -43,7 +43,7 @@ def masked(shape: tuple[int, int], density: float, seed: int = 0) -> np.ndarray[
 
 
 def test_choosing_by_density_alone_loses_next_to_nothing() -> None:
-    """Bytes are estimated here instead of taken from the rows, as in `rank_formats`."""
+    """As `rank_formats` does, this estimates bytes instead of taking those of the rows."""
     regrets = []
     cases: dict[Any, dict[str, float]] = {}
     for row in fit_model.read_rows(fit_model.default_files()):

@@ -22,7 +22,7 @@ def same(a: Slot24, b: Slot24) -> bool:
 
 
 def golden_matrix(one_of: int) -> np.ndarray:
-    """fp16 [129, 500] from a fixed recurrence: one of every ``one_of`` elements is kept."""
+    """fp16 [129, 500] from a fixed recurrence: about one in ``one_of`` elements is kept."""
     state = 12345
     out = np.zeros(129 * 500, np.uint16)
     for i in range(out.size):

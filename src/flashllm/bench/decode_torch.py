@@ -68,7 +68,7 @@ def prefill_rows(batch: int, prompt: int) -> int:
 
 
 class TorchDecoder:
-    """Greedily decodes ``batch`` sequences with prompts of equal length, up to ``capacity`` tokens with the output.
+    """Greedily decodes ``batch`` sequences with prompts of equal length, each to ``capacity`` tokens at most in all.
 
     Everything is allocated here, on the device of the weights. In a step, attention reads the whole cache under a mask.
     """

@@ -64,7 +64,7 @@ FLASHLLM_DEVICE void load_tile(unsigned bitmap_buffer, unsigned value_buffer, co
 }
 
 // Decodes a median tile. Lane l has bits 2 l and 2 l + 1 of every BitmapTile, which are row l / 4, column 2 (l % 4) and
-// the next: what its register of the fragment holds. Its values are preceded by as many as there are bits set before
+// the next: what its register of the fragment holds. As many values precede its own as there are bits set before
 // these. Neighbouring lanes read neighbouring values, so there are no bank conflicts.
 FLASHLLM_DEVICE void decode(Fragments& a, unsigned bitmaps, unsigned values) {
     const int first_bit = (threadIdx.x & 31) * 2;

@@ -8,7 +8,7 @@ namespace flashllm {
 constexpr int kLoads = 4;  // loads of a sum's parts that one thread has in flight together
 
 // residual += y + y_bias (where given), then x = norm(residual) * weight (+ bias), for rows of `hidden` elements.
-// kLayer: norm to mean 0 and variance 1, otherwise (RMS) to mean square 1. y is the sum of `parts` parts, `part_size`
+// kLayer: mean 0 and variance 1, otherwise (RMS) mean square 1. y is the sum of `parts` parts, `part_size`
 // elements from one to the next, which are added in fp32 in their order. The row stays in registers: `hidden` is a
 // multiple of 8 and at most kThreads x kVectors x 8.
 template <typename T, bool kLayer, int kThreads, int kVectors>

@@ -10,8 +10,8 @@
 // hold the share p of the probability. It is found by bisection over integers that are ordered as the logits are.
 // Bisecting a whole row would mean reading it 30 times. So the largest logit of each thread first stands for all its
 // logits: where these 1024 alone reach the target, the row does too, and few others lie above that threshold. What lies
-// above it is gathered in shared memory, where the bisection ends. The row itself is bisected only for k above 1024, or
-// where that many tokens hold less than the share p.
+// at or above it is gathered in shared memory, where the bisection ends. The row itself is bisected only for k above
+// 1024, or where these 1024 hold less than the share p, or where too many are to be gathered.
 //
 // Sums over the block are sums of integers (probabilities in units of 2^-40 of the largest), so they are the same in
 // any order.
@@ -132,7 +132,7 @@ struct Row {
       }
     }
   }
-  // The same for the candidates alone, once they are gathered.
+  // The same, but for the candidates alone as soon as they are gathered.
   template <int kLoads, class Visit>
   FLASHLLM_DEVICE void each(Visit visit) const {
     if (gathered < 0) return each_logit<kLoads>(visit);

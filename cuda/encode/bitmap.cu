@@ -184,7 +184,7 @@ bitmap_place(unsigned char* __restrict__ counts, int* __restrict__ fronts, int* 
     const Runs all{tiles_m, tiles_k, row_cost, static_cast<unsigned>(runs)};
     const int first = static_cast<int>(all.first_tile(blockIdx.x));
     const int end = static_cast<int>(all.first_tile(blockIdx.x + 1));
-    // A lane has one half word per part: a byte for either half.
+    // A lane has 16 bits per part: a byte for either half of the steps.
     unsigned short* const streams = reinterpret_cast<unsigned short*>(counts) + threadIdx.x;
     const auto at = [](int tile, int part) { return static_cast<long long>(tile * bitmap::kParts + part) * bitmap::kLanes; };
     bitmap::Columns columns;

@@ -17,7 +17,7 @@ constexpr int kQuads = kPairs / 2;   // two neighbouring slots each
 
 template <int kPartRows>
 struct GroupProblem : Problem<kPartRows> {
-    Matching<Rows<kPartRows>, kQuads> slots;  // those whose left has an even residue, and an odd one
+    Matching<Rows<kPartRows>, kQuads> slots;  // of slots whose left has an even residue with those of an odd one
     unsigned char have[kQuads];               // residues of a quad, a bit for each of four lefts and four rights
     unsigned char sets[kQuads];               // quads in their final order
 };

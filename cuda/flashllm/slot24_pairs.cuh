@@ -151,7 +151,7 @@ FLASHLLM_DEVICE void arrange(Problem<kPartRows>& p, int window, int lane) {
             waiting[a] -= 1u << (best >> 8 * a & 0xff);
         }
     }
-    int place[kClasses], weight = 0;  // lefts of the four pairs of this lane's round, and their number of values
+    int place[kClasses], weight = 0;  // lefts of the four pairs of this lane's round; values of all four pairs
 #pragma unroll
     for (int a = 0; a < kClasses; ++a) {
         // Each class of lefts has 32 pairs, in the order of the classes of rights.

@@ -14,7 +14,8 @@
 
 namespace flashllm {
 
-constexpr int kMirrorRows = 16;  // a pointer wraps once per mask word; loads are fewer rows on than a word has elements
+// A pointer wraps once per mask word, and within a word it loads fewer rows ahead than the stream has elements there.
+constexpr int kMirrorRows = 16;
 static_assert(bitmap::kStreamElements == 2 * kMirrorRows, "a mask word is half of a stream's elements");
 
 constexpr int kThreads = bitmap::kTileThreads + bitmap::kLanes;  // the last warp feeds

@@ -36,7 +36,7 @@ template <typename Image, int kFirst_, int kGroup, int kWarps = bitmap::kParts>
 struct XImages {
     static constexpr int kFirst = kFirst_;  // images that a block lays out for itself
     static constexpr int kPieces = Image::kPieces;
-    static constexpr int kOwn = (kFirst * kPieces + kWarps - 1) / kWarps;  // of these, pieces per warp
+    static constexpr int kOwn = (kFirst * kPieces + kWarps - 1) / kWarps;  // pieces of these images per warp
     static constexpr int kTogether = kOwn < Image::kTogether ? kOwn : Image::kTogether;  // loaded before the first is stored
 
     const unsigned short* x;

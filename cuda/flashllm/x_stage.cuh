@@ -51,7 +51,7 @@ struct XLoader {
             const bool active = kChunks >= kThreads || threadIdx.x < kChunks;
             const bool inside = turn * kRows < n_left && column < K;
             const unsigned short* from = source + static_cast<long long>(turn * kRows) * K;
-            constexpr int kOtherSwizzle = kRows % 8;  // below 8 rows, every other turn changes the swizzle
+            constexpr int kOtherSwizzle = kRows % 8;  // fewer rows than 8: the swizzle changes every other turn
             const unsigned to = (target ^ (turn * kOtherSwizzle % 8 << 4)) + offset + turn * kRows * kStageRowBytes;
             if constexpr (kAligned) {
                 ptx::copy_async16(active, to, inside ? from : x, inside ? 16u : 0u);

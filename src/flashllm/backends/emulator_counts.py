@@ -24,7 +24,7 @@ class SharedAccess:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sums over one launch. Accesses through no wrapper of ``ptx.cuh`` or built-in such as ``__ldg`` are not seen."""
+    """Sums over one launch. Plain C++ accesses, unlike wrappers (``ptx.cuh``) and built-ins (``__ldg``), go unseen."""
 
     blocks: int
     barriers: int

@@ -174,7 +174,7 @@ class TwoFour:
         splits = [s for s in SPLITS if fewest <= s <= tiles_k] or [fewest]
 
         def cost(choice: Choice) -> int:
-            """Tiles that the busiest multiprocessor reads, and two a block to fill the pipeline and hand on sums."""
+            """Tiles the busiest multiprocessor reads, plus two per row of tiles to fill pipelines and pass on sums."""
             blocks = -(-n // n_block) * -(-tiles_m // choice.row_tiles) * choice.splits
             return -(-blocks // sm_count) * (-(-tiles_k // choice.splits) + 2) * choice.row_tiles
 

@@ -19,7 +19,7 @@ from flashllm.matmul.tensor_cores import CXX_TYPE
 
 KINDS = ("rms", "layer")
 """RMSNorm: mean square 1. LayerNorm: mean 0, then variance 1."""
-_BLOCKS = ((128, 1), (512, 1), (512, 2), (512, 4))  # threads, and vectors per thread: rows of up to that many elements
+_BLOCKS = ((128, 1), (512, 1), (512, 2), (512, 4))  # threads, vectors per thread; for rows of up to 8 x their product
 _ANY_THREADS = 512
 
 

@@ -25,6 +25,9 @@ part_option = click.option(
     metavar="FROM:TO",
     help="Part of the text, as fractions: 0:0.5 is its first half.",
 )
+length_option = click.option(
+    "--length", type=click.IntRange(2), default=512, show_default=True, help="Length of a window in tokens."
+)
 
 
 def array_module(device: str) -> Any:

@@ -25,6 +25,11 @@ tensor_parallel_option = click.option(
     metavar="N",
     help="Divide the model among N GPUs, one process per GPU. Under torchrun or mpirun: the number of their processes.",
 )
+RANK_STATUS = (
+    f"With --tp also the status of a rank that failed: {PEER_FAILED} if another rank failed or the ranks differ,"
+    " 128 plus the number of a signal that ended it."
+)
+"""What the help of these commands adds to their exit statuses."""
 
 
 @contextlib.contextmanager

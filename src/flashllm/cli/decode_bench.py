@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flashllm.cli._cases import BadUsage, backend_option, usage_errors, use_device
-from flashllm.cli._parallel import tensor_parallel, tensor_parallel_option
+from flashllm.cli._parallel import RANK_STATUS, tensor_parallel, tensor_parallel_option
 
 if TYPE_CHECKING:
     from flashllm.bench.decode_rows import DecodeRow
@@ -29,11 +29,7 @@ def _list_models(context: click.Context, _parameter: click.Parameter, value: boo
     context.exit()
 
 
-@click.command(
-    epilog="Exit status: 0 fine, 2 bad usage, or all cases are left out, 130 interrupted. With --tp also the"
-    " status of a rank that failed: 75 if another rank failed or the ranks differ, 128 plus the number of a signal that"
-    " ended it."
-)
+@click.command(epilog=f"Exit status: 0 fine, 2 bad usage, or all cases are left out, 130 interrupted. {RANK_STATUS}")
 @click.option(
     "--model",
     default="opt-30b",

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from flashllm.cli._cases import READ_FILE, BadUsage, usage_errors
-from flashllm.cli._models import array_module, device_option, parse_part, part_option
+from flashllm.cli._models import array_module, device_option, length_option, parse_part, part_option
 
 
 @click.command(
@@ -27,7 +27,7 @@ from flashllm.cli._models import array_module, device_option, parse_part, part_o
     show_default=True,
     help="How many windows of text to evaluate.",
 )
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Length of a window in tokens.")
+@length_option
 @click.option("--check", is_flag=True, help="Compare logits with dense products (converted models).")
 @device_option
 @click.option(

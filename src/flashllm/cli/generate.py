@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from flashllm.cli._cases import BadUsage, usage_errors
-from flashllm.cli._parallel import tensor_parallel, tensor_parallel_option
+from flashllm.cli._parallel import RANK_STATUS, tensor_parallel, tensor_parallel_option
 
 if TYPE_CHECKING:
     from flashllm.engine.generate import Generation, Report
@@ -22,9 +22,7 @@ _HEADING = 60  # characters of a prompt
 
 
 @click.command(
-    epilog="Exit status: 0 fine, 1 a failure, 2 bad usage or an unreadable file, 130 interrupted. With --tp also the"
-    " status of a rank that failed: 75 if another rank failed or the ranks differ, 128 plus the number of a signal that"
-    " ended it."
+    epilog=f"Exit status: 0 fine, 1 a failure, 2 bad usage or an unreadable file, 130 interrupted. {RANK_STATUS}"
 )
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option("--prompt", "given", multiple=True, metavar="TEXT", help="What to continue; may be given several times.")

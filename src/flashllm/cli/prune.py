@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from flashllm.cli._cases import READ_FILE, BadUsage, usage_errors
-from flashllm.cli._models import array_module, device_option, parse_part, part_option, refuse_options, refuse_packed
+from flashllm.cli._models import (
+    array_module,
+    device_option,
+    length_option,
+    parse_part,
+    part_option,
+    refuse_options,
+    refuse_packed,
+)
 from flashllm.statuses import INTERRUPTED
 
 
@@ -41,7 +49,7 @@ from flashllm.statuses import INTERRUPTED
     show_default=True,
     help="How many windows of text to calibrate with.",
 )
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Length of a window in tokens.")
+@length_option
 @device_option
 def command(
     model: Path,

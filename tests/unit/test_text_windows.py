@@ -61,6 +61,11 @@ def test_nothing_is_cut_or_filled_up() -> None:
     assert 256 not in found.ids
 
 
+def test_surrogates_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"text: expected characters that UTF-8 can encode, got .* at position 2"):
+        Tokenizer(by_bytes()).encode("ab\udcff")
+
+
 def test_there_and_back() -> None:
     tokenizer = Tokenizer(by_bytes(begin=True))
     found = tokenizer.encode(TEXT)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashllm.errors import FormatError, MissingDependencyError, brief
+from flashllm.errors import ArgumentError, FormatError, MissingDependencyError, brief
 from flashllm.formats.check import is_int
 from flashllm.io.checkpoint import Checkpoint
 from flashllm.io.files import read_utf8
@@ -43,7 +43,15 @@ class Tokenizer:
         """The token that it puts in front of any text, or none."""
 
     def encode(self, text: str) -> Encoded:
-        """Tokens of ``text``, without :attr:`prefix`."""
+        """Tokens of ``text``, without :attr:`prefix`. Raises ``ArgumentError`` for surrogates, which are no text.
+
+        Python puts them where an argument of the command line is not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            got = f"{text[error.start]!r} at position {error.start}"
+            raise ArgumentError("text", expected="characters that UTF-8 can encode", got=got) from None
         found = self._made.encode(text, add_special_tokens=False)
         return Encoded(ids=tuple(found.ids), starts=tuple(start for start, _ in found.offsets))
 

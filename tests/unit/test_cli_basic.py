@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -52,6 +54,20 @@ def test_module_entry_point() -> None:
         check=False,
     )
     assert done.stdout.strip() == f"flashllm, version {flashllm.__version__}"
+
+
+def test_output_that_the_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "\u2192.npy"
+    np.save(path, np.eye(4, dtype=np.float16))
+    done = subprocess.run(
+        [sys.executable, "-m", "flashllm", "inspect", str(path)],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u2192.npy: 4x4 fp16" in done.stdout
 
 
 def test_every_command_has_help() -> None:

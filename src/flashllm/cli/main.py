@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,4 +78,8 @@ def command(traceback: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        # Generated text and names of files may hold characters that the terminal's encoding lacks: no reason to fail.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     command(prog_name="flashllm")

@@ -145,6 +145,16 @@ def test_system_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(_run("--traceback", "cache", "clear").exception, PermissionError)
 
 
+def test_a_closed_pipe_is_no_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("flashllm.bench.report.markdown", closed)
+    (tmp_path / "rows.jsonl").write_text("")
+    result = _run("table", str(tmp_path / "rows.jsonl"))
+    assert (result.exit_code, result.stderr) == (1, "")
+
+
 def test_ctrl_c_is_status_130_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt

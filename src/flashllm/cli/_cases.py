@@ -24,10 +24,15 @@ class BadUsage(click.ClickException):
 
 @contextmanager
 def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns errors of ``kinds`` (default: ``USAGE_ERRORS``) into :class:`BadUsage`."""
+    """Turns errors of ``kinds`` (default: ``USAGE_ERRORS``) into :class:`BadUsage`.
+
+    A pipe that its reader has closed, as ``head`` does, is no error of usage: click ends the command silently.
+    """
     caught: tuple[type[Exception], ...] = kinds or USAGE_ERRORS
     try:
         yield
+    except BrokenPipeError:
+        raise
     except caught as error:
         raise BadUsage(str(error)) from error
 

@@ -67,6 +67,16 @@ def test_csv_makes_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--out", "--resume"])
+@pytest.mark.parametrize("content", ["no end of line", "a text\n"])
+def test_rows_are_added_to_no_other_file(tmp_path: Path, option: str, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    result = _run(*SMALL, option, str(path))
+    assert (result.exit_code, path.read_text()) == (2, content)
+    assert str(path) in _one_error(result)
+
+
+@pytest.mark.parametrize("option", ["--out", "--resume"])
 def test_rows_never_go_on_a_line_that_a_crash_left_unfinished(tmp_path: Path, option: str) -> None:
     path = tmp_path / "rows.jsonl"
     assert _run(*SMALL, "--out", str(path)).exit_code == 0

@@ -81,6 +81,34 @@ def test_a_torn_last_line_is_left_out_and_can_be_cut(tmp_path: Path) -> None:
     assert [r.N for r in results.read(path)] == [16, 8]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f2'}\n\x00\x00\x01",  # zeros, as after a power failure, but no rows before
+        b"a text",
+        b"a text\nwhose second line has no end",
+        b'{"architectures":["OPTForCausalLM"]}',  # JSON on one line, but no row
+        b'{"schema":1}\nsomething else',
+    ],
+)
+def test_what_is_no_torn_row_is_never_cut(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    for work in (lambda: results.drop_torn_line(path), lambda: results.append(path, row())):
+        with pytest.raises(FormatError, match=r"file: expected rows of results, lines that begin with"):
+            work()
+    assert path.read_bytes() == content
+
+
+def test_zeros_after_a_power_failure_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    results.append(path, row())
+    with path.open("ab") as file:
+        file.write(bytes(100))
+    results.append(path, row(N=8))
+    assert [r.N for r in results.read(path)] == [16, 8]
+
+
 @pytest.mark.parametrize("line", ["[]", "{", '{"kind":"kernel"}', "1"])
 def test_broken_lines_are_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"

@@ -21,6 +21,8 @@ from flashllm.io.files import locked
 from flashllm.registry import FORMATS
 
 SCHEMA = 1
+_BEGINNING = b'{"'  # of every line
+_FIRST_FIELD = b'{"schema"'  # of lines that `append` writes
 _LARGEST = sys.float_info.max
 
 _VALUES: dict[str, tuple[str, ...]] = {
@@ -172,10 +174,19 @@ def ensure_writable(path: Path) -> None:
         pass
 
 
+def ensure_rows(path: Path) -> None:
+    """As :func:`ensure_writable`, for a file that rows are added to. Raises ``FormatError`` for any other file."""
+    ensure_writable(path)
+    if path.is_file():  # not a pipe or a terminal
+        with path.open("rb") as file:
+            _check_beginning(file.read(len(_BEGINNING)), path)
+
+
 def append(path: str | Path, row: Row) -> None:
     """Add ``row`` to the file, made if absent: one write of one whole line, on disk before this returns.
 
-    Processes may add to one file at the same time. A torn line left there by a crash is removed first.
+    Processes may add to one file at the same time. A torn line left there by a crash is removed first. Raises
+    ``OSError``, and ``FormatError`` for a last line without its line end that is none of ours.
     """
     data = (row.to_json() + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -183,7 +194,7 @@ def append(path: str | Path, row: Row) -> None:
         with locked(handle):
             end = os.fstat(handle).st_size
             if end and os.pread(handle, 1, end - 1) != b"\n":
-                end = _cut_torn_line(handle)
+                end = _cut_torn_line(handle, path)
             if os.write(handle, data) != len(data):
                 os.ftruncate(handle, end)
                 raise OSError(f"{path}: the disk is full, a row was cut short")
@@ -221,12 +232,15 @@ def read_numbered(path: str | Path) -> list[tuple[int, Row]]:
 
 
 def drop_torn_line(path: str | Path) -> bool:
-    """Cut off a last line that a crash left without its line end; say whether there was one."""
+    """Cut off a last line that a crash left without its line end; say whether there was one.
+
+    Raises ``FormatError`` where that line, or the file, does not begin as rows do: nothing else is ever cut.
+    """
     with Path(path).open("r+b") as file, locked(file.fileno()):  # without the lock, another's row may be half written
-        return os.fstat(file.fileno()).st_size > _cut_torn_line(file.fileno())
+        return os.fstat(file.fileno()).st_size > _cut_torn_line(file.fileno(), path)
 
 
-def _cut_torn_line(handle: int) -> int:
+def _cut_torn_line(handle: int, path: str | Path) -> int:
     """Cut the open file after its last line end and return its new size."""
     size = end = os.fstat(handle).st_size
     while end:
@@ -237,9 +251,19 @@ def _cut_torn_line(handle: int) -> int:
             break
         end = start
     if end < size:
+        _check_beginning(os.pread(handle, len(_BEGINNING), 0), path)
+        torn = os.pread(handle, len(_BEGINNING if end else _FIRST_FIELD), end)
+        if torn[:1] != b"\0":  # what some file systems leave after a power failure
+            _check_beginning(torn, path, expected=_BEGINNING if end else _FIRST_FIELD)
         os.ftruncate(handle, end)
         os.fsync(handle)
     return end
+
+
+def _check_beginning(found: bytes, path: str | Path, *, expected: bytes = _BEGINNING) -> None:
+    if expected[: len(found)] != found:
+        what = f"rows of results, lines that begin with {expected.decode()}"
+        raise FormatError(path=str(path), field="file", expected=what, got=repr(found))
 
 
 def write_csv(path: str | Path, rows: Iterable[Row]) -> None:

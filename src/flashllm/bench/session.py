@@ -16,14 +16,17 @@ class Session:
     """Rows measured now and, with ``resume``, rows that the file had before."""
 
     def __init__(self, *, out: Path | None = None, resume: Path | None = None) -> None:
-        """Read ``resume`` where there is one. Raises ``FormatError`` or ``OSError`` if it cannot be read."""
+        """Read ``resume`` where there is one.
+
+        Raises ``OSError`` if a file cannot be read or written, and ``FormatError`` if it holds anything but rows.
+        """
         self.rows: list[Row] = []
         self.earlier: list[Row] = []
         self.out = out or resume
         if resume is not None and resume.exists():
             self.earlier = results.read(resume)
         if self.out is not None:
-            results.ensure_writable(self.out)
+            results.ensure_rows(self.out)
             if self.out.is_file():  # not a pipe or a terminal; a row must not go on a line that a crash left unfinished
                 results.drop_torn_line(self.out)
         self._done = {

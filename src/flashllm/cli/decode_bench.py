@@ -143,7 +143,7 @@ def command(
         group.rendezvous.agree(facts)
         saved = out if group.rank == 0 else None
         if saved is not None:
-            results.ensure_writable(saved)
+            results.ensure_rows(saved)
         with progress(notes, sweep.steps) as advance:
             for row in sweep.rows(advance=advance, note=lambda text: notes.print(text, markup=False, highlight=False)):
                 count += 1

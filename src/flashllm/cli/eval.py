@@ -79,7 +79,7 @@ def command(
                     )
             windows = evaluation.windows(text, part=chosen, count=count, length=length)
             if out is not None:
-                results.ensure_writable(out)
+                results.ensure_rows(out)
             blocks = evaluation.config.layers * (4 if check else 1)
             with usage_errors(MemoryError), progress(Console(stderr=True), blocks) as advance:
                 row = evaluation.measure(windows, text=f"{text.name} {part}", check=check, advance=advance)

@@ -61,6 +61,15 @@ def test_a_csv_file_that_cannot_be_written_is_said_before_the_work(
     assert str(tmp_path / "file") in _one_error(result)
 
 
+@pytest.mark.parametrize("option", ["--out", "--resume", "--weights"])
+def test_csv_never_replaces_another_file_of_the_command(tmp_path: Path, option: str) -> None:
+    path = tmp_path / "rows"
+    path.touch()
+    result = _run("bench", "--backend", "reference", "--n", "8", option, str(path), "--csv", str(path))
+    assert (result.exit_code, path.read_bytes()) == (2, b"")
+    assert f"--csv: expected another file than {option}" in _one_error(result)
+
+
 def test_csv_makes_its_folder(tmp_path: Path) -> None:
     assert _run(*SMALL, "--csv", str(tmp_path / "new" / "rows.csv")).exit_code == 0
     assert len((tmp_path / "new" / "rows.csv").read_text().splitlines()) == 2

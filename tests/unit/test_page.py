@@ -268,6 +268,15 @@ def test_a_page_is_written_whole_or_not_at_all(report: Path, tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".tmp"] == []
 
 
+def test_a_page_never_replaces_its_rows(report: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(report.with_name("rows.jsonl"), rows)
+    before = rows.read_bytes()
+    done = run(str(rows), "-o", str(tmp_path / "." / "rows.jsonl"))
+    assert (done.exit_code, rows.read_bytes()) == (2, before)
+    assert "--out: expected another file than RESULTS" in done.stderr
+
+
 def test_empty_files_are_bad_usage(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     done = run(str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "a.html"))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise
     except caught as error:
         raise BadUsage(str(error)) from error
+
+
+def refuse_same_file(option: str, path: Path, others: Mapping[str, Path | None]) -> None:
+    """Raise :class:`BadUsage` if ``path``, which ``option`` replaces, is also one of ``others``, by their names."""
+    for name, other in others.items():
+        if other is not None and path.resolve() == other.resolve():
+            raise BadUsage(f"{option}: expected another file than {name}, got '{path}' for both")
 
 
 def use_device(device: int | None) -> None:

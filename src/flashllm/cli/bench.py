@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashllm.baselines import SYSTEMS, parse_systems
-from flashllm.cli._cases import BadUsage, backend_option, case_options, usage_errors, use_device
+from flashllm.cli._cases import BadUsage, backend_option, case_options, refuse_same_file, usage_errors, use_device
 from flashllm.cli._models import given_options
 from flashllm.cli._progress import progress
 from flashllm.statuses import INTERRUPTED
@@ -192,6 +192,8 @@ def command(
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
+        if csv_file is not None:
+            refuse_same_file("--csv", csv_file, {"--out": out, "--resume": resume, "--weights": weights})
         if not math.isfinite(time_cap):
             raise BadUsage(f"--time-cap: expected seconds from 0.01 on, got {time_cap}")
         if pdl and launch != "graph":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from flashllm.cli._cases import READ_FILE, usage_errors
+from flashllm.cli._cases import READ_FILE, refuse_same_file, usage_errors
 from flashllm.io.files import write_whole
 
 
@@ -31,6 +31,8 @@ def command(files: tuple[Path, ...], out: Path, title: str) -> None:
     with usage_errors():
         from flashllm.bench import page, results
 
+        for file in files:
+            refuse_same_file("--out", out, {"RESULTS": file})
         rows = [
             page.Sourced(row=row, file=file.name, line=line)
             for file in files

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,21 @@ def test_damaged_cache_entry_is_rebuilt(small: Any) -> None:
     second = emulator.compile_emulated(*small)
     assert not second.cached
     assert second.path.stat().st_size > 1000
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(small: Any, tmp_path: Path) -> None:
+    spec, options = small
+    (tmp_path / "file").touch()
+    options = replace(options, cache_dir=tmp_path / "file" / "cache")
+    emulator_build._private_folder.cache_clear()
+    with pytest.warns(UserWarning, match=r"kernel cache cannot be written \(.* Not a directory: ") as warned:
+        first = emulator.compile_emulated(spec, options)
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # neither the kernel nor the emulator itself is compiled again
+        second = emulator.compile_emulated(spec, options)
+        assert emulator_build._runtime(options).is_file()
+    assert (second.cached, second.path) == (True, first.path)
 
 
 def test_compile_error_carries_the_compiler_s_words(small: Any) -> None:

@@ -114,7 +114,7 @@ def compile_together(specs: Sequence[KernelSpec], options: BuildOptions | None =
             "compiler": _compiler_version(),
         }
     )
-    found = disk.load(key, options.cache_dir)
+    found = _find(key, options.cache_dir)
     cached = found is not None
     if found is None:
         code = _build(specs, root, flags, options)
@@ -201,7 +201,7 @@ def _runtime(options: BuildOptions) -> Path:
     flags = (*_flags_of_both(options.sanitize), _RUNTIME_SPEED)
     parts = {"schema": _SCHEMA, "runtime": _emulator_digest(), "flags": list(flags), "compiler": _compiler_version()}
     key = disk.make_key(parts)
-    found = disk.load(key, options.cache_dir)
+    found = _find(key, options.cache_dir)
     if found is None:
         folder = sources.cuda_root() / "emulator" / "runtime"
         with tempfile.TemporaryDirectory(prefix="flashllm-emulator-") as scratch:
@@ -227,11 +227,20 @@ def _includes(root: Path) -> tuple[str, ...]:
     return tuple(f"-I{folder}" for folder in dict.fromkeys((own / "emulator", root, own)))
 
 
+def _find(key: str, cache_dir: Path | None) -> tuple[Path, dict[str, Any]] | None:
+    """What the cache holds or, where it cannot be written, what this process has stored instead."""
+    found = disk.load(key, cache_dir)
+    if found is None and _private_folder.cache_info().currsize:
+        found = disk.load(key, _private_folder())
+    return found
+
+
 def _store(key: str, code: bytes, meta: dict[str, Any], cache_dir: Path | None) -> tuple[Path, dict[str, Any]]:
     try:
         return disk.store(key, code, meta, cache_dir)
     except OSError as error:
-        warnings.warn(f"kernel cache cannot be written ({error}); using a temporary one", stacklevel=2)
+        if not _private_folder.cache_info().currsize:  # once, not for every kernel
+            warnings.warn(f"kernel cache cannot be written ({error}); using a temporary one", stacklevel=2)
         return disk.store(key, code, meta, _private_folder())
 
 

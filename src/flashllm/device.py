@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from flashllm.errors import DeviceMemoryError, MissingDependencyError, UnsupportedDeviceError
+from flashllm.errors import ArgumentError, DeviceMemoryError, MissingDependencyError, UnsupportedDeviceError
 from flashllm.jit.spec import arch_for_device
 
 __all__ = [
@@ -43,6 +43,14 @@ class DeviceFacts:
     """Highest SM clock."""
     driver: int
     """CUDA version of the driver, e.g. 13000."""
+
+
+def check_facts(device: object) -> DeviceFacts:
+    """``device``; raises ``ArgumentError`` if it is anything else, such as the name of a GPU."""
+    if not isinstance(device, DeviceFacts):
+        expected = "DeviceFacts, such as facts_of(find_gpu(NAME)) of flashllm.gpus"
+        raise ArgumentError("device", expected=expected, got=repr(device))
+    return device
 
 
 _usable: set[int] = set()

@@ -175,6 +175,13 @@ def test_plan_refuses_a_bad_n(n: Any) -> None:
         plan(packed(), n, device=H100)
 
 
+def test_plan_names_what_is_no_weight_and_no_device() -> None:
+    with pytest.raises(ArgumentError, match=r"^w: expected a sparse weight such as flashllm\.TiledCSL, got ndarray"):
+        plan(np.zeros((4, 4)), 8, device=H100)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"^device: expected DeviceFacts, such as .*, got 'H200'"):
+        plan(packed(), 8, device="H200")  # type: ignore[arg-type]
+
+
 def test_every_plan_is_a_registered_spec() -> None:
     specs = set(tiled_csl.specs())
     for device in (H100, A100):
@@ -265,6 +272,7 @@ def test_host_product_goes_through_the_reference_backend() -> None:
         ("x", {"x": [[0.0] * 70]}),
         ("out", {"out": np.zeros((5, 129), np.float16)}),
         ("out", {"out": np.zeros((5, 130), np.float32)}),
+        ("out", {"out": np.frombuffer(bytes(5 * 130 * 2), np.float16).reshape(5, 130)}),  # read-only
         ("backend", {"backend": "tpu"}),
     ],
 )

@@ -203,6 +203,6 @@ def test_global_threshold_takes_the_smallest_of_all(sparsity: float) -> None:
 
 
 def test_sparsities_that_cannot_be() -> None:
-    for wrong in (-0.1, 1.0, float("nan")):
+    for wrong in (-0.1, 1.0, float("nan"), "0.5", None):
         with pytest.raises(ArgumentError, match="sparsity: expected a fraction"):
             ratios.check_sparsity(wrong)

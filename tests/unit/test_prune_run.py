@@ -207,6 +207,9 @@ def test_text_that_cannot_be(tmp_path: Path) -> None:
         for wrong in (np.full((1, 4), -1), np.zeros((0, 4), np.int64), np.zeros(4, np.int64)):
             with pytest.raises(ArgumentError, match="tokens below"):
                 prune(checkpoint, tmp_path / "out", settings, tokens=wrong)
+        for other in (np.full((1, 4), 1.5), [[1, 2]]):
+            with pytest.raises(ArgumentError, match="tokens: expected a NumPy array of integers"):
+                prune(checkpoint, tmp_path / "out", settings, tokens=other)  # type: ignore[arg-type]
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from flashllm.device import check_facts
 from flashllm.errors import ArgumentError
 from flashllm.formats.bits import check_dtype
 from flashllm.gpus import DEFAULT_GPU, Gpu, find_gpu, gpu_of
@@ -132,8 +133,8 @@ def pack(
     times decides. Raises :class:`ArgumentError`, naming the argument.
     """
     batches = check_batches(n)
+    gpu = gpu_of(check_facts(device)) if device is not None else None
     if format == AUTO:
-        gpu = gpu_of(device) if device is not None else None
         format = rank_formats_of(a, batches, dtype=dtype, gpu=gpu).best.format
     elif format not in FORMATS:
         raise ArgumentError("format", expected=f"{AUTO!r} or one of {', '.join(FORMATS)}", got=repr(format))
@@ -152,7 +153,7 @@ def current_gpu() -> Gpu:
 
 def check_batches(n: int | Sequence[int]) -> tuple[int, ...]:
     """``n`` as a tuple of numbers of rows of x. Raises :class:`ArgumentError`."""
-    batches = (n,) if isinstance(n, int) else tuple(n)
+    batches = tuple(n) if isinstance(n, Iterable) else (n,)
     if not batches or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in batches):
         raise ArgumentError("n", expected="an integer from 1 on, or several", got=repr(n))
     return tuple(dict.fromkeys(batches))

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from flashllm.device import DeviceFacts, check_facts
 from flashllm.errors import ArgumentError
+from flashllm.formats.weight import SparseWeight
 from flashllm.gpus import gpu_of
 from flashllm.jit.spec import MAX_GRID_YZ, KernelSpec
 from flashllm.matmul import expand as expanding
@@ -14,10 +16,6 @@ from flashllm.matmul import model, tune_cache
 from flashllm.matmul.expand import Expansion
 from flashllm.matmul.kernel import KernelChoice, Split
 from flashllm.registry import kernel
-
-if TYPE_CHECKING:
-    from flashllm.device import DeviceFacts
-    from flashllm.formats.weight import SparseWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +86,18 @@ def plan(
     nothing was measured, where the time model expects it to be: for more than 64 columns and large matrices. ``False``
     keeps the workspace small and has the sums computed by our kernels.
 
-    Raises :class:`ArgumentError` for an impossible ``n``, :class:`MissingDependencyError` without a GPU.
+    Raises :class:`ArgumentError` for a wrong argument or an impossible ``n``, :class:`MissingDependencyError` without a
+    GPU.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ArgumentError("n", expected="an integer from 1 on", got=repr(n))
+    if not isinstance(w, SparseWeight):
+        raise ArgumentError("w", expected="a sparse weight such as flashllm.TiledCSL", got=type(w).__name__)
     if device is None:
         from flashllm.device import device_facts
 
         device = device_facts()
+    check_facts(device)
     module = kernel(w.format)
     source: Literal["auto", "tuned", "forced"] = "forced"
     found: Any = choice

@@ -105,6 +105,8 @@ def _on_host(x: Any, w: SparseWeight, out: Any, given: Plan | None, *, emulated:
         return y
     if not isinstance(out, np.ndarray) or out.shape != y.shape or out.dtype != y.dtype:
         raise ArgumentError("out", expected=f"a NumPy array {y.shape} of {y.dtype}", got=_describe(out))
+    if not out.flags.writeable:
+        raise ArgumentError("out", expected="an array that can be written", got="a read-only one")
     out[...] = y
     return out
 

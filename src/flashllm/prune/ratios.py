@@ -17,9 +17,9 @@ OWL_SPREAD = 0.08
 """Half of the difference in sparsity between the most and the least sparse block."""
 
 
-def check_sparsity(sparsity: float) -> None:
+def check_sparsity(sparsity: Any) -> None:
     """Raise ``ArgumentError`` unless it is a fraction of zeros below 1."""
-    if not 0.0 <= sparsity < 1.0:
+    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity < 1.0:
         raise ArgumentError("sparsity", expected="a fraction of zeros in [0, 1)", got=str(sparsity))
 
 

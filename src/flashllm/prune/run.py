@@ -93,6 +93,8 @@ def prune(
     calibrates = method(settings.method).calibrates
     if calibrates and tokens is None:
         raise ArgumentError("tokens", expected=f"text to calibrate {settings.method} with", got="None")
+    if tokens is not None and (not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu"):
+        raise ArgumentError("tokens", expected="a NumPy array of integers", got=brief(tokens))
     if tokens is not None and (
         tokens.ndim != 2 or not tokens.size or tokens.shape[1] > config.positions
         or tokens.min() < 0 or tokens.max() >= config.vocab

@@ -132,6 +132,11 @@ def test_csv(tmp_path: Path) -> None:
     assert read[1]["cublas_us"] == ""
 
 
+def test_csv_escapes_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    results.write_csv(tmp_path / "rows.csv", [row(layer="\udcff.npy")])
+    assert "\\udcff.npy" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
+
+
 def test_latest_keeps_the_last_of_each_case() -> None:
     rows = [row(median_us=1.0), row(N=8), row(median_us=2.0), row(gpu="other")]
     assert [(r.N, r.median_us, r.gpu) for r in results.latest(rows)] == [

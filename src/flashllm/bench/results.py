@@ -268,7 +268,8 @@ def _check_beginning(found: bytes, path: str | Path, *, expected: bytes = _BEGIN
 
 def write_csv(path: str | Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` as CSV with a header line; ``None`` becomes an empty cell."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    # A file name that is not UTF-8 may be in the command line and the layer; JSON escapes it too.
+    with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Row)])
         writer.writeheader()
         for row in rows:

@@ -70,24 +70,21 @@ class Inspection:
 
 
 def inspect_file(path: Path, tensor: str | None, n: Sequence[int], *, target: Target, sample: bool) -> list[Inspection]:
-    """Everything in a file of packed weights (or ``tensor`` of it), or one matrix of another file.
+    """All packed weights of a file (or ``tensor`` of them), or one matrix that is not packed.
 
     Packed weights are inspected as they are, and other formats estimated for zeros at random places; with ``sample``
     they are decoded and some rows packed in every format, as for a dense matrix. Their buffers are memory-mapped, and
     only their structure is checked. Raises :class:`ArgumentError`, :class:`FormatError`, ``OSError``.
     """
-    from flashllm.io.container import CONTAINER_FORMAT, load_weight, load_weights
+    from flashllm.io.container import ContainerFile, packed_names
     from flashllm.io.matrices import read_matrix
-    from flashllm.io.safetensors_file import read_header
 
-    holds_tensors = path.suffix.lower() == ".safetensors" and path.is_file()
-    if holds_tensors and read_header(path).metadata.get("format") == CONTAINER_FORMAT:
-        if tensor is None:
-            weights = load_weights(path, validate=False, mmap=True)
-        else:
-            weights = {tensor: load_weight(path, name=tensor, validate=False, mmap=True)}
-        return [inspect_weight(name, w, n, target=target, sample=sample) for name, w in weights.items()]
-    return [inspect_matrix(tensor or path.name, read_matrix(path, tensor), n, target=target)]
+    names = packed_names(path, tensor)
+    if names is None:
+        return [inspect_matrix(tensor or path.name, read_matrix(path, tensor), n, target=target)]
+    with ContainerFile(path) as file:
+        weights = {name: file.weight(name, validate=False, mmap=True) for name in names}
+    return [inspect_weight(name, w, n, target=target, sample=sample) for name, w in weights.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

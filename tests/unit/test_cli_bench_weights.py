@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from flashllm.bench import results, systems, timing
 from flashllm.cli import bench
 from flashllm.formats.tiled_csl import TiledCSL
-from flashllm.io.container import save_weights
+from flashllm.io.container import ContainerWriter, save_weights
 
 MATRIX = np.where(np.random.default_rng(0).random((150, 70)) < 0.25, 1.5, 0.0).astype(np.float32)
 FILES = {"w.npy": None, "w.npz": None, "two.safetensors": "a", "packed.safetensors": "b"}
@@ -78,6 +78,19 @@ def test_absent_and_truncated_files(folder: Path, name: str) -> None:
 )
 def test_wrong_tensor(folder: Path, name: str, tensor: str | None, expected: str) -> None:
     assert _fault(_run(folder / name, tensor)) == f"Error: {expected}"
+
+
+def test_a_dense_matrix_of_a_converted_block(tmp_path: Path) -> None:
+    path = tmp_path / "block.safetensors"
+    with ContainerWriter(path, weights=[], tensors=["a.weight", "b.weight"]) as writer:
+        for name in ("a.weight", "b.weight"):
+            writer.add_tensor(name, MATRIX.astype(np.float16))
+    result = _run(path, "b.weight", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sparsity_real"] == round(1 - np.count_nonzero(MATRIX) / MATRIX.size, 6)
+    assert "tensor: expected a name, as block.safetensors holds several: 'a.weight', 'b.weight'" in _fault(
+        _run(path, None)
+    )
 
 
 def test_values_that_overflow(folder: Path) -> None:

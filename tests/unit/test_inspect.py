@@ -19,7 +19,7 @@ from coordinates import Coordinates
 from flashllm import TiledCSL, inspection, pack, plan, registry
 from flashllm.cli import inspect
 from flashllm.gpus import facts_of, find_gpu, gpu_of
-from flashllm.io.container import save_weights
+from flashllm.io.container import ContainerWriter, save_weights
 from flashllm.matmul import tune_cache
 from flashllm.matmul.auto import rank_formats, rank_formats_of
 
@@ -74,6 +74,31 @@ def test_one_tensor_of_a_packed_file(packed: Path) -> None:
     result = _run(packed, "--tensor", "absent")
     assert result.exit_code == 2
     assert "layer.bitmap" in result.stderr
+
+
+def test_a_dense_matrix_beside_packed_weights(tmp_path: Path) -> None:
+    path = tmp_path / "block.safetensors"  # as `flashllm convert` writes it
+    with ContainerWriter(path, weights=["sparse"], tensors=["dense.weight", "norm.weight"]) as writer:
+        writer.add_weight("sparse", pack(DENSE, format="bitmap"))
+        writer.add_tensor("dense.weight", DENSE[:256])
+        writer.add_tensor("norm.weight", DENSE[0])
+    assert [one["name"] for one in _json(path)] == ["sparse"]
+    (one,) = _json(path, "--tensor", "dense.weight")
+    assert (one["name"], one["M"], one["packed_here"]) == ("dense.weight", 256, True)
+    assert "norm.weight: expected a matrix" in _run(path, "--tensor", "norm.weight").stderr
+    refused = _run(path, "--tensor", "sparse.words")
+    assert "tensor: expected one of 'dense.weight', 'norm.weight', 'sparse', got 'sparse.words'" in refused.stderr
+
+
+def test_a_file_of_dense_tensors_alone_is_not_shown_as_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "block.safetensors"
+    with ContainerWriter(path, weights=[], tensors=["a.weight", "b.weight"]) as writer:
+        writer.add_tensor("a.weight", DENSE[:128])
+        writer.add_tensor("b.weight", DENSE[:256])
+    result = _run(path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "tensor: expected a name, as block.safetensors holds several: 'a.weight', 'b.weight'" in result.stderr
+    assert [one["M"] for one in _json(path, "--tensor", "b.weight")] == [256]
 
 
 def test_a_sample_of_a_packed_weight_shows_what_other_formats_would_take(tmp_path: Path) -> None:

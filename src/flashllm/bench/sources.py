@@ -51,18 +51,16 @@ class FileSource:
         Raises ``ArgumentError``, ``FormatError`` or ``OSError`` with one line that says why, also for NaN and
         infinities, which leave no bound on the error of a product.
         """
-        from flashllm.io.container import CONTAINER_FORMAT, load_weight
+        from flashllm.io.container import load_weight, packed_names
         from flashllm.io.matrices import read_matrix
-        from flashllm.io.safetensors_file import read_header
 
         self.format: str | None = None
-        """Format of a packed weight; ``None`` for other files."""
-        holds_tensors = path.suffix.lower() == ".safetensors" and path.is_file()
-        if holds_tensors and read_header(path).metadata.get("format") == CONTAINER_FORMAT:
-            try:
-                weight = load_weight(path, name=tensor)
-            except ArgumentError as error:  # its ``name`` is our ``tensor``
-                raise ArgumentError("tensor", expected=error.expected, got=error.got) from error
+        """Format of a packed weight; ``None`` for other matrices."""
+        names = packed_names(path, tensor)
+        if names is not None:
+            if len(names) > 1:
+                raise ArgumentError("tensor", expected=f"one of {', '.join(map(repr, sorted(names)))}", got="None")
+            weight = load_weight(path, name=names[0])
             if dtype is not None and dtype != weight.dtype:
                 raise ArgumentError("dtype", expected=f"{weight.dtype}, the type of the packed weight", got=dtype)
             self.format, self.dtype, matrix = weight.format, weight.dtype, weight.to_dense()

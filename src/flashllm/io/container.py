@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.formats.check import is_int
 from flashllm.formats.weight import SparseWeight
-from flashllm.io.safetensors_file import Header, TensorFile, parse_json, write_file
+from flashllm.io.safetensors_file import Header, TensorFile, parse_json, read_header, write_file
 from flashllm.io.tensor_writer import TensorPart, TensorWriter
 from flashllm.registry import FORMATS, weight_class
 
@@ -143,6 +143,18 @@ class ContainerFile:
         """Names of the weights."""
         return tuple(self._described)
 
+    @property
+    def dense_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that are no buffers of a weight."""
+        formats = {name: fields.get("format") for name, fields in self._described.items()}
+        buffers = {
+            f"{name}.{buffer}"
+            for name, format in formats.items()
+            if isinstance(format, str) and format in FORMATS
+            for buffer in weight_class(format).BUFFERS
+        }
+        return tuple(name for name in self.header.tensors if name not in buffers)
+
     def weight(self, name: str, *, validate: bool = True, mmap: bool = False) -> SparseWeight:
         """Weight ``name``; options as in :func:`load_weights`. Raises ``ArgumentError``, ``FormatError``."""
         if name not in self._described:
@@ -155,6 +167,27 @@ class ContainerFile:
         if entry is None:
             raise ArgumentError("name", expected=f"one of {_listed(self.header.tensors)}", got=repr(name))
         return self._file.read(entry, mmap=mmap)
+
+
+def packed_names(path: Path, name: str | None) -> tuple[str, ...] | None:
+    """The weights that ``name``, or ``None`` for all, means in the file at ``path``.
+
+    ``None`` where ``flashllm.io.matrices.read_matrix`` has to read the file: it is none of ours, ``name`` is one of its
+    dense tensors, or it holds nothing else. Raises ``ArgumentError`` for a name that is not in it, and ``FormatError``.
+    """
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return None
+    if read_header(path).metadata.get("format") != CONTAINER_FORMAT:
+        return None
+    with ContainerFile(path) as file:
+        if name is None:
+            return file.weights or None
+        if name in file.weights:
+            return (name,)
+        if name not in file.dense_tensors:
+            listed = _listed([*file.weights, *file.dense_tensors])
+            raise ArgumentError("tensor", expected=f"one of {listed}", got=repr(name))
+    return None
 
 
 def load_weights(path: str | Path, *, validate: bool = True, mmap: bool = False) -> dict[str, SparseWeight]:

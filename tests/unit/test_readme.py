@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,23 @@ def test_table_is_generated_from_the_committed_rows(document: str) -> None:
         result = CliRunner().invoke(command, [str(file) for file in files])
         assert result.exit_code == 0, result.output
         assert table.strip() == result.output.strip()
+
+
+@pytest.mark.parametrize("script", sorted(file.stem for file in (REPOSITORY / "experiments").glob("*.py")))
+def test_scripts_start_as_they_say(script: str) -> None:
+    text = (REPOSITORY / "experiments" / f"{script}.py").read_text(encoding="utf-8")
+    found = re.search(rf"^    python (-m experiments\.{script}|experiments/{script}\.py) ", text, re.MULTILINE)
+    assert found is not None
+    done = subprocess.run(
+        [sys.executable, *found.group(1).split(), "--help"],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_committed_row_is_valid_and_passed() -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,10 +64,16 @@ def test_bad_batches(text: str) -> None:
         cases.parse_batches(text)
 
 
-@pytest.mark.parametrize("text", ["0x8", "8", "8x", "axb", "8x8x8", "2147483648x1", "-1x2"])
+@pytest.mark.parametrize("text", ["0x8", "8", "8x", "axb", "8x8x8", "2147483648x1", "-1x2", "", ", "])
 def test_bad_shapes(text: str) -> None:
     with pytest.raises(ArgumentError, match="shape"):
         cases.parse_shapes([text])
+
+
+@pytest.mark.parametrize(("name", "given"), [("shape", {"shapes": ("",)}), ("model", {"models": (",",)})])
+def test_an_empty_option_is_not_the_paper_sweep(name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}: expected at least one {name} such as"):
+        plan_work(backend="cuda", **given)
 
 
 def test_default_work_on_a_gpu_is_the_paper_sweep() -> None:

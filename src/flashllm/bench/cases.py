@@ -121,13 +121,27 @@ def parse_shapes(texts: Iterable[str]) -> tuple[tuple[int, int], ...]:
     """``["28672x8192,4096x4096"]`` -> ``((28672, 8192), (4096, 4096))``: M outputs x K inputs, in order."""
     shapes: dict[tuple[int, int], None] = {}
     for text in texts:
-        for part in split_list(text):
+        parts = split_list(text)
+        if not parts:
+            raise ArgumentError("shape", expected="at least one shape such as 28672x8192", got=repr(text))
+        for part in parts:
             match = re.fullmatch(r"([0-9]+)[xX*]([0-9]+)", part)
             m, k = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
             if not (1 <= m <= MAX_DIMENSION and 1 <= k <= MAX_DIMENSION):
                 raise ArgumentError("shape", expected="MxK with M, K from 1 to 2^31 - 1, e.g. 28672x8192", got=part)
             shapes[m, k] = None
     return tuple(shapes)
+
+
+def parse_models(texts: Iterable[str]) -> tuple[str, ...]:
+    """``["opt-30b,opt-66b"]`` -> ``("opt-30b", "opt-66b")``: names, in order; they may be unknown."""
+    names: list[str] = []
+    for text in texts:
+        parts = split_list(text)
+        if not parts:
+            raise ArgumentError("model", expected="at least one model such as opt-30b", got=repr(text))
+        names += parts
+    return tuple(names)
 
 
 def build_groups(

@@ -101,13 +101,13 @@ def plan_work(
     if pattern is not None and pattern not in cases.PATTERNS:
         raise ArgumentError("pattern", expected=f"one of {', '.join(cases.PATTERNS)}", got=repr(pattern))
     sizes = cases.parse_shapes(shapes)
-    names = [name for text in models for name in cases.split_list(text)]
+    names = cases.parse_models(models)
     small = backend != "cuda"
     if not names and not sizes:
         if small:
             sizes = cases.SMALL_SHAPES
         else:
-            names = list(PAPER_MODELS)
+            names = PAPER_MODELS
     groups = cases.build_groups(
         models=names,
         shapes=sizes,

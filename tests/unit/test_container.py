@@ -23,6 +23,7 @@ from flashllm import registry
 from flashllm.errors import ArgumentError, FormatError
 from flashllm.formats.tiled_csl import TiledCSL
 from flashllm.io.container import load_weight, load_weights, save_weights
+from flashllm.io.files import write_whole
 from flashllm.io.safetensors_file import read_header
 
 
@@ -98,11 +99,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'$"):
         weight(2).save(path)
     monkeypatch.undo()
     assert same(TiledCSL.load(path), old)
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_errors_of_a_write_name_the_file_and_not_a_temporary_one(tmp_path: Path) -> None:
+    absent = tmp_path / "absent" / "w"
+    with pytest.raises(FileNotFoundError, match=rf"'{absent}'$"):
+        weight(1).save(absent)
+    with pytest.raises(IsADirectoryError, match=rf"'{tmp_path}'$"):
+        weight(1).save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"'{absent}'$"):
+        write_whole(absent, "text")
 
 
 def test_an_overwritten_file_stays_readable_through_a_map(tmp_path: Path) -> None:

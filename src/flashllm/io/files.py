@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -80,6 +81,11 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
+    except OSError as error:
+        # Writing names no file, opening and renaming name one that nobody knows.
+        if error.errno in _FULL if error.filename is None else error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
@@ -121,17 +127,9 @@ def make_empty(directory: Path) -> None:
 
 def write_whole(path: Path, text: str, *, mode: int = 0o600) -> None:
     """Replace ``path`` with a file of ``text`` and permissions ``mode``: whole and on disk, or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(text.encode())
 
 
 @contextmanager

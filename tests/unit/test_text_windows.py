@@ -61,6 +61,11 @@ def test_nothing_is_cut_or_filled_up() -> None:
     assert 256 not in found.ids
 
 
+def test_the_mark_of_an_editor_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfab\xef\xbb\xbfc")
+    assert read_text(tmp_path / "text") == "ab\ufeffc"
+
+
 def test_surrogates_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"text: expected characters that UTF-8 can encode, got .* at position 2"):
         Tokenizer(by_bytes()).encode("ab\udcff")

@@ -59,13 +59,16 @@ def _check_regular(mode: int, path: str | Path) -> None:
 
 
 def read_utf8(path: str | Path, *, most_bytes: int) -> str:
-    """The text of a regular file. Raises as ``open_regular``, and ``FormatError`` for more bytes or invalid UTF-8."""
+    """The text of a regular file, without the mark (U+FEFF) that some editors put in front of UTF-8.
+
+    Raises as ``open_regular``, and ``FormatError`` for more bytes or invalid UTF-8.
+    """
     with open_regular(path) as file:
         raw = file.read(most_bytes + 1)
     if len(raw) > most_bytes:
         raise FormatError(field="file", expected=f"at most {most_bytes:,} bytes", got="more", path=str(path))
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         got = f"byte {raw[error.start]:#04x}"
         raise FormatError(field="file", index=error.start, expected="UTF-8", got=got, path=str(path)) from error

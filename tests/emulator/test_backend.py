@@ -59,6 +59,17 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, small: Any) 
         emulator.compile_emulated(*small)
 
 
+def test_a_compiler_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch, small: Any) -> None:
+    monkeypatch.setenv("FLASHLLM_CXX", "false")
+    with pytest.raises(CompileError, match=r"^false --version fails:\nstatus 1, without a word$"):
+        emulator.compile_emulated(*small)
+
+
+def test_an_empty_variable_names_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHLLM_CXX", "")
+    assert emulator.available() is None
+
+
 def test_second_build_comes_from_the_cache(small: Any) -> None:
     spec, options = small
     first = emulator.compile_emulated(spec, options)

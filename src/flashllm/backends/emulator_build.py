@@ -254,7 +254,7 @@ def _private_folder() -> Path:
 
 
 def _compiler() -> str:
-    return os.environ.get("FLASHLLM_CXX", "g++")
+    return os.environ.get("FLASHLLM_CXX") or "g++"
 
 
 def _compiler_version() -> str:
@@ -287,7 +287,7 @@ def _headers_digest() -> str:
     return _digest_of((root / "flashllm").glob("*.cuh"), root)
 
 
-def _run(command: Sequence[str], *, what: str = "the compiler fails") -> str:
+def _run(command: Sequence[str], *, what: str | None = None) -> str:
     try:
         # Messages in plain English, whatever the user's language.
         env = {**os.environ, "LC_ALL": "C"}
@@ -295,5 +295,6 @@ def _run(command: Sequence[str], *, what: str = "the compiler fails") -> str:
     except OSError as error:
         raise MissingDependencyError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:
-        raise CompileError(f"{what}:\n{done.stderr.strip()}")
+        words = done.stderr.strip() or f"status {done.returncode}, without a word"
+        raise CompileError(f"{what or f'{command[0]} {command[1]} fails'}:\n{words}")
     return done.stdout

@@ -252,4 +252,4 @@ def _host_compiler() -> str:
 
     if (problem := emulator.available()) is not None:
         raise RuntimeError(problem)
-    return str(shutil.which(os.environ.get("FLASHLLM_CXX", "g++")))
+    return str(shutil.which(os.environ.get("FLASHLLM_CXX") or "g++"))

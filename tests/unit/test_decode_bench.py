@@ -165,6 +165,15 @@ def test_bad_options_end_with_two(arguments: list[str], message: str) -> None:
     assert message in " ".join(done.output.split())
 
 
+def test_without_a_gpu_what_does_not_fit_this_machine_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 5_000_000}[name])
+    given = ["--model", "opt-30b", "--systems", "dense", "--batch", "8,16"]
+    done = CliRunner().invoke(command, ["decode-bench", "--backend", "reference", *given])
+    assert done.exit_code == 2
+    assert done.stderr.count("GB; this machine has 20.48 GB") == 2
+    assert "all cases are left out" in done.stderr
+
+
 def test_list_of_models_names_all() -> None:
     done = CliRunner().invoke(command, ["decode-bench", "--list-models"])
     assert done.exit_code == 0

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from flashllm.bench import decode, environment
 from flashllm.bench.decode import OURS, Case
 from flashllm.bench.decode_hf import HfSystem
-from flashllm.bench.decode_memory import check_memory
+from flashllm.bench.decode_memory import check_memory, plan_memory
 from flashllm.bench.decode_rows import DecodeRow
 from flashllm.bench.decode_systems import EngineSystem, LeftOut, Subject, System, free_pool
 from flashllm.bench.decode_torch_system import TorchSystem
@@ -86,8 +87,12 @@ class Sweep:
             raise ArgumentError("systems", expected=f"{' or '.join(OURS)}, without a GPU", got=others[0])
         for system, sparsity in self.variants:
             formats = self._formats(config, system, sparsity)
+            fitting = self._fitting_host(config, formats, system, sparsity, note)
+            if not fitting:
+                advance("left out", config.layers)
+                continue
             weights = random_weights(config, formats, sparsity=sparsity, xp=_numpy(), dtype=self.dtype, advance=advance)
-            for case in self.cases:
+            for case in fitting:
                 runtime = HostRuntime(name)
                 engine = decode.open_engine(weights, runtime, case)
                 yield decode.make_row(
@@ -100,6 +105,21 @@ class Sweep:
                     choice=self._choice,
                 )
                 advance(f"batch {case.batch}", 1)
+
+    def _fitting_host(
+        self, config: ModelConfig, formats: dict[str, str], system: str, sparsity: float, note: Callable[[str], None]
+    ) -> list[Case]:
+        """The cases that fit into this machine's memory; without the others, the system would end the process."""
+        fitting, memory = [], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        sizes = {"prompt": self.prompt, "output": self.output}
+        for case in self.cases:
+            plan = plan_memory(config, formats, sparsity=sparsity, batch=case.batch, shard=self.group.shard, **sizes)
+            if plan.needed > memory:
+                what = f"{self.model}, {system}, batch {case.batch}: {plan.lines()}"
+                note(f"left out: {what}; this machine has {memory / 1e9:.2f} GB")
+            else:
+                fitting.append(case)
+        return fitting
 
     def _on_gpu(
         self,

@@ -144,8 +144,12 @@ def command(
         saved = out if group.rank == 0 else None
         if saved is not None:
             results.ensure_rows(saved)
+
+        def note(text: str) -> None:
+            notes.print(text, soft_wrap=True, markup=False, highlight=False)
+
         with progress(notes, sweep.steps) as advance:
-            for row in sweep.rows(advance=advance, note=lambda text: notes.print(text, markup=False, highlight=False)):
+            for row in sweep.rows(advance=advance, note=note):
                 count += 1
                 if saved is not None:
                     decode_rows.append(saved, row)

@@ -70,6 +70,24 @@ def test_csv_never_replaces_another_file_of_the_command(tmp_path: Path, option: 
     assert f"--csv: expected another file than {option}" in _one_error(result)
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "a/"])
+def test_a_name_to_save_as_is_no_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = _run(*SMALL, "--save", name)
+    assert result.exit_code == 2
+    assert f"--save: expected a name without folders, got {name!r}" in _one_error(result)
+
+
+def test_only_rows_that_were_written_are_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "append", full)
+    result = _run(*SMALL, "--out", str(tmp_path / "rows.jsonl"))
+    assert result.exit_code == 1
+    assert "rows appended" not in result.output
+
+
 def test_csv_makes_its_folder(tmp_path: Path) -> None:
     assert _run(*SMALL, "--csv", str(tmp_path / "new" / "rows.csv")).exit_code == 0
     assert len((tmp_path / "new" / "rows.csv").read_text().splitlines()) == 2

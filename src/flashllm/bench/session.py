@@ -21,6 +21,8 @@ class Session:
         Raises ``OSError`` if a file cannot be read or written, and ``FormatError`` if it holds anything but rows.
         """
         self.rows: list[Row] = []
+        self.saved = 0
+        """Rows that are in the file by now."""
         self.earlier: list[Row] = []
         self.out = out or resume
         if resume is not None and resume.exists():
@@ -75,6 +77,7 @@ class Session:
         self.rows.append(row)
         if self.out is not None:
             results.append(self.out, row)
+            self.saved += 1
 
     @property
     def all_right(self) -> bool:

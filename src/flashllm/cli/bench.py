@@ -192,6 +192,8 @@ def command(
 
         if sum(option is not None for option in (out, save, resume)) > 1:
             raise BadUsage("--out, --save and --resume: give one of them")
+        if save is not None and (not save or Path(save).name != save):
+            raise BadUsage(f"--save: expected a name without folders, got {save!r}")
         if csv_file is not None:
             refuse_same_file("--csv", csv_file, {"--out": out, "--resume": resume, "--weights": weights})
         if not math.isfinite(time_cap):
@@ -226,6 +228,7 @@ def command(
         if save is not None:
             folder = Path("experiments/results")
             session.out = (folder if folder.is_dir() else Path()) / environment.result_name(facts.gpu, save)
+            results.ensure_rows(session.out)
     if chosen.name == "emulator":
         first = f"emulated, not GPU times: the GPU's kernels on this CPU ({chosen.reason}); numerics, counts and bytes"
     elif chosen.name == "reference":
@@ -383,8 +386,8 @@ def _finish(
     if counted:
         parts += counts_table(counted)
     tables.show(console, parts, file_width=160)
-    if session.out is not None and session.rows:
-        console.print(f"rows appended to {session.out}: {len(session.rows)}", soft_wrap=True)
+    if session.saved:
+        console.print(f"rows appended to {session.out}: {session.saved}", soft_wrap=True)
 
 
 def _method(row: Row, last: Row) -> tuple[object, ...]:

@@ -81,6 +81,15 @@ def test_a_torn_last_line_is_left_out_and_can_be_cut(tmp_path: Path) -> None:
     assert [r.N for r in results.read(path)] == [16, 8]
 
 
+def test_rows_can_go_into_a_pipe_and_nowhere(tmp_path: Path) -> None:
+    results.append("/dev/null", row())
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    results.append(tmp_path / "pipe", row())
+    assert os.read(reader, 1 << 16).decode() == row().to_json() + "\n"
+    os.close(reader)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import stat
 import sys
 import tempfile
 import types
@@ -198,7 +199,8 @@ def append(path: str | Path, row: Row) -> None:
             if os.write(handle, data) != len(data):
                 os.ftruncate(handle, end)
                 raise OSError(f"{path}: the disk is full, a row was cut short")
-            os.fsync(handle)
+            if stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe or a device is on no disk, and Linux says so
+                os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -156,6 +156,10 @@ def test_inputs_that_are_no_numbers_are_refused() -> None:
     x[1, 2] = np.inf
     with pytest.raises(ArgumentError, match="finite inputs"):
         sparsegpt.sparsegpt(_random(3, 4), _gram(x), 0.5)
+    norms = Norms()
+    norms.add(x)
+    with pytest.raises(ArgumentError, match="finite inputs"):
+        METHODS["wanda"].prune(_random(3, 4), norms, 0.5)
 
 
 def test_methods_by_name() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from flashllm.errors import ArgumentError
 from flashllm.formats.sources import array_module
 
 
@@ -45,8 +46,13 @@ class Norms:
         self._sums = self._sums + other._sums
 
     def norms(self) -> Any:
-        """Euclidean norms of the columns: float32 [K]."""
+        """Euclidean norms of the columns: float32 [K]. Raises ``ArgumentError`` where inputs were not finite.
+
+        With a NaN for every column, all elements would score alike, and the first ones would go.
+        """
         xp = array_module(self._sums)
+        if not bool(xp.isfinite(self._sums).all()):
+            raise ArgumentError("statistics", expected="finite inputs", got="infinities or NaN")
         return xp.sqrt(self._sums).astype("float32")
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,43 @@ def test_interrupted_work_is_continued_to_the_same_end(tmp_path: Path, method: s
     whole, parts = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "parts")
     for name, array in whole.items():
         np.testing.assert_array_equal(array.view(np.uint16), parts[name].view(np.uint16))
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
+
+    def stop(title: str, blocks: int) -> None:
+        if title == "block 0" and blocks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _prune(source, tmp_path / "out", "magnitude", advance=stop)
+    for name in (".model-00003-of-00003.safetensors.77-0123abcd.tmp", f".{RECORD}.77-0123abcd.tmp", ".mine.tmp"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    _prune(source, tmp_path / "out", "magnitude")
+    assert [file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".tmp"] == [".mine.tmp"]
+
+
+def test_runs_into_one_directory_wait_for_each_other(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
+    began, found = threading.Event(), []
+
+    def second() -> None:
+        began.set()
+        found.append(_prune(source, tmp_path / "out", "magnitude"))
+
+    other = threading.Thread(target=second)
+
+    def start(title: str, blocks: int) -> None:
+        if title == "block 0" and blocks:
+            other.start()
+            began.wait()
+            time.sleep(0.2)
+            assert not found
+
+    first = _prune(source, tmp_path / "out", "magnitude", advance=start)
+    other.join()
+    assert (found[0].zeros, found[0].elements) == (first.zeros, first.elements)
 
 
 def test_other_work_in_the_directory_is_refused(tmp_path: Path) -> None:

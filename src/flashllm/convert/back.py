@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashllm.convert import folder
 from flashllm.errors import ArgumentError
 from flashllm.formats.base import DType
 from flashllm.formats.check import is_int
 from flashllm.formats.weight import SparseWeight
-from flashllm.io.files import copy_file, make_empty
+from flashllm.io.files import claimed, copy_file, make_empty
 from flashllm.io.hf_directory import SINGLE_NAME
 from flashllm.io.manifest import Manifest, Member, rows_of
 from flashllm.io.safetensors_file import LAYOUT_NAMES
@@ -60,7 +59,7 @@ def to_hugging_face(
         raise ArgumentError("shard_bytes", expected="a positive integer", got=repr(shard_bytes))
     model = SparseModel(directory)
     shards = _shards(model.manifest, shard_bytes)
-    with folder.claimed(Path(out)) as target:
+    with claimed(Path(out)) as target:
         make_empty(target)
         for name, path in model.companions().items():
             copy_file(path, target / name)

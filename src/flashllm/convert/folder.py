@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory of a conversion: who may write into it, what of an earlier run stays, what is written last."""
+"""The directory of a conversion: what of an earlier run stays, what is written last."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from flashllm.convert.plan import FilePlan
 from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.io.checkpoint import Checkpoint
-from flashllm.io.files import locked, write_text
+from flashllm.io.files import torn_files, write_text
 from flashllm.io.hf_directory import CONFIG_NAME, MAX_CONFIG_BYTES
 from flashllm.io.manifest import (
     MANIFEST_FILE,
@@ -25,23 +23,6 @@ from flashllm.io.manifest import (
 )
 from flashllm.io.safetensors_file import read_header, read_json
 from flashllm.models.directory import companion_names, config_text, write_companions, write_config
-
-
-@contextmanager
-def claimed(directory: Path) -> Iterator[Path]:
-    """Create ``directory`` if needed and hold its lock, so that conversions into it run one after the other.
-
-    Raises ``ArgumentError`` for anything but a directory, and ``OSError``.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise ArgumentError("out", expected="a directory, or nothing yet", got=f"a file at {str(directory)!r}")
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with locked(handle):
-            yield directory
-    finally:
-        os.close(handle)
 
 
 def prepare(
@@ -58,7 +39,7 @@ def prepare(
             "out", expected="a new or empty directory, or --resume to go on", got=f"{str(directory)!r} with files"
         )
     ours = {CONFIG_NAME, MANIFEST_FILE, *companion_names(checkpoint), *(plan.file for plan in plans)}
-    torn = {name for name in there if name.startswith(".") and name.endswith(".tmp") and _stem(name) in ours}
+    torn = {file.name for file in torn_files(directory, ours)}
     if foreign := sorted(there - ours - torn):
         raise ArgumentError(
             "out", expected="files of the same conversion and no others", got=f"{brief(foreign[0])} in {directory}"
@@ -77,11 +58,6 @@ def prepare(
 def finish(directory: Path, manifest: Manifest) -> None:
     """Write the manifest, which marks the directory as complete."""
     write_text(directory / MANIFEST_FILE, json.dumps(manifest.as_json(), indent=1) + "\n")
-
-
-def _stem(name: str) -> str:
-    """NAME in ``.NAME.PROCESS-RANDOM.tmp``, which is what a file is called while it is being written."""
-    return name[1:].rpartition(".tmp")[0].rpartition(".")[0]
 
 
 def _kept(path: Path, plan: FilePlan, identity: Identity) -> Part:

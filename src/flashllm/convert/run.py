@@ -22,6 +22,7 @@ from flashllm.formats.sources import is_cupy, to_host
 from flashllm.gpus import Gpu
 from flashllm.io.checkpoint import Checkpoint, open_checkpoint
 from flashllm.io.container import ContainerWriter
+from flashllm.io.files import claimed
 from flashllm.io.manifest import (
     DENSE,
     DTYPE_CHOICES,
@@ -118,7 +119,7 @@ def convert(
     with opened as checkpoint:
         plans = plan_files(checkpoint, checked)
         identity = Identity(flashllm=__version__, source=origin_of(checkpoint), options=checked)
-        with folder.claimed(Path(out)) as directory, Upload() if on_device else nullcontext() as upload:
+        with claimed(Path(out)) as directory, Upload() if on_device else nullcontext() as upload:
             parts = folder.prepare(directory, checkpoint, identity, plans, resume=resume)
             kept = len(parts)
             seconds = Seconds()

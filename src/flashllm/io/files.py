@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -126,6 +126,33 @@ def make_empty(directory: Path) -> None:
         got = f"{str(directory)!r} with files" if directory.is_dir() else f"a file at {str(directory)!r}"
         raise ArgumentError("out", expected="a new or empty directory", got=got)
     directory.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[Path]:
+    """Create ``directory`` if needed and hold its lock, so that processes that write into it run one after the other.
+
+    Raises ``ArgumentError`` for anything but a directory, and ``OSError``.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ArgumentError("out", expected="a directory, or nothing yet", got=f"a file at {str(directory)!r}")
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with locked(handle):
+            yield directory
+    finally:
+        os.close(handle)
+
+
+def torn_files(directory: Path, names: Collection[str]) -> list[Path]:
+    """What processes that were killed while they wrote files of these ``names`` have left in ``directory``.
+
+    With the lock of :func:`claimed`, no living process is writing them.
+    """
+    there = (file for file in directory.iterdir() if file.name.startswith(".") and file.name.endswith(".tmp"))
+    # NAME in ``.NAME.PROCESS-RANDOM.tmp``, as `replacing` calls a file while it is being written.
+    return [file for file in there if file.name[1:].rpartition(".tmp")[0].rpartition(".")[0] in names]
 
 
 def write_whole(path: Path, text: str, *, mode: int = 0o600) -> None:

@@ -18,13 +18,14 @@ from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.formats.bits import bfloat16
 from flashllm.formats.sources import to_host
 from flashllm.io.checkpoint import Checkpoint
-from flashllm.io.files import make_empty
+from flashllm.io.files import claimed, make_empty, torn_files
 from flashllm.io.fingerprint import fingerprint
+from flashllm.io.hf_directory import CONFIG_NAME, INDEX_NAME
 from flashllm.io.safetensors_file import TensorFile
 from flashllm.io.tensor_writer import TensorWriter, write_checkpoint_index
 from flashllm.models import forward, weights
 from flashllm.models.config import ModelConfig, model_config
-from flashllm.models.directory import with_type, write_companions, write_config
+from flashllm.models.directory import companion_names, with_type, write_companions, write_config
 from flashllm.models.weights import Block
 from flashllm.progress import Advance, ignore
 from flashllm.prune import calibrate, ratios
@@ -107,8 +108,9 @@ def prune(
         if len({checkpoint.info(name).dtype == "BF16" for name in names}) > 1:
             expected = "uniform: a global threshold is for matrices of one type"
             raise ArgumentError("ratios", expected=expected, got="global, and matrices of bf16 and of others")
-    work = _Work(checkpoint, config, Path(out), settings, tokens if calibrates else None, xp, advance)
-    return work.run(text if calibrates else None)
+    with claimed(Path(out)) as directory:
+        work = _Work(checkpoint, config, directory, settings, tokens if calibrates else None, xp, advance)
+        return work.run(text if calibrates else None)
 
 
 class _Work:
@@ -279,11 +281,18 @@ class _Work:
             if {key: record.get(key) for key in identity} != identity or "blocks" not in record:
                 got = f"that of {record.get('settings')}, another model or text"
                 raise ArgumentError("out", expected="a new directory, or the same work begun before", got=got)
+            for file in torn_files(self._out, self._names()):
+                file.unlink(missing_ok=True)  # of a run that was killed
             return record
         make_empty(self._out)
         record = {**identity, "blocks": {}}
         write_record(self._out, record)  # first of all: a directory that holds it may be continued
         return record
+
+    def _names(self) -> set[str]:
+        """The files that a run writes."""
+        shards = (self._shard(layer) for layer in range(-1, self._config.layers))
+        return {RECORD, CONFIG_NAME, INDEX_NAME, *companion_names(self._checkpoint), *shards}
 
     def _finish(self) -> None:
         write_companions(self._checkpoint, self._out, without=[RECORD])  # the source's record is of an earlier pruning

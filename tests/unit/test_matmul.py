@@ -270,6 +270,10 @@ def test_host_product_goes_through_the_reference_backend() -> None:
         ("x", {"x": np.zeros((5, 69), np.float16)}),
         ("x", {"x": np.zeros((5, 70), np.float32)}),
         ("x", {"x": [[0.0] * 70]}),
+        ("x", {"x": np.zeros((0, 70), np.float16)}),
+        ("x", {"x": np.zeros((70, 5), np.float16).T}),
+        ("plan", {"plan": plan(packed(128, 70), 5, device=H100)}),
+        ("plan", {"plan": plan(packed(130, 70), 6, device=H100)}),
         ("out", {"out": np.zeros((5, 129), np.float16)}),
         ("out", {"out": np.zeros((5, 130), np.float32)}),
         ("out", {"out": np.frombuffer(bytes(5 * 130 * 2), np.float16).reshape(5, 130)}),  # read-only

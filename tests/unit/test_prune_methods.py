@@ -210,3 +210,4 @@ def test_sparsities_that_cannot_be() -> None:
     for wrong in (-0.1, 1.0, float("nan"), "0.5", None):
         with pytest.raises(ArgumentError, match="sparsity: expected a fraction"):
             ratios.check_sparsity(wrong)
+    ratios.check_sparsity(np.float32(0.5))

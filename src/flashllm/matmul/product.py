@@ -90,11 +90,13 @@ def spmm(
 def _on_host(x: Any, w: SparseWeight, out: Any, given: Plan | None, *, emulated: bool) -> Any:
     if not isinstance(x, np.ndarray):
         raise ArgumentError("x", expected="a NumPy array for a product on the host", got=type(x).__name__)
+    n = _rows_of(x, w)
+    _check_contiguous("x", x)  # the reference could do without, but a GPU cannot
+    choice = _checked_plan(given, w, n).choice if given is not None else None
     if emulated:
         from flashllm.backends import emulator
 
         backends.select("emulator")
-        choice = _checked_plan(given, w, x.shape[0] if x.ndim else 0).choice if given is not None else None
         arch = "90a" if choice is None or choice.spec.supports("90a") else "80"
         y, _ = emulator.spmm(x, w, choice=choice, arch=arch)
     else:
@@ -135,9 +137,7 @@ def _cuda(
     if overlap_previous:
         dependent.check(facts)
     rows, columns = w.shape
-    if x.ndim != 2 or x.shape[1] != columns or x.shape[0] < 1:
-        raise ArgumentError("x", expected=f"shape [N >= 1, K = {columns}]", got=f"shape {list(x.shape)}")
-    n = int(x.shape[0])
+    n = _rows_of(x, w)
     _check("x", x, dtype=w.dtype, facts=facts, alignment=_ALIGNMENT["x"] if columns % 8 == 0 else 2)
     for name, array in w.arrays().items():
         _check(f"w.{name}", array, dtype=None, facts=facts, alignment=_ALIGNMENT["w"])
@@ -213,11 +213,22 @@ def _checked_plan(given: Plan, w: SparseWeight, n: int) -> Plan:
     return given
 
 
+def _rows_of(x: Any, w: SparseWeight) -> int:
+    """N of ``x`` [N, K]."""
+    if x.ndim != 2 or x.shape[1] != w.shape[1] or x.shape[0] < 1:
+        raise ArgumentError("x", expected=f"shape [N >= 1, K = {w.shape[1]}]", got=f"shape {list(x.shape)}")
+    return int(x.shape[0])
+
+
+def _check_contiguous(name: str, array: Any) -> None:
+    if not array.flags.c_contiguous:
+        raise ArgumentError(name, expected="a C-contiguous array", got=f"strides {array.strides}")
+
+
 def _check(name: str, array: Any, *, dtype: DType | None, facts: DeviceFacts, alignment: int) -> None:
     if dtype is not None and array.dtype != numpy_dtype(dtype) and not (dtype == "bf16" and array.dtype == np.uint16):
         raise ArgumentError(name, expected=f"dtype {numpy_dtype(dtype)}, as the weight", got=f"dtype {array.dtype}")
-    if not array.flags.c_contiguous:
-        raise ArgumentError(name, expected="a C-contiguous array", got=f"strides {array.strides}")
+    _check_contiguous(name, array)
     if array.device.id != facts.index:
         raise ArgumentError(name, expected=f"an array on device {facts.index}", got=f"device {array.device.id}")
     if array.data.ptr % alignment:

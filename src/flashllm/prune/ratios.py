@@ -19,7 +19,7 @@ OWL_SPREAD = 0.08
 
 def check_sparsity(sparsity: Any) -> None:
     """Raise ``ArgumentError`` unless it is a fraction of zeros below 1."""
-    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity < 1.0:
+    if not isinstance(sparsity, (int, float, np.floating)) or not 0.0 <= sparsity < 1.0:
         raise ArgumentError("sparsity", expected="a fraction of zeros in [0, 1)", got=str(sparsity))
 
 

@@ -174,7 +174,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"a directory with config\.json"):
         HfCheckpoint(tmp_path / "file.bin")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(FormatError, match=r"files: expected model\.safetensors or model\.safetensors\.index\.json"):
+    with pytest.raises(FormatError, match=r"files: expected model\.safetensors or model.*\.json, got neither$"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "block-00000.safetensors").touch()
+    with pytest.raises(FormatError, match=r"got neither, but files of a conversion: finish it with --resume$"):
         open_checkpoint(tmp_path)
 
 

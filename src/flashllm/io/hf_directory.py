@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flashllm.errors import ArgumentError, FormatError, brief
 from flashllm.io.checkpoint import Checkpoint, TensorInfo
+from flashllm.io.manifest import is_model_file
 from flashllm.io.safetensors_file import TensorEntry, TensorFile, read_json
 
 CONFIG_NAME = "config.json"
@@ -136,7 +137,9 @@ class HfCheckpoint(Checkpoint):
         others = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
         pickles = [name for name in others if _exists(self.path / name)]
         if not pickles:
-            return "neither"
+            # The manifest comes last, so files of a conversion alone are those of one that was interrupted.
+            converted = any(is_model_file(file.name) for file in self.path.iterdir())
+            return "neither, but files of a conversion: finish it with --resume" if converted else "neither"
         return (
             f"only {pickles[0]}: a pickle, which can run code when loaded, so it is never read; convert it to "
             "safetensors where you trust it, e.g. with save_pretrained(..., safe_serialization=True) of transformers"

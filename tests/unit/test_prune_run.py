@@ -35,6 +35,17 @@ def _prune(source: Path, out: Path, method: str, sparsity: float = 0.5, **option
         return prune(checkpoint, out, settings, tokens=TOKENS, **options)
 
 
+def _interrupt(source: Path, out: Path, method: str, **options: Any) -> None:
+    """The same, ended after the first block."""
+
+    def stop(title: str, blocks: int) -> None:
+        if title == "block 0" and blocks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _prune(source, out, method, advance=stop, **options)
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_are_where_asked_and_everything_else_is_kept(tmp_path: Path, kind: str, dtype: str) -> None:
@@ -92,13 +103,7 @@ def test_fp32_becomes_fp16_and_what_does_not_fit_is_refused(tmp_path: Path) -> N
 def test_interrupted_work_is_continued_to_the_same_end(tmp_path: Path, method: str, ratios: str) -> None:
     source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
     _prune(source, tmp_path / "whole", method, ratios=ratios)
-
-    def stop(title: str, blocks: int) -> None:
-        if title == "block 0" and blocks:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _prune(source, tmp_path / "parts", method, ratios=ratios, advance=stop)
+    _interrupt(source, tmp_path / "parts", method, ratios=ratios)
     with pytest.raises(FileNotFoundError):  # not yet a checkpoint
         open_checkpoint(tmp_path / "parts")
     (first,) = (tmp_path / "parts").glob("model-00002-*")
@@ -113,13 +118,7 @@ def test_interrupted_work_is_continued_to_the_same_end(tmp_path: Path, method: s
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
-
-    def stop(title: str, blocks: int) -> None:
-        if title == "block 0" and blocks:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _prune(source, tmp_path / "out", "magnitude", advance=stop)
+    _interrupt(source, tmp_path / "out", "magnitude")
     for name in (".model-00003-of-00003.safetensors.77-0123abcd.tmp", f".{RECORD}.77-0123abcd.tmp", ".mine.tmp"):
         (tmp_path / "out" / name).write_bytes(b"half")
     _prune(source, tmp_path / "out", "magnitude")
@@ -163,13 +162,7 @@ def test_other_work_in_the_directory_is_refused(tmp_path: Path) -> None:
 def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     """Else half of one model and half of the other would be the result."""
     source = write_checkpoint(tmp_path / "model", "llama", dtype="F16")
-
-    def stop(title: str, blocks: int) -> None:
-        if title == "block 0" and blocks:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _prune(source, tmp_path / "out", "magnitude", advance=stop)
+    _interrupt(source, tmp_path / "out", "magnitude")
     config = config_of("llama", dtype="F16")
     other = write_tensors(tmp_path / "other", config, random_tensors(config, seed=9), dtype="F16")
     with pytest.raises(ArgumentError, match=r"the same work begun before, got .* another model or text"):
